@@ -1,0 +1,1 @@
+"""records -> examples -> order -> packing -> batches, one way."""

@@ -1,0 +1,284 @@
+"""Text to token ids: sentencepiece itself for a bare `tokenizer.model`, `tokenizers` for a `tokenizer.json`.
+
+Both give the ids of HF's tokenizer with the beginning token that its configuration asks for, know the special tokens by
+HF's names, and write themselves into an HF folder.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import InputError
+from llama_jax.files import read_json, write_json
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+COPIED_TEXT = ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
+
+# stanford_alpaca's defaults for special tokens that a tokenizer lacks.
+DEFAULTS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+
+
+class Tokenizer:
+    """What training and generation need of a tokenizer; `open_tokenizer` makes one.
+
+    `special` maps HF's names (`eos_token`, ...) to the tokens' texts or None.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        self.folder, self.config = folder, config
+        self.special: dict[str, str | None] = {key: _text(config.get(key)) for key in SPECIAL}
+
+    def __len__(self) -> int:
+        """Ids in all, added tokens included."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, with the beginning token, on all cores."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, without special tokens."""
+        raise NotImplementedError
+
+    def token_to_id(self, token: str) -> int | None:
+        raise NotImplementedError
+
+    def _add(self, token: str) -> None:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files so that transformers loads the same tokenizer, added tokens included."""
+        raise NotImplementedError
+
+    def add_missing_special_tokens(self) -> int:
+        """stanford_alpaca's rule: `[PAD]`, `</s>`, `<s>`, `<unk>` where that token is None. Returns how many are new."""
+        before = len(self)
+        for key, token in DEFAULTS.items():
+            if self.special[key] is None:
+                self._add(token)
+                self.special[key] = token
+                self.config[key] = token
+        return len(self) - before
+
+    def warnings(self) -> list[str]:
+        """What would make a model that never stops."""
+        eos, found = self.special["eos_token"], []
+        if not eos or self.eos_token_id is None:
+            found.append(f"the tokenizer's eos_token is {eos!r}: no end is trained and the model will not stop")
+            return found
+        for other in ("unk_token", "pad_token", "bos_token"):
+            if self.special[other] == eos:
+                found.append(f"the tokenizer's eos_token {eos!r} is also its {other}: the model may not learn to stop")
+        return found
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.special["eos_token"]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id("pad_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id("bos_token")
+
+    def _id(self, key: str) -> int | None:
+        token = self.special[key]
+        return self.token_to_id(token) if token else None
+
+    def _save_config(self, folder: Path) -> None:
+        write_json(folder / "tokenizer_config.json", self.config)
+        write_json(folder / "special_tokens_map.json", {k: v for k, v in self.special.items() if v is not None})
+        for name in COPIED_TEXT:
+            if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
+                shutil.copyfile(self.folder / name, folder / name)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """HF's slow LlamaTokenizer on sentencepiece: `[bos] + encode(text)`, special tokens in the text cut out first."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        super().__init__(folder, config)
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        path = folder / "tokenizer.model"
+        try:
+            proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            self._start = SentencePieceProcessor(model_proto=proto.SerializeToString())
+            proto.normalizer_spec.add_dummy_prefix = False
+            self._inner = SentencePieceProcessor(model_proto=proto.SerializeToString())
+        except Exception as e:  # protobuf and sentencepiece raise their own kinds
+            raise InputError(f"{path}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
+        pieces = self._start
+        for key, i in (("bos_token", pieces.bos_id()), ("eos_token", pieces.eos_id()), ("unk_token", pieces.unk_id())):
+            if key not in config and i >= 0:
+                self.special[key] = config[key] = pieces.id_to_piece(i)
+        # Without "legacy": false, HF lets every part between special tokens begin with the dummy space.
+        if config.get("legacy", True) is not False:
+            self._inner = self._start
+        self._added: dict[str, int] = {}
+        for i, token in _added_tokens(folder, config):
+            if i >= pieces.get_piece_size():
+                self._added[token] = i
+        for token in self.special.values():
+            if token:
+                self._add(token)
+
+    def __len__(self) -> int:
+        return self._start.get_piece_size() + len(self._added)
+
+    def token_to_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token]
+        i = self._start.piece_to_id(token)
+        return i if i != self._start.unk_id() or token == self.special["unk_token"] else None
+
+    def _add(self, token: str) -> None:
+        if self.token_to_id(token) is None:
+            self._added[token] = len(self)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        cut = {t for t in [*self.special.values(), *self._added] if t}
+        pattern = re.compile("(" + "|".join(re.escape(t) for t in sorted(cut, key=len, reverse=True)) + ")")
+        start = [self.bos_token_id] if self.config.get("add_bos_token", True) else []
+        end = [self.eos_token_id] if self.config.get("add_eos_token", False) else []
+        split = [pattern.split(text) for text in texts]
+        heads = self._start.encode([parts[0] for parts in split], num_threads=os.cpu_count() or 1)
+        result = []
+        for parts, head in zip(split, heads, strict=True):
+            ids = [*start, *head]
+            for k, part in enumerate(parts[1:]):
+                if k % 2 == 0:
+                    ids.append(self.token_to_id(part))
+                elif part:
+                    ids.extend(self._inner.encode(part))
+            result.append(ids + end)
+        return result
+
+    def decode(self, ids: Sequence[int]) -> str:
+        skipped = {self.token_to_id(t) for t in [*self.special.values(), *self._added] if t}
+        return self._start.decode([int(i) for i in ids if i not in skipped])
+
+    def save(self, folder: Path) -> None:
+        if folder.resolve() != self.folder.resolve():
+            shutil.copyfile(self.folder / "tokenizer.model", folder / "tokenizer.model")
+        known = {self.token_to_id(t): t for t in self.special.values() if t} | {i: t for t, i in self._added.items()}
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+        self.config["added_tokens_decoder"] = {str(i): {"content": t, **flags} for i, t in sorted(known.items())}
+        self.config.setdefault("tokenizer_class", "LlamaTokenizer")
+        if self._added:
+            write_json(folder / "added_tokens.json", self._added)
+        self._save_config(folder)
+
+
+class FastTokenizer(Tokenizer):
+    """A `tokenizer.json` through the `tokenizers` library, beginning token by its own post-processor."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        super().__init__(folder, config)
+        import tokenizers
+
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the Rust side raises plain Exception
+            raise InputError(f"{path}: not a tokenizer ({str(e).splitlines()[0]})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if str(config.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
+            self._follow_add_bos()
+        self._register()
+
+    def _follow_add_bos(self) -> None:
+        """HF's LlamaTokenizer classes put bos and eos by `add_bos_token` and `add_eos_token`, whatever the file says."""
+        from tokenizers.processors import TemplateProcessing
+
+        parts, used = ["$A:0"], []
+        for key, at in (("bos_token", 0), ("eos_token", 1)):
+            token = self.special[key]
+            if token and self.config.get(f"add_{key}", key == "bos_token"):
+                parts.insert(at * len(parts), f"{token}:0")
+                used.append((token, self.token_to_id(token)))
+        pair = parts + [p.replace("$A:0", "$B:1").replace(":0", ":1") for p in parts]
+        self._tokenizer.post_processor = TemplateProcessing(single=parts, pair=pair, special_tokens=used)
+
+    def _register(self) -> None:
+        """Special tokens in a text are cut out whole, as HF does with every token that it knows as special."""
+        import tokenizers
+
+        tokens = [t for t in self.special.values() if t]
+        self._tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in tokens])
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def _add(self, token: str) -> None:
+        self._tokenizer.add_special_tokens([token])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        self.config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        decoder = self.config.get("added_tokens_decoder")
+        if decoder is not None:
+            flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+            for token in self.special.values():
+                if token and (i := self.token_to_id(token)) is not None:
+                    decoder.setdefault(str(i), {"content": token, **flags})
+        self._save_config(folder)
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of an HF folder. Raises InputError where there is none."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    extra = folder / "special_tokens_map.json"
+    if extra.exists():
+        config = {**{k: v for k, v in read_json(extra).items() if k in SPECIAL}, **config}
+    if (folder / "tokenizer.json").exists():
+        return FastTokenizer(folder, config)
+    if (folder / "tokenizer.model").exists():
+        return SentencePieceTokenizer(folder, config)
+    raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files as they are."""
+    for name in (*COPIED, *COPIED_TEXT):
+        if (source / name).exists() and source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _text(token: Any) -> str | None:
+    """A special token as `tokenizer_config.json` writes it: a string, or an object with `content`, or null."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str]]:
+    decoder = {int(i): _text(t) or "" for i, t in config.get("added_tokens_decoder", {}).items()}
+    path = folder / "added_tokens.json"
+    if path.exists():
+        decoder |= {int(i): t for t, i in json.loads(path.read_text(encoding="utf-8")).items()}
+    return sorted(decoder.items())

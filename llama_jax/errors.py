@@ -1,0 +1,17 @@
+"""The one exception that is the user's to mend, and what a command does with it."""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Bad input or usage: one line that says what, where, and how to mend it. The commands print it and exit with 2."""
+
+
+def run_command(main: Callable[[list[str]], int]) -> int:
+    """Run a command on the command line's arguments; a user's mistake becomes one line and exit code 2."""
+    try:
+        return main(sys.argv[1:])
+    except InputError as e:
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        return 2

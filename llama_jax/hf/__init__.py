@@ -1,0 +1,1 @@
+"""Hugging Face folders: the only rooms that know HF's tensor names."""

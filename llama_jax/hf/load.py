@@ -1,0 +1,158 @@
+"""From a checkpoint's tensors to the model's parameters on their devices, one tensor at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax import sharding
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.hf.names import IGNORED, name_table
+from llama_jax.hf.tensor import Index, Tensor
+from llama_jax.model import Llama, RunOptions
+
+Params = dict[str, Any]
+
+
+def abstract_params(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> tuple[Any, Params]:
+    """The graph definition and the parameter tree as shapes with their shardings."""
+    with jax.set_mesh(mesh):
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, run, rngs=nnx.Rngs(0))))
+    return graphdef, jax.tree.map(lambda a: sharding.on(mesh, a), nnx.to_pure_dict(state))
+
+
+def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) -> dict[str, Tensor]:
+    """The tensors that the model takes. Raises InputError for unknown, missing and wrongly shaped ones, by name."""
+    table = name_table(config)
+    tensors = {name: t for name, t in tensors.items() if not IGNORED.fullmatch(name)}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if embedding is not None and not _equal(head, embedding):
+            raise InputError(
+                f"{source}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight"
+            )
+    for what, names in (("unknown", tensors.keys() - table.keys()), ("missing", table.keys() - tensors.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            raise InputError(f"{source}: {len(names)} {what} tensor(s) for this config.json: {shown}")
+    for name, (_, shape) in table.items():
+        if tensors[name].shape != shape:
+            raise InputError(
+                f"{source}/{tensors[name].file}: tensor {name!r} has shape {list(tensors[name].shape)}, "
+                f"config.json means {list(shape)}"
+            )
+    return tensors
+
+
+def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    parts = ((slice(i, min(i + rows, a.shape[0])), slice(0, a.shape[1])) for i in range(0, a.shape[0], rows))
+    return all(np.array_equal(a.read(part), b.read(part)) for part in parts)
+
+
+def load_params(
+    tensors: dict[str, Tensor],
+    config: LlamaConfig,
+    run: RunOptions,
+    mesh: Mesh,
+    progress: Callable[[int], None] = lambda bytes_read: None,
+) -> Params:
+    """Read checked tensors (of `check_tensors`) into the parameter tree that `run` asks for.
+
+    Each device's part goes from the file to the device in the file's type and is cast there. The host holds one
+    tensor at a time; a device, besides the parameters, the layers of the one being stacked.
+    """
+    _, abstract = abstract_params(config, run, mesh)
+    unstacked = RunOptions(param_dtype=run.param_dtype)
+    _, placed = abstract_params(config, unstacked, mesh)
+    names = {path: name for name, (path, _) in name_table(config).items()}
+
+    def load_one(path: tuple) -> jax.Array:
+        tensor, target = tensors[names[path]], _at(placed, path)
+        array = _place(tensor, target)
+        progress(int(np.prod(tensor.shape)) * tensor.dtype.itemsize)
+        return array
+
+    def load_leaf(path: tuple, target: jax.ShapeDtypeStruct) -> jax.Array:
+        path = tuple(k.key for k in path)
+        if run.scan_layers and path[0] == "layers":
+            layers = [load_one(("layers", i, *path[1:])) for i in range(config.num_hidden_layers)]
+            return _stack(layers, target.dtype)
+        return _cast(load_one(path), target.dtype)
+
+    with jax.set_mesh(mesh):
+        return jax.tree_util.tree_map_with_path(load_leaf, abstract)
+
+
+@jax.jit(static_argnums=1, donate_argnums=0)
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(dtype)
+
+
+@jax.jit(static_argnums=1)
+def _stack(layers: list[jax.Array], dtype: Any) -> jax.Array:
+    return jnp.stack(layers).astype(dtype)
+
+
+def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """The tensor in its own type on the target's devices; rows past the file's (a padded vocabulary) are zero."""
+
+    def read(index: Index) -> np.ndarray:
+        bounds = [s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True)]
+        inside = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(bounds, tensor.shape, strict=True))
+        part = tensor.read(inside)
+        missing = [(0, b - a - n) for (a, b), n in zip(bounds, part.shape, strict=True)]
+        return np.pad(part, missing) if any(m for _, m in missing) else part
+
+    return jax.make_array_from_callback(target.shape, target.sharding, read, dtype=tensor.dtype)
+
+
+def _at(tree: Any, path: tuple) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def init_params(config: LlamaConfig, run: RunOptions, mesh: Mesh, seed: int = 0) -> Params:
+    """Random parameters: normal weights of `initializer_range`, norms 1, biases 0; rows that pad the vocabulary are 0."""
+    _, abstract = abstract_params(config, run, mesh)
+
+    def init() -> Params:
+        params = nnx.to_pure_dict(nnx.state(Llama(config, run, rngs=nnx.Rngs(seed))))
+        real = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
+        for name in ("embed_tokens", "lm_head"):
+            if name in params:
+                params[name]["weight"] = jnp.where(real, params[name]["weight"], 0)
+        return params
+
+    with jax.set_mesh(mesh):
+        return jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))()
+
+
+def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, mesh: Mesh) -> Params:
+    """stanford_alpaca's resize: rows past the old vocabulary become the mean of the old rows, in each matrix."""
+
+    def resize(weight: jax.Array) -> jax.Array:
+        V, D = new.padded_vocab_size, weight.shape[1]
+        kept = min(old.vocab_size, new.vocab_size)
+        rows = jnp.arange(V)[:, None]
+        mean = jnp.mean(weight[: old.vocab_size].astype(jnp.float32), axis=0).astype(weight.dtype)
+        weight = weight[:kept] if kept < weight.shape[0] else weight
+        body = jnp.pad(weight, ((0, V - weight.shape[0]), (0, 0)))
+        filled = jnp.where(rows < kept, body, jnp.broadcast_to(mean, (V, D)))
+        return jnp.where(rows < new.vocab_size, filled, 0)
+
+    result = dict(params)
+    with jax.set_mesh(mesh):
+        for name, spec in (("embed_tokens", sharding.EMBED_VD), ("lm_head", sharding.COLUMN_FD)):
+            if name in params:
+                replicated = jax.device_put(params[name]["weight"], NamedSharding(mesh, sharding.P()))
+                resized = jax.jit(resize, out_shardings=NamedSharding(mesh, sharding.P()))(replicated)
+                result[name] = {"weight": jax.device_put(resized, NamedSharding(mesh, spec))}
+    return result

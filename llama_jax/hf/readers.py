@@ -1,0 +1,139 @@
+"""Reading a checkpoint's files: safetensors, GGUF, and `.bin` on request. Nothing is loaded here: tensors stay on disk."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from llama_jax.errors import InputError
+from llama_jax.files import read_json
+from llama_jax.hf.tensor import Index, Tensor
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+class Checkpoint(NamedTuple):
+    """An HF model on disk: the folder, its `config.json`, and the tensors by HF name."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    gguf: Path | None = None
+
+
+def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
+    """Look at an HF folder, or at a `.gguf` file or a folder with one. Raises InputError for what is not whole."""
+    path = path.expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: no such folder (this program does not download; give a folder with an HF model)")
+    gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if path.is_file() or (gguf and not (path / "config.json").exists()):
+        if len(gguf) > 1:
+            raise InputError(f"{path}: holds {len(gguf)} .gguf files; name the one to read")
+        from llama_jax.hf.gguf_file import read_gguf
+
+        config, tensors = read_gguf(gguf[0])
+        return Checkpoint(gguf[0].parent, config, tensors, gguf[0])
+    if not (path / "config.json").exists():
+        raise InputError(f"{path}: no config.json in this folder, so it is not an HF model")
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{path / 'config.json'}: should be a JSON object")
+    return Checkpoint(path, config, _open_weights(path, allow_pickle))
+
+
+def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    for stem, suffix, opener in (("model", "safetensors", _open_safetensors), ("pytorch_model", "bin", _open_bin)):
+        index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if not index.exists() and not single.exists():
+            continue
+        if suffix == "bin" and not allow_pickle:
+            raise InputError(
+                f"{folder}: only pickled weights ({stem}*.bin) here; unpickling runs with --allow_pickle and torch >= 2.10"
+            )
+        if index.exists():
+            return _open_indexed(folder, index, opener)
+        return opener(single)
+    raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, .gguf or pytorch_model.bin")
+
+
+def _open_indexed(folder: Path, index: Path, opener) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise InputError(f"{index}: 'weight_map' should map tensor names to file names")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in opener(_shard_path(folder, index, shard)).items():
+            if name in tensors:
+                raise InputError(f"{folder}: tensor {name!r} is in both {tensors[name].file} and {shard}")
+            if weight_map.get(name) != shard:
+                raise InputError(f"{index}: tensor {name!r} of {shard} is listed under {weight_map.get(name)!r}")
+            tensors[name] = tensor
+    for name in weight_map.keys() - tensors.keys():
+        raise InputError(f"{index}: tensor {name!r} is not in {weight_map[name]}, where the index says it is")
+    return tensors
+
+
+def _shard_path(folder: Path, index: Path, shard: str) -> Path:
+    """The shard's path: a plain name in this folder. The hub's cache keeps links to ../../blobs; no other link leaves."""
+    if Path(shard).name != shard:
+        raise InputError(f"{index}: shard name {shard!r} is not a plain file name")
+    path = folder / shard
+    if not path.exists():
+        raise InputError(f"{index}: names the shard {shard!r}, which is not in the folder")
+    homes = (folder.resolve(), folder.absolute().parent.parent.resolve() / "blobs")
+    if path.resolve().parent not in homes:
+        raise InputError(f"{path}: is a link to a file outside its folder")
+    return path
+
+
+def _open_safetensors(path: Path) -> dict[str, Tensor]:
+    def read(name: str, index: Index) -> np.ndarray:
+        # Opened for each read: pages of a mapped file count as this process' memory until it is unmapped.
+        with safe_open(path, "np") as f:
+            return f.get_slice(name)[index] if index else f.get_tensor(name)
+
+    tensors = {}
+    try:
+        with safe_open(path, "np") as f:
+            for name in f.keys():  # noqa: SIM118  # not a dict
+                part = f.get_slice(name)
+                tensors[name] = _tensor(path, name, part.get_shape(), _DTYPES.get(part.get_dtype()), read)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a whole safetensors file ({e}); copy or download it again") from None
+    return tensors
+
+
+def _open_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{path}: reading .bin files needs torch >= 2.10, which is not installed") from None
+    if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+        raise InputError(f"{path}: torch {torch.__version__} is too old to unpickle safely; 2.10 or newer is needed")
+    kinds = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}
+    kinds[torch.bfloat16] = ml_dtypes.bfloat16
+
+    def load() -> dict[str, Any]:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def read(name: str, index: Index) -> np.ndarray:
+        part = load()[name][index] if index else load()[name]
+        if part.dtype == torch.bfloat16:
+            return part.contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
+        return part.numpy().copy()
+
+    try:
+        state = load()
+    except Exception as e:  # torch raises many kinds for a damaged file
+        raise InputError(f"{path}: torch cannot read it: {str(e).splitlines()[0]}") from None
+    return {name: _tensor(path, name, t.shape, kinds.get(t.dtype), read) for name, t in state.items()}
+
+
+def _tensor(path: Path, name: str, shape: Iterable[int], dtype: Any, read) -> Tensor:
+    if dtype is None:
+        raise InputError(f"{path}: tensor {name!r} is not of a floating type (quantized checkpoints are not supported)")
+    return Tensor(tuple(shape), np.dtype(dtype), path.name, lambda index: read(name, index))

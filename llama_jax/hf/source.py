@@ -1,0 +1,115 @@
+"""A folder that a model can be loaded from, whichever kind it is: HF's, GGUF, or the Flax folder of the converter."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from llama_jax import checkpoint
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.files import read_json
+from llama_jax.hf.load import Params, abstract_params, check_tensors, load_params
+from llama_jax.hf.names import name_table
+from llama_jax.hf.readers import Checkpoint, open_checkpoint
+from llama_jax.model import RunOptions, stack_layers
+
+FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
+
+
+class Source:
+    """An opened model: `raw` is its config.json, `config` the architecture. Weights are read by `load`."""
+
+    def __init__(self, path: Path, allow_pickle: bool = False):
+        path = path.expanduser()
+        self.is_flax = (path / FLAX_JSON).is_file()
+        if self.is_flax:
+            self._checkpoint = Checkpoint(path, read_json(path / "config.json"), {})
+        else:
+            self._checkpoint = open_checkpoint(path, allow_pickle)
+        self.folder, self.raw = self._checkpoint.folder, self._checkpoint.config
+        self.config = LlamaConfig.from_hf(self.raw, str(self._checkpoint.gguf or self.folder / "config.json"))
+        self.tensors = {}
+        if not self.is_flax:
+            self.tensors = check_tensors(self._checkpoint.tensors, self.config, str(self.folder))
+
+    @cached_property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """The type of each tensor in HF's files, by name."""
+        if not self.is_flax:
+            return {name: t.dtype for name, t in self.tensors.items()}
+        saved = read_json(self.folder / FLAX_JSON)
+        return {name: numpy_dtype(saved["dtypes"].get(name, saved["dtype"])) for name in name_table(self.config)}
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer's files; a GGUF's tokenizer is written out for it."""
+        if self._checkpoint.gguf is None:
+            return self.folder
+        from llama_jax.hf.gguf_file import write_gguf_tokenizer
+
+        self._temporary = tempfile.TemporaryDirectory(prefix="llama_jax-")
+        write_gguf_tokenizer(self._checkpoint.gguf, Path(self._temporary.name))
+        return Path(self._temporary.name)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors in their files."""
+        return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in self.tensors.values())
+
+    def load(self, run: RunOptions, mesh: Mesh, progress: Callable[[int], None] = lambda n: None) -> Params:
+        """The parameters on the mesh, in the layout and type of `run`."""
+        if not self.is_flax:
+            return load_params(self.tensors, self.config, run, mesh, progress)
+        _, abstract = abstract_params(self.config, RunOptions(param_dtype=run.param_dtype), mesh)
+        params = checkpoint.load_params(self.folder, abstract)
+        with jax.set_mesh(mesh):
+            return stack_layers(params) if run.scan_layers else params
+
+
+def dtype_summary(dtypes: dict[str, np.dtype]) -> dict[str, Any]:
+    """The most frequent type, and those of the tensors that differ, for `llama_jax.json`."""
+    names = [d.name for d in dtypes.values()]
+    common = max(set(names), key=names.count)
+    return {"format": 1, "dtype": common, "dtypes": {n: d.name for n, d in dtypes.items() if d.name != common}}
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The NumPy type of a name in `config.json` or on the command line. Raises InputError."""
+    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
+    if name not in kinds:
+        raise InputError(f"dtype {name!r} is not one of {', '.join(kinds)}")
+    return np.dtype(kinds[name])
+
+
+def compare_digests(
+    expected: Iterable[tuple[str, np.ndarray]], actual: Iterable[tuple[str, np.ndarray]]
+) -> tuple[int, str, list[str]]:
+    """(tensors compared, SHA-256 over all expected digests, names of those that differ), tensor by tensor."""
+    total, different, count = hashlib.sha256(), [], 0
+    for (name, a), (other, b) in zip(expected, actual, strict=True):
+        digests = [_digest(n, x) for n, x in ((name, a), (other, b))]
+        total.update(digests[0])
+        count += 1
+        if digests[0] != digests[1]:
+            different.append(name)
+    return count, total.hexdigest(), different
+
+
+def _digest(name: str, array: np.ndarray) -> bytes:
+    digest = hashlib.sha256(f"{name} {array.dtype.name} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return digest.digest()
+
+
+def graph(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> nnx.GraphDef:
+    """The graph definition that goes with the parameters of `load`."""
+    return abstract_params(config, run, mesh)[0]

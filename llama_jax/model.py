@@ -1,0 +1,279 @@
+"""The LLaMA decoder in Flax NNX, with HF's attribute names and torch's [out, in] weights.
+
+NNX defines, JAX transforms: `split` gives a graph definition and a pure dict of arrays; everything else is `jax.jit`.
+
+Letters: B rows, T query, S key, D model, N heads, K kv heads, H head dim, F ffn, V vocab (padded), L layers.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from llama_jax import sharding
+from llama_jax.attention import attention
+from llama_jax.config import LlamaConfig
+from llama_jax.rope import apply_rope, rope_cos_sin
+
+ACT2FN = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# Outputs of matmuls that the backward pass keeps; what lies between them is computed again.
+SAVED = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Properties of a run, never of a checkpoint.
+
+    `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
+    for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
+    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is "none", "matmuls" (their outputs are
+    kept) or "full" (only each layer's input is kept).
+    """
+
+    param_dtype: Any = jnp.float32
+    compute_dtype: Any = None
+    rope_dtype: Any = None
+    scan_layers: bool = False
+    remat: str = "none"
+
+
+class KVCache(NamedTuple):
+    """Keys and values by position, [B, S, K, H] each, with a leading L where layers are stacked."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class Tokens(NamedTuple):
+    """What attention has to know of a block of tokens besides their values."""
+
+    cos: Float[Array, "B T H/2"]
+    sin: Float[Array, "B T H/2"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+
+
+class Linear(nnx.Module):
+    """x @ weight.T + bias in the compute type."""
+
+    def __init__(self, out_in: tuple[int, int], spec: P, bias: bool, config: LlamaConfig, run: RunOptions, rngs):
+        init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
+        self.weight = nnx.Param(init(rngs.params(), out_in, run.param_dtype))
+        bias_spec = sharding.COLUMN_BIAS if spec == sharding.COLUMN_FD else sharding.REPLICATED
+        zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=bias_spec) if bias else None
+        self.bias = None if zeros is None else nnx.Param(zeros)
+        self.dtype = run.compute_dtype or run.param_dtype
+        self.out = sharding.ACT_BTF if spec == sharding.COLUMN_FD else sharding.ACT_BTD
+
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        weight = self.weight[...].astype(self.dtype)
+        y = jnp.einsum("BTI,OI->BTO", x.astype(self.dtype), weight, out_sharding=self.out)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """weight * x / sqrt(mean(x^2) + eps), computed in float32, rounded to x's type before the weight."""
+
+    def __init__(self, config: LlamaConfig, run: RunOptions):
+        self.weight = nnx.Param(jnp.ones(config.hidden_size, run.param_dtype, out_sharding=sharding.REPLICATED))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * (x32 * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        D, H = config.hidden_size, config.head_dim
+        q_dim, kv_dim = config.num_attention_heads * H, config.num_key_value_heads * H
+        linear = partial(Linear, bias=config.attention_bias, config=config, run=run, rngs=rngs)
+        self.q_proj = linear((q_dim, D), sharding.COLUMN_FD)
+        self.k_proj = linear((kv_dim, D), sharding.COLUMN_FD)
+        self.v_proj = linear((kv_dim, D), sharding.COLUMN_FD)
+        self.o_proj = linear((D, q_dim), sharding.ROW_DF)
+        self.head_dim = H
+        self.rope_dtype = run.rope_dtype
+
+    def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
+        """Returns the block's output [B, T, D] and the cache with this block's keys and values written."""
+
+        def heads(y: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
+            shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
+            return jnp.reshape(y, shape, out_sharding=sharding.ACT_BTNH)
+
+        q = heads(checkpoint_name(self.q_proj(x), "q_proj"))
+        k = heads(checkpoint_name(self.k_proj(x), "k_proj"))
+        v = heads(checkpoint_name(self.v_proj(x), "v_proj"))
+        dtype = self.rope_dtype or x.dtype
+        cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
+        q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)
+        kv_segments, kv_positions = tokens.segment_ids, tokens.positions
+        if cache is not None:
+            row = jnp.arange(k.shape[0])[:, None]
+            k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=sharding.ACT_BTNH)
+            v = cache.v.at[row, tokens.positions].set(v, mode="drop", out_sharding=sharding.ACT_BTNH)
+            cache = KVCache(k, v)
+            kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=sharding.ACT_BT)
+            kv_segments = jnp.ones_like(kv_positions)
+        out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions)
+        out = checkpoint_name(out, "attention")
+        out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=sharding.ACT_BTF)
+        return checkpoint_name(self.o_proj(out), "o_proj"), cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        linear = partial(Linear, bias=config.mlp_bias, config=config, run=run, rngs=rngs)
+        self.gate_proj = linear((F, D), sharding.COLUMN_FD)
+        self.up_proj = linear((F, D), sharding.COLUMN_FD)
+        self.down_proj = linear((D, F), sharding.ROW_DF)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = checkpoint_name(self.gate_proj(x), "gate_proj")
+        up = checkpoint_name(self.up_proj(x), "up_proj")
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        self.input_layernorm = RMSNorm(config, run)
+        self.self_attn = Attention(config, run, rngs)
+        self.post_attention_layernorm = RMSNorm(config, run)
+        self.mlp = MLP(config, run, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
+        attended, cache = self.self_attn(self.input_layernorm(x), tokens, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, spec: P, rngs):
+        init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
+        self.weight = nnx.Param(init(rngs.params(), (config.padded_vocab_size, config.hidden_size), run.param_dtype))
+
+    def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return self.weight[...].at[input_ids].get(out_sharding=sharding.ACT_BTD)
+
+
+class Llama(nnx.Module):
+    """`LlamaForCausalLM`: token ids to final hidden states; `head` gives the weights that make logits of them."""
+
+    def __init__(self, config: LlamaConfig, run: RunOptions = RunOptions(), *, rngs: nnx.Rngs):
+        self.config, self.run = config, run
+        self.embed_tokens = Embedding(config, run, sharding.EMBED_VD, rngs)
+        blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
+        self.layers = _stack(blocks) if run.scan_layers else nnx.List(blocks)
+        self.norm = RMSNorm(config, run)
+        self.lm_head = None if config.tie_word_embeddings else Embedding(config, run, sharding.COLUMN_FD, rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        lengths: Int[Array, "B T"] | None = None,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states (normed) and the cache.
+
+        Tokens of one row attend to earlier positions of the same segment id only. `lengths` is the sequence length
+        that `dynamic` and `longrope` scale by; the default is transformers' rule, the largest position of the batch
+        plus one. With `cache` (of `make_cache`) the block is written at its positions and attends to all before it.
+        """
+        x = self.embed_tokens(input_ids)
+        if lengths is None:
+            lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
+        slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
+        cos, sin = rope_cos_sin(self.config, positions, lengths, slots)
+        tokens = Tokens(cos, sin, positions, segment_ids)
+        if self.run.scan_layers:
+            graphdef, stacked = nnx.split(self.layers)
+            x, cache = jax.lax.scan(
+                lambda x, layer: _run_block(graphdef, self.run.remat, layer[0], x, tokens, layer[1]), x, (stacked, cache)
+            )
+        else:
+            caches = []
+            for i, block in enumerate(self.layers):
+                graphdef, params = nnx.split(block)
+                x, layer_cache = _run_block(graphdef, self.run.remat, params, x, tokens, cache and cache[i])
+                caches.append(layer_cache)
+            cache = cache and caches
+        return self.norm(x), cache
+
+    def head(self) -> Float[Array, "V D"]:
+        """The output projection in the compute type; rows past `vocab_size` are padding."""
+        weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        return jax.sharding.reshard(weight.astype(self.run.compute_dtype or weight.dtype), sharding.HEAD_VD)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        """Float32 logits over the real vocabulary. For a few positions: training uses `loss.py`."""
+        head = self.head()
+        out = jnp.einsum("BTD,VD->BTV", hidden.astype(head.dtype), head, out_sharding=sharding.ACT_BTF)
+        out = jax.sharding.reshard(out, sharding.ACT_BTD)
+        return out[..., : self.config.vocab_size].astype(jnp.float32)
+
+
+def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None):
+    def run(params, x, tokens, cache):
+        y, cache = nnx.merge(graphdef, params)(x, tokens, cache)
+        return y.astype(x.dtype), cache
+
+    if remat == "full":
+        run = jax.checkpoint(run)
+    elif remat == "matmuls":
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+    return run(params, x, tokens, cache)
+
+
+def _stack(blocks: list[Block]) -> Block:
+    """One block whose parameters carry the layers on a leading axis."""
+    graphdef, _ = nnx.split(blocks[0])
+    states = [nnx.to_pure_dict(nnx.state(b)) for b in blocks]
+    return nnx.merge(graphdef, jax.tree.map(lambda *xs: jnp.stack(xs), *states))
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a list of layers (`layers: {0: ..., 1: ...}`) as those of stacked ones, one tensor after another.
+
+    The input is used up: a layer's arrays are dropped as soon as they are stacked.
+    """
+    layers = [params["layers"][i] for i in range(len(params["layers"]))]
+    leaves, treedef = zip(*(jax.tree.flatten(layer) for layer in layers), strict=True)
+    stacked = []
+    for i in range(len(leaves[0])):
+        stacked.append(jnp.stack([leaf[i] for leaf in leaves]))
+        for leaf in leaves:
+            leaf[i] = None
+    params["layers"].clear()
+    return {**params, "layers": jax.tree.unflatten(treedef[0], stacked)}
+
+
+def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> Any:
+    """Empty keys and values for `slots` positions of each row."""
+    shape = (rows, slots, config.num_key_value_heads, config.head_dim)
+    dtype = run.compute_dtype or run.param_dtype
+
+    def empty(*lead: int, spec: P = sharding.ACT_BTNH) -> KVCache:
+        return KVCache(*(jnp.zeros((*lead, *shape), dtype, out_sharding=spec) for _ in "kv"))
+
+    if run.scan_layers:
+        return empty(config.num_hidden_layers, spec=sharding.stacked(sharding.ACT_BTNH))
+    return [empty() for _ in range(config.num_hidden_layers)]

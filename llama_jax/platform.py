@@ -1,0 +1,17 @@
+"""Settings of JAX that hold for the whole process; jax's differences between versions live here and in sharding.py."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def set_up_jax(use_cpu: bool = False, tf32: bool | None = None) -> str:
+    """Choose the platform, exact float32 products (TF32 on request) and a compilation cache; returns "cpu", "gpu", "tpu"."""
+    if use_cpu:
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama_jax" / "jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    return jax.default_backend()

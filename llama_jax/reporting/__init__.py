@@ -1,0 +1,1 @@
+"""What a run says: the progress bar, the log, `trainer_state.json`."""
