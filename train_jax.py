@@ -34,14 +34,14 @@ def main(argv: list[str]) -> int:
     import jax
 
     from llama_jax import sharding
-    from llama_jax.checkpoint import Checkpoints, find_steps
+    from llama_jax.checkpoint import Checkpoints, find_steps, read_run, tree_bytes
     from llama_jax.hf.load import abstract_params, resize_vocabulary
     from llama_jax.hf.names import name_table
     from llama_jax.hf.source import Source
     from llama_jax.hf.writer import write_config, write_weights
     from llama_jax.model import RunOptions
     from llama_jax.optimizer import make_optimizer, make_schedule
-    from llama_jax.platform import set_up_jax
+    from llama_jax.platform import peak_memory, set_up_jax
     from llama_jax.train import TrainState, UpdateMetrics, abstract_state, fit, init_state, make_train_step
 
     platform = set_up_jax(args.use_cpu, args.tf32)
@@ -61,8 +61,7 @@ def main(argv: list[str]) -> int:
         args.lr_scheduler_type, args.learning_rate, args.warmup_updates(order.updates), order.updates
     )
 
-    checkpoints = Checkpoints(output_dir, args.save_total_limit)
-    saved = checkpoints.restore_run(resume_step) if resume_step else {}
+    saved = read_run(output_dir, resume_step) if resume_step else {}
     compute = jax.numpy.bfloat16 if args.bf16 else None
     scan = config.num_hidden_layers > 8 if args.scan_layers is None else args.scan_layers
     run = RunOptions(
@@ -92,6 +91,8 @@ def main(argv: list[str]) -> int:
     )
 
     graphdef, abstract = abstract_params(config, run, mesh)
+    abstract = abstract_state(abstract, tx, mesh)
+    checkpoints = Checkpoints(output_dir, args.save_total_limit, tree_bytes(abstract))
     log = TrainerState(
         args.hf_compat,
         max_steps=order.updates,
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
     )
     if resume_step:
         log.resume(saved["trainer_state"])
-        state = checkpoints.restore_state(resume_step, abstract_state(abstract, tx, mesh))
+        state = checkpoints.restore_state(resume_step, abstract)
         say(f"resumed from {output_dir / f'checkpoint-{resume_step}'}")
     else:
         with byte_bar("reading weights", source.bytes, quiet) as bar:
@@ -140,6 +141,8 @@ def main(argv: list[str]) -> int:
         )
     checkpoints.wait()
     checkpoints.close()
+    if peak := peak_memory():
+        say(f"peak device memory {peak / 2**30:.1f} GiB")
     if log.values["global_step"] < order.updates:
         say(f"stopped after update {log.values['global_step']}; go on with --resume_from_checkpoint True")
         return STOPPED

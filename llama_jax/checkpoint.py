@@ -1,5 +1,7 @@
 """Orbax, behind one thin room: the run's retained steps, and a Flax folder's parameters."""
 
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,7 @@ from llama_jax.errors import InputError
 
 PARAMS_DIR = "params"  # of a Flax folder
 _STEP = re.compile(r"checkpoint-(0|[1-9]\d*)")
-# Bytes that a save may hold in host memory beyond the arrays' own.
-_CONCURRENT_GB = 4
+_PIECE_GB = 4  # what a piecewise save or a restore holds in host memory beside the arrays
 
 
 class _HFNames(ocp.path.step.NameFormat):
@@ -39,31 +40,41 @@ def find_steps(output_dir: Path) -> list[int]:
     return sorted(m.step for m in _HFNames().find_all(output_dir)) if output_dir.is_dir() else []
 
 
-class Checkpoints:
-    """The `checkpoint-N` folders of a run, at most `limit` of them (None: all)."""
+def read_run(output_dir: Path, step: int) -> dict[str, Any]:
+    """The JSON that was saved beside the state of a step."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(output_dir.absolute() / _HFNames().build_name(step) / "run")
 
-    def __init__(self, output_dir: Path, limit: int | None):
+
+class Checkpoints:
+    """The `checkpoint-N` folders of a run, at most `limit` of them (None or 0: all), for a state of `state_bytes`.
+
+    A state that fits this host's memory twice is copied there and written while the run goes on; a larger one is
+    written piece by piece, and the run waits.
+    """
+
+    def __init__(self, output_dir: Path, limit: int | None, state_bytes: int):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=limit if limit and limit > 0 else None,
             step_name_format=_HFNames(),
             cleanup_tmp_directories=True,
         )
-        handlers = {"state": _handler(), "run": ocp.JsonCheckpointHandler()}
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._piecewise = state_bytes > memory // 2
+        handlers = {"state": _handler(self._piecewise), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(output_dir.absolute(), options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
-        """Start to write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; it may be donated after."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        """Write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; the state may be donated after."""
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run))
         self._manager.save(step, args=args, force=True)
-
-    def restore_run(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if self._piecewise:
+            self.wait()
 
     def restore_state(self, step: int, abstract: Any) -> Any:
         """The state of a step into the types and placements of `abstract` (a pytree of ShapeDtypeStruct)."""
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return self._manager.restore(step, args=args)["state"]
+            return self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(abstract)))["state"]
         except (ValueError, KeyError, FileNotFoundError) as e:
             raise InputError(
                 f"checkpoint-{step} of {self._manager.directory} cannot be restored for this model and optimizer: "
@@ -78,26 +89,37 @@ class Checkpoints:
         self._manager.close()
 
 
-def _handler() -> ocp.StandardCheckpointHandler:
-    return ocp.StandardCheckpointHandler(save_concurrent_gb=_CONCURRENT_GB, restore_concurrent_gb=_CONCURRENT_GB)
+def _handler(piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
+    # Trained float32 does not compress, and trying costs seven times the time of writing.
+    pieces = {"save_device_host_concurrent_gb": _PIECE_GB, "is_prioritized_key_fn": lambda path: False}
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        save_concurrent_gb=_PIECE_GB,
+        restore_concurrent_gb=_PIECE_GB,
+        **(pieces if piecewise else {}),
+    )
+
+
+def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
 
 
 def save_params(folder: Path, params: Any) -> None:
     """Write unstacked parameters as the `params` of a Flax folder."""
     with ocp.Checkpointer(_handler()) as checkpointer:
-        checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.StandardSave(params), force=True)
+        checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
 
 
 def load_params(folder: Path, abstract: Any) -> Any:
     """Read the `params` of a Flax folder into the types and placements of `abstract`."""
     try:
         with ocp.Checkpointer(_handler()) as checkpointer:
-            return checkpointer.restore(folder.absolute() / PARAMS_DIR, args=ocp.args.StandardRestore(abstract))
+            return checkpointer.restore(folder.absolute() / PARAMS_DIR, args=_restore_args(abstract))
     except (ValueError, KeyError, FileNotFoundError) as e:
         reason = str(e).splitlines()[0][:200]
         raise InputError(f"{folder / PARAMS_DIR}: does not hold the parameters of its config.json: {reason}") from None
 
 
-def abstract_like(tree: Any) -> Any:
-    """The types and placements of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

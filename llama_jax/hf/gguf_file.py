@@ -94,7 +94,7 @@ def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}; give the path of a GGUF file that can be read") from problem
     except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as problem:
-        raise InputError(f"{path}: not a whole GGUF file ({problem}); download or copy it again") from problem
+        raise InputError(f"{path}: not a whole GGUF file ({problem!r}); download or copy it again") from problem
     if reader.byte_order != "I":
         raise InputError(f"{path}: big-endian; convert it with gguf-convert-endian FILE little")
     if metadata.get("split.count", 1) > 1:
@@ -146,7 +146,7 @@ def _make_config(path: str | Path, metadata: dict[str, Any], sources: dict[str, 
     if "rope_freqs.weight" in sources:
         config["rope_scaling"] = _recover_llama3(path, config, sources["rope_freqs.weight"].data)
     if unknown := sorted(keys.keys() - _IGNORED):
-        raise InputError(f"{path}: metadata llama.{unknown[0]} is not supported: it may change the mathematics")
+        raise InputError(f"{path}: metadata {'llama.' + unknown[0]!r} is not supported: it may change the mathematics")
     return config
 
 
@@ -178,7 +178,7 @@ def _make_tensor(path: str | Path, source: ReaderTensor, heads: int | None) -> T
     dtype, (block, size) = _NATIVE.get(kind, np.dtype(np.float32)), GGML_QUANT_SIZES[kind]
     packed = source.data.view(np.uint8)  # [..., bytes of a row]
     if heads and shape[0] % (2 * heads):
-        raise InputError(f"{path}: {heads} heads cannot share {source.name}'s {shape[0]} rows; convert the model again")
+        raise InputError(f"{path}: {heads} heads cannot share {source.name!r}'s {shape[0]} rows; convert it again")
 
     def unpack(part: np.ndarray) -> np.ndarray:
         return part.view(dtype) if kind in _NATIVE else dequantize(part, kind)
@@ -186,7 +186,7 @@ def _make_tensor(path: str | Path, source: ReaderTensor, heads: int | None) -> T
     try:
         unpack(np.zeros(size, np.uint8))
     except NotImplementedError as problem:
-        raise InputError(f"{path}: gguf cannot read {source.name}'s type {kind.name}; quantize to Q8_0") from problem
+        raise InputError(f"{path}: gguf cannot read {source.name!r}'s type {kind.name}; quantize to Q8_0") from problem
 
     def read(index: Index = ()) -> np.ndarray:
         """Reads only the rows and, along the last dimension, the blocks that the index touches."""

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from llama_jax import checkpoint
@@ -61,6 +60,11 @@ class Source:
         return Path(self._temporary.name)
 
     @property
+    def stored_dtype(self) -> np.dtype:
+        """The type of a Flax folder's parameters."""
+        return numpy_dtype(read_json(self.folder / FLAX_JSON)["stored_dtype"])
+
+    @property
     def bytes(self) -> int:
         """Size of all tensors in their files."""
         return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in self.tensors.values())
@@ -76,10 +80,10 @@ class Source:
 
 
 def dtype_summary(dtypes: dict[str, np.dtype]) -> dict[str, Any]:
-    """The most frequent type, and those of the tensors that differ, for `llama_jax.json`."""
+    """The most frequent type ("dtype"), and by name the types that differ from it ("dtypes")."""
     names = [d.name for d in dtypes.values()]
-    common = max(set(names), key=names.count)
-    return {"format": 1, "dtype": common, "dtypes": {n: d.name for n, d in dtypes.items() if d.name != common}}
+    common = max(sorted(set(names)), key=names.count)
+    return {"dtype": common, "dtypes": {n: d.name for n, d in dtypes.items() if d.name != common}}
 
 
 def numpy_dtype(name: str) -> np.dtype:
@@ -108,8 +112,3 @@ def _digest(name: str, array: np.ndarray) -> bytes:
     digest = hashlib.sha256(f"{name} {array.dtype.name} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
     return digest.digest()
-
-
-def graph(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> nnx.GraphDef:
-    """The graph definition that goes with the parameters of `load`."""
-    return abstract_params(config, run, mesh)[0]

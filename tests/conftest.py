@@ -1,0 +1,47 @@
+"""What every test needs: the CPU at full precision, compiled programs kept between runs, draws that repeat."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the subprocesses of tests
+
+import hypothesis
+import jax
+import pytest
+
+from llama_jax.sharding import make_mesh
+
+ROOT = Path(__file__).resolve().parent.parent
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# Derandomized: the same draws on every run and machine. Not shrunk: an example costs a compilation or a folder on disk.
+hypothesis.settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    print_blob=True,
+)
+hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def mesh() -> Iterator[jax.sharding.Mesh]:
+    """The mesh of all devices, set for the length of the test."""
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real checkpoints and golden values beside the repository; they are not part of it."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip(f"needs the real inputs of {path}, which is absent on this machine")
+    return path

