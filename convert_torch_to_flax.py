@@ -102,7 +102,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             raise InputError(message)
 
     parser = Parser(prog="convert_torch_to_flax.py", description=__doc__)
-    parser.add_argument("--model_name_or_path", required=True, help="HF folder or .gguf file; with --to_hf a Flax folder")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="HF folder or .gguf file; with --to_hf a Flax folder"
+    )
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--to_hf", action="store_true", help="write an HF folder from a Flax one")
     parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")

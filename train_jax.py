@@ -90,8 +90,8 @@ def main(argv: list[str]) -> int:
         f"at most {blocks.max()} block(s) an update of {', '.join(f'{r}x{t}' for r, t in batches.shapes)} tokens"
     )
 
-    graphdef, abstract = abstract_params(config, run, mesh)
-    abstract = abstract_state(abstract, tx, mesh)
+    graphdef, abstract_parameters = abstract_params(config, run, mesh)
+    abstract = abstract_state(abstract_parameters, tx, mesh)
     checkpoints = Checkpoints(output_dir, args.save_total_limit, tree_bytes(abstract))
     log = TrainerState(
         args.hf_compat,
@@ -141,8 +141,12 @@ def main(argv: list[str]) -> int:
         )
     checkpoints.wait()
     checkpoints.close()
-    if peak := peak_memory():
-        say(f"peak device memory {peak / 2**30:.1f} GiB")
+    rate, median = run_log.speed()
+    peak = peak_memory()
+    say(
+        f"{rate:,.0f} tokens/s, median update {1000 * median:,.0f} ms"
+        + (f", peak device memory {peak / 2**30:.1f} GiB" if peak else "")
+    )
     if log.values["global_step"] < order.updates:
         say(f"stopped after update {log.values['global_step']}; go on with --resume_from_checkpoint True")
         return STOPPED
@@ -170,8 +174,8 @@ def load_examples(args: Arguments, config: LlamaConfig, tokenizer_folder, quiet)
     tokenizer = open_tokenizer(tokenizer_folder())
     if len(tokenizer) > config.vocab_size:
         raise InputError(
-            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} rows of the "
-            "model's embedding; it belongs to another model"
+            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} rows "
+            "of the model's embedding; it belongs to another model"
         )
     tokenizer.add_missing_special_tokens()
     for warning in tokenizer.warnings():
@@ -222,8 +226,8 @@ def _resume_step(args: Arguments, output_dir: Path, steps: list[int]) -> int:
         return int(name)
     if steps and not args.overwrite_output_dir:
         raise InputError(
-            f"{output_dir} already holds checkpoint-{steps[-1]}: go on with --resume_from_checkpoint True, or start anew "
-            "with --overwrite_output_dir True, which removes it"
+            f"{output_dir} already holds checkpoint-{steps[-1]}: go on with --resume_from_checkpoint True, or start "
+            "anew with --overwrite_output_dir True, which removes it"
         )
     for step in steps:
         shutil.rmtree(output_dir / f"checkpoint-{step}")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -88,7 +88,9 @@ class Arguments:
         if self.loggingdir is not None:
             said.append("--loggingdir: read as --logging_dir")
         if self.logging_dir or self.loggingdir:
-            said.append("--logging_dir: no TensorBoard here, nothing is written there; the log is in trainer_state.json")
+            said.append(
+                "--logging_dir: no TensorBoard here, nothing is written there; the log is in trainer_state.json"
+            )
         if self.report_to not in ("none", "None"):
             said.append(f"--report_to {self.report_to}: no trackers here; the log is in trainer_state.json")
         if self.cache_dir:
@@ -109,7 +111,12 @@ class Arguments:
             raise InputError("--model_name_or_path is missing: give an HF folder")
         if not self.data_path:
             raise InputError("--data_path is missing: give a JSON file of records")
-        positive = ("model_max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
+        positive = (
+            "model_max_length",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+        )
         for name in (*positive, "per_device_eval_batch_size", "max_tokens_per_device", "logging_steps", "save_steps"):
             strategy = {"logging_steps": self.logging_strategy, "save_steps": self.save_strategy}.get(name, "steps")
             if getattr(self, name) <= 0 and strategy == "steps":
@@ -167,9 +174,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     before.add_argument("--config")
     known, rest = before.parse_known_args(argv)
     from_file = _config_argv(Path(known.config)) if known.config else []
-    parser = Parser(Arguments, description="Fine-tune a LLaMA: an HF folder in, an HF folder out.", prog="train_jax.py")
+    parser = Parser(
+        cast(Any, Arguments), description="Fine-tune a LLaMA: an HF folder in, an HF folder out.", prog="train_jax.py"
+    )
     parser.add_argument("--config", help="YAML file of flags by their names; the command line overrides it")
-    (arguments, *_), unknown = _split(parser.parse_args_into_dataclasses(from_file + rest, return_remaining_strings=True))
+    (arguments, *_), unknown = _split(
+        parser.parse_args_into_dataclasses(from_file + rest, return_remaining_strings=True)
+    )
     if unknown:
         names = [f"--{f.name}" for f in fields(Arguments)]
         near = difflib.get_close_matches(unknown[0], names, n=1)

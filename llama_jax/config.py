@@ -18,16 +18,19 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 
 # Keys without effect on the forward pass: bookkeeping, generation defaults, and leftovers of PretrainedConfig.
 _WITHOUT_EFFECT = frozenset(
-    """architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    """
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label is_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
-    max_length max_sequence_length min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams
-    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class
-    top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p unk_token_id
-    unsloth_fixed unsloth_version use_bfloat16 use_cache""".split()
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label is_decoder is_llama_config keys_to_ignore_at_inference
+    label2id length_penalty max_length max_sequence_length min_length model_type name_or_path
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
+    use_bfloat16 use_cache
+    """.split()
 )
 
 # Keys that are harmless at one value only.
@@ -129,7 +132,7 @@ class LlamaConfig:
         values = {k: v for k, v in values.items() if v is not None}
         for key, value in raw.items():
             known = key in LlamaConfig.__dataclass_fields__ or key in _WITHOUT_EFFECT or key in _ROPE_KEYS
-            if known and key != "rope" or value is None or key.startswith("_"):
+            if (known and key != "rope") or value is None or key.startswith("_"):
                 continue
             if key not in _ONLY_AT:
                 raise InputError(

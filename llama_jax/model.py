@@ -5,6 +5,7 @@ NNX defines, JAX transforms: `split` gives a graph definition and a pure dict of
 Letters: B rows, T query, S key, D model, N heads, K kv heads, H head dim, F ffn, V vocab (padded), L layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from llama_jax.attention import attention
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import apply_rope, rope_cos_sin
 
-ACT2FN = {
+ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
@@ -180,7 +181,7 @@ class Llama(nnx.Module):
         self.config, self.run = config, run
         self.embed_tokens = Embedding(config, run, sharding.EMBED_VD, rngs)
         blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
-        self.layers = _stack(blocks) if run.scan_layers else nnx.List(blocks)
+        self.layers: Any = _stack(blocks) if run.scan_layers else nnx.List(blocks)
         self.norm = RMSNorm(config, run)
         self.lm_head = None if config.tie_word_embeddings else Embedding(config, run, sharding.COLUMN_FD, rngs)
 
@@ -207,7 +208,9 @@ class Llama(nnx.Module):
         if self.run.scan_layers:
             graphdef, stacked = nnx.split(self.layers)
             x, cache = jax.lax.scan(
-                lambda x, layer: _run_block(graphdef, self.run.remat, layer[0], x, tokens, layer[1]), x, (stacked, cache)
+                lambda x, layer: _run_block(graphdef, self.run.remat, layer[0], x, tokens, layer[1]),
+                x,
+                (stacked, cache),
             )
         else:
             caches = []

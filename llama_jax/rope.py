@@ -126,7 +126,9 @@ def _llama3(rope: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
     slow = wavelength > F32(original / rope.low_freq_factor)
     fast = wavelength < F32(original / rope.high_freq_factor)
     scaled = np.where(slow, inv_freq / F32(rope.factor), inv_freq)
-    smooth = (F32(original) / wavelength - F32(rope.low_freq_factor)) / F32(rope.high_freq_factor - rope.low_freq_factor)
+    smooth = (F32(original) / wavelength - F32(rope.low_freq_factor)) / F32(
+        rope.high_freq_factor - rope.low_freq_factor
+    )
     blended = (F32(1) - smooth) * scaled / F32(rope.factor) + smooth * scaled
     return np.where(slow | fast, scaled, blended).astype(F32)
 

@@ -17,7 +17,7 @@ from llama_jax.loss import weighted_cross_entropy
 class TrainState(NamedTuple):
     """`step` updates have been made."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 

@@ -17,7 +17,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -223,7 +223,9 @@ def run_ours(
     return Outcome(float(loss), np.asarray(logits), by_hf_name(config, run, grads))
 
 
-def run_hf(raw: dict[str, Any], weights: Weights, batch: Batch, smoothing: float = 0.0) -> tuple[Outcome, Weights]:
+def run_hf(
+    raw: dict[str, Any], weights: Weights, batch: Batch, smoothing: float = 0.0
+) -> tuple[Outcome, dict[str, float]]:
     """The same of transformers' model, and the scale of each gradient's rounding errors (see `gradient_scales`)."""
     model = make_hf(raw, weights)
     scales = gradient_scales(model)
@@ -251,8 +253,8 @@ def gradient_scales(model: Any) -> dict[str, float]:
     Elsewhere the scale is the gradient's own norm. Scores are different: a softmax does not change when all its scores
     rise together, so the cotangents of one query's scores sum to zero, and a sum over tokens may cancel to any degree.
     (Without rotation the gradient of k_proj.bias is 0 in theory and rounding errors in practice; with a slow rotation
-    it is nearly so.) What rounds are the terms, cotangent g_t times input x_t (1 for a bias), each relative to itself, so
-    the scale is the sum of the terms' absolute values: |sum_t |g_t| |x_t|'|, the backward error of a matrix product.
+    it is nearly so.) What rounds are the terms, cotangent g_t times input x_t (1 for a bias), each relative to itself,
+    so the scale is the sum of the terms' absolute values: |sum_t |g_t| |x_t|'|, the backward error of a matrix product.
     """
     scales: dict[str, float] = {}
     inputs: dict[str, Any] = {}
@@ -273,13 +275,17 @@ def gradient_scales(model: Any) -> dict[str, float]:
     return scales
 
 
-def assert_equal_outcomes(config: LlamaConfig, batch: Batch, ours: Outcome, theirs: Outcome, scales: Weights) -> None:
-    assert np.abs(ours.logits - theirs.logits)[batch.real].max() <= LOGITS_ATOL
-    assert abs(ours.loss - theirs.loss) <= LOSS_RTOL * abs(theirs.loss)
+def assert_within(what: str, error: Any, bound: float) -> None:
+    error = np.max(error)
+    assert error <= bound, f"{what}: off by {error:.2e}, allowed are {bound:.2e}"
+
+
+def assert_equal_outcomes(batch: Batch, ours: Outcome, theirs: Outcome, scales: dict[str, float]) -> None:
+    assert_within("logits", np.abs(ours.logits - theirs.logits)[batch.real], LOGITS_ATOL)
+    assert_within("loss", abs(ours.loss - theirs.loss), LOSS_RTOL * abs(theirs.loss))
     assert ours.grads.keys() == theirs.grads.keys()
     for name, grad in theirs.grads.items():
-        error = np.linalg.norm(ours.grads[name] - grad)
-        assert error <= GRAD_RTOL * scales[name], f"{name}: {error / scales[name]:.1e} of the gradient's scale"
+        assert_within(f"gradient of {name}", np.linalg.norm(ours.grads[name] - grad), GRAD_RTOL * scales[name])
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -379,7 +385,7 @@ def test_rotary_tables(raw: dict[str, Any], positions: np.ndarray, mesh: Mesh, m
     with exact_powers(monkeypatch):
         hf_inv_freq, hf_cos, hf_sin = hf_tables(raw, positions)
     np.testing.assert_array_equal(inv_freq, hf_inv_freq)
-    assert max(np.abs(cos - hf_cos).max(), np.abs(sin - hf_sin).max()) <= PART_ATOL
+    assert_within("cos, sin", np.maximum(np.abs(cos - hf_cos), np.abs(sin - hf_sin)), PART_ATOL)
 
     config = LlamaConfig.from_hf(raw).rope
     ulps = {"dynamic": 4.0}.get(config.rope_type, 2.0)
@@ -402,10 +408,10 @@ def test_powers_of_the_rotary_base() -> None:
     """
     rng = np.random.default_rng(0)
     equal = []
-    for base in [1e4, 1e5, 5e5, 1e6, *10 ** rng.uniform(1.5, 7, 200)]:
+    for base in np.float32([1e4, 1e5, 5e5, 1e6, *10 ** rng.uniform(1.5, 7, 200)]).tolist():
         for dim in (2, 6, 8, 64, 80, 128):
-            ours = rope._powers(float(base), dim)
-            theirs = (float(base) ** (torch.arange(0, dim, 2).float() / dim)).numpy()
+            ours = rope._powers(base, dim)
+            theirs = (base ** (torch.arange(0, dim, 2).float() / dim)).numpy()
             assert (np.abs(ours - theirs) <= np.spacing(ours)).all()
             inverse, their_inverse = np.float32(1) / ours, np.float32(1) / theirs
             assert (np.abs(inverse - their_inverse) <= 2 * np.spacing(np.minimum(inverse, their_inverse))).all()
@@ -443,7 +449,7 @@ def test_parts(kind: str, mesh: Mesh) -> None:
         theirs = [layer.input_layernorm(x), attended, layer.mlp(x), block]
     for name, a, b in zip(("RMSNorm", "attention", "MLP", "block"), ours, theirs, strict=True):
         assert b.std() > 0.3, name
-        assert np.abs(np.asarray(a) - b.numpy()).max() <= PART_ATOL, name
+        assert_within(name, np.abs(np.asarray(a) - b.numpy()), PART_ATOL)
 
 
 # --- logits, loss and gradients --------------------------------------------------------------------------------------
@@ -462,7 +468,7 @@ def test_deeper_model(scan_layers: bool, smoothing: float, mesh: Mesh) -> None:
     ours = run_ours(config, run, mesh, weights, batch, smoothing)
     theirs, scales = run_hf(raw, weights, batch, smoothing)
     assert 10 < np.abs(theirs.logits).max() < 40
-    assert_equal_outcomes(config, batch, ours, theirs, scales)
+    assert_equal_outcomes(batch, ours, theirs, scales)
 
 
 class Draw(NamedTuple):
@@ -475,16 +481,16 @@ class Draw(NamedTuple):
 
 @st.composite
 def draws(draw: st.DrawFn, rope_type: str) -> Draw:
-    heads = draw(st.sampled_from([1, 2, 3, 4, 6]))
+    heads, kv_heads = draw(st.sampled_from([(4, 2), (6, 3), (6, 2), (8, 2), (4, 1), (3, 1), (2, 2), (3, 3), (1, 1)]))
     hidden = heads * draw(st.integers(-(-16 // heads), 16))  # a multiple even where head_dim is given: transformers'
     head_dim = draw(st.sampled_from([4, 6, 8, 12] if rope_type == "dynamic" else [2, 4, 6, 8, 12]))
     raw = make_raw(
-        vocab_size=draw(st.sampled_from([131, 128, 256, 97, 300, 1])),
+        vocab_size=draw(st.sampled_from([131, 128, 256, 97, 300, 2])),
         hidden_size=hidden,
         intermediate_size=draw(st.integers(16, 50)),
         num_hidden_layers=draw(st.integers(1, 2)),
         num_attention_heads=heads,
-        num_key_value_heads=draw(st.sampled_from([k for k in range(1, heads + 1) if heads % k == 0])),
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         hidden_act=draw(st.sampled_from(ACTIVATIONS)),
         max_position_embeddings=draw(st.integers(4, 16)),
@@ -527,18 +533,17 @@ def rope_keys(draw: st.DrawFn, rope_type: str, head_dim: int) -> dict[str, Any]:
             "mscale": number(0.1, 2),
             "mscale_all_dim": number(0.1, 2),
             "truncate": draw(st.booleans()),
-            "original_max_position_embeddings": draw(st.integers(4, 64)),
         }
     elif rope_type == "longrope":
         optional = {"attention_factor": number(0.5, 1.5), "factor": scaling.pop("factor")}
         for key in ("short_factor", "long_factor"):
             scaling[key] = draw(st.lists(st.floats(1, 8), min_size=head_dim // 2, max_size=head_dim // 2))
-        original = {"original_max_position_embeddings": draw(st.integers(4, 16))}
-        draw(st.sampled_from([optional, scaling, top])).update(original)
     elif rope_type == "llama3":
         low = number(0.5, 2)
         scaling |= {"low_freq_factor": low, "high_freq_factor": low + number(0.5, 4)}
-        optional = {"original_max_position_embeddings": draw(st.integers(4, 64))}
+    if rope_type in ("yarn", "longrope", "llama3"):
+        original = {"original_max_position_embeddings": draw(st.integers(4, 16 if rope_type == "longrope" else 64))}
+        draw(st.sampled_from([optional, scaling, top])).update(original)
     scaling |= {key: value for key, value in optional.items() if draw(st.booleans())}
     theta = draw(st.sampled_from([1e4, 5e5]) | st.floats(100, 1e6))
     if draw(st.booleans()):
@@ -547,19 +552,30 @@ def rope_keys(draw: st.DrawFn, rope_type: str, head_dim: int) -> dict[str, Any]:
     return {**top, "rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
+@cache
+def quick_compilation() -> dict[str, Any]:
+    """Compiler options, as far as this jax knows them, that take a fifth of the time; other tests use the defaults."""
+    known = {}
+    for option, value in {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}.items():
+        try:
+            jax.jit(jnp.negative, compiler_options={option: value})(1.0)
+            known[option] = value
+        except jax.errors.JaxRuntimeError:
+            pass
+    return known
+
+
 def check_draw(case: Draw, mesh: Mesh) -> None:
     config = LlamaConfig.from_hf(case.raw)
     rng = np.random.default_rng(case.seed)
     weights, batch = make_weights(config, rng), make_batch(config, rng, case.lengths)
-    # Unoptimized machine code compiles three times faster; the other tests of this file run the optimized one.
-    options = {"xla_backend_optimization_level": 0}
-    ours = run_ours(config, case.run, mesh, weights, batch, case.smoothing, options)
+    ours = run_ours(config, case.run, mesh, weights, batch, case.smoothing, quick_compilation())
     theirs, scales = run_hf(case.raw, weights, batch, case.smoothing)
-    assert_equal_outcomes(config, batch, ours, theirs, scales)
+    assert_equal_outcomes(batch, ours, theirs, scales)
 
 
-# 6 scalings x 3 seeds x 12 draws = 216 configurations, in functions small enough for pytest-xdist to balance.
-DRAWS, SEEDS = 12, 3
+# 6 scalings x 2 seeds x 19 draws = 228 configurations, in functions small enough for pytest-xdist to balance.
+DRAWS, SEEDS = 19, 2
 
 
 @pytest.mark.parametrize("part", range(SEEDS))
@@ -578,6 +594,18 @@ def test_drawn_configurations(rope_type: str, part: int, mesh: Mesh) -> None:
 
     check()
     assert count >= DRAWS
+
+
+@pytest.mark.xfail(strict=True, reason="pad_token_id is not read: torch gives that row of embed_tokens no gradient")
+def test_gradient_of_the_pad_token(mesh: Mesh) -> None:
+    """Where a pad token is also a token of the text (SmolLM2-Instruct: <|im_end|>), its embedding does not learn."""
+    raw = make_raw(pad_token_id=5)
+    config = LlamaConfig.from_hf(raw)
+    rng = np.random.default_rng(8)
+    weights, batch = make_weights(config, rng), make_batch(config, rng, [11])
+    batch.ids[0, 3] = 5
+    theirs, scales = run_hf(raw, weights, batch)
+    assert_equal_outcomes(batch, run_ours(config, RunOptions(), mesh, weights, batch), theirs, scales)
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
@@ -627,7 +655,7 @@ def test_packed_equals_alone(kind: str, scan_layers: bool, mesh: Mesh) -> None:
             part = slice(start, start + length)
             with torch.no_grad():  # a new model: transformers keeps the longest length it has seen
                 alone = make_hf(raw, weights)(torch.tensor(packed.ids[r : r + 1, part])).logits[0].numpy()
-            assert np.abs(ours[r, part] - alone).max() <= LOGITS_ATOL
+            assert_within("packed logits", np.abs(ours[r, part] - alone), LOGITS_ATOL)
 
 
 @pytest.mark.parametrize("kind", ["default", "dynamic"])
@@ -691,7 +719,7 @@ def test_bfloat16_is_as_exact_as_torch(autocast: bool, mesh: Mesh) -> None:
         ours_squares += np.square(ours - exact).mean()
         theirs_squares += np.square(theirs - exact).mean()
     assert theirs_squares > 0
-    assert math.sqrt(ours_squares / theirs_squares) <= 1.25
+    assert_within("error over torch's error", math.sqrt(ours_squares / theirs_squares), 1.25)
 
 
 # --- real checkpoints ------------------------------------------------------------------------------------------------
@@ -714,7 +742,7 @@ def check_golden(checkpoint_path: Path, golden_path: Path, mesh: Mesh, run: RunO
 
     ours = np.asarray(logits(params, ids, np.arange(ids.shape[1])[None]))[0]
     assert (ours.argmax(-1) == golden["logits"].argmax(-1)).all()
-    assert np.abs(ours - golden["logits"]).max() <= 1e-3
+    assert_within("golden logits", np.abs(ours - golden["logits"]), 1e-3)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -745,8 +773,8 @@ def test_float64_from_the_papers(mesh: Mesh) -> None:
     rng = np.random.default_rng(5)
     weights, batch = make_weights(config, rng), make_batch(config, rng, [40])
     exact = llama_logits(weights, raw, batch.ids[0])
-    assert np.abs(run_ours(config, RunOptions(), mesh, weights, batch).logits[0] - exact).max() <= LOGITS_ATOL
-    assert np.abs(run_hf(raw, weights, batch)[0].logits[0] - exact).max() <= LOGITS_ATOL
+    assert_within("ours", np.abs(run_ours(config, RunOptions(), mesh, weights, batch).logits[0] - exact), LOGITS_ATOL)
+    assert_within("theirs", np.abs(run_hf(raw, weights, batch)[0].logits[0] - exact), LOGITS_ATOL)
 
 
 # --- the KV cache ----------------------------------------------------------------------------------------------------
@@ -777,11 +805,11 @@ def test_decoding_equals_the_full_forward(kind: str, scan_layers: bool, mesh: Me
     places = np.where(real, block, slots)  # a pad's key and value are written nowhere
     cache = make_cache(config, run, 2, slots)
     logits, cache = forward(params, ids[:, : prompts.max()], places, real.astype(np.int32), cache)
-    assert np.abs(np.asarray(logits) - full[:, : prompts.max()])[real].max() <= LOGITS_ATOL
+    assert_within("prefill", np.abs(np.asarray(logits) - full[:, : prompts.max()])[real], LOGITS_ATOL)
     for step in range(steps):
         at = (prompts + step)[:, None]
         logits, cache = forward(params, np.take_along_axis(ids, at, 1), at, np.ones_like(at), cache)
-        assert np.abs(np.asarray(logits)[:, 0] - full[[0, 1], at[:, 0]]).max() <= LOGITS_ATOL
+        assert_within("decoding", np.abs(np.asarray(logits)[:, 0] - full[[0, 1], at[:, 0]]), LOGITS_ATOL)
 
 
 # --- eight devices ---------------------------------------------------------------------------------------------------
@@ -795,17 +823,18 @@ def compare_meshes() -> None:
     one = sharding.make_mesh(devices[:1])
     eight = jax.make_mesh((2, 2, 2), sharding.AXES, (AxisType.Explicit,) * 3, devices=devices)
     for tied, scan_layers, remat in ((False, False, "none"), (True, True, "matmuls"), (False, True, "full")):
-        config = LlamaConfig.from_hf(make_raw(tie_word_embeddings=tied, intermediate_size=40))
+        raw = make_raw(tie_word_embeddings=tied, intermediate_size=40)
+        config = LlamaConfig.from_hf(raw)
         run = RunOptions(scan_layers=scan_layers, remat=remat)
         rng = np.random.default_rng(7)
         weights, batch = make_weights(config, rng), make_batch(config, rng, [9, 17, 12, 5])
         expected = run_ours(config, run, one, weights, batch, 0.1)
         got = run_ours(config, run, eight, weights, batch, 0.1)
-        scales = run_hf(make_raw(tie_word_embeddings=tied, intermediate_size=40), weights, batch, 0.1)[1]
-        assert np.abs(got.logits - expected.logits).max() <= 1e-5 * np.abs(expected.logits).max()
-        assert abs(got.loss - expected.loss) <= 1e-5 * expected.loss
+        scales = run_hf(raw, weights, batch, 0.1)[1]
+        assert_within("logits", np.abs(got.logits - expected.logits), 1e-5 * np.abs(expected.logits).max())
+        assert_within("loss", abs(got.loss - expected.loss), 1e-5 * expected.loss)
         for name, grad in expected.grads.items():
-            assert np.linalg.norm(got.grads[name] - grad) <= GRAD_RTOL * scales[name], name
+            assert_within(name, np.linalg.norm(got.grads[name] - grad), GRAD_RTOL * scales[name])
 
 
 def test_eight_devices() -> None:

@@ -1,6 +1,6 @@
 """Update k as blocks of tokens: a pure function of the data, the order and k."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,18 +14,20 @@ ROW_MULTIPLE = 128  # what attention kernels ask of a row's length
 
 
 class Batch(NamedTuple):
-    """Packed rows, all arrays [B, T]. A token of weight w adds w * cross-entropy(token, target) to the update's loss.
+    """Packed rows, all arrays [B, T], on the host or on the devices.
+
+    A token of weight w adds w * cross-entropy(token, target) to the update's loss.
 
     `segment_ids` are 1, 2, ... along a row and 0 for padding; `positions` restart with each segment; `lengths` is the
     padded length that the token's micro-batch would have in the HF Trainer, which `dynamic` and `longrope` scale by.
     """
 
-    input_ids: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-    lengths: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
+    input_ids: Any
+    positions: Any
+    segment_ids: Any
+    lengths: Any
+    targets: Any
+    weights: Any
 
 
 class Piece(NamedTuple):
@@ -57,7 +59,7 @@ class Batches:
         rows_at_once = max(1, max_tokens // row_limit)
         rows, needed = [], []
         for k in range(self.order.updates):
-            sizes = [int(lengths[i]) for micro in self.order.update(k) for rank in micro for i in rank]
+            sizes = self._sizes(k)
             count = max(1, -(-sum(sizes) // (row_limit * self.ways)))
             while (placed := pack(sizes, count * self.ways, row_limit)) is None:
                 count += 1
@@ -68,9 +70,9 @@ class Batches:
             needed.append(longest)
         most = max(1, min(MAX_SHAPES, self.order.updates // UPDATES_PER_SHAPE))
         # One level of length for each number of rows, then further ones to the most frequent number.
-        by_rows = {min(r, rows_at_once): [] for r in rows}  # type: dict[int, list[int]]
+        by_rows: dict[int, list[int]] = {}
         for r, n in zip(rows, needed, strict=True):
-            by_rows[min(r, rows_at_once)].append(n)
+            by_rows.setdefault(min(r, rows_at_once), []).append(n)
         while len(by_rows) > max(most, 1):
             smallest = min(by_rows)
             moved = by_rows.pop(smallest)
@@ -79,13 +81,24 @@ class Batches:
         for r, lengths_needed in sorted(by_rows.items()):
             levels = most - len(by_rows) + 1 if r == common else 1
             self.shapes += [(r * self.ways, n) for n in ladder(np.asarray(lengths_needed), levels, ROW_MULTIPLE)]
-        self._blocks = [self._blocks_of(r, n, rows_at_once) for r, n in zip(rows, needed, strict=True)]
+        self._blocks = [
+            self._blocks_of(self._sizes(k), r, n, rows_at_once)
+            for k, (r, n) in enumerate(zip(rows, needed, strict=True))
+        ]
 
-    def _blocks_of(self, rows: int, needed: int, rows_at_once: int) -> tuple[int, Shape]:
+    def _sizes(self, k: int) -> list[int]:
+        """Lengths of the examples of update k, in order."""
+        lengths = self.examples.lengths
+        return [int(lengths[i]) for micro in self.order.update(k) for rank in micro for i in rank]
+
+    def _blocks_of(self, sizes: list[int], rows: int, needed: int, rows_at_once: int) -> tuple[int, Shape]:
         """How many blocks of which shape an update takes that needs `rows` rows a device of length `needed`."""
         fitting = [s for s in self.shapes if s[0] >= min(rows, rows_at_once) * self.ways and s[1] >= needed]
-        shape = min(fitting, key=lambda s: s[0] * s[1])
-        return -(-rows * self.ways // shape[0]), shape
+        for shape in sorted(fitting, key=lambda s: s[0] * s[1]):
+            count = -(-rows * self.ways // shape[0])
+            if pack(sizes, count * shape[0], shape[1]) is not None:
+                return count, shape
+        raise AssertionError(f"no shape of {self.shapes} holds examples of lengths {sizes}")
 
     def blocks(self, k: int) -> int:
         """How many blocks update k has."""
@@ -100,8 +113,8 @@ class Batches:
         """The blocks of update k, to be summed."""
         count, (rows, length) = self._blocks[k]
         pieces = self._pieces(k)
-        placed = pack([int(self.examples.lengths[p.example]) for p in pieces], count * rows, length)
-        assert placed is not None, f"update {k}: planned shape does not hold it"
+        placed = pack(self._sizes(k), count * rows, length)
+        assert placed is not None  # as planned
         return [
             self._fill([[pieces[i] for i in row] for row in placed[b * rows : (b + 1) * rows]], length)
             for b in range(count)
@@ -127,7 +140,8 @@ class Batches:
         return pieces
 
     def _fill(self, rows: list[list[Piece]], length: int) -> Batch:
-        batch = Batch(*(np.zeros((len(rows), length), np.int32) for _ in range(5)), np.zeros((len(rows), length), np.float32))
+        kinds = dict.fromkeys(Batch._fields, np.int32) | {"weights": np.float32}
+        batch = Batch(**{name: np.zeros((len(rows), length), kind) for name, kind in kinds.items()})
         for r, row in enumerate(rows):
             start = 0
             for segment, piece in enumerate(row, start=1):

@@ -107,5 +107,7 @@ def check_examples(examples: Examples, vocab_size: int, source: str) -> Examples
     learned = labels != IGNORE_INDEX
     learned[examples.offsets[:-1]] = False  # the first token of an example is predicted by nothing
     if not learned.any():
-        raise InputError(f"{source}: every label is masked (-100), so there is nothing to learn; raise model_max_length?")
+        raise InputError(
+            f"{source}: every label is masked (-100), so there is nothing to learn; raise model_max_length?"
+        )
     return Examples(ids.astype(np.int32), labels.astype(np.int32), examples.offsets)

@@ -44,7 +44,7 @@ def _read(path: Path) -> list[Any]:
     records = []
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in enumerate(file, start=1):  # noqa: B007  # the error below names it
                 if line.strip():
                     records.append(json.loads(line))
     except json.JSONDecodeError as e:

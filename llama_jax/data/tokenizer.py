@@ -56,7 +56,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def add_missing_special_tokens(self) -> int:
-        """stanford_alpaca's rule: `[PAD]`, `</s>`, `<s>`, `<unk>` where that token is None. Returns how many are new."""
+        """stanford_alpaca's rule: `[PAD]`, `</s>`, `<s>`, `<unk>` where that one is None. Returns how many are new."""
         before = len(self)
         for key, token in DEFAULTS.items():
             if self.special[key] is None:
@@ -113,7 +113,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         path = folder / "tokenizer.model"
         try:
-            proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]  # made at run time
             self._start = SentencePieceProcessor(model_proto=proto.SerializeToString())
             proto.normalizer_spec.add_dummy_prefix = False
             self._inner = SentencePieceProcessor(model_proto=proto.SerializeToString())
@@ -130,9 +130,9 @@ class SentencePieceTokenizer(Tokenizer):
         for i, token in _added_tokens(folder, config):
             if i >= pieces.get_piece_size():
                 self._added[token] = i
-        for token in self.special.values():
-            if token:
-                self._add(token)
+        for special in self.special.values():
+            if special:
+                self._add(special)
 
     def __len__(self) -> int:
         return self._start.get_piece_size() + len(self._added)
@@ -200,7 +200,7 @@ class FastTokenizer(Tokenizer):
         self._register()
 
     def _follow_add_bos(self) -> None:
-        """HF's LlamaTokenizer classes put bos and eos by `add_bos_token` and `add_eos_token`, whatever the file says."""
+        """HF's LlamaTokenizer classes put bos and eos by `add_bos_token`, `add_eos_token`, whatever the file says."""
         from tokenizers.processors import TemplateProcessing
 
         parts, used = ["$A:0"], []

@@ -103,7 +103,8 @@ def _stack(layers: list[jax.Array], dtype: Any) -> jax.Array:
 def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
     """The tensor in its own type on the target's devices; rows past the file's (a padded vocabulary) are zero."""
 
-    def read(index: Index) -> np.ndarray:
+    def read(index: Index | None) -> np.ndarray:
+        assert index is not None
         bounds = [s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True)]
         inside = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(bounds, tensor.shape, strict=True))
         part = tensor.read(inside)
@@ -120,7 +121,7 @@ def _at(tree: Any, path: tuple) -> Any:
 
 
 def init_params(config: LlamaConfig, run: RunOptions, mesh: Mesh, seed: int = 0) -> Params:
-    """Random parameters: normal weights of `initializer_range`, norms 1, biases 0; rows that pad the vocabulary are 0."""
+    """Random parameters: normal weights of `initializer_range`, norms 1, biases 0, rows that pad the vocabulary 0."""
     _, abstract = abstract_params(config, run, mesh)
 
     def init() -> Params:

@@ -14,10 +14,8 @@ def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """HF name -> (path in the unstacked parameter tree, HF shape), in the order of the model."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     Q, KV = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    table: dict[str, tuple[Path, tuple[int, ...]]] = {
-        "model.embed_tokens.weight": (("embed_tokens", "weight"), (V, D))
-    }
-    projections = {
+    table: dict[str, tuple[Path, tuple[int, ...]]] = {"model.embed_tokens.weight": (("embed_tokens", "weight"), (V, D))}
+    projections: dict[str, tuple[int, int, bool]] = {
         "self_attn.q_proj": (Q, D, config.attention_bias),
         "self_attn.k_proj": (KV, D, config.attention_bias),
         "self_attn.v_proj": (KV, D, config.attention_bias),
@@ -30,7 +28,7 @@ def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             table[f"model.layers.{i}.{norm}.weight"] = (("layers", i, norm, "weight"), (D,))
         for name, (out, in_, bias) in projections.items():
-            path = ("layers", i, *name.split("."))
+            path: Path = ("layers", i, *name.split("."))
             table[f"model.layers.{i}.{name}.weight"] = ((*path, "weight"), (out, in_))
             if bias:
                 table[f"model.layers.{i}.{name}.bias"] = ((*path, "bias"), (out,))

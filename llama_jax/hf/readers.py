@@ -1,4 +1,4 @@
-"""Reading a checkpoint's files: safetensors, GGUF, and `.bin` on request. Nothing is loaded here: tensors stay on disk."""
+"""Looking into a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,7 +52,7 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             continue
         if suffix == "bin" and not allow_pickle:
             raise InputError(
-                f"{folder}: only pickled weights ({stem}*.bin) here; unpickling runs with --allow_pickle and torch >= 2.10"
+                f"{folder}: only pickled weights ({stem}*.bin) here; --allow_pickle reads them (torch >= 2.10)"
             )
         if index.exists():
             return _open_indexed(folder, index, opener)
@@ -78,7 +78,7 @@ def _open_indexed(folder: Path, index: Path, opener) -> dict[str, Tensor]:
 
 
 def _shard_path(folder: Path, index: Path, shard: str) -> Path:
-    """The shard's path: a plain name in this folder. The hub's cache keeps links to ../../blobs; no other link leaves."""
+    """The shard's path, a plain name in this folder. The hub's cache links to ../../blobs; no other link leaves."""
     if Path(shard).name != shard:
         raise InputError(f"{index}: shard name {shard!r} is not a plain file name")
     path = folder / shard

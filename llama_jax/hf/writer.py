@@ -18,7 +18,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def hf_tensors(params: dict[str, Any], config: LlamaConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """HF names and host arrays, one at a time, rows that pad the vocabulary stripped; stacked layers are taken apart."""
+    """HF names and host arrays, one at a time; rows that pad the vocabulary are stripped, stacked layers unstacked."""
     stacked = "self_attn" in params["layers"]
     for name, (path, shape) in name_table(config).items():
         leaf: Any = params
@@ -52,7 +52,9 @@ def write_weights(
         plan[-1].append(name)
         used, total = used + size, total + size
     count = len(plan)
-    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    files = (
+        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
     source = hf_tensors(params, config)
     for file, names in zip(files, plan, strict=True):
         shard = {}
@@ -67,6 +69,7 @@ def write_weights(
         if old.name not in files:
             old.unlink()
     for file in files:
+        (folder / f"{file}.tmp").chmod(0o644)  # safetensors writes for the owner only
         (folder / f"{file}.tmp").rename(folder / file)
     if count > 1:
         weight_map = {name: file for file, names in zip(files, plan, strict=True) for name in names}

@@ -30,8 +30,7 @@ class RunLog:
         self._flos = float(state.values["total_flos"])
         self._total_loss = self._window_loss = 0.0
         self._window = 0
-        self._tokens = 0
-        self._measured_from: float | None = None
+        self._done_at: list[tuple[float, int]] = []  # when each update was done, and its tokens
 
     def on_update(self, step: int, loss: float, grad_norm: float, tokens: int) -> None:
         """Update number `step` (from 1) is done."""
@@ -42,10 +41,10 @@ class RunLog:
         self._window += 1
         epoch = order.epoch_at(step)
         self.state.at(step, epoch, self._flos)
-        rate = self._tokens_per_second(tokens)
+        self._done_at.append((time.monotonic(), tokens))
         modern = order.compat == "5"
         lr = float(self.schedule[step - 1 if modern else step])
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {rate:,.0f} tok/s", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self._recent_speed():,.0f} tok/s", refresh=False)
         self.bar.update(1)
         if self.due(step):
             values = {"loss": self._window_loss / self._window}
@@ -55,14 +54,17 @@ class RunLog:
             tqdm.write(str(self.state.log(values, epoch, step)))
             self._window_loss, self._window = 0.0, 0
 
-    def _tokens_per_second(self, tokens: int) -> float:
-        """Real tokens a second since the first update, which compiled, was done."""
-        now = time.monotonic()
-        if self._measured_from is None:
-            self._measured_from = now
-            return 0.0
-        self._tokens += tokens
-        return self._tokens / max(now - self._measured_from, 1e-9)
+    def speed(self) -> tuple[float, float]:
+        """Real tokens a second since the first update (which compiled) was done, and the median seconds an update."""
+        if len(self._done_at) < 2:
+            return 0.0, 0.0
+        times = np.asarray([t for t, _ in self._done_at])
+        tokens = sum(n for _, n in self._done_at[1:])
+        return tokens / max(times[-1] - times[0], 1e-9), float(np.median(np.diff(times)))
+
+    def _recent_speed(self, updates: int = 50) -> float:
+        recent = self._done_at[-updates:]
+        return sum(n for _, n in recent[1:]) / max(recent[-1][0] - recent[0][0], 1e-9)
 
     def finish(self) -> None:
         """The last entry, as the HF Trainer computes it: examples by the flags, the loss by this process alone."""

@@ -9,8 +9,16 @@ from llama_jax.files import write_json
 class TrainerState:
     """What the HF Trainer keeps of a run. `compat` is "4.37" or "5": the rounding and the keys of that version."""
 
-    def __init__(self, compat: str, *, max_steps: int, num_train_epochs: int, train_batch_size: int, logging_steps: int,
-                 save_steps: int):
+    def __init__(
+        self,
+        compat: str,
+        *,
+        max_steps: int,
+        num_train_epochs: int,
+        train_batch_size: int,
+        logging_steps: int,
+        save_steps: int,
+    ):
         self.compat = compat
         self.values: dict[str, Any] = {
             "best_metric": None,

