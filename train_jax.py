@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     from llama_jax import sharding
-    from llama_jax.checkpoint import Checkpoints, find_steps, read_run, tree_bytes
+    from llama_jax.checkpoint import Checkpoints, find_steps, read_run
     from llama_jax.hf.load import abstract_params, resize_vocabulary
     from llama_jax.hf.names import name_table
     from llama_jax.hf.source import Source
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
     graphdef, abstract_parameters = abstract_params(config, run, mesh)
     abstract = abstract_state(abstract_parameters, tx, mesh)
-    checkpoints = Checkpoints(output_dir, args.save_total_limit, tree_bytes(abstract))
+    checkpoints = Checkpoints(output_dir, args.save_total_limit, abstract)
     log = TrainerState(
         args.hf_compat,
         max_steps=order.updates,

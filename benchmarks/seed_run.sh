@@ -46,11 +46,11 @@ if [ "$(df --output=avail -BG "$work" | tail -1 | tr -dc 0-9)" -lt 120 ]; then
 fi
 clock "the command as written, stopped after 40 updates"
 seed "$out" >"$logs/run1.log" 2>"$logs/run1.err" & pid=$!
-wait_for "$logs/run1.log" 40 $pid; clock "SIGTERM"; pkill -TERM -f train_jax.py; wait $pid; clock "exit code $?"
+wait_for "$logs/run1.log" 40 $pid; clock "SIGTERM"; pkill -TERM -P $pid; wait $pid; clock "exit code $?"
 du -sh "$out"; ls "$out"; free -g | head -2
 clock "resumed, for 10 updates"
 seed "$out" --resume_from_checkpoint True >"$logs/run2.log" 2>"$logs/run2.err" & pid=$!
-wait_for "$logs/run2.log" 10 $pid; pkill -KILL -f train_jax.py; wait $pid 2>/dev/null; clock "killed"
+wait_for "$logs/run2.log" 10 $pid; pkill -KILL -P $pid; wait $pid 2>/dev/null; clock "killed"
 rm -rf "$out"; umount "$work/tmpfs" 2>/dev/null
 clock "32 updates to the end, and the export"
 seed "$work/final" --max_steps 32 >"$logs/run3.log" 2>"$logs/run3.err"; clock "exit code $?"

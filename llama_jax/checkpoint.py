@@ -15,7 +15,6 @@ from llama_jax.errors import InputError
 
 PARAMS_DIR = "params"  # of a Flax folder
 _STEP = re.compile(r"checkpoint-(0|[1-9]\d*)")
-_PIECE_GB = 4  # what a piecewise save or a restore holds in host memory beside the arrays
 
 
 class _HFNames(ocp.path.step.NameFormat):
@@ -48,21 +47,21 @@ def read_run(output_dir: Path, step: int) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The `checkpoint-N` folders of a run, at most `limit` of them (None or 0: all), for a state of `state_bytes`.
+    """The `checkpoint-N` folders of a run, at most `limit` of them (None or 0: all), for states like `abstract`.
 
     A state that fits this host's memory twice is copied there and written while the run goes on; a larger one is
     written piece by piece, and the run waits.
     """
 
-    def __init__(self, output_dir: Path, limit: int | None, state_bytes: int):
+    def __init__(self, output_dir: Path, limit: int | None, abstract: Any):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=limit if limit and limit > 0 else None,
             step_name_format=_HFNames(),
             cleanup_tmp_directories=True,
         )
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._piecewise = state_bytes > memory // 2
-        handlers = {"state": _handler(self._piecewise), "run": ocp.JsonCheckpointHandler()}
+        self._piecewise = tree_bytes(abstract) > memory // 2
+        handlers = {"state": _handler(abstract, self._piecewise), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(output_dir.absolute(), options=options, item_handlers=handlers)
 
     def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
@@ -97,16 +96,19 @@ class _InPieces(ocp_types.DefaultSerializationStatusCallback):
         return ocp_types.TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
 
 
-def _handler(piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
+def _handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
+    # What lies in host memory at a time beside the arrays; orbax refuses an array that is larger.
+    largest = max(tree_bytes(x) for x in jax.tree.leaves(state))
+    gigabytes = math.ceil(max(4e9, 2 * largest) / 1e9)
     options: dict[str, Any] = {}
     if piecewise:
         # The handler's own `is_prioritized_key_fn` reaches nothing in orbax 0.12: the array handler's callback does.
         arrays = ocp.type_handlers.ArrayHandler(callback=_InPieces())
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        options = {"save_device_host_concurrent_gb": _PIECE_GB, "type_handler_registry": registry}
+        options = {"save_device_host_concurrent_gb": gigabytes, "type_handler_registry": registry}
     # Trained float32 does not compress, and trying costs seven times the time of writing.
     return ocp.PyTreeCheckpointHandler(
-        use_compression=False, save_concurrent_gb=_PIECE_GB, restore_concurrent_gb=_PIECE_GB, **options
+        use_compression=False, save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes, **options
     )
 
 
@@ -116,14 +118,14 @@ def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
 
 def save_params(folder: Path, params: Any) -> None:
     """Write unstacked parameters as the `params` of a Flax folder."""
-    with ocp.Checkpointer(_handler()) as checkpointer:
+    with ocp.Checkpointer(_handler(params)) as checkpointer:
         checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
 
 
 def load_params(folder: Path, abstract: Any) -> Any:
     """Read the `params` of a Flax folder into the types and placements of `abstract`."""
     try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
+        with ocp.Checkpointer(_handler(abstract)) as checkpointer:
             return checkpointer.restore(folder.absolute() / PARAMS_DIR, args=_restore_args(abstract))
     except (ValueError, KeyError, FileNotFoundError) as e:
         reason = str(e).splitlines()[0][:200]

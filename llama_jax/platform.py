@@ -1,5 +1,6 @@
 """Settings of JAX that hold for the whole process; jax's differences between versions live here and in sharding.py."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 
 def set_up_jax(use_cpu: bool = False, tf32: bool | None = None) -> str:
     """Choose the platform, exact float32 products (TF32 on request) and a compilation cache; returns the platform."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is meant
     # JAX takes 75% of a GPU's memory by default; a 7B model with float32 Adam needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
     # Orbax copies a GPU's state through pinned host memory, of which XLA allows 64 GB by default.

@@ -1,0 +1,212 @@
+"""A tiny LLaMA on disk, tiny data for it, and the commands run on them.
+
+The folders are written here without the code under test: names and shapes are HF's own.
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from llama_jax.errors import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+Arrays = dict[str, np.ndarray]
+
+# As large as the byte tokenizer of `write_tokenizer`. Weights six times HF's: gradients that stand clear of rounding.
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "torch_dtype": "float32",
+}
+
+
+def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of transformers' LlamaForCausalLM."""
+    D, F, V = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    N = config["num_attention_heads"]
+    H = config.get("head_dim") or D // N
+    K = config.get("num_key_value_heads") or N
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for i in range(config["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}input_layernorm.weight": (D,), f"{at}post_attention_layernorm.weight": (D,)}
+        for name, out, in_ in (("q", N * H, D), ("k", K * H, D), ("v", K * H, D), ("o", D, N * H)):
+            shapes[f"{at}self_attn.{name}_proj.weight"] = (out, in_)
+            if config.get("attention_bias"):
+                shapes[f"{at}self_attn.{name}_proj.bias"] = (out,)
+        for name, out, in_ in (("gate", F, D), ("up", F, D), ("down", D, F)):
+            shapes[f"{at}mlp.{name}_proj.weight"] = (out, in_)
+            if config.get("mlp_bias"):
+                shapes[f"{at}mlp.{name}_proj.bias"] = (out,)
+    shapes["model.norm.weight"] = (D,)
+    if not config.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def make_arrays(config: dict[str, Any], seed: int = 0) -> Arrays:
+    """Random float32 weights; the norms' weights lie around 1."""
+    rng = np.random.default_rng(seed)
+    scale = config.get("initializer_range", 0.02)
+    arrays = {}
+    for name, shape in hf_shapes(config).items():
+        array = rng.normal(0, scale, shape).astype(np.float32)
+        arrays[name] = 1 + array if "norm" in name else array
+    return arrays
+
+
+def write_model(folder: Path, config: dict[str, Any] = CONFIG, arrays: Arrays | None = None, shards: int = 1) -> Path:
+    """An HF folder without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    arrays = make_arrays(config) if arrays is None else arrays
+    if shards == 1:
+        save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: arrays[name] for name in list(arrays)[i::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(a.nbytes for a in arrays.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def write_tokenizer(folder: Path, pad_token: str | None = "<s>") -> Path:
+    """A tokenizer of 259 tokens: the bytes, then <s>, </s>, <unk>."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<s>", "</s>", "<unk>"]
+    vocab = {token: i for i, token in enumerate([*alphabet, *special])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": pad_token,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def make_records(count: int, seed: int = 0, longest: int = 24, vocab_size: int = 259) -> list[dict[str, list[int]]]:
+    """Tokenised records of 3 to `longest` tokens, about half of each masked, the first token always."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for _ in range(count):
+        ids = rng.integers(0, vocab_size, rng.integers(3, longest + 1)).tolist()
+        masked = int(rng.integers(1, len(ids)))
+        records.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return records
+
+
+ALPACA = [
+    {"instruction": "Name three fish.", "input": "", "output": "Cod, eel and pike."},
+    {"instruction": "Translate into French.", "input": "Good morning", "output": "Bonjour"},
+    {"instruction": "What is 2 + 2?", "output": "4"},
+    {"instruction": "Say nothing.", "input": "", "output": ""},
+    {"instruction": "Write naïve in capitals.", "input": "naïve", "output": "NAÏVE ☃"},
+]
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path
+
+
+class Outcome(NamedTuple):
+    """What a command did: its exit code, what it printed, and how many programs XLA compiled for it."""
+
+    code: int
+    out: str
+    err: str
+    compiled: int
+
+
+_compiled: list[str] = []
+
+
+def _on_event(event: str, duration: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiled.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_event)
+
+
+@contextlib.contextmanager
+def _own_process() -> Iterator[None]:
+    """What a command changes for its whole process is put back: signals, settings of jax, the environment."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    settings = {name: jax.config.values[name] for name in ("jax_platforms", "jax_default_matmul_precision")}
+    environment, argv = dict(os.environ), sys.argv
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")  # the suite's, not the user's
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = argv
+
+
+def run(main: Callable[[list[str]], int], *argv: Any) -> Outcome:
+    """Run a command's `main` as its file does, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    before = len(_compiled)
+    with _own_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        sys.argv = ["command", *map(str, argv)]
+        try:
+            code = run_command(main)
+        except SystemExit as e:  # argparse's own way out
+            code = e.code if isinstance(e.code, int) else 1
+    return Outcome(code, out.getvalue(), err.getvalue(), len(_compiled) - before)
+
+
+def environment() -> dict[str, str]:
+    """For real processes: the suite's compilation cache, lines as they are printed."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
+        p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}  # fmt: skip
+
+
+def log_entries(folder: Path) -> list[dict[str, Any]]:
+    """The updates in `trainer_state.json`, the summary at the end left out."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
