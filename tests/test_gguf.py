@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llama_jax.errors import InputError
-from llama_jax.hf.gguf_file import read_gguf, write_gguf_tokenizer
+from llama_jax.hf.gguf_file import read_gguf
+from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KEYS = {
@@ -788,7 +789,7 @@ def test_neither_torch_nor_transformers_is_needed(tmp_path):
     path = write_tokenizer(tmp_path / "t.gguf", tiny_byte_level())
     program = (
         "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'jax'));"
-        "from llama_jax.hf.gguf_file import write_gguf_tokenizer;"
+        "from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer;"
         f"write_gguf_tokenizer({str(path)!r}, {str(tmp_path)!r})"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])

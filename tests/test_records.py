@@ -130,7 +130,7 @@ def without(record: dict[str, Any], key: str) -> dict[str, Any]:
 def test_a_bad_record_is_named(tmp_path, good, bad, named, layout):
     message = refusal(write(tmp_path / "data.json", as_lines([good, good, bad, good]), layout))
     assert re.search(r"\brecord 3\b", message), message
-    assert named in message or str(bad.get(named) if isinstance(bad, dict) else bad) in message, message
+    assert named in message, message
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

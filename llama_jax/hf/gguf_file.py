@@ -1,19 +1,17 @@
-"""GGUF, llama.cpp's file format: the config, the tensors and the tokenizer as Hugging Face would have them.
+"""GGUF, llama.cpp's file format: the config and the tensors as Hugging Face would have them.
 
 Sources: the package `gguf` (keys, block formats) and llama.cpp: `conversion/llama.py` interleaves the rows of q and k
 and bakes in llama 3's rope factors, `src/llama-vocab.cpp` says what the tokenizer's metadata mean.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor, TokenType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from llama_jax.errors import InputError
 from llama_jax.hf.tensor import Index, Tensor
@@ -43,24 +41,11 @@ _SCALING = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
-_TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 _F = GGMLQuantizationType
 _NATIVE = {_F.F32: np.dtype(np.float32), _F.F16: np.dtype(np.float16), _F.BF16: np.dtype(ml_dtypes.bfloat16)}
 _CHUNK = 1 << 20  # elements to dequantize at a time, as gguf's `dequantize` holds its result twice
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# tokenizer.ggml.pre -> the patterns that cut the text, each applied within the pieces that the one before has left.
-_SPLITS = {
-    **{name: [_LLAMA3] for name in ("llama-bpe", "llama3", "llama-v3")},
-    **{name: [r"\p{N}", _GPT2] for name in ("smollm", "starcoder", "refact")},
-    "gpt-2": [_GPT2],
-    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
-}
 
 
 def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,7 +56,7 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     `InputError` for a file that is not a whole GGUF file of architecture llama, and for metadata or rope factors that
     change the mathematics in a way that the config cannot tell.
     """
-    metadata, sources = _open(path)
+    metadata, sources = open_gguf(path)
     if (architecture := metadata.get("general.architecture")) != "llama":
         raise InputError(f"{path}: general.architecture is {architecture!r}, not 'llama'; give a LLaMA model")
     config = _make_config(path, metadata, sources)
@@ -86,7 +71,7 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _open(path: str | Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
+def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
     """The metadata, and the tensors by GGUF name: mapped into memory, not read."""
     try:
         reader = GGUFReader(path)
@@ -136,7 +121,7 @@ def _make_config(path: str | Path, metadata: dict[str, Any], sources: dict[str, 
         "mlp_bias": any(re.search(r"\.ffn_(gate|up|down)\.bias$", name) for name in sources),
         "tie_word_embeddings": "output.weight" not in sources,
         "torch_dtype": "float32",
-        **{f"{key}_token_id": metadata.get(f"tokenizer.ggml.{_TOKEN_IDS[key]}") for key in ("bos", "eos", "pad")},
+        **{f"{key}_token_id": metadata.get(f"tokenizer.ggml.{TOKEN_IDS[key]}") for key in ("bos", "eos", "pad")},
     }
     scaling = {"rope_type": "linear"} | {name: take(key) for key, name in _SCALING.items() if key in keys}
     if scaling["rope_type"] not in ("none", "linear", "yarn"):
@@ -208,91 +193,3 @@ def _make_tensor(path: str | Path, source: ReaderTensor, heads: int | None) -> T
         return out
 
     return Tensor(shape, dtype, str(path), read)
-
-
-def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and, if any, chat_template.jinja.
-
-    `folder` is made if need be. Both of LLaMA's tokenizers become a tokenizer.json:
-    - 'gpt2', byte-level BPE: the file's merges, the text cut first as tokenizer.ggml.pre says.
-    - 'llama', sentencepiece's BPE: merges that follow the scores. No tokenizer.model, since transformers 5 reads one
-      otherwise than sentencepiece does: it adds no '▁' to a text that begins with a space.
-    Control tokens are special, and what follows an added token is encoded as a text of its own, with its own '▁', as
-    llama.cpp and HF's `legacy` tokenizers do. Raises `InputError` for other tokenizers and damaged metadata.
-    """
-    metadata, _ = _open(path)
-    settings = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    model, pre = settings.get("model"), settings.get("pre", "")
-    if model == "llama":  # llama.cpp's defaults
-        settings = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | settings
-    refused = {
-        "model": model not in ("gpt2", "llama"),
-        "pre": model == "gpt2" and pre not in _SPLITS,
-        "remove_extra_whitespaces": settings.get("remove_extra_whitespaces", False),
-        "precompiled_charsmap": "precompiled_charsmap" in settings,
-    }
-    for key in (key for key, unknown in refused.items() if unknown):
-        value = repr(settings.get(key))[:40]
-        raise InputError(f"{path}: tokenizer.ggml.{key} {value} is not supported; use the tokenizer of the HF folder")
-    try:
-        tokens, types = settings["tokens"], settings["token_type"]
-        ids = {key: settings[name] for key, name in _TOKEN_IDS.items() if name in settings}
-        names = {f"{key}_token": tokens[id_] for key, id_ in ids.items()}
-        tokenizer = _make_byte_level(settings) if model == "gpt2" else _make_sentencepiece(settings)
-        if not len(tokens) == len(types) == tokenizer.get_vocab_size():
-            raise ValueError("a token occurs twice, or has no type")
-    except Exception as problem:  # `tokenizers` raises no narrower class
-        raise InputError(f"{path}: damaged tokenizer ({problem!r}); use the tokenizer of the HF folder") from problem
-
-    special = {i for i, type_ in enumerate(types) if type_ in (TokenType.CONTROL, TokenType.UNKNOWN)} | {*ids.values()}
-    plain = {i for i, type_ in enumerate(types) if type_ == TokenType.USER_DEFINED} - special
-    added = [AddedToken(tokens[i], special=i in special, normalized=False) for i in sorted(special | plain)]
-    tokenizer.add_tokens(added)
-    # Where the file is silent, llama.cpp adds a bos token for sentencepiece and for llama 3.
-    add_bos = settings.get("add_bos_token", model == "llama" or _SPLITS[pre] == _SPLITS["llama-bpe"])
-    add = {"bos": bool(add_bos and "bos" in ids), "eos": bool(settings.get("add_eos_token") and "eos" in ids)}
-    before, after = ([names[f"{key}_token"]] if add[key] else [] for key in ("bos", "eos"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=[*before, "$A", *after], special_tokens=[(tokens[id_], id_) for id_ in set(ids.values())]
-    )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-    config |= {f"add_{key}_token": value for key, value in add.items()}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
-    if chat_template := metadata.get("tokenizer.chat_template"):
-        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-
-
-def _make_byte_level(settings: dict[str, Any]) -> Tokenizer:
-    vocab = {token: i for i, token in enumerate(settings["tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in settings["merges"]]
-    # llama 3's vocabulary has words that no merge leads to: a whole piece that is a token stays whole.
-    splits = _SPLITS[settings["pre"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=splits == _SPLITS["llama-bpe"]))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _make_sentencepiece(settings: dict[str, Any]) -> Tokenizer:
-    tokens, types = settings["tokens"], settings["token_type"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    text = {token for token, type_ in zip(tokens, types, strict=True) if type_ == TokenType.NORMAL}
-    # sentencepiece merges whichever two neighbours make the piece of the best score, the leftmost first among equals
-    # (runs of spaces have equal scores): there the longer left part is what has grown from the left.
-    pairs = [(token[:cut], token[cut:]) for token in text for cut in range(1, len(token))]
-    merges = [pair for pair in pairs if text.issuperset(pair)]
-    merges.sort(key=lambda pair: (-settings["scores"][vocab["".join(pair)]], -len(pair[0]), -len(pair[1]), pair))
-    unknown, has_bytes = tokens[settings["unknown_token_id"]], TokenType.BYTE in types
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes))
-    prefix = settings.get("add_space_prefix", True)
-    spaces = normalizers.Replace(" ", "▁")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if prefix else [spaces])
-    decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(decoder if prefix else decoder[:-1])
-    return tokenizer

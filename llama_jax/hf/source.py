@@ -53,7 +53,7 @@ class Source:
         """The folder with the tokenizer's files; a GGUF's tokenizer is written out for it."""
         if self._checkpoint.gguf is None:
             return self.folder
-        from llama_jax.hf.gguf_file import write_gguf_tokenizer
+        from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 
         self._temporary = tempfile.TemporaryDirectory(prefix="llama_jax-")
         write_gguf_tokenizer(self._checkpoint.gguf, Path(self._temporary.name))

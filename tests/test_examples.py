@@ -1,0 +1,318 @@
+"""stanford_alpaca's examples, against a plain reading of its rule with sentencepiece itself.
+
+The rule (its train.py, 2023): a prompt with or without `input`; prompt + output + eos as one text; the labels of as
+many tokens as the prompt alone has are -100; both are cut at `model_max_length` first.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_jax.data import examples as examples_module
+from llama_jax.data.examples import Examples, alpaca_prompt, check_examples, from_tokenized, tokenize_alpaca
+from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llama_jax.errors import InputError
+
+BEFORE_LONG = """\
+Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request."""
+BEFORE_SHORT = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request."""
+
+Record = dict[str, Any]
+
+
+def prompt_of(record: Record) -> str:
+    if "input" in record and record["input"] != "":
+        parts = [BEFORE_LONG, "### Instruction:\n" + record["instruction"], "### Input:\n" + record["input"]]
+    else:
+        parts = [BEFORE_SHORT, "### Instruction:\n" + record["instruction"]]
+    return "\n\n".join([*parts, "### Response:"])
+
+
+class Rule(NamedTuple):
+    """The reference: LLaMA's ids 1 and 2 around sentencepiece's, special tokens in the text cut out."""
+
+    sp: sentencepiece.SentencePieceProcessor
+
+    def encode(self, text: str) -> list[int]:
+        special = {"<unk>": 0, "<s>": 1, "</s>": 2, "[PAD]": self.sp.get_piece_size()}
+        ids = [1]
+        for part in re.split(r"(<unk>|<s>|</s>|\[PAD\])", text):
+            if part in special:
+                ids.append(special[part])
+            elif part:
+                ids += self.sp.encode(part)
+        return ids
+
+    def example(self, record: Record, limit: int) -> tuple[list[int], list[int]]:
+        ids = self.encode(prompt_of(record) + record["output"] + "</s>")[:limit]
+        prompt = self.encode(prompt_of(record))[:limit]
+        masked = len([i for i in prompt if i != self.sp.get_piece_size()])
+        return ids, [-100] * len(ids[:masked]) + ids[masked:]
+
+
+CORPUS = [
+    BEFORE_LONG,
+    BEFORE_SHORT,
+    "### Instruction:\nWhat is a rainbow?\n\n### Input:\nred, green :) :: blue\n\n### Response:::) A rainbow is a bow.",
+]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> tuple[Tokenizer, Rule]:
+    """A tokenizer of LLaMA's kind, trained here: few pieces, so that texts are long."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=340,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    return opened(folder)
+
+
+@pytest.fixture(scope="session")
+def llama(shared) -> tuple[Tokenizer, Rule]:
+    return opened(shared / "data" / "llama-tokenizer")
+
+
+def opened(folder: Path) -> tuple[Tokenizer, Rule]:
+    tokenizer = open_tokenizer(folder)
+    tokenizer.add_missing_special_tokens()
+    return tokenizer, Rule(sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")))
+
+
+@pytest.fixture(scope="session")
+def alpaca(shared) -> list[Record]:
+    return json.loads((shared / "data" / "alpaca" / "alpaca_data.json").read_text(encoding="utf-8"))
+
+
+def assert_by_the_rule(records: list[Record], limit: int, tokenizer: Tokenizer, rule: Rule) -> None:
+    got = tokenize_alpaca(records, tokenizer, limit)
+    assert len(got) == len(records)
+    for i, record in enumerate(records):
+        ids, labels = rule.example(record, limit)
+        assert got[i][0].tolist() == ids, f"record {i + 1}"
+        assert got[i][1].tolist() == labels, f"record {i + 1}"
+    assert got.lengths.sum() == len(got.input_ids) == len(got.labels)
+    assert got.input_ids.dtype == got.labels.dtype == np.int32
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(
+    [
+        "",
+        " ",
+        "{input}",
+        "{instruction}",
+        "{",
+        "}}",
+        "%s",
+        ":)",
+        ":",
+        "::",
+        "\n",
+        "a [PAD] b",
+        "</s>",
+        "<s><unk>",
+        "red",
+    ]
+)
+records_strategy = st.lists(
+    st.fixed_dictionaries({"instruction": words, "output": words}, optional={"input": words, "id": words}),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=300)
+@given(records=records_strategy, limit=st.integers(1, 400))
+def test_any_records_follow_the_rule(small, records, limit):
+    assert_by_the_rule(records, limit, *small)
+
+
+def test_two_thousand_records_of_alpaca_follow_the_rule(alpaca, llama):
+    assert_by_the_rule(alpaca[:2000], 512, *llama)
+
+
+@pytest.mark.slow
+def test_all_records_of_alpaca_follow_the_rule(alpaca, llama):
+    assert len(alpaca) == 52002
+    assert_by_the_rule(alpaca, 512, *llama)
+
+
+def test_prompts_that_are_no_prefix_of_their_text(alpaca, llama):
+    """The colon that ends the prompt merges with what follows. The joint text is trained on, the prompt's own length is
+    masked; prompt and answer tokenised apart would give other ids."""
+    tokenizer, rule = llama
+    first = alpaca[:999]
+    merging = []
+    for record in first:
+        prompt, joint = rule.encode(prompt_of(record)), rule.encode(prompt_of(record) + record["output"] + "</s>")
+        if joint[: len(prompt)] != prompt:
+            merging.append(record)
+    assert len(merging) == 32
+    assert_by_the_rule(merging, 512, tokenizer, rule)
+    apart = [rule.encode(prompt_of(r)) + rule.encode(r["output"] + "</s>")[1:] for r in merging]
+    got = tokenize_alpaca(merging, tokenizer, 512)
+    assert all(got[i][0].tolist() != ids for i, ids in enumerate(apart))
+
+
+@pytest.mark.parametrize(
+    ("record", "long"),
+    [
+        ({"instruction": "a", "output": "b"}, False),
+        ({"instruction": "a", "input": "", "output": "b"}, False),
+        ({"instruction": "a", "input": " ", "output": "b"}, True),
+        ({"instruction": "a", "input": "x", "output": "b"}, True),
+        ({"instruction": "{input}", "input": "{instruction}", "output": "b"}, True),
+    ],
+)
+def test_the_prompt_has_an_input_where_the_record_has(record, long):
+    expected = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        f"response that appropriately completes the request.\n\n### Instruction:\n{record['instruction']}\n\n### Input:"
+        f"\n{record.get('input')}\n\n### Response:"
+        if long
+        else "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        f"\n\n### Instruction:\n{record['instruction']}\n\n### Response:"
+    )
+    assert alpaca_prompt(record) == expected == prompt_of(record)
+
+
+RECORD = {"instruction": "What is a rainbow?", "input": "red", "output": "A bow of light."}
+
+
+def test_the_limit_takes_the_end_first_and_then_all_labels(small):
+    """One token too few and eos is lost; at the prompt's length nothing is left to learn."""
+    tokenizer, rule = small
+    whole, prompt = rule.encode(prompt_of(RECORD) + RECORD["output"] + "</s>"), rule.encode(prompt_of(RECORD))
+    for limit in range(len(prompt) - 3, len(whole) + 3):
+        got = tokenize_alpaca([RECORD], tokenizer, limit)
+        ids, labels = got[0]
+        assert ids.tolist() == whole[:limit]
+        assert (ids[-1] == 2) == (limit >= len(whole))
+        assert (labels != -100).sum() == max(0, min(limit, len(whole)) - len(prompt))
+        assert (labels[: len(prompt)] == -100).all()
+
+
+def test_a_prompt_at_the_limit_is_an_example_without_labels(small):
+    tokenizer, rule = small
+    limit = len(rule.encode(prompt_of(RECORD)))
+    long = {**RECORD, "instruction": "What is a rainbow? " * 50}
+    got = tokenize_alpaca([RECORD, long], tokenizer, limit)
+    assert got.lengths.tolist() == [limit, limit]
+    assert (got.labels == -100).all()
+    with pytest.raises(InputError, match=r"data\.json: .*masked"):
+        check_examples(got, len(tokenizer), "data.json")
+    more = tokenize_alpaca([long, {"instruction": "a", "output": "b"}], tokenizer, limit)
+    assert check_examples(more, len(tokenizer), "data.json").labels.tolist() == more.labels.tolist()
+
+
+def test_an_output_may_be_empty(small):
+    got = tokenize_alpaca([{**RECORD, "output": ""}], *small[:1], 4096)
+    assert got[0][1].tolist()[-2:] == [-100, 2]
+
+
+def test_an_empty_end_adds_nothing(small, monkeypatch):
+    tokenizer, rule = small
+    monkeypatch.setitem(tokenizer.special, "eos_token", "")
+    got = tokenize_alpaca([RECORD], tokenizer, 4096)
+    assert got[0][0].tolist() == rule.encode(prompt_of(RECORD) + RECORD["output"])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
+def test_chunks_are_not_seen_in_the_result(small, monkeypatch, chunk):
+    tokenizer, _ = small
+    records = [{**RECORD, "output": str(i) * i} for i in range(12)]
+    expected = tokenize_alpaca(records, tokenizer, 150)
+    monkeypatch.setattr(examples_module, "CHUNK", chunk)
+    done: list[int] = []
+    got = tokenize_alpaca(records, tokenizer, 150, done.append)
+    assert sum(done) == 12
+    for a, b in zip((got.input_ids, got.labels, got.offsets), vars(expected).values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def some_examples(lengths: list[int], vocab_size: int = 10) -> list[Record]:
+    return [
+        {"input_ids": [j % vocab_size for j in range(n)], "labels": [-100] * (n - 1) + [n % vocab_size]}
+        for n in lengths
+    ]
+
+
+lengths_strategy = st.lists(st.integers(2, 9), min_size=1, max_size=8)
+
+
+@given(lengths=lengths_strategy)
+def test_tokenised_records_come_through(lengths):
+    records = some_examples(lengths)
+    got = check_examples(from_tokenized(records), 10, "data.json")
+    assert len(got) == len(records)
+    assert got.lengths.tolist() == lengths
+    assert [(ids.tolist(), labels.tolist()) for ids, labels in map(got.__getitem__, range(len(got)))] == [
+        (r["input_ids"], r["labels"]) for r in records
+    ]
+    assert got.input_ids.dtype == got.labels.dtype == np.int32
+
+
+@settings(max_examples=300)
+@given(
+    data=st.data(),
+    lengths=lengths_strategy,
+    key=st.sampled_from(["input_ids", "labels"]),
+    wrong=st.sampled_from([-1, 10, 11, 2**31, 2**32, -(2**31), -99, -101, 2**62]),
+)
+def test_an_id_outside_the_vocabulary_is_found_at_its_record(data, lengths, key, wrong):
+    """2**32 is 0 in 32 bits: the check comes before the cast."""
+    records = some_examples(lengths)
+    at = data.draw(st.integers(0, len(lengths) - 1))
+    place = data.draw(st.integers(0, lengths[at] - 1))
+    records[at][key][place] = wrong
+    with pytest.raises(InputError) as caught:
+        check_examples(from_tokenized(records), 10, "data.json")
+    message = str(caught.value)
+    assert message.startswith("data.json: ")
+    assert re.search(rf"\brecord {at + 1} ", message)
+    assert re.search(rf" {wrong}\b", message)
+    assert "vocabulary of 10" in message
+    assert ("label" in message) == (key == "labels")
+
+
+@given(lengths=lengths_strategy)
+def test_the_mask_is_no_token_id(lengths):
+    """-100 masks a label, and is no id of a token."""
+    records = some_examples(lengths)
+    records[-1]["input_ids"][0] = -100
+    with pytest.raises(InputError, match=rf"record {len(lengths)} has the token id -100"):
+        check_examples(from_tokenized(records), 10, "data.json")
+
+
+def test_the_first_label_alone_teaches_nothing():
+    """No token predicts the first one, so that its label counts for as little as -100."""
+    records = [{"input_ids": [1, 2, 3], "labels": [1, -100, -100]}, {"input_ids": [4], "labels": [4]}]
+    with pytest.raises(InputError, match=r"data\.json: every label is masked"):
+        check_examples(from_tokenized(records), 10, "data.json")
+    records[0]["labels"][2] = 3
+    check_examples(from_tokenized(records), 10, "data.json")
+
+
+def test_examples_are_slices_of_one_array():
+    got = Examples(np.arange(6, dtype=np.int32), -np.arange(6, dtype=np.int32), np.asarray([0, 1, 6]))
+    assert len(got) == 2
+    assert got.lengths.tolist() == [1, 5]
+    assert got[1][0].tolist() == [1, 2, 3, 4, 5]
+    assert got[1][1].tolist() == [-1, -2, -3, -4, -5]
+    assert np.shares_memory(got[1][0], got.input_ids)

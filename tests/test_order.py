@@ -1,0 +1,385 @@
+"""The order of examples against torch, accelerate and the HF Trainer themselves, and against a walk over micro-batches.
+
+`hypothesis` draws small runs; the real Trainer (transformers 5) runs a handful of them on a model of one number.
+"""
+
+import json
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from llama_jax.data.order import Order, epoch_seed, randperm
+
+torch = pytest.importorskip("torch")
+accelerate = pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler  # noqa: E402
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler  # noqa: E402
+
+torch.set_num_threads(1)
+COMPATS = ("4.37", "5")
+GOLDEN = ["4.37-gqa-wd", "4.37-mha-accum8", "5.x-bf16", "5.x-gqa-wd", "5.x-mha-accum8"]
+SEEDS = [0, 1, 42, 2**31 - 1]
+
+
+def torch_randperm(n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def epochs_of(order: Order, epochs: int) -> list[list[int]]:
+    """The examples of each epoch of an order on one rank, in order."""
+    batches = order.batches_per_epoch
+    return [
+        [int(i) for m in range(e * batches, (e + 1) * batches) for rank in order.micro_batch(m) for i in rank]
+        for e in range(epochs)
+    ]
+
+
+# --- permutations ---
+
+
+@pytest.mark.parametrize("seed", [*SEEDS, 2**32 - 1, 2**32 + 7, 2**63 - 1])
+@pytest.mark.parametrize("n", [1, 2, 5, 21, 1000, 52002])
+def test_randperm_is_torchs(n, seed):
+    got = randperm(n, seed)
+    assert got.dtype == np.int64
+    assert got.tolist() == torch_randperm(n, seed)
+
+
+@given(n=st.integers(0, 400), seed=st.integers(0, 2**63 - 1))
+def test_randperm_is_torchs_for_any_seed(n, seed):
+    assert randperm(n, seed).tolist() == torch_randperm(n, seed)
+
+
+def test_the_first_examples_of_the_seeds_command():
+    """Observed in the Trainer: 52,002 examples, seed 42."""
+    assert randperm(52002, 42)[:5].tolist() == [7674, 32279, 38878, 9568, 38952]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("data_seed", [None, 0, 7])
+def test_5_permutes_by_seed_and_epoch(seed, data_seed):
+    order = Order(21, 1, 1, 4, "5", seed, data_seed)
+    first = seed if data_seed is None else data_seed
+    assert epochs_of(order, 4) == [torch_randperm(21, first + e) for e in range(4)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("data_seed", [None, 0, 7])
+def test_5_permutes_as_accelerates_sampler(seed, data_seed):
+    """Made after the Trainer has seeded torch, as the Trainer makes it."""
+    torch.manual_seed(seed)
+    sampler = SeedableRandomSampler(data_source=range(21), data_seed=data_seed, generator=None)
+    expected = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        expected.append(list(sampler))
+    assert epochs_of(Order(21, 1, 1, 4, "5", seed, data_seed), 4) == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("n", [5, 21, 1000])
+def test_437_draws_twice_an_epoch_from_one_generator(n, seed):
+    """The loader's base seed, which nothing uses, then the sampler's."""
+    generator = torch.Generator().manual_seed(seed)
+    expected = []
+    for epoch in range(5):
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        drawn = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+        expected.append(torch_randperm(n, drawn))
+        assert epoch_seed("4.37", seed, None, epoch) == drawn % 2**32
+    assert epochs_of(Order(n, 1, 1, 5, "4.37", seed, data_seed=9), 5) == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_437_permutes_as_torchs_loader(seed):
+    """The loader that Trainer 4.37 iterates once an epoch, after seeding torch: no generator is passed."""
+    torch.manual_seed(seed)
+    loader = DataLoader(range(21), batch_size=4, sampler=RandomSampler(range(21)))
+    expected = [[batch.tolist() for batch in loader] for _ in range(4)]
+    order = Order(21, 4, 1, 4, "4.37", seed)
+    got = [[order.micro_batch(6 * e + b)[0].tolist() for b in range(6)] for e in range(4)]
+    assert got == expected
+
+
+def test_the_first_examples_of_437():
+    """Observed in Trainer 4.37: 21 examples, seed 42."""
+    first, second = epochs_of(Order(21, 1, 8, 2, "4.37"), 2)
+    assert first[:8] == [1, 10, 15, 4, 18, 17, 3, 14]
+    assert second[:8] == [4, 20, 6, 14, 1, 16, 5, 3]
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_the_golden_runs_consumed_these_examples(shared, case):
+    """Every index of every micro-batch of runs of the real Trainers, and where their updates ended."""
+    folder = shared / "golden" / case
+    arguments = json.loads((folder / "arguments.json").read_text())
+    flags, golden = arguments["flags"], json.loads((folder / "order.json").read_text())
+    order = Order(
+        len(json.loads((folder / "data.json").read_text())),
+        int(flags["per_device_train_batch_size"]),
+        int(flags["gradient_accumulation_steps"]),
+        float(flags["num_train_epochs"]),
+        "4.37" if arguments["hf_version"].startswith("4.37") else "5",
+        int(flags["seed"]),
+    )
+    updates = [[micro[0].tolist() for micro in order.update(k)] for k in range(order.updates)]
+    assert [len(update) for update in updates] == golden["micro_batches_per_update"]
+    assert [micro for update in updates for micro in update] == golden["micro_batches"]
+
+
+# --- bounds of updates ---
+
+
+class Walk(NamedTuple):
+    """What a loop over micro-batches sees: the ends of updates in the running count, and how many updates were done at
+    the end of each epoch, the one that the run stops in included."""
+
+    ends: list[int]
+    epoch_ends: list[int]
+
+
+def walk(batches: int, accumulation: int, epochs: float, max_steps: int, compat: str) -> Walk:
+    """Section 3 of the facts, one micro-batch at a time."""
+    per_epoch = max(1, batches // accumulation if compat == "4.37" else math.ceil(batches / accumulation))
+    total = max_steps if max_steps > 0 else math.ceil(epochs * per_epoch)
+    looped = math.ceil(total / per_epoch) if max_steps > 0 else math.ceil(epochs)
+    ends, epoch_ends, running = [], [], 0
+    for _ in range(looped):
+        for batch in range(1, batches + 1):
+            running += 1
+            if compat == "4.37":
+                boundary = running % accumulation == 0 or (batches <= accumulation and batch == batches)
+            else:
+                boundary = batch % accumulation == 0 or batch == batches
+            if boundary:
+                ends.append(running)
+                if len(ends) == total:
+                    return Walk(ends, [*epoch_ends, total])
+        epoch_ends.append(len(ends))
+    raise AssertionError(f"the epochs are over before {total} updates")
+
+
+runs = st.fixed_dictionaries(
+    {
+        "examples": st.integers(1, 60),
+        "per_device_batch": st.integers(1, 5),
+        "accumulation": st.integers(1, 12) | st.integers(13, 100),
+        "epochs": st.sampled_from([0.1, 0.5, 1.0, 1.5, 2.0, 2.7, 3.0, 7.0]),
+        "compat": st.sampled_from(COMPATS),
+        "max_steps": st.just(-1) | st.integers(1, 40),
+        "ranks": st.integers(1, 4),
+        "drop_last": st.booleans(),
+    }
+)
+
+
+def batches_an_epoch(run: dict[str, Any]) -> int:
+    batch = run["per_device_batch"] * run["ranks"]
+    return run["examples"] // batch if run["drop_last"] else math.ceil(run["examples"] / batch)
+
+
+@settings(max_examples=1500)
+@given(run=runs)
+def test_updates_end_where_a_walk_ends_them(run):
+    batches = batches_an_epoch(run)
+    assume(batches > 0)
+    expected = walk(batches, run["accumulation"], run["epochs"], run["max_steps"], run["compat"])
+    order = Order(**run)
+    assert order.batches_per_epoch == batches
+    assert order.updates == len(expected.ends)
+    assert order.bounds.tolist() == [0, *expected.ends]
+    for k, end in enumerate(expected.ends, start=1):
+        assert len(order.update(k - 1)) == end - [0, *expected.ends][k - 1]
+        assert order.epoch_at(k) == pytest.approx(end / batches, rel=1e-12)
+
+
+@settings(max_examples=500)
+@given(run=runs)
+def test_an_epoch_ends_after_its_last_micro_batch_and_where_the_run_stops(run):
+    """`on_epoch_end` of the Trainer, which saves and logs by the epoch, comes after the last update too."""
+    batches = batches_an_epoch(run)
+    assume(batches > 0)
+    expected = walk(batches, run["accumulation"], run["epochs"], run["max_steps"], run["compat"])
+    assert Order(**run).epoch_ends() == set(expected.epoch_ends)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("max_steps", [-1, 3])
+def test_an_epoch_without_a_micro_batch_can_be_asked_about(compat, max_steps):
+    """The command refuses it by `batches_per_epoch`; until then nothing may fail."""
+    assert Order(3, 4, 2, 1, compat, max_steps=max_steps, drop_last=True).batches_per_epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("compat", "ranks", "updates", "micro_batches"),
+    [
+        ("4.37", 1, 6500, 52000),
+        ("5", 1, 6501, 52002),
+        ("4.37", 2, 3250, 26000),
+        ("5", 2, 3251, 26001),
+        ("4.37", 4, 1625, 13000),
+        ("5", 4, 1626, 13001),
+        ("4.37", 8, 812, 6496),
+        ("5", 8, 813, 6501),
+    ],
+)
+def test_the_numbers_of_the_seeds_command(compat, ranks, updates, micro_batches):
+    order = Order(52002, 1, 8, 1, compat, ranks=ranks)
+    assert (order.updates, order.updates_per_epoch, order.bounds[-1]) == (updates, updates, micro_batches)
+    last = order.update(updates - 1)
+    assert len(last) == (8 if compat == "4.37" else micro_batches % 8)
+    if ranks == 1:
+        seen = np.concatenate([m[0] for k in range(updates) for m in order.update(k)])
+        assert seen.tolist() == (torch_randperm(52002, 42)[:micro_batches] if compat == "5" else seen.tolist())
+        assert len(set(seen.tolist())) == micro_batches
+
+
+class OneNumber(torch.nn.Module):
+    """A model that notes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[list[int]] = []
+
+    def forward(self, x: Any) -> dict[str, Any]:
+        self.seen.append(x.tolist())
+        return {"loss": (self.weight * x).sum()}
+
+
+class Notes(transformers.TrainerCallback):
+    def __init__(self, model: OneNumber) -> None:
+        self.model, self.ends, self.epoch_ends, self.epochs = model, [], [], []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ends.append(len(self.model.seen))
+        self.epochs.append(state.epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch_ends.append(state.global_step)
+
+
+TRAINED: list[tuple[int, dict[str, Any]]] = [
+    (10, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}),
+    (21, {"gradient_accumulation_steps": 8, "num_train_epochs": 1.5, "seed": 7}),
+    (13, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 11, "data_seed": 0}),
+    (7, {"gradient_accumulation_steps": 20, "num_train_epochs": 3}),
+    (11, {"per_device_train_batch_size": 4, "dataloader_drop_last": True, "num_train_epochs": 2.2, "data_seed": 5}),
+    (9, {"per_device_train_batch_size": 50, "max_steps": 2, "seed": 3}),
+    (16, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 0.4}),
+]
+
+
+class Trained(NamedTuple):
+    order: Order
+    model: OneNumber
+    notes: Notes
+
+
+@pytest.fixture(scope="module", params=TRAINED, ids=lambda run: " ".join(map(str, run[1].values())))
+def trained(request, tmp_path_factory) -> Trained:
+    """A run of the real Trainer, and our order of it."""
+    examples, changed = request.param
+    flags = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, **changed}
+    model = OneNumber()
+    notes = Notes(model)
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(tmp_path_factory.mktemp("trainer")),
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            **flags,
+        ),
+        train_dataset=[{"x": i} for i in range(examples)],
+        data_collator=lambda batch: {"x": torch.tensor([e["x"] for e in batch])},
+        callbacks=[notes],
+    )
+    trainer.train()
+    order = Order(
+        examples,
+        flags["per_device_train_batch_size"],
+        flags["gradient_accumulation_steps"],
+        flags.get("num_train_epochs", 3.0),
+        "5",
+        flags.get("seed", 42),
+        flags.get("data_seed"),
+        flags.get("max_steps", -1),
+        drop_last=flags.get("dataloader_drop_last", False),
+    )
+    return Trained(order, model, notes)
+
+
+def test_the_trainer_itself_trains_on_the_same_examples(trained):
+    order, model, notes = trained
+    assert [m[0].tolist() for k in range(order.updates) for m in order.update(k)] == model.seen
+    assert order.bounds.tolist() == [0, *notes.ends]
+
+
+def test_the_trainer_itself_counts_the_same_epochs(trained):
+    order, _, notes = trained
+    assert [order.epoch_at(k) for k in range(1, order.updates + 1)] == pytest.approx(notes.epochs, rel=1e-12)
+
+
+def test_the_trainer_itself_ends_epochs_at_the_same_updates(trained):
+    order, _, notes = trained
+    assert order.epoch_ends() == set(notes.epoch_ends)
+
+
+# --- ranks ---
+
+
+@settings(max_examples=500)
+@given(
+    examples=st.integers(1, 60),
+    batch=st.integers(1, 6),
+    ranks=st.integers(1, 6),
+    drop_last=st.booleans(),
+    compat=st.sampled_from(COMPATS),
+    seed=st.integers(0, 5),
+)
+def test_ranks_get_what_accelerate_deals_them(examples, batch, ranks, drop_last, compat, seed):
+    """Batches in turn; the tail is topped up from the start of the epoch (`even_batches`). One rank alone is not topped
+    up: accelerate does not wrap its sampler."""
+    assume(not drop_last or examples >= batch * ranks)
+    order = Order(examples, batch, 2, 2, compat, seed, ranks=ranks, drop_last=drop_last)
+    for epoch in range(2):
+        permuted = torch_randperm(examples, epoch_seed(compat, seed, None, epoch))
+        whole = BatchSampler(permuted, batch, drop_last)
+        for rank in range(ranks):
+            dealt = BatchSamplerShard(whole, ranks, rank, even_batches=True) if ranks > 1 else whole
+            first = epoch * order.batches_per_epoch
+            got = [order.micro_batch(first + b)[rank].tolist() for b in range(order.batches_per_epoch)]
+            assert got == list(dealt)
+            assert len(dealt) == order.batches_per_epoch
+
+
+@settings(max_examples=300)
+@given(run=runs)
+def test_every_rank_trains_on_as_many_examples(run):
+    assume(batches_an_epoch(run) > 0)
+    order = Order(**run)
+    for k in range(order.updates):
+        for micro in order.update(k):
+            assert len(micro) == run["ranks"]
+            assert len({len(rank) for rank in micro}) == 1
+            assert all(0 <= i < run["examples"] for rank in micro for i in rank)
+
+
+@given(run=runs, data=st.data())
+def test_an_update_is_a_function_of_its_number(run, data):
+    """Asked for in any order, by another object: the same."""
+    assume(batches_an_epoch(run) > 0)
+    first, second = Order(**run), Order(**run)
+    expected = [[[rank.tolist() for rank in micro] for micro in first.update(k)] for k in range(first.updates)]
+    for k in data.draw(st.permutations(range(first.updates))):
+        assert [[rank.tolist() for rank in micro] for micro in second.update(k)] == expected[k]

@@ -1,0 +1,684 @@
+"""Text to ids against sentencepiece, `tokenizers` and transformers themselves.
+
+Rules of HF's slow LlamaTokenizer (transformers 4.37) that are written out here a second time: special tokens are cut
+out of the text from left to right, the longest first; each part between them goes through sentencepiece, with the dummy
+space in front of every part ("legacy") or of the first alone.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from llama_jax.data.examples import alpaca_prompt
+from llama_jax.data.tokenizer import (
+    FastTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    copy_tokenizer,
+    has_tokenizer,
+    open_tokenizer,
+)
+from llama_jax.errors import InputError
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+CORPUS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "### Instruction:\nName three colours of the rainbow, and say why each of them is where it is.\n\n### Response:",
+    "def f(x):\n    return x + 1\n\nThe quick brown fox jumps over the lazy dog; 12,345 times!",
+    "Übergrößenträger déjà vu, naïve café. 你好世界. Привет, мир. \u0928\u092e\u0938\u094d\u0924\u0947",
+]
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def write(folder: Path, name: str, value: Any) -> None:
+    (folder / name).write_text(json.dumps(value), encoding="utf-8")
+
+
+def train_sentencepiece(folder: Path, **config: Any) -> Path:
+    """A model of LLaMA's kind: BPE, bytes for what it lacks, spaces kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=400,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            minloglevel=2,
+        )
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    } | config
+    write(folder, "tokenizer_config.json", config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="session", params=["small", "llama", "stories"])
+def folder(request) -> Path:
+    """A folder with a bare `tokenizer.model`: one trained here, LLaMA's, and that of a small model."""
+    if request.param == "small":
+        return request.getfixturevalue("small")
+    names = {"llama": "llama-tokenizer", "stories": "stories260K"}
+    return request.getfixturevalue("shared") / "data" / names[request.param]
+
+
+@pytest.fixture(scope="session")
+def llama(shared) -> Path:
+    return shared / "data" / "llama-tokenizer"
+
+
+class Opened(NamedTuple):
+    """A folder's tokenizer with a pad token, and sentencepiece itself."""
+
+    folder: Path
+    ours: Tokenizer
+    sp: sentencepiece.SentencePieceProcessor
+
+
+@pytest.fixture(scope="session")
+def opened(folder) -> Opened:
+    return Opened(folder, padded(folder), processor(folder))
+
+
+def processor(folder: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def copy(folder: Path, to: Path, **config: Any) -> Path:
+    """The tokenizer's files in another folder, with changes to `tokenizer_config.json`."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("tokenizer*"):
+        shutil.copyfile(path, to / path.name)
+    old = json.loads((to / "tokenizer_config.json").read_text())
+    write(to, "tokenizer_config.json", old | config)
+    return to
+
+
+def padded(folder: Path) -> Tokenizer:
+    tokenizer = open_tokenizer(folder)
+    tokenizer.add_missing_special_tokens()
+    return tokenizer
+
+
+def cut(text: str, special: dict[str, int]) -> list[str | int]:
+    """The text's parts and the ids of the special tokens in it: a scan from left to right, the longest token first."""
+    parts: list[str | int] = [""]
+    at = 0
+    while at < len(text):
+        here = [token for token in special if text.startswith(token, at)]
+        if here:
+            token = max(here, key=len)
+            parts += [special[token], ""]
+            at += len(token)
+        else:
+            parts[-1] = str(parts[-1]) + text[at]
+            at += 1
+    return [part for part in parts if part != ""]
+
+
+SPECIAL_PIECES = ["<s>", "</s>", "<unk>", "[PAD]"]
+fragments = st.sampled_from(
+    [
+        *SPECIAL_PIECES,
+        "</s",
+        "[PAD",
+        "<s>>",
+        "<",
+        "\u2581",
+        " ",
+        "  ",
+        "\n",
+        "Hello",
+        " world",
+        "s>",
+        ":)",
+        "é",
+        "\U0001f600",
+    ]
+)
+ordinary = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<["), max_size=60)
+with_special = st.lists(fragments | ordinary, max_size=8).map("".join)
+
+
+# --- a bare tokenizer.model ---
+
+
+@settings(max_examples=150)
+@given(texts=st.lists(ordinary, min_size=1, max_size=4))
+def test_ids_are_bos_and_sentencepieces_own(opened, texts):
+    assert opened.ours.encode_batch(texts) == [[1, *opened.sp.encode(text)] for text in texts]
+
+
+@settings(max_examples=200)
+@given(text=with_special)
+def test_special_tokens_in_a_text_are_cut_out(opened, text):
+    """`legacy`: sentencepiece puts its dummy space before every part."""
+    special = {"<s>": 1, "</s>": 2, "<unk>": 0, "[PAD]": opened.sp.get_piece_size()}
+    expected = [1]
+    for part in cut(text, special):
+        expected += [part] if isinstance(part, int) else opened.sp.encode(part)
+    assert opened.ours.encode_batch([text]) == [expected]
+
+
+@pytest.fixture(scope="module")
+def modern(small, tmp_path_factory) -> tuple[Tokenizer, sentencepiece.SentencePieceProcessor]:
+    """A tokenizer without legacy, and the model without its dummy space."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString((small / "tokenizer.model").read_bytes())
+    proto.normalizer_spec.add_dummy_prefix = False
+    bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    return padded(copy(small, tmp_path_factory.mktemp("modern") / "model", legacy=False)), bare
+
+
+@settings(max_examples=200)
+@given(text=with_special)
+def test_without_legacy_only_the_text_begins_with_the_dummy_space(modern, text):
+    """As transformers 4.37 does it: parts are encoded without a dummy space, behind the unknown token where they begin
+    with a space, whose pieces are dropped again; the whole text has a space put before it, which is dropped before a
+    special token."""
+    ours, sp = modern
+    special = {"<s>": 1, "</s>": 2, "<unk>": 0, "[PAD]": sp.get_piece_size()}
+    skipped = len(sp.encode("<unk>"))
+    expected: list[int] = []
+    for part in cut("\u2581" + text.replace("\u2581", " ") if text else "", special):
+        if isinstance(part, int):
+            expected.append(part)
+        elif part.startswith((" ", "\u2581")):
+            expected += sp.encode("<unk>" + part)[skipped:]
+        else:
+            expected += sp.encode(part)
+    if len(expected) > 1 and expected[0] == sp.piece_to_id("\u2581") and expected[1] in special.values():
+        del expected[0]
+    assert ours.encode_batch([text]) == [[1, *expected]]
+
+
+def test_pad_is_the_first_id_past_llamas_pieces(llama):
+    tokenizer = open_tokenizer(llama)
+    assert (len(tokenizer), tokenizer.pad_token_id) == (32000, None)
+    assert tokenizer.add_missing_special_tokens() == 1
+    assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.token_to_id("[PAD]")) == (32001, 32000, 32000)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.token_to_id("<unk>")) == (1, 2, 0)
+    assert tokenizer.token_to_id("[no such token]") is None
+    assert tokenizer.add_missing_special_tokens() == 0
+    assert len(tokenizer) == 32001
+
+
+def test_tokens_that_the_configuration_leaves_null_are_alpacas(small, tmp_path):
+    """`</s>`, `<s>` and `<unk>` are pieces of the model already, so that only `[PAD]` is new."""
+    changed = copy(small, tmp_path / "null", bos_token=None, eos_token=None, unk_token=None)
+    tokenizer = open_tokenizer(changed)
+    assert tokenizer.add_missing_special_tokens() == 1
+    assert [tokenizer.special[key] for key in SPECIAL] == ["<s>", "</s>", "<unk>", "[PAD]"]
+    assert tokenizer.encode_batch(["a</s>"]) == [[1, *processor(small).encode("a"), 2]]
+
+
+def test_special_tokens_may_be_objects_and_stand_in_their_own_file(small, tmp_path):
+    changed = copy(small, tmp_path / "objects", pad_token={"__type": "AddedToken", "content": "<pad>", "lstrip": False})
+    config = json.loads((changed / "tokenizer_config.json").read_text())
+    write(changed, "special_tokens_map.json", {"eos_token": {"content": "</s>"}, "unk_token": "<s>"})
+    write(changed, "tokenizer_config.json", {k: v for k, v in config.items() if k != "eos_token"})
+    tokenizer = open_tokenizer(changed)
+    assert tokenizer.special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id) == (401, 400, 2)
+    assert tokenizer.add_missing_special_tokens() == 0
+
+
+def test_added_tokens_keep_their_ids(small, tmp_path):
+    """`added_tokens_decoder` and `added_tokens.json` say where an added token stands, not the order of adding."""
+    changed = copy(
+        small,
+        tmp_path / "added",
+        pad_token="<b>",
+        added_tokens_decoder={"400": {"content": "<a>"}, "401": {"content": "<b>"}, "1": {"content": "<s>"}},
+    )
+    write(changed, "added_tokens.json", {"<c>": 402, "<a>": 400})
+    tokenizer, sp = open_tokenizer(changed), processor(small)
+    assert [tokenizer.token_to_id(t) for t in ("<a>", "<b>", "<c>")] == [400, 401, 402]
+    assert (len(tokenizer), tokenizer.pad_token_id) == (403, 401)
+    expected = [1, *sp.encode("x"), 402, 400, *sp.encode("y")]
+    assert tokenizer.encode_batch(["x<c><a>y"]) == [expected]
+
+
+@pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, False), (True, True), (False, True)])
+def test_beginning_and_end_follow_the_configuration(small, tmp_path, add_bos, add_eos):
+    changed = copy(small, tmp_path / "bos", add_bos_token=add_bos, add_eos_token=add_eos)
+    expected = [1] * add_bos + processor(small).encode("Hello") + [2] * add_eos
+    assert open_tokenizer(changed).encode_batch(["Hello"]) == [expected]
+
+
+@pytest.fixture(scope="session")
+def again(opened, tmp_path_factory) -> Tokenizer:
+    """Saved, opened and saved a second time."""
+    saved = tmp_path_factory.mktemp("saved")
+    opened.ours.save(saved)
+    again = open_tokenizer(saved)
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    again.save(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    return again
+
+
+@settings(max_examples=200)
+@given(text=with_special)
+def test_saved_and_opened_again_it_gives_the_same_ids(opened, again, text):
+    assert isinstance(again, SentencePieceTokenizer)
+    assert len(again) == len(opened.ours)
+    assert again.special == opened.ours.special
+    assert again.encode_batch([text]) == opened.ours.encode_batch([text])
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<[\u2581")))
+def test_decoding_gives_the_text_back(opened, text):
+    """Where the model keeps all spaces, as LLaMA's does."""
+    if opened.folder.name == "stories260K":
+        pytest.skip("this model drops spaces")
+    ids = opened.ours.encode_batch([text])[0]
+    assert opened.ours.decode([*ids, 2, opened.sp.get_piece_size()]) == text
+
+
+@pytest.fixture(scope="module")
+def in_transformers(llama, tmp_path_factory) -> tuple[Tokenizer, Any, Any]:
+    """LLaMA's tokenizer with its pad token: ours, transformers' reading of what we saved, transformers' of the bare
+    model."""
+    saved = tmp_path_factory.mktemp("saved")
+    tokenizer = padded(llama)
+    tokenizer.save(saved)
+    return tokenizer, *map(transformers.AutoTokenizer.from_pretrained, (saved, llama))
+
+
+def test_transformers_loads_the_saved_tokenizer(in_transformers):
+    ours, theirs, _ = in_transformers
+    assert len(theirs) == len(ours) == 32001
+    for key in SPECIAL:
+        assert getattr(theirs, key) == ours.special[key]
+        assert getattr(theirs, f"{key}_id") == ours.token_to_id(ours.special[key])
+    assert theirs.model_max_length == 2048
+    assert theirs("Hello</s>[PAD]")["input_ids"] == [1, 15043, 2, 32000]
+    assert theirs.decode([1, 15043, 2, 32000], skip_special_tokens=True) == "Hello"
+
+
+def test_transformers_gives_the_same_ids_to_alpacas_texts(shared, llama, in_transformers):
+    """transformers 5 splits some runs of spaces differently from the sentencepiece that the model was trained with, in
+    53 of these 2,000 texts, with or without us: those are left out."""
+    ours, theirs, bare = in_transformers
+    sp = processor(llama)
+    records = json.loads((shared / "data" / "alpaca" / "alpaca_data.json").read_text())[:2000]
+    texts = [alpaca_prompt(record) + record["output"] for record in records]
+    expected = [[1, *sp.encode(text)] for text in texts]
+    agreed = [a == b for a, b in zip(bare(texts)["input_ids"], expected, strict=True)]
+    assert sum(agreed) == 1947
+    got, saved = ours.encode_batch(texts), theirs(texts)["input_ids"]
+    assert got == expected
+    assert [s for s, fine in zip(saved, agreed, strict=True) if fine] == [
+        e for e, fine in zip(expected, agreed, strict=True) if fine
+    ]
+
+
+# --- a tokenizer.json ---
+
+BOS, EOS, END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+
+
+def train_byte_level(folder: Path, specials: list[Any] | None = None, **config: Any) -> Path:
+    """As LLaMA 3 ships it: byte-level BPE, split by a pattern, bos put by the post-processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens(specials or [BOS, EOS, END])
+    bos = tokenizer.token_to_id(BOS)
+    template = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, **config}
+    write(folder, "tokenizer_config.json", config)
+    return folder
+
+
+def convert_sentencepiece(folder: Path, model: Path, template: bool = True, **config: Any) -> Path:
+    """As LLaMA 2 ships it beside `tokenizer.model`: the same pieces as BPE with bytes, spaces made by a normalizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sp = processor(model)
+    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = []
+    for i, piece in enumerate(pieces[3:], start=3):
+        if not sp.is_byte(i):
+            halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+            merges += [(i, a, b) for a, b in halves if a in vocab and b in vocab]
+    merges = [(a, b) for _, a, b in sorted(merges, key=lambda m: (m[0], vocab[m[1]], vocab[m[2]]))]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    } | config
+    write(folder, "tokenizer_config.json", config)
+    return folder
+
+
+fast_fragments = st.sampled_from(
+    [BOS, EOS, END, "<|", "|>", "<s>", "</s>", "[PAD]", " ", "  ", "\n", "it's", "123456", "é"]
+)
+fast_texts = st.lists(fast_fragments | st.text(max_size=30), max_size=8).map("".join)
+
+ADDED = {
+    "__type": "AddedToken",
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "single_word": False,
+    "special": True,
+}
+
+FAST: dict[str, Callable[[Path, Path], Path]] = {
+    "LLaMA 3": lambda to, _: train_byte_level(to),
+    "LLaMA 3, a pad of its own": lambda to, _: train_byte_level(to, pad_token=END),
+    "LLaMA 3, tokens as objects": lambda to, _: train_byte_level(to, eos_token={"content": END, **ADDED}),
+    "LLaMA 3, a special token that the file lacks": lambda to, _: train_byte_level(to, pad_token="<|finetune_pad|>"),
+    "LLaMA 2": lambda to, sp: convert_sentencepiece(to, sp),
+    "LLaMA 2, bos": lambda to, sp: convert_sentencepiece(to, sp, add_bos_token=True),
+    "LLaMA 2, no bos": lambda to, sp: convert_sentencepiece(to, sp, add_bos_token=False),
+    "LLaMA 2, bos and eos": lambda to, sp: convert_sentencepiece(to, sp, add_bos_token=True, add_eos_token=True),
+    "LLaMA 2, bos by configuration alone": lambda to, sp: convert_sentencepiece(to, sp, False, add_bos_token=True),
+}
+
+
+@pytest.fixture(scope="module", params=FAST)
+def fast(request, small, tmp_path_factory) -> Path:
+    return FAST[request.param](tmp_path_factory.mktemp("fast"), small)
+
+
+@pytest.fixture(scope="module")
+def fast_pair(fast) -> tuple[Tokenizer, Any]:
+    """Ours and that of transformers. Its class LlamaTokenizer follows `add_bos_token` and `add_eos_token`: by itself in
+    transformers 4, where told so in 5, which takes them from the file's post-processor instead."""
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(fast)
+    config = json.loads((fast / "tokenizer_config.json").read_text())
+    if config["tokenizer_class"] == "LlamaTokenizer":
+        theirs.add_bos_token = config.get("add_bos_token", True)
+        theirs.add_eos_token = config.get("add_eos_token", False)
+    return open_tokenizer(fast), theirs
+
+
+@settings(max_examples=150)
+@given(texts=st.lists(fast_texts, min_size=1, max_size=3))
+def test_fast_ids_are_those_of_transformers(fast_pair, texts):
+    ours, theirs = fast_pair
+    assert isinstance(ours, FastTokenizer)
+    assert len(ours) == len(theirs)
+    assert ours.encode_batch(texts) == theirs(texts)["input_ids"]
+    ids = theirs(texts[0])["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=60)
+@given(texts=st.lists(fast_texts, min_size=1, max_size=3))
+def test_fast_saved_is_the_same_to_us_and_to_transformers(fast_saved, texts):
+    ours, again, theirs = fast_saved
+    assert len(ours) == len(again) == len(theirs)
+    assert ours.encode_batch(texts) == again.encode_batch(texts) == theirs(texts)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def fast_saved(fast, tmp_path_factory) -> tuple[Tokenizer, Tokenizer, Any]:
+    saved = tmp_path_factory.mktemp("saved")
+    ours = padded(fast)
+    ours.save(saved)
+    return ours, open_tokenizer(saved), transformers.PreTrainedTokenizerFast.from_pretrained(saved)
+
+
+def test_fast_special_tokens_after_alpacas_rule(fast, fast_saved):
+    before, (ours, again, theirs) = open_tokenizer(fast), fast_saved
+    named = {key: before.special[key] for key in SPECIAL if before.special[key] is not None}
+    alpaca = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    assert ours.special == again.special == alpaca | named
+    new = [t for t in ours.special.values() if before.token_to_id(t or "") is None]
+    assert len(ours) == len(before) + len(new)
+    for key in SPECIAL:
+        assert getattr(theirs, key) == ours.special[key]
+        assert getattr(theirs, f"{key}_id") == ours.token_to_id(ours.special[key] or "")
+
+
+def test_a_beginning_token_that_the_file_lacks_is_added(small, tmp_path):
+    folder = convert_sentencepiece(tmp_path / "fast", small, bos_token="<begin>", add_bos_token=True)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs.add_bos_token = True
+    assert theirs.bos_token_id == 400
+    assert open_tokenizer(folder).encode_batch(["a"]) == theirs(["a"])["input_ids"]
+
+
+def test_a_llama_2_file_gives_sentencepieces_ids(small, tmp_path):
+    """The independent witness of the file that the tests above build: a text without runs of spaces."""
+    fast = open_tokenizer(convert_sentencepiece(tmp_path / "fast", small))
+    for text in CORPUS[:2]:
+        assert fast.encode_batch([text]) == [[1, *processor(small).encode(text)]]
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip"])
+@pytest.mark.parametrize("named", ["object", "decoder"])
+def test_a_special_token_that_takes_spaces_along_still_does(tmp_path, named, side):
+    """As Phi-3's `</s>` does: `rstrip` swallows the spaces behind the token. The configuration repeats it, in the token
+    itself or in `added_tokens_decoder`."""
+    flags = {**ADDED, side: True}
+    token = tokenizers.AddedToken(EOS, **{k: v for k, v in flags.items() if k != "__type"})
+    config = {
+        "object": {"eos_token": {"content": EOS, **flags}},
+        "decoder": {"added_tokens_decoder": {"381": {"content": EOS, **flags}}},
+    }
+    folder = train_byte_level(tmp_path / "model", [BOS, token, END], **config[named])
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert theirs.eos_token_id == 381
+    texts = [f"a {EOS} b", f"a{EOS}  b", f"  {EOS}\n\nb"]
+    assert open_tokenizer(folder).encode_batch(texts) == theirs(texts)["input_ids"]
+
+
+def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
+    folder = train_byte_level(tmp_path / "model")
+    expected = open_tokenizer(folder).encode_batch([CORPUS[0], "a"])
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(pad_id=0, pad_token=EOS, length=9)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert open_tokenizer(folder).encode_batch([CORPUS[0], "a"]) == expected
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(folder)([CORPUS[0], "a"])["input_ids"] == expected
+
+
+def test_tokenizer_json_goes_before_tokenizer_model(small, tmp_path):
+    folder = convert_sentencepiece(copy(small, tmp_path / "both"), small)
+    assert isinstance(open_tokenizer(folder), FastTokenizer)
+    assert has_tokenizer(folder)
+
+
+def test_copied_files_open_as_the_same_tokenizer(small, tmp_path):
+    source = copy(small, tmp_path / "from")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "to").mkdir()
+    copy_tokenizer(source, tmp_path / "to")
+    assert {p.name for p in (tmp_path / "to").iterdir()} == {p.name for p in source.iterdir()}
+    copy_tokenizer(source, source)
+    assert has_tokenizer(source)
+    assert open_tokenizer(tmp_path / "to").encode_batch(CORPUS) == open_tokenizer(source).encode_batch(CORPUS)
+
+
+# --- warnings and errors ---
+
+
+def both_kinds(small: Path, to: Path) -> list[Path]:
+    return [copy(small, to / "slow"), convert_sentencepiece(to / "fast", small)]
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"eos_token": ""}, "''"),
+        ({"eos_token": None}, "None"),
+        ({"pad_token": "</s>"}, "pad_token"),
+        ({"eos_token": "<unk>"}, "unk_token"),
+        ({"bos_token": "</s>"}, "bos_token"),
+        ({}, None),
+        ({"pad_token": "<unk>"}, None),
+    ],
+)
+def test_an_end_that_cannot_be_learned_is_warned_of(small, tmp_path, config, word):
+    for folder in both_kinds(small, tmp_path):
+        old = json.loads((folder / "tokenizer_config.json").read_text())
+        write(folder, "tokenizer_config.json", old | config)
+        warnings = open_tokenizer(folder).warnings()
+        if word is None:
+            assert warnings == []
+        else:
+            assert len(warnings) == 1
+            assert "eos_token" in warnings[0]
+            assert word in warnings[0]
+            assert "stop" in warnings[0]
+
+
+def test_an_empty_end_is_not_replaced_by_alpacas(small, tmp_path):
+    """stanford_alpaca replaces what is None, and "" is not: the trap that the warning is for."""
+    for folder in both_kinds(small, tmp_path):
+        old = json.loads((folder / "tokenizer_config.json").read_text())
+        write(folder, "tokenizer_config.json", old | {"eos_token": ""})
+        tokenizer = padded(folder)
+        assert tokenizer.eos_token == ""
+        assert tokenizer.eos_token_id is None
+        assert len(tokenizer.warnings()) == 1
+
+
+def cut_file(name: str, keep: float = 0.5) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+    return change
+
+
+def put(name: str, data: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def put_config(**config: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        old = json.loads((folder / "tokenizer_config.json").read_text())
+        write(folder, "tokenizer_config.json", old | config)
+
+    return change
+
+
+BROKEN = [
+    ("slow", "tokenizer.model", cut_file("tokenizer.model")),
+    ("slow", "tokenizer.model", put("tokenizer.model", b"")),
+    ("slow", "tokenizer.model", put("tokenizer.model", b"\x00\x01nonsense" * 50)),
+    (
+        "slow",
+        "tokenizer.model",
+        put("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n"),
+    ),
+    ("slow", "tokenizer_config.json", cut_file("tokenizer_config.json")),
+    ("slow", "tokenizer_config.json", put("tokenizer_config.json", b"[]")),
+    ("slow", "tokenizer_config.json", put("tokenizer_config.json", b"\xff\xfe{}")),
+    ("slow", "special_tokens_map.json", put("special_tokens_map.json", b'{"eos_token": ')),
+    ("slow", "special_tokens_map.json", put("special_tokens_map.json", b"3")),
+    ("slow", "added_tokens.json", put("added_tokens.json", b'{"[PAD]": ')),
+    ("slow", "added_tokens.json", put("added_tokens.json", b"[1]")),
+    ("slow", "added_tokens.json", put("added_tokens.json", b'{"[PAD]": "x"}')),
+    ("slow", "tokenizer_config.json", put_config(eos_token=5)),
+    ("slow", "tokenizer_config.json", put_config(added_tokens_decoder={"first": {"content": "<a>"}})),
+    ("slow", "tokenizer_config.json", put_config(added_tokens_decoder=[1])),
+    ("fast", "tokenizer.json", cut_file("tokenizer.json")),
+    ("fast", "tokenizer.json", put("tokenizer.json", b"")),
+    ("fast", "tokenizer.json", put("tokenizer.json", b"{}")),
+    ("fast", "tokenizer.json", put("tokenizer.json", b"\xff\xff")),
+    ("fast", "tokenizer_config.json", cut_file("tokenizer_config.json")),
+    ("fast", "tokenizer_config.json", put("tokenizer_config.json", b"[]")),
+    ("fast", "special_tokens_map.json", put("special_tokens_map.json", b'{"eos_token": ')),
+    ("fast", "tokenizer_config.json", put_config(eos_token=5)),
+]
+
+
+@pytest.mark.parametrize(("kind", "named", "change"), BROKEN, ids=[f"{i}-{b[0]}-{b[1]}" for i, b in enumerate(BROKEN)])
+def test_a_broken_file_is_named(small, tmp_path, kind, named, change):
+    folder = dict(zip(("slow", "fast"), both_kinds(small, tmp_path), strict=True))[kind]
+    change(folder)
+    with pytest.raises(InputError) as caught:
+        open_tokenizer(folder)
+    assert str(folder / named) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60)
+@given(keep=st.floats(0, 1, exclude_max=True), kind_and_name=st.sampled_from([b[:2] for b in BROKEN]))
+def test_a_file_cut_anywhere_is_refused_or_read(broken_at_random, keep, kind_and_name):
+    """A sentencepiece model cut between two pieces is a shorter model; JSON is never complete before its end."""
+    kind, name = kind_and_name
+    folder = broken_at_random[kind]
+    if not (folder / name).exists():
+        return
+    whole = (folder / name).read_bytes()
+    cut_file(name, keep)(folder)
+    try:
+        tokenizer = open_tokenizer(folder)
+    except InputError as e:
+        assert str(folder / name) in str(e)
+    else:
+        assert name == "tokenizer.model"
+        assert len(tokenizer) < 400
+    finally:
+        (folder / name).write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def broken_at_random(small, tmp_path_factory) -> dict[str, Path]:
+    return dict(zip(("slow", "fast"), both_kinds(small, tmp_path_factory.mktemp("cut")), strict=True))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(InputError, match="neither tokenizer"):
+        open_tokenizer(tmp_path)
+    assert not has_tokenizer(tmp_path)

@@ -1,0 +1,167 @@
+"""The HF folder that comes out: shards with a true index, nothing stale, nothing half-written."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from tiny import CONFIG, Arrays, hf_shapes, make_arrays, write_model
+
+from llama_jax.config import LlamaConfig
+from llama_jax.hf import writer
+from llama_jax.hf.source import Source
+from llama_jax.hf.writer import write_config, write_weights
+from llama_jax.model import RunOptions
+from llama_jax.sharding import make_mesh
+
+SMALL = {**CONFIG, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
+CONFIG_SMALL = LlamaConfig.from_hf(SMALL)
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def params(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load(write_model(tmp_path_factory.mktemp("model"), SMALL, make_arrays(SMALL)))
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return Source(folder).load(RunOptions(**options), make_mesh())
+
+
+def write(folder: Path, params: Any, shard_bytes: int = writer.SHARD_BYTES, dtype: Any = np.float32) -> None:
+    write_weights(
+        folder, params, CONFIG_SMALL, dict.fromkeys(hf_shapes(SMALL), np.dtype(dtype)), shard_bytes=shard_bytes
+    )
+
+
+def read(folder: Path) -> Arrays:
+    """All tensors of a folder, as its index or its one file has them. Nothing else lies there."""
+    names = {path.name for path in folder.iterdir()} - {"config.json", "generation_config.json"}
+    if names == {"model.safetensors"}:
+        return load_file(folder / "model.safetensors")
+    index = json.loads((folder / INDEX).read_text())
+    assert names == {INDEX, *index["weight_map"].values()}
+    tensors: Arrays = {}
+    for file in sorted(set(index["weight_map"].values())):
+        part = load_file(folder / file)
+        assert {name for name, f in index["weight_map"].items() if f == file} == set(part)
+        assert not tensors.keys() & part.keys()
+        tensors |= part
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in tensors.values())
+    return tensors
+
+
+def assert_same(tensors: Arrays, expected: Arrays) -> None:
+    assert set(tensors) == set(expected)
+    for name, array in expected.items():
+        assert tensors[name].dtype == array.dtype and tensors[name].shape == array.shape, name
+        assert tensors[name].tobytes() == array.tobytes(), name
+
+
+@settings(max_examples=40)
+@given(
+    shard_bytes=st.one_of(st.integers(1, 40_000), st.sampled_from([96, 97, 95, 8288, 8287, 8289])),
+    dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16, np.float16]),
+)
+def test_shards(params: Any, shard_bytes: int, dtype: Any) -> None:
+    expected = {name: array.astype(dtype) for name, array in make_arrays(SMALL).items()}
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        write(folder, params, shard_bytes, dtype)
+        assert_same(read(folder), expected)
+        files = sorted(folder.glob("*.safetensors"))
+        for number, file in enumerate(files, start=1):
+            if len(files) > 1:
+                assert file.name == f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            sizes = [a.nbytes for a in load_file(file).values()]
+            assert sum(sizes) <= shard_bytes or len(sizes) == 1
+            assert safe_open(file, "np").metadata() == {"format": "pt"}  # transformers refuses a file without it
+            assert file.stat().st_mode & 0o777 == 0o644
+        total = sum(a.nbytes for a in expected.values())
+        assert (len(files) == 1) == (total <= shard_bytes)
+
+
+def test_a_stacked_model_is_written_alike(params: Any, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", SMALL)
+    out = tmp_path / "out"
+    out.mkdir()
+    write(out, load(source, scan_layers=True), 4000)
+    assert_same(read(out), make_arrays(SMALL))
+
+
+@pytest.mark.parametrize(("before", "after"), [(4000, 10**9), (10**9, 4000), (2000, 6000), (6000, 2000), (4000, 4000)])
+def test_an_earlier_export_is_replaced(params: Any, tmp_path: Path, before: int, after: int) -> None:
+    old = jax.tree.map(lambda x: x + 1, params)
+    write(tmp_path, old, before)
+    write(tmp_path, params, after)
+    assert_same(read(tmp_path), make_arrays(SMALL))
+
+
+def test_other_files_stay(params: Any, tmp_path: Path) -> None:
+    """Only what an export could have written is removed."""
+    for name in ("model_notes.safetensors", "adapter_model.safetensors", "model.gguf", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    write(tmp_path, params, 4000)
+    write(tmp_path, params)
+    for name in ("model_notes.safetensors", "adapter_model.safetensors", "model.gguf", "notes.txt"):
+        assert (tmp_path / name).exists(), name
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize(("before", "after"), [(4000, 4000), (10**9, 4000)])
+def test_a_failed_write_leaves_the_earlier_export(
+    params: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, before: int, after: int
+) -> None:
+    write(tmp_path, params, before)
+    was = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = []
+
+    def save_file(tensors: Arrays, path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) > failing:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, **options)
+
+    original = writer.save_file
+    monkeypatch.setattr(writer, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, jax.tree.map(lambda x: x + 1, params), after)
+    assert {name: (tmp_path / name).read_bytes() for name in was} == was
+    # What is left of the attempt has no name that any program takes for weights, and the next export replaces it.
+    assert all(path.name in was or path.suffix == ".tmp" for path in tmp_path.iterdir())
+    monkeypatch.undo()
+    write(tmp_path, params, after)
+    assert_same(read(tmp_path), make_arrays(SMALL))
+
+
+def test_the_config_is_the_one_that_came_in(tmp_path: Path) -> None:
+    raw = {**SMALL, "rope_scaling": None, "transformers_version": "4.28.0", "architectures": ["LLaMAForCausalLM"]}
+    config = LlamaConfig.from_hf({**SMALL, "vocab_size": 260})
+    source, out = tmp_path / "in", tmp_path / "out"
+    for folder in (source, out):
+        folder.mkdir()
+    write_config(out, source, raw, config, np.dtype(np.float16))
+    written = json.loads((out / "config.json").read_text())
+    changed = {"vocab_size": 260, "architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
+    assert written == {**raw, **changed}
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"_from_model_config": True, "bos_token_id": 256, "eos_token_id": 257}
+
+    (source / "generation_config.json").write_text('{"eos_token_id": [257, 258], "top_p": 0.9}')
+    modern = {**raw, "dtype": "float32"}  # transformers 5's name of the key
+    del modern["torch_dtype"]
+    write_config(out, source, modern, config, np.dtype(ml_dtypes.bfloat16))
+    written = json.loads((out / "config.json").read_text())
+    assert written["dtype"] == "bfloat16" and "torch_dtype" not in written
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [257, 258], "top_p": 0.9}
+    write_config(out, out, raw, config, np.dtype(np.float32))  # the folder that it was read from
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [257, 258], "top_p": 0.9}
