@@ -5,6 +5,7 @@ For measurements: the weights are normal with the config's initializer_range, th
 """
 
 import argparse
+import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.files import write_json
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import numpy_dtype
-from llama_jax.hf.writer import SHARD_BYTES
+from llama_jax.hf.writer import plan_shards, write_index
 
 # vocab, hidden, intermediate, layers, heads, kv heads, rope theta, positions, tied
 SHAPES = {
@@ -63,34 +64,22 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     raw, dtype = raw_config(args.shape, args.layers), numpy_dtype(args.dtype)
-    table = list(name_table(LlamaConfig.from_hf(raw)).items())
+    table = name_table(LlamaConfig.from_hf(raw))
+    number = {name: i for i, name in enumerate(table)}
 
-    def tensor(i: int) -> np.ndarray:
-        name, (_, shape) = table[i]
+    def tensor(name: str) -> np.ndarray:
+        shape = table[name][1]
         if name.endswith("norm.weight"):
             return np.ones(shape, dtype)
-        random = np.random.default_rng([args.seed, i]).standard_normal(shape, np.float32)
+        random = np.random.default_rng([args.seed, number[name]]).standard_normal(shape, np.float32)
         return (random * np.float32(raw["initializer_range"])).astype(dtype)
 
-    groups: list[list[int]] = [[]]
-    size = 0
-    for i, (_, (_, shape)) in enumerate(table):
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        if groups[-1] and size + nbytes > SHARD_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(i)
-        size += nbytes
-    weight_map = {}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (_, shape) in table.items()}
+    files = plan_shards(sizes)
     with ThreadPoolExecutor() as pool:
-        for n, group in enumerate(groups, start=1):
-            file = f"model-{n:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-            arrays = {table[i][0]: a for i, a in zip(group, pool.map(tensor, group), strict=True)}
-            save_file(arrays, args.output_dir / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(arrays, file)
-            del arrays
-    if len(groups) > 1:
-        write_json(args.output_dir / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+        for file, names in files.items():
+            save_file(dict(zip(names, pool.map(tensor, names), strict=True)), args.output_dir / file, {"format": "pt"})
+    write_index(args.output_dir, files, sum(sizes.values()))
     write_json(args.output_dir / "config.json", {**raw, "torch_dtype": args.dtype})
     for path in args.tokenizer.glob("*token*") if args.tokenizer else ():
         shutil.copyfile(path, args.output_dir / path.name)

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -163,6 +164,7 @@ class Arguments:
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Read the command line (and the file of `--config`, whose values it overrides). Raises InputError."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that torch is missing, which is meant
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):

@@ -19,7 +19,6 @@ def make_schedule(kind: str, peak: float, warmup: int, total: int) -> np.ndarray
     Formulas of transformers' `optimization.py`. Made on the host: a float32 cosine loses the last updates.
     """
     done = np.arange(total + 1, dtype=np.float64)
-    rising = np.minimum(done / max(1, warmup), 1.0)
     fraction = np.clip((done - warmup) / max(1, total - warmup), 0.0, 1.0)
     if kind == "linear":
         falling = 1.0 - fraction
@@ -27,10 +26,11 @@ def make_schedule(kind: str, peak: float, warmup: int, total: int) -> np.ndarray
         falling = np.maximum(0.0, 0.5 * (1.0 + np.cos(math.pi * fraction)))
     elif kind in ("constant", "constant_with_warmup"):
         falling = np.ones_like(done)
-        rising = np.ones_like(done) if kind == "constant" else rising
     else:
         raise InputError(f"lr_scheduler_type {kind!r} is not one of {', '.join(SCHEDULES)}")
-    return peak * np.where(done < warmup, rising if kind != "constant" else 1.0, falling)
+    if kind == "constant":
+        return peak * falling
+    return peak * np.where(done < warmup, done / max(1, warmup), falling)
 
 
 class ClipState(NamedTuple):

@@ -1,4 +1,4 @@
-"""The commands: bad input is one line and exit code 2 with nothing compiled or written; good input does what it says."""
+"""The commands: bad input is one line, exit code 2, nothing compiled or written; good input does what it says."""
 
 import json
 import os
@@ -100,14 +100,14 @@ def error_line(err: str) -> str:
     return lines[-1]
 
 
-def check_refused(case: Case, named: list[str], argv: list[str] | None = None) -> None:
+def check_refused(case: Case, named: list[str], argv: list[str] | None = None, compiles: bool = False) -> None:
     before = sorted(case.output.rglob("*")) if case.output.is_dir() else []
     outcome = run(train_jax.main, *(case.argv() if argv is None else argv))
     assert outcome.code == 2, outcome.err
     line = error_line(outcome.err)
     for part in named:
         assert part in line, line
-    assert not outcome.compiled, "compiled before the input was known to be good"
+    assert compiles or not outcome.compiled, "compiled before the input was known to be good"
     assert (sorted(case.output.rglob("*")) if case.output.is_dir() else []) == before
 
 
@@ -183,7 +183,7 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "tokenizer larger than the embedding": (spoil_tokenizer, ["small", "259", "100"]),
     # The data.
     "no data": (lambda c: c.flags.update(data_path=c.folder / "nowhere.json"), ["nowhere.json", "no such"]),
-    "data is a folder": (lambda c: c.flags.update(data_path=c.folder), [str("no such data file")]),
+    "data is a folder": (lambda c: c.flags.update(data_path=c.folder), ["no such data file"]),
     "empty data": (lambda c: c.records(""), ["alpaca.json", "empty"]),
     "blank data": (lambda c: c.records(" \n\n"), ["alpaca.json", "empty"]),
     "no records": (lambda c: c.records("[]"), ["alpaca.json", "no records"]),
@@ -325,7 +325,7 @@ def test_resume_from_a_step_that_is_not_there(fresh: Case) -> None:
 def test_resume_another_model(fresh: Case) -> None:
     other = write_tokenizer(write_model(fresh.folder / "other", {**CONFIG, "intermediate_size": 64}))
     fresh.flags |= {"resume_from_checkpoint": True, "model_name_or_path": other, "max_steps": 4}
-    check_refused(fresh, ["checkpoint-2", "cannot be restored"])
+    check_refused(fresh, ["checkpoint-2", "cannot be restored"], compiles=True)  # orbax, to place what it reads
 
 
 def test_resume_a_run_that_was_longer(fresh: Case) -> None:
@@ -418,7 +418,7 @@ GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {
     ),
     "unknown flag": (lambda c: ["--model_name_or_path", str(c.model), "--top_q", "1"], ["--top_q"]),
     "not a number": (lambda c: ["--model_name_or_path", str(c.model), "--max_new_tokens", "few"], ["'few'"]),
-    "no tokens": (lambda c: ["--model_name_or_path", str(c.model), "--max_new_tokens", "0"], ["--max_new_tokens"]),
+    "no tokens": (lambda c: ["--model_name_or_path", str(c.model), "--max_new_tokens", "-1"], ["--max_new_tokens"]),
 }
 
 
@@ -443,7 +443,7 @@ def test_help() -> None:
         assert all(flag in outcome.out for flag in flags)
 
 
-# -- What works ---------------------------------------------------------------------------------------------------------
+# -- What works ----------------------------------------------------------------------------------------------------
 
 
 def seed_command(shared: Path) -> list[str]:
@@ -551,9 +551,9 @@ def test_config_file_equals_the_flags(case: Case) -> None:
 def test_configs_parse(path: Path) -> None:
     arguments = parse_arguments(["--config", str(path)])
     given = yaml.safe_load(path.read_text())
-    assert given and all(
-        str(getattr(arguments, key)) == str(value) for key, value in given.items() if key != "learning_rate"
-    )
+    assert given
+    for key, value in given.items():
+        assert value is None or getattr(arguments, key) in (value, str(value)), key
     # Each opens with the command that launches it.
     launch = [
         line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#") and "--config" in line

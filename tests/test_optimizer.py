@@ -58,7 +58,7 @@ def test_schedule_at_its_edges(kind: str, warmup: int, total: int) -> None:
 
 
 def test_unknown_schedule() -> None:
-    with pytest.raises(InputError, match="polynomial.*linear, cosine, constant, constant_with_warmup"):
+    with pytest.raises(InputError, match=r"polynomial.*linear, cosine, constant, constant_with_warmup"):
         make_schedule("polynomial", 1.0, 0, 1)
 
 

@@ -433,6 +433,25 @@ def test_powers_of_the_rotary_base() -> None:
 
 
 @pytest.mark.parametrize("kind", ROPES)
+def test_frequencies_of_drawn_parameters(kind: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, as in `test_rotary_tables`, whatever the parameters."""
+    positions = np.arange(0, 300, 23)
+
+    @settings(max_examples=60)
+    @given(st.data(), st.sampled_from([4, 6, 8, 64, 128]), st.integers(4, 400))
+    def check(data: st.DataObject, head_dim: int, context: int) -> None:
+        keys = data.draw(rope_keys(kind, head_dim))
+        theta = keys if "rope_theta" in keys else keys["rope_parameters"]
+        theta["rope_theta"] = float(np.float32(theta["rope_theta"]))  # torch's scalar is one
+        raw = make_raw(head_dim=head_dim, max_position_embeddings=context, **keys)
+        with exact_powers(monkeypatch):
+            expected = hf_tables(raw, positions)[0]
+        np.testing.assert_array_equal(our_tables(raw, positions, mesh)[0], expected)
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ROPES)
 def test_parts(kind: str, mesh: Mesh) -> None:
     """RMSNorm, attention, MLP and the whole block, on the same input [B, T, D] of order 1."""
     raw = make_raw(**ROPES[kind], num_hidden_layers=1)
@@ -696,29 +715,30 @@ def test_no_leak_between_segments(kind: str, mesh: Mesh) -> None:
 # --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
+def bfloat16_case(draw_seed: int, stream: float) -> tuple[dict[str, Any], Weights, Batch]:
+    """A model whose residual stream is `stream` times as large as what its layers add to it."""
+    raw = make_raw(hidden_size=64, intermediate_size=96, num_attention_heads=8, rope_theta=10000.0, head_dim=8)
+    raw |= {"max_position_embeddings": 64, "num_hidden_layers": 3}
+    config, rng = LlamaConfig.from_hf(raw), np.random.default_rng(draw_seed)
+    weights, batch = make_weights(config, rng), make_batch(config, rng, [24, 24])
+    weights["model.embed_tokens.weight"] *= stream
+    return raw, weights, batch
+
+
+@pytest.mark.parametrize("stream", [1.0, 30.0])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 weights"])
-def test_bfloat16_is_as_exact_as_torch(autocast: bool, mesh: Mesh) -> None:
+def test_bfloat16_is_as_exact_as_torch(autocast: bool, stream: float, mesh: Mesh) -> None:
     """Root mean square errors against torch's float32 logits; several draws together.
 
     Both round at the same places (u = 2^-9), so the errors are of one size, but not equal: the order of sums differs,
-    and torch rounds attention's scores where we keep float32. 1.25 bounds the ratio.
+    and torch rounds attention's scores where we keep float32. 1.25 bounds the ratio. A residual stream or a norm in
+    bfloat16 would show where the stream is large: 1.4.
     """
     ours_squares, theirs_squares = 0.0, 0.0
     for draw_seed in range(6):
-        raw = make_raw(hidden_size=64, intermediate_size=96, num_attention_heads=8, rope_theta=10000.0, head_dim=8)
-        raw |= {"max_position_embeddings": 64, "num_hidden_layers": 3}
-        config = LlamaConfig.from_hf(raw)
-        rng = np.random.default_rng(draw_seed)
-        weights, batch = make_weights(config, rng), make_batch(config, rng, [24, 24])
+        raw, weights, batch = bfloat16_case(draw_seed, stream)
         run = RunOptions(compute_dtype=jnp.bfloat16) if autocast else RunOptions(param_dtype=jnp.bfloat16)
-        graphdef, params = make_params(config, run, mesh, weights)
-
-        @jax.jit
-        def logits(params, *tokens, graphdef=graphdef):
-            model = nnx.merge(graphdef, params)
-            return model.logits(model(*tokens)[0])
-
-        ours = np.asarray(logits(params, batch.ids, batch.positions, batch.segments))
+        ours = forward_logits(raw, run, mesh, weights, batch)
         model, ids = make_hf(raw, weights), torch.tensor(batch.ids)
         with torch.no_grad():
             exact = model(ids).logits.numpy()
@@ -733,6 +753,28 @@ def test_bfloat16_is_as_exact_as_torch(autocast: bool, mesh: Mesh) -> None:
         theirs_squares += np.square(theirs - exact).mean()
     assert theirs_squares > 0
     assert_within("error over torch's error", math.sqrt(ours_squares / theirs_squares), 1.25)
+
+
+def test_rotation_type_under_autocast(mesh: Mesh) -> None:
+    """transformers 5 rotates in float32, the residual stream's type; 4.37's bfloat16 is another result, on request."""
+    raw, weights, batch = bfloat16_case(0, 1.0)
+    default, float32, bfloat16 = (
+        forward_logits(raw, RunOptions(compute_dtype=jnp.bfloat16, rope_dtype=dtype), mesh, weights, batch)
+        for dtype in (None, jnp.float32, jnp.bfloat16)
+    )
+    np.testing.assert_array_equal(default, float32)
+    assert (default != bfloat16).mean() > 0.5
+
+
+def forward_logits(raw: dict[str, Any], run: RunOptions, mesh: Mesh, weights: Weights, batch: Batch) -> np.ndarray:
+    graphdef, params = make_params(LlamaConfig.from_hf(raw), run, mesh, weights)
+
+    @jax.jit
+    def logits(params, *tokens):
+        model = nnx.merge(graphdef, params)
+        return model.logits(model(*tokens)[0])
+
+    return np.asarray(logits(params, batch.ids, batch.positions, batch.segments))
 
 
 # --- real checkpoints ------------------------------------------------------------------------------------------------

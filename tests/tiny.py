@@ -97,7 +97,7 @@ def write_model(folder: Path, config: dict[str, Any] = CONFIG, arrays: Arrays | 
     return folder
 
 
-def write_tokenizer(folder: Path, pad_token: str | None = "<s>") -> Path:
+def write_tokenizer(folder: Path, pad_token: str | None = "<unk>") -> Path:
     """A tokenizer of 259 tokens: the bytes, then <s>, </s>, <unk>."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors

@@ -1,5 +1,7 @@
 """Writing an HF folder that transformers loads anywhere."""
 
+import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from llama_jax.files import write_json
 from llama_jax.hf.names import name_table
 
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -42,21 +45,49 @@ def write_weights(
     Files get their names when all are whole; those of an earlier export that are not written again are removed.
     The host holds one shard at a time.
     """
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(config).items()}
+    files = plan_shards(sizes, shard_bytes)
+    try:
+        _write_shards(folder, files, hf_tensors(params, config), dtypes, progress)
+    except BaseException:
+        for file in files:
+            (folder / f"{file}.tmp").unlink(missing_ok=True)
+        raise
+    for old in folder.glob("model*.safetensors"):
+        if _WEIGHTS.fullmatch(old.name) and old.name not in files:
+            old.unlink()
+    for file in files:
+        (folder / f"{file}.tmp").chmod(0o644)  # safetensors writes for the owner only
+        (folder / f"{file}.tmp").rename(folder / file)
+    write_index(folder, files, sum(sizes.values()))
+
+
+def plan_shards(sizes: dict[str, int], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """File name -> tensor names, in order, for tensors of so many bytes: no file over the limit but for one tensor."""
     plan: list[list[str]] = [[]]
-    used = total = 0
-    for name, (_, shape) in name_table(config).items():
-        size = int(np.prod(shape)) * dtypes[name].itemsize
+    used = 0
+    for name, size in sizes.items():
         if plan[-1] and used + size > shard_bytes:
             plan.append([])
             used = 0
         plan[-1].append(name)
-        used, total = used + size, total + size
-    count = len(plan)
-    files = (
-        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
-    )
-    source = hf_tensors(params, config)
-    for file, names in zip(files, plan, strict=True):
+        used += size
+    if len(plan) == 1:
+        return {"model.safetensors": plan[0]}
+    return {f"model-{i:05d}-of-{len(plan):05d}.safetensors": names for i, names in enumerate(plan, start=1)}
+
+
+def write_index(folder: Path, files: dict[str, list[str]], total_size: int) -> None:
+    """The index of several files; none for one."""
+    if len(files) == 1:
+        (folder / _INDEX).unlink(missing_ok=True)
+        return
+    weight_map = {name: file for file, names in files.items() for name in names}
+    write_json(folder / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _write_shards(folder: Path, files: dict[str, list[str]], source, dtypes, progress) -> None:
+    for file, names in files.items():
         shard = {}
         for expected, (name, array) in zip(names, source, strict=False):
             assert name == expected
@@ -65,17 +96,6 @@ def write_weights(
                 break
         save_file(shard, folder / f"{file}.tmp", metadata={"format": "pt"})
         progress(sum(a.nbytes for a in shard.values()))
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in files:
-            old.unlink()
-    for file in files:
-        (folder / f"{file}.tmp").chmod(0o644)  # safetensors writes for the owner only
-        (folder / f"{file}.tmp").rename(folder / file)
-    if count > 1:
-        weight_map = {name: file for file, names in zip(files, plan, strict=True) for name in names}
-        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        (folder / _INDEX).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, source: Path, raw: dict[str, Any], config: LlamaConfig, dtype: np.dtype) -> None:

