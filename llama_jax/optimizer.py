@@ -43,7 +43,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """torch's `clip_grad_norm_`: scale by min(1, max_norm / (norm + 1e-6)); max_norm <= 0 only records the norm."""
 
     def update(updates, state, params=None):
-        norm = optax.global_norm(updates)
+        norm = optax.tree.norm(updates)
         if max_norm > 0:
             scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
             updates = jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
