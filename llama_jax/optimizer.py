@@ -19,11 +19,10 @@ def make_schedule(kind: str, peak: float, warmup: int, total: int) -> np.ndarray
     Formulas of transformers' `optimization.py`. Made on the host: a float32 cosine loses the last updates.
     """
     done = np.arange(total + 1, dtype=np.float64)
-    fraction = np.clip((done - warmup) / max(1, total - warmup), 0.0, 1.0)
     if kind == "linear":
-        falling = 1.0 - fraction
+        falling = np.maximum(0.0, (total - done) / max(1, total - warmup))
     elif kind == "cosine":
-        falling = np.maximum(0.0, 0.5 * (1.0 + np.cos(math.pi * fraction)))
+        falling = np.maximum(0.0, 0.5 * (1.0 + np.cos(math.pi * (done - warmup) / max(1, total - warmup))))
     elif kind in ("constant", "constant_with_warmup"):
         falling = np.ones_like(done)
     else:

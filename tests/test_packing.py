@@ -77,6 +77,11 @@ def test_less_room_down_to_the_fullest_row_is_enough(lengths, rows, capacity, da
         assert pack(lengths, rows, smaller) is not None
 
 
+def test_where_even_rows_fail_full_ones_are_tried():
+    """3 and 3 in one row each leave no room for 2, 2 and 2: 5, 5 and one over."""
+    assert pack([2, 2, 2, 3, 3], 2, 6) == [[3, 4], [0, 1, 2]]
+
+
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=14), rows=st.integers(1, 5))
 def test_rows_come_out_even(lengths, rows):
     """Longest first into the emptiest row: no row is fuller than the emptiest by more than its own last example."""

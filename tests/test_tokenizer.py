@@ -247,19 +247,34 @@ def test_special_tokens_may_be_objects_and_stand_in_their_own_file(small, tmp_pa
 
 
 def test_added_tokens_keep_their_ids(small, tmp_path):
-    """`added_tokens_decoder` and `added_tokens.json` say where an added token stands, not the order of adding."""
+    """`added_tokens_decoder` and `added_tokens.json` say where an added token stands, not the order of adding; the
+    longest that fits is cut out; what is saved says the same to transformers."""
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+    decoder = {401: "<b>", 400: "<a>", 1: "<s>", 403: "<a>x"}
     changed = copy(
         small,
         tmp_path / "added",
         pad_token="<b>",
-        added_tokens_decoder={"400": {"content": "<a>"}, "401": {"content": "<b>"}, "1": {"content": "<s>"}},
+        added_tokens_decoder={str(i): {"content": token, **flags} for i, token in decoder.items()},
     )
     write(changed, "added_tokens.json", {"<c>": 402, "<a>": 400})
     tokenizer, sp = open_tokenizer(changed), processor(small)
-    assert [tokenizer.token_to_id(t) for t in ("<a>", "<b>", "<c>")] == [400, 401, 402]
-    assert (len(tokenizer), tokenizer.pad_token_id) == (403, 401)
-    expected = [1, *sp.encode("x"), 402, 400, *sp.encode("y")]
-    assert tokenizer.encode_batch(["x<c><a>y"]) == [expected]
+    tokens = ["<a>", "<b>", "<c>", "<a>x"]
+    assert [tokenizer.token_to_id(token) for token in tokens] == [400, 401, 402, 403]
+    assert (len(tokenizer), tokenizer.pad_token_id) == (404, 401)
+    assert tokenizer.encode_batch(["x<c><a>xy"]) == [[1, *sp.encode("x"), 402, 403, *sp.encode("y")]]
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    tokenizer.save(saved)
+    (saved / "added_tokens.json").unlink()  # a file of transformers 4
+    theirs = transformers.AutoTokenizer.from_pretrained(saved)
+    assert theirs.convert_tokens_to_ids(tokens) == [400, 401, 402, 403]
+    assert len(theirs) == 404
+
+
+def test_an_added_token_may_stand_past_a_gap(small, tmp_path):
+    changed = copy(small, tmp_path / "gap", added_tokens_decoder={"405": {"content": "<far>"}})
+    assert open_tokenizer(changed).token_to_id("<far>") == 405
 
 
 @pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, False), (True, True), (False, True)])

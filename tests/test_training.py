@@ -1,5 +1,6 @@
 """A run is the HF Trainer's: its losses, norms, rates and weights; and it can be stopped anywhere and gone on with."""
 
+import ast
 import functools
 import itertools
 import json
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orbax.checkpoint._src.handlers import json_checkpoint_handler  # to slow it down
 from safetensors.numpy import load_file
 from tiny import (
     ALPACA,
@@ -40,6 +43,7 @@ import llama_jax.train
 import train_jax
 from llama_jax import sharding
 from llama_jax.arguments import Arguments
+from llama_jax.checkpoint import read_run
 from llama_jax.data.batches import Batches
 from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
@@ -87,6 +91,12 @@ def in_short_rows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def blocks_said(outcome: Outcome) -> int:
     (line,) = [line for line in outcome.err.splitlines() if "block(s) an update" in line]
     return int(line.split("at most ")[1].split()[0])
+
+
+def printed(outcome: Outcome) -> list[dict[str, Any]]:
+    """The log's lines on the standard output, the summary left out."""
+    lines = [ast.literal_eval(line) for line in outcome.out.splitlines() if line.startswith("{")]
+    return [line for line in lines if "loss" in line]
 
 
 def worst(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
@@ -137,7 +147,11 @@ def test_golden(
 
     entries = [e for e in gold["log_history"] if "loss" in e]
     ours = log_entries(tmp_path)
-    assert [list(e) for e in ours] == [list(e) for e in entries], "the same keys in the same order"
+    assert [e.keys() for e in ours] == [e.keys() for e in entries]
+    for line, mine, theirs in zip(printed(outcome), ours, entries, strict=True):
+        assert list(line) == [key for key in theirs if key != "step"], "the same keys in the same order"
+        shown = {k: v if name.startswith("4.37") else f"{v:.4g}" for k, v in mine.items()}
+        assert line.items() <= shown.items()
     for key in ("learning_rate", "epoch", "step"):
         np.testing.assert_allclose([e[key] for e in ours], [e[key] for e in entries], rtol=1e-12, atol=1e-19)
     # 4.37 rounds to four decimals: the rounded values differ by one digit where the values lie on either side.
@@ -175,7 +189,10 @@ def test_a_device_is_given_no_more_than_asked(shared: Path, tmp_path: Path, mult
     assert outcome.code == 0 and multi_steps and blocks_said(outcome) >= 2, outcome.err
 
 
-# -- A loop of our own in torch -----------------------------------------------------------------------------------------
+# -- A loop of our own in torch ---------------------------------------------------------------------------------------
+
+
+EPSILON = 1e-4
 
 
 def torch_orders(count: int, compat: str, seed: int) -> Iterator[list[int]]:
@@ -229,7 +246,7 @@ def torch_train(
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": flags["decay"]},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=flags["rate"], betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=flags["rate"], betas=(0.9, 0.999), eps=EPSILON)
     warmup = math.ceil(updates * flags["warmup"])
     schedule = get_scheduler(flags["schedule"], optimizer, num_warmup_steps=warmup, num_training_steps=updates)
 
@@ -257,7 +274,7 @@ def torch_train(
     return losses, norms, {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     flags=st.fixed_dictionaries(
         {
@@ -291,18 +308,21 @@ def test_any_run_is_torchs(flags: dict[str, Any], count: int, data_seed: int) ->
             *("--gradient_accumulation_steps", flags["accumulation"], "--num_train_epochs", flags["epochs"]),
             *("--lr_scheduler_type", flags["schedule"], "--warmup_ratio", flags["warmup"]),
             *("--learning_rate", flags["rate"], "--weight_decay", flags["decay"], "--max_grad_norm", flags["clip"]),
-            *("--seed", flags["seed"], "--save_strategy", "no"),
+            *("--seed", flags["seed"], "--save_strategy", "no", "--adam_epsilon", EPSILON),
         )
         assert outcome.code == 0, outcome.err
         losses, norms, weights = torch_train(model, records, flags)
-        # As for the golden runs: models of the same size and depth, learning rates and numbers of updates.
+        # Losses and norms as for the golden runs. Weights: entries of the gradient are of the size of 5 / sqrt(32,000)
+        # = 0.03, and off by some 8 roundings of that, 1.5e-8. Adam's step is off by at most lr / EPSILON times that,
+        # 3e-7, in at most 26 updates: below 1e-5 if all erred alike. (Adam's own 1e-8 bounds nothing: where the
+        # gradient is all rounding, its sign decides over a whole step. The golden runs have it.)
         assert [step for step, _, _ in seen] == list(range(1, len(losses) + 1))
         np.testing.assert_allclose([loss for _, loss, _ in seen], losses, rtol=1e-5)
         np.testing.assert_allclose([norm for _, _, norm in seen], norms, rtol=1e-4)
         assert worst(load_file(folder / "out" / "model.safetensors"), weights) <= 1e-5
 
 
-# -- The Trainer of the installed transformers --------------------------------------------------------------------------
+# -- The Trainer of the installed transformers ------------------------------------------------------------------------
 
 
 def checkpoints(folder: Path) -> list[str]:
@@ -366,7 +386,7 @@ def test_the_state_is_the_trainers(options: dict[str, Any], tmp_path: Path, caps
     assert worst(*(load_file(tmp_path / name / "model.safetensors") for name in ("ours", "hf"))) <= 1e-5
 
 
-# -- Checkpoints --------------------------------------------------------------------------------------------------------
+# -- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
 class Job:
@@ -420,6 +440,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# What is resumed from: a checkpoint by its path, or the last one.
+RESUMED: dict[str, list[int]] = {"4.37": [2, 4]}
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resumed_run_is_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multi_steps: list[Any]
@@ -430,17 +454,36 @@ def test_resumed_run_is_the_same(
         job.flags["max_tokens_per_device"] = 128
     whole = job.train("whole")
     assert bool(multi_steps) == (name == "several blocks")
-    for step in (2, 4):
+    for step in RESUMED.get(name, [2]):
         part = tmp_path / f"from-{step}"
         part.mkdir()
         shutil.copytree(whole / f"checkpoint-{step}", part / f"checkpoint-{step}")
-        wanted = True if step == 2 else part / f"checkpoint-{step}"
+        wanted = True if name == "5" or step == 4 else part / f"checkpoint-{step}"
         job.train(part.name, resume_from_checkpoint=wanted)
         assert_same_run(whole, part)
         last = json.loads((part / "trainer_state.json").read_text())["log_history"][-1]
         losses = [e["loss"] for e in log_entries(part)]
         # The Trainer's own: the loss of this process' updates over all updates. 4.37 rounds each to 4 decimals.
         np.testing.assert_allclose(last["train_loss"], sum(losses[step:]) / 6, rtol=1e-12, atol=5e-5)
+
+
+def test_a_checkpoint_keeps_the_state_of_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written while the run goes on, on a slow disk long after: what is logged in between is not in it."""
+
+    class SlowJson:
+        loads = staticmethod(json.loads)
+
+        @staticmethod
+        def dumps(*args: Any, **options: Any) -> str:
+            time.sleep(0.3)
+            return json.dumps(*args, **options)
+
+    monkeypatch.setattr(json_checkpoint_handler, "json", SlowJson)
+    out = Job(tmp_path, save_steps=10, max_steps=30).train("out")
+    for step in (10, 20, 30):
+        saved = read_run(out, step)["trainer_state"]
+        assert saved["global_step"] == step
+        assert [e["step"] for e in saved["log_history"]] == list(range(1, step + 1))
 
 
 def test_resuming_a_finished_run_exports_it_again(tmp_path: Path) -> None:
@@ -506,14 +549,14 @@ def stopped_by_sigterm(job: Job, out: str, after: int) -> subprocess.CompletedPr
 
 
 def test_sigterm(tmp_path: Path) -> None:
-    # Long enough that the signal lands within: some 3 ms an update, and the process must not end in between.
-    job = Job(tmp_path, max_steps=1500, save_steps=1000)
+    # Some 5 ms an update: the signal comes with nearly all of the updates to go.
+    job = Job(tmp_path, max_steps=400, save_steps=1000)
     result = stopped_by_sigterm(job, "stopped", after=3)
     assert result.returncode == 143, result.stderr
     out = tmp_path / "stopped"
     (name,) = checkpoints(out)
     step = int(name.removeprefix("checkpoint-"))
-    assert 3 <= step < 1500
+    assert 3 <= step < 400
     assert not (out / "model.safetensors").exists() and not (out / "trainer_state.json").exists()
     assert f"stopped after update {step}" in result.stderr and "--resume_from_checkpoint True" in result.stderr
     assert "Traceback" not in result.stderr
@@ -538,7 +581,7 @@ def test_sigterm_before_the_first_update_is_done(tmp_path: Path) -> None:
     assert_same_run(job.train("whole"), out)
 
 
-# -- The folder that comes out ------------------------------------------------------------------------------------------
+# -- The folder that comes out ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -619,11 +662,3 @@ def test_a_row_for_llamas_pad(shared: Path, tmp_path: Path) -> None:
     for path in (shared / "data" / "llama-tokenizer").iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     check_padded_vocabulary(tmp_path, raw, model)
-
-
-def test_learning_goes_down(tmp_path: Path) -> None:
-    """Thirty updates on one example: the loss falls to a fraction."""
-    job = Job(tmp_path, max_steps=30, save_strategy="no", learning_rate=1e-2, gradient_accumulation_steps=1)
-    write_json(tmp_path / "data.json", make_records(1))
-    losses = [e["loss"] for e in log_entries(job.train("out"))]
-    assert losses[-1] < 0.2 * losses[0]
