@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
     source = Source(Path(args.model_name_or_path), args.allow_pickle)
     examples, tokenizer = load_examples(args, source.config, lambda: source.tokenizer_folder, quiet)
-    config = _resized(source.config, tokenizer)
+    config = _resized(source.config, tokenizer, args.hf_compat)
     order = make_order(args, len(examples), sharding.batch_ways(mesh))
     batches = Batches(examples, order, order.ranks, args.max_tokens_per_device)
     schedule = make_schedule(
@@ -203,12 +203,14 @@ def make_order(args: Arguments, examples: int, ranks: int) -> Order:
     return order
 
 
-def _resized(config: LlamaConfig, tokenizer: Tokenizer | None) -> LlamaConfig:
+def _resized(config: LlamaConfig, tokenizer: Tokenizer | None, compat: str) -> LlamaConfig:
     """The architecture with as many vocabulary rows as the tokenizer has tokens, as stanford_alpaca resizes it."""
     if tokenizer is None or len(tokenizer) == config.vocab_size:
         return config
+    # Resizing gives transformers 4.37 a new embedding, without the old one's padding_idx.
+    pad_token_id = None if compat == "4.37" else config.pad_token_id
     say(f"vocabulary: {config.vocab_size} rows become {len(tokenizer)}, as many as the tokenizer has tokens")
-    return dataclasses.replace(config, vocab_size=len(tokenizer))
+    return dataclasses.replace(config, vocab_size=len(tokenizer), pad_token_id=pad_token_id)
 
 
 def _resume_step(args: Arguments, output_dir: Path, steps: list[int]) -> int:

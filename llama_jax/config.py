@@ -25,7 +25,7 @@ _WITHOUT_EFFECT = frozenset(
     forced_bos_token_id forced_eos_token_id id2label is_decoder is_llama_config keys_to_ignore_at_inference
     label2id length_penalty max_length max_sequence_length min_length model_type name_or_path
     no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type remove_invalid_values
+    output_hidden_states output_scores prefix pretraining_tp problem_type remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
     transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
@@ -102,6 +102,8 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    pad_token_id: int | None = None
+    """The row of the input embedding that gets no gradient: torch's `padding_idx`."""
     rope: RopeConfig = field(default_factory=RopeConfig)
 
     @property
@@ -136,7 +138,7 @@ class LlamaConfig:
                 continue
             if key not in _ONLY_AT:
                 raise InputError(
-                    f"{source}: unknown key {key!r} ({str(value)[:60]}) could change the mathematics; "
+                    f"{source}: unknown key {key!r} ({repr(value)[:60]}) could change the mathematics; "
                     "remove it if it does not"
                 )
             if value != _ONLY_AT[key]:
@@ -148,6 +150,12 @@ class LlamaConfig:
         heads = values["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
         values.setdefault("head_dim", values["hidden_size"] // heads)
+        if "head_dim" not in raw and values["hidden_size"] % heads:
+            raise InputError(
+                f"{source}: hidden_size {values['hidden_size']} is not a multiple of num_attention_heads {heads}"
+            )
+        if "pad_token_id" in values:
+            values["pad_token_id"] = _padding_idx(values["pad_token_id"], values["vocab_size"], source)
         config = LlamaConfig(**values, rope=_rope_from_hf(raw, values, source))
         if heads % config.num_key_value_heads:
             raise InputError(
@@ -163,6 +171,8 @@ class LlamaConfig:
 
 def _check_types(values: dict[str, Any], source: str) -> None:
     for key, value in values.items():
+        if key == "pad_token_id":
+            continue
         kind = LlamaConfig.__dataclass_fields__[key].type
         ok = {
             int: isinstance(value, int) and not isinstance(value, bool) and value > 0,
@@ -174,14 +184,25 @@ def _check_types(values: dict[str, Any], source: str) -> None:
             raise InputError(f"{source}: {key} = {value!r} should be a positive {kind.__name__}")  # type: ignore[union-attr]
 
 
+def _padding_idx(value: Any, vocab_size: int, source: str) -> int:
+    """torch's `padding_idx`: a negative one counts from the end."""
+    if type(value) is not int or not -vocab_size <= value < vocab_size:
+        raise InputError(f"{source}: pad_token_id {value!r} is not a row of the vocabulary of {vocab_size}")
+    return value % vocab_size
+
+
 def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> RopeConfig:
     """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5), read as transformers 5 reads them."""
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{source}: rope_scaling and rope_parameters should be objects, not {given!r}")
+    rope = dict(given)
     old_type = rope.pop("type", None)
     rope_type = rope.pop("rope_type", None) or old_type or "default"
-    if rope_type not in _ROPE_FIELDS:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
         raise InputError(f"{source}: rope type {rope_type!r} is not one of {', '.join(_ROPE_FIELDS)}")
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    rope.pop("finetuned", None)  # of Yarn-Llama-2: says how the model was made
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise InputError(f"{source}: partial_rotary_factor other than 1 is not supported")
     original = rope.pop("original_max_position_embeddings", None)
@@ -197,9 +218,21 @@ def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> R
     half = values["head_dim"] // 2
     for key in ("short_factor", "long_factor"):
         if key in fields:
+            if not isinstance(fields[key], list) or not all(map(_is_positive, fields[key])):
+                raise InputError(f"{source}: {key} should be a list of positive numbers")
             fields[key] = tuple(float(x) for x in fields[key])
             if len(fields[key]) != half:
                 raise InputError(f"{source}: {key} has {len(fields[key])} numbers, head_dim / 2 is {half}")
+    numbers = {k: v for k, v in fields.items() if k not in ("short_factor", "long_factor", "truncate")}
+    for key, value in {"rope_theta": theta, "original_max_position_embeddings": original, **numbers}.items():
+        if not _is_positive(value):
+            raise InputError(f"{source}: {key} {value!r} of the rope parameters should be a positive number")
+    if rope_type == "dynamic" and values["head_dim"] <= 2:
+        raise InputError(f"{source}: rope type 'dynamic' needs a head_dim over 2")
     if rope_type in ("yarn", "longrope"):
         fields.setdefault("factor", maximum / original)
     return RopeConfig(rope_type, float(theta), int(original), **fields)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -1,5 +1,6 @@
 """The one exception that is the user's to mend, and what a command does with it."""
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -7,11 +8,14 @@ from collections.abc import Callable
 class InputError(Exception):
     """Bad input or usage: one line that says what, where, and how to mend it. The commands print it and exit with 2."""
 
+    def __init__(self, message: str):
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))
+
 
 def run_command(main: Callable[[list[str]], int]) -> int:
     """Run a command on the command line's arguments; a user's mistake becomes one line and exit code 2."""
     try:
         return main(sys.argv[1:])
     except InputError as e:
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        print(f"error: {e}", file=sys.stderr)
         return 2

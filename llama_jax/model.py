@@ -169,9 +169,13 @@ class Embedding(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, spec: P, rngs):
         init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
         self.weight = nnx.Param(init(rngs.params(), (config.padded_vocab_size, config.hidden_size), run.param_dtype))
+        self.padding_idx = config.pad_token_id
 
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.weight[...].at[input_ids].get(out_sharding=sharding.ACT_BTD)
+        x = self.weight[...].at[input_ids].get(out_sharding=sharding.ACT_BTD)
+        if self.padding_idx is None:
+            return x
+        return jnp.where((input_ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
 
 
 class Llama(nnx.Module):

@@ -122,11 +122,12 @@ def _yarn_range(rope: RopeConfig, dim: int) -> tuple[float, float]:
 def _llama3(rope: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
     assert rope.factor and rope.low_freq_factor and rope.high_freq_factor
     original = rope.original_max_position_embeddings
-    wavelength = F32(2 * math.pi) / inv_freq
+    # torch divides a scalar by a tensor as the scalar times the reciprocal.
+    wavelength = F32(1) / inv_freq * F32(2 * math.pi)
     slow = wavelength > F32(original / rope.low_freq_factor)
     fast = wavelength < F32(original / rope.high_freq_factor)
     scaled = np.where(slow, inv_freq / F32(rope.factor), inv_freq)
-    smooth = (F32(original) / wavelength - F32(rope.low_freq_factor)) / F32(
+    smooth = (F32(1) / wavelength * F32(original) - F32(rope.low_freq_factor)) / F32(
         rope.high_freq_factor - rope.low_freq_factor
     )
     blended = (F32(1) - smooth) * scaled / F32(rope.factor) + smooth * scaled
@@ -145,4 +146,5 @@ def _dynamic_inv_freq(config: LlamaConfig, max_length: int) -> np.ndarray:
     stretch = F32(rope.factor) * length / F32(maximum) - F32(rope.factor - 1)
     growth = np.power(stretch.astype(np.float64), dim / (dim - 2)).astype(F32)
     base = (F32(rope.rope_theta) * growth).astype(np.float64)[:, None]
+    base[0] = rope.rope_theta  # nothing is stretched inside the original context
     return F32(1) / np.power(base, _exponents(dim).astype(np.float64)).astype(F32)

@@ -1,7 +1,7 @@
 """The blocks of an update: every token where it belongs, with the weight that the HF Trainer's loss gives it.
 
-Token j of example i has the id `STRIDE * i + j + 1`, so that a row can be read back, and its loss is a random number of the
-pair (i, j). The Trainer's loss is then a few loops over those numbers.
+Token j of example i has the id `STRIDE * i + j + 1`, so that a row can be read back, and its loss is a random number
+of the pair (i, j). The Trainer's loss is then a few loops over those numbers.
 """
 
 from collections import Counter

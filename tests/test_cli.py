@@ -1,7 +1,6 @@
 """The commands: bad input is one line, exit code 2, nothing compiled or written; good input does what it says."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -549,18 +548,19 @@ def test_config_file_equals_the_flags(case: Case) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configs_parse(path: Path) -> None:
-    arguments = parse_arguments(["--config", str(path)])
+    """Each opens with the command that launches it, which takes the values of the file."""
+    lines = path.read_text().splitlines()
+    launch = [line.lstrip("# ") for line in lines if line.startswith("#") and "train_jax.py" in line]
+    assert launch
     given = yaml.safe_load(path.read_text())
-    assert given
-    for key, value in given.items():
-        assert value is None or getattr(arguments, key) in (value, str(value)), key
-    # Each opens with the command that launches it.
-    launch = [
-        line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#") and "--config" in line
-    ]
-    assert launch and any(path.name in line for line in launch)
     for line in launch:
-        check_command(shlex.split(line, comments=True), ROOT)
+        words = shlex.split(line, comments=True)
+        assert words[:2] == ["python", "train_jax.py"] and f"configs/{path.name}" in words
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            arguments = parse_arguments(words[2:])
+        for key, value in given.items():
+            assert value is None or f"--{key}" in words or getattr(arguments, key) in (value, str(value)), key
 
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
@@ -584,7 +584,7 @@ def parse_generate(argv: list[str]) -> None:
         llama_jax.generate.main(argv)
 
 
-def check_command(words: list[str], folder: Path) -> bool:
+def check_command(words: list[str]) -> bool:
     """Parse one of our commands; False where it is none."""
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables set for the command
         words = words[1:]
@@ -595,12 +595,9 @@ def check_command(words: list[str], folder: Path) -> bool:
         return False
     for end in ("|", "&&", ";", ">", "2>&1", "&"):
         argv = argv[: argv.index(end)] if end in argv else argv
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
         PARSERS[name](argv)
-    finally:
-        os.chdir(here)
     return True
 
 
@@ -618,13 +615,13 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_commands_of_the_pages_parse(path: Path) -> None:
     for line in shown_commands(path.read_text(encoding="utf-8")):
-        check_command(shlex.split(line, comments=True), ROOT)
+        check_command(shlex.split(line, comments=True))
 
 
 def test_commands_of_the_demo_parse() -> None:
     text = (ROOT / "demo" / "run.sh").read_text().replace("$python", "python")
     lines = [line.strip() for line in text.splitlines() if line.startswith("python ")]
-    assert lines and all(check_command(shlex.split(line), ROOT) for line in lines)
+    assert lines and all(check_command(shlex.split(line)) for line in lines)
 
 
 def test_tensors_of_the_helpers_are_transformers() -> None:

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig as HFLlamaConfig
@@ -117,8 +118,10 @@ def copy(raw: dict[str, Any]) -> dict[str, Any]:
 
 def assert_same_reading(ours: LlamaConfig, hf: HFLlamaConfig) -> None:
     for name in LlamaConfig.__dataclass_fields__:
-        if name != "rope":
+        if name not in ("rope", "pad_token_id"):
             assert getattr(ours, name) == getattr(hf, name), name
+    # As torch's Embedding reads it: a negative padding_idx counts from the end.
+    assert ours.pad_token_id == torch.nn.Embedding(hf.vocab_size, 1, hf.pad_token_id).padding_idx
     parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in hf.rope_parameters.items() if k != "type"}
     for key, value in parameters.items():
         assert getattr(ours.rope, key) == value, key

@@ -109,9 +109,10 @@ def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
         inside = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(bounds, tensor.shape, strict=True))
         part = tensor.read(inside)
         missing = [(0, b - a - n) for (a, b), n in zip(bounds, part.shape, strict=True)]
-        return np.pad(part, missing) if any(m for _, m in missing) else part
+        return (np.pad(part, missing) if any(m for _, m in missing) else part).astype(dtype, copy=False)
 
-    return jax.make_array_from_callback(target.shape, target.sharding, read, dtype=tensor.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(tensor.dtype)  # float64 becomes float32
+    return jax.make_array_from_callback(target.shape, target.sharding, read, dtype=dtype)
 
 
 def _at(tree: Any, path: tuple) -> Any:

@@ -56,12 +56,13 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             )
         if index.exists():
             return _open_indexed(folder, index, opener)
-        return opener(single)
+        return opener(_checked_path(folder, single))
     raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, .gguf or pytorch_model.bin")
 
 
 def _open_indexed(folder: Path, index: Path, opener) -> dict[str, Tensor]:
-    weight_map = read_json(index).get("weight_map")
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index}: 'weight_map' should map tensor names to file names")
     tensors: dict[str, Tensor] = {}
@@ -78,12 +79,17 @@ def _open_indexed(folder: Path, index: Path, opener) -> dict[str, Tensor]:
 
 
 def _shard_path(folder: Path, index: Path, shard: str) -> Path:
-    """The shard's path, a plain name in this folder. The hub's cache links to ../../blobs; no other link leaves."""
-    if Path(shard).name != shard:
+    """The shard's path, by a plain name in this folder."""
+    if Path(shard).name != shard or shard in ("", ".."):
         raise InputError(f"{index}: shard name {shard!r} is not a plain file name")
     path = folder / shard
     if not path.exists():
         raise InputError(f"{index}: names the shard {shard!r}, which is not in the folder")
+    return _checked_path(folder, path)
+
+
+def _checked_path(folder: Path, path: Path) -> Path:
+    """The path, if it is no link out of the folder: only the hub's cache links elsewhere, to ../../blobs."""
     homes = (folder.resolve(), folder.absolute().parent.parent.resolve() / "blobs")
     if path.resolve().parent not in homes:
         raise InputError(f"{path}: is a link to a file outside its folder")

@@ -1,0 +1,352 @@
+"""HF -> Flax -> HF without a bit lost, a `--verify` that notices, and the Flax folder as good as the other."""
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from tiny import (
+    ALPACA,
+    CONFIG,
+    Arrays,
+    Outcome,
+    hf_shapes,
+    log_entries,
+    make_arrays,
+    make_records,
+    run,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
+
+import convert_torch_to_flax
+import llama_jax.generate
+import train_jax
+from llama_jax import sharding
+from llama_jax.data.examples import alpaca_prompt
+from llama_jax.generate import generate
+from llama_jax.hf import writer
+from llama_jax.hf.source import Source, compare_digests
+from llama_jax.model import RunOptions
+
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def convert(source: Path, out: Path, *flags: Any) -> Outcome:
+    return run(convert_torch_to_flax.main, "--model_name_or_path", source, "--output_dir", out, *flags)
+
+
+def converted(source: Path, out: Path, *flags: Any) -> Path:
+    outcome = convert(source, out, *flags)
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+def verified(outcome: Outcome) -> str:
+    """The digest that `--verify` shows."""
+    assert outcome.code == 0, outcome.err
+    match = re.search(r"verified: (\d+) tensors .* SHA-256 over all ([0-9a-f]{64})", outcome.err)
+    assert match, outcome.err
+    return match[2]
+
+
+def read(folder: Path) -> Arrays:
+    tensors: Arrays = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def assert_same_bits(actual: Arrays, expected: Arrays) -> None:
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (array.dtype, array.shape), name
+        assert actual[name].tobytes() == array.tobytes(), name
+
+
+def random_bits(shape: tuple[int, ...], dtype: Any, rng: np.random.Generator) -> np.ndarray:
+    """Any finite value of the type, both zeros and subnormal numbers among them."""
+    array = np.frombuffer(rng.bytes(int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape)
+    with np.errstate(invalid="ignore"):
+        finite = np.isfinite(array.astype(np.float64))
+    return np.where(finite, array, np.zeros((), dtype))
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    heads = draw(st.sampled_from([1, 2, 4]))
+    return {
+        **CONFIG,
+        "vocab_size": draw(st.sampled_from([5, 128, 131])),
+        "hidden_size": heads * draw(st.sampled_from([2, 4, 6])),
+        "intermediate_size": draw(st.integers(1, 12)),
+        "num_hidden_layers": draw(st.sampled_from([1, 2, 9])),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([k for k in (1, 2, 4) if heads % k == 0])),
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=15)
+@given(
+    raw=configs(),
+    dtypes=st.lists(st.sampled_from(list(DTYPES)), min_size=1, max_size=3, unique=True),
+    shards=st.sampled_from([1, 1, 3]),
+    stored=st.sampled_from(["float32", "only", "only"]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_there_and_back(raw: dict[str, Any], dtypes: list[str], shards: int, stored: str, seed: int) -> None:
+    """Every tensor in the type it came in: float32 holds all of the others, and a type holds itself."""
+    rng = np.random.default_rng(seed)
+    shapes = hf_shapes(raw)
+    kinds = {name: dtypes[i % len(dtypes)] for i, name in enumerate(rng.permutation(list(shapes)))}
+    arrays = {name: random_bits(shape, DTYPES[kinds[name]], rng) for name, shape in shapes.items()}
+    if raw["tie_word_embeddings"] and seed % 2:  # some files repeat the tied embedding
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
+    flags = ["--dtype", dtypes[0]] if stored == "only" and len(dtypes) == 1 else []
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        source = write_model(folder / "hf", raw, arrays, shards)
+        digest = verified(convert(source, folder / "flax", "--verify", *flags))
+        assert len(digest) == 64
+        verified(convert(folder / "flax", folder / "back", "--to_hf", "--verify"))
+        assert_same_bits(read(folder / "back"), {name: arrays[name] for name in shapes})
+        before, after = (json.loads((folder / f / "config.json").read_text()) for f in ("hf", "back"))
+        for config in (before, after):
+            config.pop("torch_dtype")
+        assert before == after
+
+
+def test_the_digest_tells_models_apart(tmp_path: Path) -> None:
+    """Equal for a second conversion, different for one bit in one tensor, or two tensors changed for each other."""
+    arrays = make_arrays(CONFIG)
+    name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+    flipped = arrays[name].copy()
+    flipped.view(np.uint32)[3, 5] ^= 1
+    variants = [arrays, arrays, {**arrays, name: flipped}, {**arrays, name: arrays[other], other: arrays[name]}]
+    digests = [
+        verified(convert(write_model(tmp_path / f"hf{i}", CONFIG, a), tmp_path / f"flax{i}", "--verify"))
+        for i, a in enumerate(variants)
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+
+
+def test_types_asked_for(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "hf")
+    flax = converted(source, tmp_path / "flax", "--dtype", "bfloat16", "--verify")
+    rounded = {name: a.astype(ml_dtypes.bfloat16) for name, a in make_arrays(CONFIG).items()}
+    back = converted(flax, tmp_path / "back", "--to_hf", "--verify")
+    assert_same_bits(read(back), {name: a.astype(np.float32) for name, a in rounded.items()})
+    half = converted(flax, tmp_path / "half", "--to_hf", "--dtype", "bfloat16", "--verify")
+    assert_same_bits(read(half), rounded)
+    assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_compare_digests() -> None:
+    def named(*arrays: tuple[str, Any]) -> list[tuple[str, np.ndarray]]:
+        return [(name, np.asarray(a)) for name, a in arrays]
+
+    one = named(("a", np.zeros(3, np.float32)), ("b", np.ones((2, 2), ml_dtypes.bfloat16)), ("c", np.zeros((0, 2))))
+    count, digest, different = compare_digests(one, one)
+    assert (count, len(digest), different) == (3, 64, [])
+    changes = {
+        "a value": ("a", np.asarray([0, 0, 1], np.float32)),
+        "a zero's sign": ("a", np.asarray([0, 0, -0.0], np.float32)),
+        "the type": ("a", np.zeros(3, np.int32)),
+        "the shape": ("a", np.zeros((1, 3), np.float32)),
+        "the name": ("x", np.zeros(3, np.float32)),
+    }
+    for what, changed in changes.items():
+        other = compare_digests(one, [named(changed)[0], *one[1:]])
+        assert other == (3, digest, ["a"]), what
+    assert compare_digests(one[:1] + named(("b", np.zeros((2, 2), ml_dtypes.bfloat16))), one[:2])[2] == ["b"]
+    strided = named(("a", np.arange(8, dtype=np.float32)[::2]))
+    assert compare_digests(strided, named(("a", np.asarray([0, 2, 4, 6], np.float32))))[2] == []
+    with pytest.raises(ValueError):  # one tensor is missing
+        compare_digests(one, one[:2])
+
+
+@pytest.mark.parametrize("bit", [0, 31])
+def test_verify_notices_a_damaged_file(bit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit of one tensor of the HF file is other than was meant when it is read back."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+    flax = converted(write_model(tmp_path / "hf"), tmp_path / "flax")
+
+    def damage(tensors: Arrays, path: Path, **options: Any) -> None:
+        changed = tensors[name].copy()
+        changed.view(np.uint32)[1, 2] ^= np.uint32(1 << bit)
+        save_file({**tensors, name: changed}, path, **options)
+
+    monkeypatch.setattr(writer, "save_file", damage)
+    outcome = convert(flax, tmp_path / "back", "--to_hf", "--verify")
+    assert outcome.code == 1
+    (line,) = [line for line in outcome.err.splitlines() if "error" in line]
+    assert line.startswith("error: ") and name in line and "1 tensor" in line
+    assert "verified" not in outcome.err
+    assert convert(flax, tmp_path / "unseen", "--to_hf").code == 0  # nobody asked
+
+
+def test_verify_notices_damaged_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of the Flax folder is another when it is read back."""
+    from llama_jax import checkpoint
+
+    original = checkpoint.load_params
+
+    def damaged(folder: Path, abstract: Any) -> Any:
+        params = original(folder, abstract)
+        layer = params["layers"][1]["mlp"]["down_proj"]
+        weight = np.array(layer["weight"])
+        weight[0, 0] += 1e-6
+        layer["weight"] = jax.device_put(weight, layer["weight"].sharding)
+        return params
+
+    monkeypatch.setattr(checkpoint, "load_params", damaged)
+    outcome = convert(write_model(tmp_path / "hf"), tmp_path / "flax", "--verify")
+    assert outcome.code == 1 and "model.layers.1.mlp.down_proj.weight" in outcome.err
+    assert "verified" not in outcome.err
+
+
+def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
+    source = write_tokenizer(write_model(tmp_path / "hf"))
+    write_json(source / "generation_config.json", {"eos_token_id": [257, 258], "temperature": 0.6})
+    flax = converted(source, tmp_path / "flax")
+    back = converted(flax, tmp_path / "back", "--to_hf")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for folder in (flax, back):
+            assert json.loads((folder / name).read_text()) == json.loads((source / name).read_text()), name
+
+
+# -- Training from either folder --------------------------------------------------------------------------------------
+
+
+def train(model: Path, out: Path, *flags: Any, data: Path) -> list[dict[str, Any]]:
+    outcome = run(
+        train_jax.main,
+        *("--model_name_or_path", model, "--data_path", data, "--output_dir", out, "--use_cpu", True),
+        *("--max_steps", 3, "--per_device_train_batch_size", 2, "--logging_steps", 1, "--learning_rate", 1e-3),
+        *("--save_strategy", "no", "--hf_compat", "5", *flags),
+    )
+    assert outcome.code == 0, outcome.err
+    return log_entries(out)
+
+
+def test_the_flax_folder_trains_the_same(tmp_path: Path) -> None:
+    """From the HF folder and from the Flax one: bit for bit. Layers scanned: within rounding."""
+    data = write_json(tmp_path / "data.json", make_records(8))
+    source = write_model(tmp_path / "hf", {**CONFIG, "attention_bias": True})
+    flax = converted(source, tmp_path / "flax")
+    expected = train(source, tmp_path / "a", data=data)
+    assert train(flax, tmp_path / "b", data=data) == expected
+    assert_same_bits(read(tmp_path / "b"), read(tmp_path / "a"))
+
+    scanned = train(source, tmp_path / "c", "--scan_layers", True, data=data)
+    assert train(flax, tmp_path / "d", "--scan_layers", True, data=data) == scanned
+    assert_same_bits(read(tmp_path / "d"), read(tmp_path / "c"))
+    # The same products in the same order, compiled differently: fused or not, a sum is off by some roundings of 6e-8.
+    np.testing.assert_allclose([e["loss"] for e in scanned], [e["loss"] for e in expected], rtol=1e-6)
+    np.testing.assert_allclose([e["grad_norm"] for e in scanned], [e["grad_norm"] for e in expected], rtol=1e-5)
+
+
+# -- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def hf_greedy(folder: Path, prompt: Sequence[int], count: int, eos: Sequence[int]) -> tuple[list[int], float]:
+    """transformers' greedy answer, its end token left out, and the least lead of a chosen token over the next."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings_ = GenerationConfig(
+        do_sample=False, max_new_tokens=count, eos_token_id=list(eos) or None, pad_token_id=0,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    ids = torch.tensor([list(prompt)])
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings_)
+    new = out.sequences[0, len(prompt) :].tolist()
+    tops = [step[0].topk(2).values for step in out.logits]
+    ends = [i for i, token in enumerate(new) if token in eos]
+    return new[: ends[0]] if ends else new, min(float(top[0] - top[1]) for top in tops)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_greedy_answers_are_transformers(scan_layers: bool, tmp_path: Path) -> None:
+    """Three prompts of different lengths in one block, with and without an end token."""
+    folder = write_model(tmp_path / "hf")
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 259, n).tolist() for n in (1, 7, 130)]
+    source, options = Source(folder), RunOptions(scan_layers=scan_layers)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    params = source.load(options, mesh)
+    free = [hf_greedy(folder, prompt, 20, ()) for prompt in prompts]
+    # Our logits are within 1e-4 of transformers' (test_training): a lead above twice that decides alike.
+    assert all(lead > 2e-4 for _, lead in free)
+    assert generate(params, source.config, options, mesh, prompts, 20) == [answer for answer, _ in free]
+
+    eos = [free[0][0][4], free[1][0][9]]  # what one says in fifth place ends it, what another says in tenth that one
+    ended = [hf_greedy(folder, prompt, 20, eos)[0] for prompt in prompts]
+    assert {len(answer) for answer in ended} != {20}
+    assert generate(params, source.config, options, mesh, prompts, 20, eos) == ended
+    assert generate(params, source.config, options, mesh, prompts[:1], 1) == [free[0][0][:1]]
+
+
+def test_an_answer_on_the_command_line(tmp_path: Path) -> None:
+    """From the HF folder and from the Flax one: what transformers' tokenizer and model make of the Alpaca prompt."""
+    from transformers import AutoTokenizer
+
+    source = write_tokenizer(write_model(tmp_path / "hf"))
+    flax = converted(source, tmp_path / "flax")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(alpaca_prompt(ALPACA[1]))["input_ids"]
+    answer, _ = hf_greedy(source, ids, 12, [257])
+    expected = tokenizer.decode(answer, skip_special_tokens=True).strip()
+    flags = ("--instruction", ALPACA[1]["instruction"], "--input", ALPACA[1]["input"], "--max_new_tokens", 12)
+    for folder in (source, flax):
+        outcome = run(llama_jax.generate.main, "--model_name_or_path", folder, *flags, "--use_cpu")
+        assert outcome.code == 0, outcome.err
+        assert outcome.out == expected + "\n"
+
+
+def test_a_trained_model_tells_its_story(shared: Path) -> None:
+    """stories260K, 60 tokens from its beginning token and from the middle of a sentence."""
+    folder = shared / "data" / "stories260K"
+    source, options = Source(folder), RunOptions()
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    tokenizer = llama_jax.generate.open_tokenizer(source.tokenizer_folder)
+    prompts = [[1], *tokenizer.encode_batch(["Once upon a time, there was a little", "Tom and Lily"])]
+    hf = [hf_greedy(folder, prompt, 60, [2]) for prompt in prompts]
+    new = generate(source.load(options, mesh), source.config, options, mesh, prompts, 60, [2])
+    assert new == [answer for answer, _ in hf]
+    assert "time" in tokenizer.decode(new[0])
+
+
+def test_drawn_answers(tmp_path: Path) -> None:
+    """The first token's frequencies over many seeds are softmax(logits / temperature)."""
+    folder = write_model(tmp_path / "hf", {**CONFIG, "vocab_size": 7})
+    source, options = Source(folder), RunOptions()
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    params, draws = source.load(options, mesh), 800
+    prompt = [3, 1, 4]
+    new = generate(params, source.config, options, mesh, [prompt] * draws, 1, (), temperature=0.4, seed=11)
+    counts = np.bincount(np.asarray(new)[:, 0], minlength=7)
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([prompt])).logits[0, -1].double()
+    expected = torch.softmax(logits / 0.4, dim=-1).numpy() * draws
+    # Pearson's statistic with 6 degrees of freedom passes 35.3 in one of 250,000 samples (the seed is fixed).
+    assert ((counts - expected) ** 2 / expected).sum() < 35.3
+    at_one = torch.softmax(logits, dim=-1).numpy() * draws
+    assert ((counts - at_one) ** 2 / at_one).sum() > 35.3, "the temperature would not have been noticed"
