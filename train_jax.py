@@ -186,7 +186,7 @@ def load_examples(args: Arguments, config: LlamaConfig, tokenizer_folder, quiet)
 
 
 def make_order(args: Arguments, examples: int, ranks: int) -> Order:
-    order = Order(
+    return Order(
         examples,
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
@@ -198,9 +198,6 @@ def make_order(args: Arguments, examples: int, ranks: int) -> Order:
         ranks,
         args.dataloader_drop_last,
     )
-    if order.batches_per_epoch == 0:
-        raise InputError(f"--dataloader_drop_last True: {examples} examples do not fill one micro-batch")
-    return order
 
 
 def _resized(config: LlamaConfig, tokenizer: Tokenizer | None, compat: str) -> LlamaConfig:

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data.order import Order, epoch_seed, randperm
+from llama_jax.errors import InputError
 
 torch = pytest.importorskip("torch")
 accelerate = pytest.importorskip("accelerate")
@@ -210,9 +211,9 @@ def test_an_epoch_ends_after_its_last_micro_batch_and_where_the_run_stops(run):
 
 @pytest.mark.parametrize("compat", COMPATS)
 @pytest.mark.parametrize("max_steps", [-1, 3])
-def test_an_epoch_without_a_micro_batch_can_be_asked_about(compat, max_steps):
-    """The command refuses it by `batches_per_epoch`; until then nothing may fail."""
-    assert Order(3, 4, 2, 1, compat, max_steps=max_steps, drop_last=True).batches_per_epoch == 0
+def test_an_epoch_without_a_micro_batch_is_refused(compat, max_steps):
+    with pytest.raises(InputError, match="3 examples do not fill one micro-batch of 4"):
+        Order(3, 4, 2, 1, compat, max_steps=max_steps, drop_last=True)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from llama_jax.errors import InputError
+
 
 def randperm(n: int, seed: int) -> np.ndarray:
     """`torch.randperm(n)` on the CPU from a generator seeded with `seed`, as int64 [n]."""
@@ -66,6 +68,10 @@ class Order:
         whole = batches // self.accumulation if self.compat == "4.37" else -(-batches // self.accumulation)
         per_epoch = max(1, whole)
         updates = self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * per_epoch)
+        if batches == 0:
+            raise InputError(
+                f"{self.examples} examples do not fill one micro-batch of {global_batch}, and the rest is dropped"
+            )
         set_ = object.__setattr__
         set_(self, "batches_per_epoch", batches)
         set_(self, "updates_per_epoch", per_epoch)
@@ -105,9 +111,10 @@ class Order:
         return [self.micro_batch(m) for m in range(self.bounds[k], self.bounds[k + 1])]
 
     def epoch_ends(self) -> set[int]:
-        """The numbers of updates done at which an epoch is over."""
+        """The numbers of updates done at which an epoch is over, or the run."""
         epochs = np.arange(1, self.bounds[-1] // self.batches_per_epoch + 1)
-        return set((np.searchsorted(self.bounds, epochs * self.batches_per_epoch, side="right") - 1).tolist())
+        ends = np.searchsorted(self.bounds, epochs * self.batches_per_epoch, side="right") - 1
+        return {*ends.tolist(), self.updates}
 
     def epoch_at(self, updates_done: int) -> float:
         """Epochs trained after so many updates, in micro-batches."""

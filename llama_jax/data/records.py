@@ -1,11 +1,10 @@
 """Reading and validating the data file: every record is known to be good before anything is tokenised."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import InputError
-from llama_jax.files import read_json
+from llama_jax.files import parse_json, read_json
 
 Record = dict[str, Any]
 
@@ -35,23 +34,19 @@ def read_records(path: Path) -> tuple[str, list[Record]]:
 
 
 def _read(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        start = file.read(1024).lstrip()
-    if not start:
-        raise InputError(f"{path}: the file is empty")
-    if start[0] == "[":
-        return read_json(path)
-    records = []
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):  # noqa: B007  # the error below names it
-                if line.strip():
-                    records.append(json.loads(line))
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}: line {number} is not valid JSON at column {e.colno}: {e.msg}") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: is not UTF-8 text: {e.reason} at byte {e.start}") from None
-    return records
+        with path.open("rb") as file:
+            while (start := file.read(1024)) and not start.strip():
+                pass
+            if not start:
+                raise InputError(f"{path}: the file is empty")
+            if start.lstrip().startswith(b"["):
+                return read_json(path)
+            file.seek(0)
+            lines = enumerate(file, start=1)
+            return [parse_json(line.rstrip(b"\r\n"), str(path), number) for number, line in lines if line.strip()]
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
 
 
 def _check_alpaca(record: Record) -> str | None:
@@ -62,7 +57,13 @@ def _check_alpaca(record: Record) -> str | None:
             return f"has no {key!r} (its keys: {', '.join(map(str, record)) or 'none'})"
         if not isinstance(record[key], str):
             return f"has {_kind(record[key])} as {key!r}, should be a string"
+        if not record[key].isascii() and _half_pair(record[key]):
+            return f"has half a surrogate pair in {key!r}, which is no character"
     return None
+
+
+def _half_pair(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _check_tokenized(record: Record) -> str | None:
@@ -70,6 +71,8 @@ def _check_tokenized(record: Record) -> str | None:
         value = record.get(key)
         if not isinstance(value, list) or not all(type(x) is int for x in value):
             return f"needs {key!r}, a list of integers"
+        if large := [x for x in value if abs(x) >= 2**31]:
+            return f"has the {'label' if key == 'labels' else 'token id'} {large[0]}, which no vocabulary holds"
     if len(record["input_ids"]) != len(record["labels"]):
         return f"has {len(record['input_ids'])} input_ids but {len(record['labels'])} labels"
     if not record["input_ids"]:

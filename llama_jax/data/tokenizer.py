@@ -4,7 +4,6 @@ Both give the ids of HF's tokenizer with the beginning token that its configurat
 HF's names, and write themselves into an HF folder.
 """
 
-import json
 import os
 import re
 import shutil
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import InputError
-from llama_jax.files import read_json, write_json
+from llama_jax.files import read_json_object, write_json
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 COPIED_TEXT = ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
+
+_STRIP = ("lstrip", "rstrip", "normalized", "single_word")
 
 # stanford_alpaca's defaults for special tokens that a tokenizer lacks.
 DEFAULTS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
@@ -141,7 +142,7 @@ class SentencePieceTokenizer(Tokenizer):
         if token in self._added:
             return self._added[token]
         i = self._start.piece_to_id(token)
-        return i if i != self._start.unk_id() or token == self.special["unk_token"] else None
+        return i if self._start.id_to_piece(i) == token else None
 
     def _add(self, token: str) -> None:
         if self.token_to_id(token) is None:
@@ -195,9 +196,9 @@ class FastTokenizer(Tokenizer):
             raise InputError(f"{path}: not a tokenizer ({str(e).splitlines()[0]})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._register()
         if str(config.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
             self._follow_add_bos()
-        self._register()
 
     def _follow_add_bos(self) -> None:
         """HF's LlamaTokenizer classes put bos and eos by `add_bos_token`, `add_eos_token`, whatever the file says."""
@@ -216,8 +217,14 @@ class FastTokenizer(Tokenizer):
         """Special tokens in a text are cut out whole, as HF does with every token that it knows as special."""
         import tokenizers
 
-        tokens = [t for t in self.special.values() if t]
-        self._tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in tokens])
+        described = [t for t in self.config.get("added_tokens_decoder", {}).values() if isinstance(t, dict)]
+        flags = {t.get("content"): {k: t.get(k, False) for k in _STRIP} for t in described}
+        for key in SPECIAL:
+            if token := self.special[key]:
+                given = self.config.get(key)
+                own = {k: given.get(k, False) for k in _STRIP} if isinstance(given, dict) else flags.get(token, {})
+                added = tokenizers.AddedToken(token, **{"normalized": False, **own}, special=True)
+                self._tokenizer.add_special_tokens([added])
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -249,10 +256,15 @@ class FastTokenizer(Tokenizer):
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of an HF folder. Raises InputError where there is none."""
     path = folder / "tokenizer_config.json"
-    config = read_json(path) if path.exists() else {}
+    config = read_json_object(path) if path.exists() else {}
     extra = folder / "special_tokens_map.json"
     if extra.exists():
-        config = {**{k: v for k, v in read_json(extra).items() if k in SPECIAL}, **config}
+        config = {**{k: v for k, v in read_json_object(extra).items() if k in SPECIAL}, **config}
+    for key in SPECIAL:
+        if not isinstance(_text(config.get(key)), str | None):
+            raise InputError(f"{path}: {key} {config[key]!r} should be a string, an object with 'content', or null")
+    if not isinstance(config.get("added_tokens_decoder", {}), dict):
+        raise InputError(f"{path}: added_tokens_decoder should be an object")
     if (folder / "tokenizer.json").exists():
         return FastTokenizer(folder, config)
     if (folder / "tokenizer.model").exists():
@@ -277,8 +289,14 @@ def _text(token: Any) -> str | None:
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str]]:
-    decoder = {int(i): _text(t) or "" for i, t in config.get("added_tokens_decoder", {}).items()}
-    path = folder / "added_tokens.json"
-    if path.exists():
-        decoder |= {int(i): t for t, i in json.loads(path.read_text(encoding="utf-8")).items()}
-    return sorted(decoder.items())
+    """Ids and texts of the added tokens, from both files that may list them, by id."""
+    listed = {"tokenizer_config.json": {_text(t): i for i, t in config.get("added_tokens_decoder", {}).items()}}
+    if (folder / "added_tokens.json").exists():
+        listed["added_tokens.json"] = read_json_object(folder / "added_tokens.json")
+    found = {}
+    for file, ids in listed.items():
+        for token, i in ids.items():
+            if not str(i).isdigit():
+                raise InputError(f"{folder / file}: the added token {token!r} has the id {i!r}, should be an integer")
+            found[int(i)] = str(token)
+    return sorted(found.items())
