@@ -290,7 +290,9 @@ def _text(token: Any) -> str | None:
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str]]:
     """Ids and texts of the added tokens, from both files that may list them, by id."""
-    listed = {"tokenizer_config.json": {_text(t): i for i, t in config.get("added_tokens_decoder", {}).items()}}
+    listed: dict[str, dict[Any, Any]] = {
+        "tokenizer_config.json": {_text(t): i for i, t in config.get("added_tokens_decoder", {}).items()}
+    }
     if (folder / "added_tokens.json").exists():
         listed["added_tokens.json"] = read_json_object(folder / "added_tokens.json")
     found = {}
