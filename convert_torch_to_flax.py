@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import InputError, run_command
+from llama_jax.errors import InputError, Parser, run_command
 from llama_jax.files import make_output_dir, write_json
 from llama_jax.reporting.progress import byte_bar, say
 
@@ -97,10 +97,6 @@ def cast(tensors: Iterable[tuple[str, np.ndarray]], dtype_of: Any) -> Iterator[t
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise InputError(message)
-
     parser = Parser(prog="convert_torch_to_flax.py", description=__doc__)
     parser.add_argument(
         "--model_name_or_path", required=True, help="HF folder or .gguf file; with --to_hf a Flax folder"

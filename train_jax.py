@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Fine-tune a LLaMA: the HF Trainer's command line in, an HF folder out. `--help` lists the flags."""
 
+import copy
 import dataclasses
 import math
-import shutil
 import signal
 import sys
 import time
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     from llama_jax import sharding
-    from llama_jax.checkpoint import Checkpoints, find_steps, read_run
+    from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
     from llama_jax.hf.load import abstract_params, resize_vocabulary
     from llama_jax.hf.names import name_table
     from llama_jax.hf.source import Source
@@ -61,6 +61,11 @@ def main(argv: list[str]) -> int:
         args.lr_scheduler_type, args.learning_rate, args.warmup_updates(order.updates), order.updates
     )
 
+    if resume_step > order.updates:
+        raise InputError(
+            f"{output_dir / f'checkpoint-{resume_step}'} is past the {order.updates} updates of this run: "
+            "raise --num_train_epochs or --max_steps"
+        )
     saved = read_run(output_dir, resume_step) if resume_step else {}
     compute = jax.numpy.bfloat16 if args.bf16 else None
     scan = config.num_hidden_layers > 8 if args.scan_layers is None else args.scan_layers
@@ -92,6 +97,8 @@ def main(argv: list[str]) -> int:
 
     graphdef, abstract_parameters = abstract_params(config, run, mesh)
     abstract = abstract_state(abstract_parameters, tx, mesh)
+    if not resume_step:
+        remove_steps(output_dir)
     checkpoints = Checkpoints(output_dir, args.save_total_limit, abstract)
     log = TrainerState(
         args.hf_compat,
@@ -118,7 +125,7 @@ def main(argv: list[str]) -> int:
     save_at = args.due("save", order.updates, ends)
     stop = _stop_on_sigterm()
     with update_bar(order.updates, resume_step, quiet) as bar:
-        run_log = RunLog(log, batches, schedule, log_at, 6.0 * config.num_trained_parameters, bar)
+        run_log = RunLog(log, batches, schedule, log_at, 6.0 * config.num_non_embedding_parameters, bar)
 
         def on_update(m: UpdateMetrics) -> None:
             if m.step == resume_step + 1:
@@ -126,7 +133,7 @@ def main(argv: list[str]) -> int:
             run_log.on_update(m.step, m.loss, m.grad_norm, m.tokens)
 
         def on_save(step: int, state: TrainState) -> None:
-            checkpoints.save(step, state, {"trainer_state": log.values, "scan_layers": run.scan_layers})
+            checkpoints.save(step, state, {"trainer_state": copy.deepcopy(log.values), "scan_layers": run.scan_layers})
 
         state = fit(
             state,
@@ -228,8 +235,6 @@ def _resume_step(args: Arguments, output_dir: Path, steps: list[int]) -> int:
             f"{output_dir} already holds checkpoint-{steps[-1]}: go on with --resume_from_checkpoint True, or start "
             "anew with --overwrite_output_dir True, which removes it"
         )
-    for step in steps:
-        shutil.rmtree(output_dir / f"checkpoint-{step}")
     return 0
 
 

@@ -1,6 +1,5 @@
 """The flags: the HF Trainer's and stanford_alpaca's names, read by transformers' own HfArgumentParser."""
 
-import argparse
 import difflib
 import json
 import math
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import yaml
 
-from llama_jax.errors import InputError
+from llama_jax.errors import InputError, Parser
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -112,6 +111,15 @@ class Arguments:
             raise InputError("--model_name_or_path is missing: give an HF folder")
         if not self.data_path:
             raise InputError("--data_path is missing: give a JSON file of records")
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
+                raise InputError(f"--{f.name} {value}: should be a finite number")
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: should not be below 0")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: should be at least 0 and below 1")
         positive = (
             "model_max_length",
             "per_device_train_batch_size",
@@ -134,8 +142,6 @@ class Arguments:
             raise InputError(f"--optim {self.optim}: only adamw_torch and adamw_torch_fused are there")
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f"--dtype {self.dtype}: should be float32 or bfloat16")
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise InputError(f"--label_smoothing_factor {self.label_smoothing_factor}: should lie between 0 and 1")
 
     def warmup_updates(self, updates: int) -> int:
         if self.warmup_steps >= 1:
@@ -167,16 +173,15 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that torch is missing, which is meant
     from transformers import HfArgumentParser
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            raise InputError(message.replace("argument ", "", 1))
+    class FlagParser(HfArgumentParser):
+        error = Parser.error
 
     argv = list(argv)
-    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before = Parser(add_help=False, allow_abbrev=False)
     before.add_argument("--config")
     known, rest = before.parse_known_args(argv)
     from_file = _config_argv(Path(known.config)) if known.config else []
-    parser = Parser(
+    parser = FlagParser(
         cast(Any, Arguments), description="Fine-tune a LLaMA: an HF folder in, an HF folder out.", prog="train_jax.py"
     )
     parser.add_argument("--config", help="YAML file of flags by their names; the command line overrides it")
@@ -201,7 +206,9 @@ def _config_argv(path: Path) -> list[str]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"--config {path}: no such file") from None
-    except yaml.YAMLError as e:
+    except OSError as e:
+        raise InputError(f"--config {path}: cannot be read: {e.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise InputError(f"--config {path}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: should map flags to values")

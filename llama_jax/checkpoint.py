@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ class _HFNames(ocp.path.step.NameFormat):
 def find_steps(output_dir: Path) -> list[int]:
     """The whole checkpoints in a folder, oldest first."""
     return sorted(m.step for m in _HFNames().find_all(output_dir)) if output_dir.is_dir() else []
+
+
+def remove_steps(output_dir: Path) -> None:
+    for step in find_steps(output_dir):
+        shutil.rmtree(output_dir / _HFNames().build_name(step))
 
 
 def read_run(output_dir: Path, step: int) -> dict[str, Any]:

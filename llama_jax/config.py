@@ -114,16 +114,16 @@ class LlamaConfig:
     @property
     def num_parameters(self) -> int:
         """Parameters of the model, padding not counted."""
-        return self.num_trained_parameters + (0 if self.tie_word_embeddings else self.vocab_size * self.hidden_size)
+        return self.num_non_embedding_parameters + self.vocab_size * self.hidden_size
 
     @property
-    def num_trained_parameters(self) -> int:
-        """Those that take part in a matmul for each token: all but the input embedding, and a tied one once."""
+    def num_non_embedding_parameters(self) -> int:
+        """All but the input embedding, as transformers counts them for `total_flos`."""
         D, H = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * H, self.num_key_value_heads * H
         layer = 2 * D * q + 2 * D * kv + 3 * D * self.intermediate_size + 2 * D
         layer += self.attention_bias * (q + 2 * kv + D) + self.mlp_bias * (2 * self.intermediate_size + D)
-        return self.num_hidden_layers * layer + D + self.vocab_size * D
+        return self.num_hidden_layers * layer + D + (0 if self.tie_word_embeddings else self.vocab_size * D)
 
     @staticmethod
     def from_hf(raw: dict[str, Any], source: str = "config.json") -> "LlamaConfig":

@@ -1,8 +1,10 @@
 """The one exception that is the user's to mend, and what a command does with it."""
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(Exception):
@@ -10,6 +12,13 @@ class InputError(Exception):
 
     def __init__(self, message: str):
         super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the user's mistake as an InputError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.replace("argument ", "", 1))
 
 
 def run_command(main: Callable[[list[str]], int]) -> int:

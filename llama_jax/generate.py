@@ -5,7 +5,6 @@
 Letters: B rows, T tokens of a prompt, S slots of the cache, N new tokens, V vocabulary.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
-from llama_jax.errors import InputError, run_command
+from llama_jax.errors import InputError, Parser, run_command
 from llama_jax.files import read_json
 from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
@@ -111,7 +110,7 @@ def eos_token_ids(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer) -> li
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llama_jax.generate", description="Answer one Alpaca instruction.")
+    parser = Parser(prog="python -m llama_jax.generate", description="Answer one Alpaca instruction.")
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--instruction", required=True)
     parser.add_argument("--input", default="")
@@ -121,6 +120,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--use_cpu", action="store_true")
     args = parser.parse_args(argv)
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        raise InputError("--max_new_tokens should be above 0, --temperature not below")
     set_up_jax(args.use_cpu)
     source = Source(Path(args.model_name_or_path))
     tokenizer = open_tokenizer(source.tokenizer_folder)

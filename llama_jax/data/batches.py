@@ -55,7 +55,8 @@ class Batches:
 
     def _plan(self, max_tokens: int, row_limit: int) -> None:
         lengths = self.examples.lengths
-        row_limit = -(-max(row_limit, int(lengths.max())) // ROW_MULTIPLE) * ROW_MULTIPLE
+        row_limit = max(min(row_limit, max_tokens), int(lengths.max()))
+        row_limit = -(-row_limit // ROW_MULTIPLE) * ROW_MULTIPLE
         rows_at_once = max(1, max_tokens // row_limit)
         rows, needed = [], []
         for k in range(self.order.updates):

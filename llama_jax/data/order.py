@@ -70,7 +70,8 @@ class Order:
         updates = self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * per_epoch)
         if batches == 0:
             raise InputError(
-                f"{self.examples} examples do not fill one micro-batch of {global_batch}, and the rest is dropped"
+                f"{self.examples} examples do not fill one micro-batch of {global_batch}, and "
+                "--dataloader_drop_last True drops what is left"
             )
         set_ = object.__setattr__
         set_(self, "batches_per_epoch", batches)

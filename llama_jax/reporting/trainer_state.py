@@ -24,7 +24,7 @@ class TrainerState:
             "best_metric": None,
             "best_model_checkpoint": None,
             "epoch": 0.0,
-            "eval_steps": logging_steps,
+            "eval_steps": 500,
             "global_step": 0,
             "is_hyper_param_search": False,
             "is_local_process_zero": True,
