@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,19 +62,17 @@ def main(argv: list[str]) -> int:
         args.lr_scheduler_type, args.learning_rate, args.warmup_updates(order.updates), order.updates
     )
 
-    if resume_step > order.updates:
-        raise InputError(
-            f"{output_dir / f'checkpoint-{resume_step}'} is past the {order.updates} updates of this run: "
-            "raise --num_train_epochs or --max_steps"
-        )
+    facts: dict[str, Any] = {"dtype": args.dtype, "order": order.facts(), "scan_layers": scan_layers(args, config)}
     saved = read_run(output_dir, resume_step) if resume_step else {}
+    if saved:
+        compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
+        facts["scan_layers"] = saved["scan_layers"]
     compute = jax.numpy.bfloat16 if args.bf16 else None
-    scan = config.num_hidden_layers > 8 if args.scan_layers is None else args.scan_layers
     run = RunOptions(
         param_dtype=jax.numpy.dtype(args.dtype),
         compute_dtype=compute,
         rope_dtype=compute if args.hf_compat == "4.37" else None,
-        scan_layers=saved.get("scan_layers", scan),
+        scan_layers=facts["scan_layers"],
         remat="full" if args.gradient_checkpointing else "matmuls",
     )
     blocks = np.asarray([batches.blocks(k) for k in range(order.updates)], np.int32)
@@ -133,7 +132,7 @@ def main(argv: list[str]) -> int:
             run_log.on_update(m.step, m.loss, m.grad_norm, m.tokens)
 
         def on_save(step: int, state: TrainState) -> None:
-            checkpoints.save(step, state, {"trainer_state": copy.deepcopy(log.values), "scan_layers": run.scan_layers})
+            checkpoints.save(step, state, {"trainer_state": copy.deepcopy(log.values), **facts})
 
         state = fit(
             state,
@@ -166,10 +165,29 @@ def main(argv: list[str]) -> int:
     if tokenizer is not None:
         tokenizer.save(output_dir)
     else:
-        copy_tokenizer(source.folder, output_dir)
+        copy_tokenizer(source.tokenizer_folder, output_dir)
     log.save(output_dir)
     say(f"the HF folder is in {output_dir}")
     return 0
+
+
+def scan_layers(args: Arguments, config: LlamaConfig) -> bool:
+    """Whether layers are stacked: a few unrolled ones compile as fast, and many do not."""
+    return config.num_hidden_layers > 8 if args.scan_layers is None else args.scan_layers
+
+
+def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) -> None:
+    """Refuse to resume what cannot go on, and say what goes on otherwise than it began."""
+    if saved["dtype"] != facts["dtype"]:
+        raise InputError(f"{name} holds {saved['dtype']} parameters: resume it with --dtype {saved['dtype']}")
+    updates = facts["order"]["updates"]
+    if saved["trainer_state"]["global_step"] > updates:
+        raise InputError(f"{name} is past the {updates} updates of this run: raise --num_train_epochs or --max_steps")
+    for key, value in facts["order"].items():
+        if saved["order"][key] != value:
+            say(f"warning: {name} was made with {key} {saved['order'][key]}, this run has {value}")
+    if saved["scan_layers"] != facts["scan_layers"]:
+        say(f"--scan_layers: {saved['scan_layers']}, as in {name}")
 
 
 def load_examples(args: Arguments, config: LlamaConfig, tokenizer_folder, quiet) -> tuple[Examples, Tokenizer | None]:

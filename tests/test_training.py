@@ -246,7 +246,7 @@ def torch_train(
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": flags["decay"]},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=flags["rate"], betas=(0.9, 0.999), eps=EPSILON)
+    optimizer = torch.optim.AdamW(groups, lr=flags["rate"], betas=flags["betas"], eps=EPSILON)
     warmup = math.ceil(updates * flags["warmup"])
     schedule = get_scheduler(flags["schedule"], optimizer, num_warmup_steps=warmup, num_training_steps=updates)
 
@@ -287,6 +287,7 @@ def torch_train(
             "rate": st.sampled_from([1e-3, 2e-3]),
             "decay": st.sampled_from([0.0, 0.1]),
             "clip": st.sampled_from([0.0, 1.0, 5.0]),
+            "betas": st.sampled_from([(0.9, 0.999), (0.9, 0.95), (0.5, 0.999)]),
             "seed": st.integers(0, 2**31 - 1),
         }
     ),
@@ -309,6 +310,7 @@ def test_any_run_is_torchs(flags: dict[str, Any], count: int, data_seed: int) ->
             *("--lr_scheduler_type", flags["schedule"], "--warmup_ratio", flags["warmup"]),
             *("--learning_rate", flags["rate"], "--weight_decay", flags["decay"], "--max_grad_norm", flags["clip"]),
             *("--seed", flags["seed"], "--save_strategy", "no", "--adam_epsilon", EPSILON),
+            *("--adam_beta1", flags["betas"][0], "--adam_beta2", flags["betas"][1]),
         )
         assert outcome.code == 0, outcome.err
         losses, norms, weights = torch_train(model, records, flags)

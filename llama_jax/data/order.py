@@ -5,8 +5,9 @@ with the classic seeding; one draw and one swap an element).
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -110,6 +111,10 @@ class Order:
     def update(self, k: int) -> list[list[np.ndarray]]:
         """The micro-batches of update k, k from 0."""
         return [self.micro_batch(m) for m in range(self.bounds[k], self.bounds[k + 1])]
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the order, by name: two runs with equal facts and data see the same examples."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bounds"}
 
     def epoch_ends(self) -> set[int]:
         """The numbers of updates done at which an epoch is over, or the run."""
