@@ -665,3 +665,17 @@ def test_a_row_for_llamas_pad(shared: Path, tmp_path: Path) -> None:
     for path in (shared / "data" / "llama-tokenizer").iterdir():
         (model / path.name).write_bytes(path.read_bytes())
     check_padded_vocabulary(tmp_path, raw, model)
+
+
+def test_resuming_says_what_is_otherwise(tmp_path: Path) -> None:
+    job = Job(tmp_path, max_steps=4, save_steps=2, scan_layers=True)
+    job.train("out")
+    outcome = run(train_jax.main, *job.argv("out", resume_from_checkpoint=True, dtype="bfloat16"))
+    assert outcome.code == 2 and "resume it with --dtype float32" in outcome.err
+    assert outcome.compiled == 0
+    changes = {"seed": 7, "scan_layers": False, "max_steps": 5}
+    outcome = run(train_jax.main, *job.argv("out", resume_from_checkpoint=True, **changes))
+    assert outcome.code == 0, outcome.err
+    assert "made with seed 42, this run has 7" in outcome.err
+    assert "made with updates 4, this run has 5" in outcome.err
+    assert "--scan_layers: True, as in" in outcome.err
