@@ -25,7 +25,6 @@ from llama_jax.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
     copy_tokenizer,
-    has_tokenizer,
     open_tokenizer,
 )
 from llama_jax.errors import InputError
@@ -548,7 +547,6 @@ def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
 def test_tokenizer_json_goes_before_tokenizer_model(small, tmp_path):
     folder = convert_sentencepiece(copy(small, tmp_path / "both"), small)
     assert isinstance(open_tokenizer(folder), FastTokenizer)
-    assert has_tokenizer(folder)
 
 
 def test_copied_files_open_as_the_same_tokenizer(small, tmp_path):
@@ -558,7 +556,6 @@ def test_copied_files_open_as_the_same_tokenizer(small, tmp_path):
     copy_tokenizer(source, tmp_path / "to")
     assert {p.name for p in (tmp_path / "to").iterdir()} == {p.name for p in source.iterdir()}
     copy_tokenizer(source, source)
-    assert has_tokenizer(source)
     assert open_tokenizer(tmp_path / "to").encode_batch(CORPUS) == open_tokenizer(source).encode_batch(CORPUS)
 
 
@@ -696,4 +693,3 @@ def broken_at_random(small, tmp_path_factory) -> dict[str, Path]:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match="neither tokenizer"):
         open_tokenizer(tmp_path)
-    assert not has_tokenizer(tmp_path)

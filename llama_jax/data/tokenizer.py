@@ -7,6 +7,7 @@ HF's names, and write themselves into an HF folder.
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _STRIP = ("lstrip", "rstrip", "normalized", "single_word")
 DEFAULTS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What training and generation need of a tokenizer; `open_tokenizer` makes one.
 
     `special` maps HF's names (`eos_token`, ...) to the tokens' texts or None.
@@ -34,27 +35,29 @@ class Tokenizer:
         self.folder, self.config = folder, config
         self.special: dict[str, str | None] = {key: _text(config.get(key)) for key in SPECIAL}
 
+    @abstractmethod
     def __len__(self) -> int:
         """Ids in all, added tokens included."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the beginning token, on all cores."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text, without special tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def token_to_id(self, token: str) -> int | None:
-        raise NotImplementedError
+        """The id of one token, None where there is no such token."""
 
+    @abstractmethod
     def _add(self, token: str) -> None:
-        raise NotImplementedError
+        """Make the text a special token, with a new id where it has none."""
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files so that transformers loads the same tokenizer, added tokens included."""
-        raise NotImplementedError
 
     def add_missing_special_tokens(self) -> int:
         """stanford_alpaca's rule: `[PAD]`, `</s>`, `<s>`, `<unk>` where that one is None. Returns how many are new."""
@@ -270,10 +273,6 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     if (folder / "tokenizer.model").exists():
         return SentencePieceTokenizer(folder, config)
     raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder")
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

@@ -121,22 +121,6 @@ def _at(tree: Any, path: tuple) -> Any:
     return tree
 
 
-def init_params(config: LlamaConfig, run: RunOptions, mesh: Mesh, seed: int = 0) -> Params:
-    """Random parameters: normal weights of `initializer_range`, norms 1, biases 0, rows that pad the vocabulary 0."""
-    _, abstract = abstract_params(config, run, mesh)
-
-    def init() -> Params:
-        params = nnx.to_pure_dict(nnx.state(Llama(config, run, rngs=nnx.Rngs(seed))))
-        real = jnp.arange(config.padded_vocab_size)[:, None] < config.vocab_size
-        for name in ("embed_tokens", "lm_head"):
-            if name in params:
-                params[name]["weight"] = jnp.where(real, params[name]["weight"], 0)
-        return params
-
-    with jax.set_mesh(mesh):
-        return jax.jit(init, out_shardings=jax.tree.map(lambda a: a.sharding, abstract))()
-
-
 def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, mesh: Mesh) -> Params:
     """stanford_alpaca's resize: rows past the old vocabulary become the mean of the old rows, in each matrix."""
 
