@@ -1,10 +1,18 @@
 """The order of examples against torch, accelerate and the HF Trainer themselves, and against a walk over micro-batches.
 
-`hypothesis` draws small runs; the real Trainer (transformers 5) runs a handful of them on a model of one number.
+`hypothesis` draws small runs; the real Trainers, of transformers 5 in this process and of 4.37.2 in one that runs this
+file, train a handful of them on a model of one number.
 """
 
+import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,16 +20,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from llama_jax.data.order import Order, epoch_seed, randperm
+from llama_jax.data.order import Order, epoch_seed, group_by_length, randperm
 from llama_jax.errors import InputError
 
 torch = pytest.importorskip("torch")
 accelerate = pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler  # noqa: E402
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler  # noqa: E402
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler  # noqa: E402
+from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+TRANSFORMERS_437 = Path(sys.prefix) / "transformers-4.37"  # with the accelerate of its time
 COMPATS = ("4.37", "5")
 GOLDEN = ["4.37-gqa-wd", "4.37-mha-accum8", "5.x-bf16", "5.x-gqa-wd", "5.x-mha-accum8"]
 SEEDS = [0, 1, 42, 2**31 - 1]
@@ -112,6 +123,45 @@ def test_the_first_examples_of_437():
     first, second = epochs_of(Order(21, 1, 8, 2, "4.37"), 2)
     assert first[:8] == [1, 10, 15, 4, 18, 17, 3, 14]
     assert second[:8] == [4, 20, 6, 14, 1, 16, 5, 3]
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("seed", [0, 42, 2**31 - 1])
+@pytest.mark.parametrize("n", [21, 52002])
+def test_by_length_as_the_sampler_itself(n, seed, compat, of_437):
+    """Of both versions; N = 21 makes mega-batches of one batch, 52,002 of fifty."""
+    expected = real_epochs(n, seed) if compat == "5" else of_437["epochs"][str([n, seed])]
+    order = Order(n, 1, 8, 2, compat, seed, data_seed=5, sampling="group_by_length", lengths=lengths_of(n))
+    assert epochs_of(dataclasses.replace(order, evaluated=(1,)), 2) == expected
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=120), batch=st.integers(1, 20), seed=st.integers(0, 9))
+def test_grouping_is_the_samplers(lengths, batch, seed):
+    """With many ties, whose order counts."""
+    sampler = LengthGroupedSampler(batch, lengths=lengths, generator=torch.Generator().manual_seed(seed))
+    got = group_by_length(randperm(len(lengths), seed), np.asarray(lengths, np.uint16), batch)
+    assert got.tolist() == list(sampler)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_in_order(compat, seed):
+    assert epochs_of(Order(21, 2, 3, 3, compat, seed, sampling="sequential", evaluated=(1, 2)), 3) == [[*range(21)]] * 3
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**31 - 1])
+@pytest.mark.parametrize("n", [21, 52002])
+def test_evaluations_move_the_later_epochs_of_437(n, seed):
+    """Before the first epoch, in its midst, and twice in the second's."""
+    torch.manual_seed(seed)
+    expected = []
+    for evaluations in (1, 1, 2):
+        for _ in range(evaluations):
+            next(iter(DataLoader([0])))
+        expected.append(next(iter(DataLoader(range(n), n, sampler=RandomSampler(range(n)), collate_fn=list))))
+    order = Order(n, 1, n // 3, 3, "4.37", seed)
+    assert epochs_of(dataclasses.replace(order, evaluated=(0, 1, 4, 5)), 3) == expected
+    assert epochs_of(order, 3) != expected
 
 
 @pytest.mark.parametrize("case", GOLDEN)
@@ -209,6 +259,75 @@ def test_an_epoch_ends_after_its_last_micro_batch_and_where_the_run_stops(run):
     assert Order(**run).epoch_ends() == set(expected.epoch_ends)
 
 
+def simulate(run: dict[str, Any], evaluated: set[int]) -> list[list[int]]:
+    """The micro-batches of a run on one rank: torch's own loaders, which share its global generator."""
+    n, batch, accumulation = run["examples"], run["per_device_batch"], run["accumulation"]
+    batches = batches_an_epoch(run)
+    ends = walk(batches, accumulation, run["epochs"], run["max_steps"], run["compat"]).ends
+    make: Callable[[], Any] = {
+        "sequential": lambda: SequentialSampler(range(n)),
+        "group_by_length": lambda: LengthGroupedSampler(batch * accumulation, lengths=lengths_of(n).tolist()),
+        "random": lambda: (
+            RandomSampler(range(n)) if run["compat"] == "4.37" else SeedableRandomSampler(data_source=range(n))
+        ),
+    }[run["sampling"]]
+    torch.manual_seed(run["seed"])
+    loader = DataLoader(range(n), batch, sampler=make(), drop_last=run["drop_last"], collate_fn=list)
+
+    def evaluate(done: int) -> None:
+        if done in evaluated:
+            next(iter(DataLoader([0, 1, 2], batch_size=2)))
+
+    def micro_batches() -> Iterator[list[int]]:
+        epoch = 0
+        while True:
+            if isinstance(loader.sampler, SeedableRandomSampler):
+                loader.sampler.set_epoch(epoch)
+            yield from loader
+            epoch += 1
+
+    seen = []
+    source = micro_batches()
+    evaluate(0)
+    for m in range(1, ends[-1] + 1):
+        seen.append(next(source))
+        if m in ends:
+            evaluate(ends.index(m) + 1)
+    return seen
+
+
+@settings(max_examples=200)
+@given(
+    run=runs,
+    sampling=st.sampled_from(["random", "sequential", "group_by_length"]),
+    seed=st.integers(0, 2**31 - 1),
+    data=st.data(),
+)
+def test_a_run_consumes_what_torchs_generator_gives(run, sampling, seed, data):
+    """Evaluations anywhere: they move the epochs that are drawn from the global generator, and no others."""
+    run = {**run, "ranks": 1, "sampling": sampling, "seed": seed}
+    assume(batches_an_epoch(run) > 0)
+    order = Order(**run, lengths=lengths_of(run["examples"]))
+    evaluated = data.draw(st.sets(st.integers(0, order.updates)))
+    order = dataclasses.replace(order, evaluated=tuple(evaluated))
+    assert [m[0].tolist() for k in range(order.updates) for m in order.update(k)] == simulate(run, evaluated)
+
+
+def test_the_facts_tell_of_evaluations_where_they_move_the_order():
+    """16 micro-batches an epoch, four updates: 4 of them done when the second epoch begins, 8 when the third."""
+    chain = Order(16, 1, 4, 3, "4.37", evaluated=(0, 4, 6, 12))
+    by_length = dataclasses.replace(chain, sampling="group_by_length", compat="5", lengths=lengths_of(16))
+    for order in (chain, by_length):
+        facts = json.loads(json.dumps(order.facts()))
+        assert (facts["sampling"], facts["evaluations_before_epoch"]) == (order.sampling, [1, 2, 3])
+        for harmless in ((), (12,), (9, 12)):
+            assert dataclasses.replace(order, evaluated=harmless).facts()["evaluations_before_epoch"] == []
+    for still in ({"compat": "5"}, {"sampling": "sequential"}):
+        order = dataclasses.replace(chain, **still)
+        assert order.facts() == dataclasses.replace(order, evaluated=()).facts()
+    assert {"bounds", "lengths", "evaluated"}.isdisjoint(chain.facts())
+
+
 @pytest.mark.parametrize("compat", COMPATS)
 @pytest.mark.parametrize("max_steps", [-1, 3])
 def test_an_epoch_without_a_micro_batch_is_refused(compat, max_steps):
@@ -246,94 +365,194 @@ class OneNumber(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen: list[list[int]] = []
+        self.seen: dict[bool, list[list[int]]] = {True: [], False: []}  # in training, in evaluation
 
-    def forward(self, x: Any) -> dict[str, Any]:
-        self.seen.append(x.tolist())
-        return {"loss": (self.weight * x).sum()}
+    def forward(self, x: Any, labels: Any) -> dict[str, Any]:
+        self.seen[self.training].append(x.tolist())
+        return {"loss": (self.weight * x).sum(), "logits": x}
 
 
 class Notes(transformers.TrainerCallback):
     def __init__(self, model: OneNumber) -> None:
-        self.model, self.ends, self.epoch_ends, self.epochs = model, [], [], []
+        self.model = model
+        self.ends: list[int] = []
+        self.epochs: list[float] = []
+        self.epoch_ends: list[int] = []
+        self.evaluated: list[int] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends.append(len(self.model.seen))
+        self.ends.append(len(self.model.seen[True]))
         self.epochs.append(state.epoch)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch_ends.append(state.global_step)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluated.append(state.global_step)
 
-TRAINED: list[tuple[int, dict[str, Any]]] = [
-    (10, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}),
-    (21, {"gradient_accumulation_steps": 8, "num_train_epochs": 1.5, "seed": 7}),
-    (13, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 11, "data_seed": 0}),
-    (7, {"gradient_accumulation_steps": 20, "num_train_epochs": 3}),
-    (11, {"per_device_train_batch_size": 4, "dataloader_drop_last": True, "num_train_epochs": 2.2, "data_seed": 5}),
-    (9, {"per_device_train_batch_size": 50, "max_steps": 2, "seed": 3}),
-    (16, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 0.4}),
+
+# Examples, flags (5's names), examples to evaluate on.
+RUNS: list[tuple[int, dict[str, Any], int]] = [
+    (10, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 2}, 0),
+    (21, {"gradient_accumulation_steps": 8, "num_train_epochs": 1.5, "seed": 7}, 0),
+    (13, {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 11, "data_seed": 0}, 0),
+    (7, {"gradient_accumulation_steps": 20, "num_train_epochs": 3}, 0),
+    (11, {"per_device_train_batch_size": 4, "dataloader_drop_last": True, "num_train_epochs": 2.2, "data_seed": 5}, 0),
+    (9, {"per_device_train_batch_size": 50, "max_steps": 2, "seed": 3}, 0),
+    (16, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 0.4}, 0),
+    # Evaluations at ends of epochs, with a tail that carries over; in the midst of epochs; at updates that are both.
+    (21, {"gradient_accumulation_steps": 8, "num_train_epochs": 4, "eval_strategy": "epoch"}, 5),
+    (21, {"gradient_accumulation_steps": 4, "num_train_epochs": 3, "eval_strategy": "steps", "eval_steps": 1}, 5),
+    (16, {"gradient_accumulation_steps": 4, "num_train_epochs": 3, "eval_strategy": "steps", "eval_steps": 4}, 3),
+    (7, {"gradient_accumulation_steps": 20, "eval_strategy": "steps", "eval_steps": 2, "num_train_epochs": 5}, 2),
+    (12, {"num_train_epochs": 3, "eval_strategy": "steps", "eval_steps": 5, "eval_delay": 7, "data_seed": 1}, 4),
+    (  # saving and the best model's return draw nothing
+        21,
+        {
+            **{"gradient_accumulation_steps": 8, "num_train_epochs": 4, "eval_strategy": "steps", "eval_steps": 1},
+            **{"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True},
+        },
+        3,
+    ),
+    # By length: fewer than four batches, more; evaluated, too.
+    (21, {"gradient_accumulation_steps": 8, "train_sampling_strategy": "group_by_length", "data_seed": 3}, 0),
+    (61, {"per_device_train_batch_size": 2, "train_sampling_strategy": "group_by_length", "seed": 2**31 - 1}, 0),
+    (
+        45,
+        {
+            **{"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "num_train_epochs": 4, "seed": 0},
+            **{"train_sampling_strategy": "group_by_length", "eval_strategy": "epoch", "data_seed": 8},
+        },
+        25,
+    ),
+]
+ONLY_5: list[tuple[int, dict[str, Any], int]] = [
+    (21, {"gradient_accumulation_steps": 4, "train_sampling_strategy": "sequential"}, 0),
+    (21, {"train_sampling_strategy": "group_by_length", "eval_strategy": "epoch", "eval_on_start": True}, 9),
 ]
 
 
-class Trained(NamedTuple):
-    order: Order
-    model: OneNumber
-    notes: Notes
+def lengths_of(n: int) -> np.ndarray:
+    """Lengths in tokens, many of them equal."""
+    return np.random.default_rng(n).integers(1, 9 if n < 100 else 512, n)
 
 
-@pytest.fixture(scope="module", params=TRAINED, ids=lambda run: " ".join(map(str, run[1].values())))
-def trained(request, tmp_path_factory) -> Trained:
-    """A run of the real Trainer, and our order of it."""
-    examples, changed = request.param
-    flags = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, **changed}
+def real_run(examples: int, changed: dict[str, Any], evaluation: int) -> dict[str, Any]:
+    """What a run of the transformers at hand trained and evaluated on, and where its updates and epochs ended."""
+    flags = {
+        **{"per_device_train_batch_size": 1, "per_device_eval_batch_size": 2, "save_strategy": "no"},
+        **{"logging_strategy": "no", "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False},
+        **changed,
+    }
+    if transformers.__version__.startswith("4.37"):
+        flags["evaluation_strategy"] = flags.pop("eval_strategy", "no")
+        flags["group_by_length"] = flags.pop("train_sampling_strategy", "random") == "group_by_length"
+
+    def data(n: int) -> list[dict[str, Any]]:
+        return [{"x": i, "input_ids": [0] * int(length)} for i, length in enumerate(lengths_of(n))]
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
+        x = torch.tensor([example["x"] for example in batch])
+        return {"x": x, "labels": x}
+
     model = OneNumber()
     notes = Notes(model)
-    trainer = transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            str(tmp_path_factory.mktemp("trainer")),
-            use_cpu=True,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            **flags,
-        ),
-        train_dataset=[{"x": i} for i in range(examples)],
-        data_collator=lambda batch: {"x": torch.tensor([e["x"] for e in batch])},
-        callbacks=[notes],
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(folder, use_cpu=True, **flags)
+        trainer = transformers.Trainer(
+            model, arguments, collate, data(examples), data(evaluation) if evaluation else None, callbacks=[notes]
+        )
+        trainer.train()
+    fields = {name: getattr(notes, name) for name in ("ends", "epochs", "epoch_ends", "evaluated")}
+    return {"trained_on": model.seen[True], "evaluated_on": model.seen[False], **fields}
+
+
+def real_epochs(n: int, seed: int) -> list[list[int]]:
+    """Two epochs of n examples by length, in batches of 8, after an evaluation before the second."""
+    torch.manual_seed(seed)
+    sampler = LengthGroupedSampler(8, lengths=lengths_of(n).tolist())
+    loader = DataLoader(range(n), batch_size=n, sampler=sampler, collate_fn=list)
+    first = next(iter(loader))
+    next(iter(DataLoader([0])))
+    return [first, next(iter(loader))]
+
+
+@pytest.fixture(scope="module")
+def of_437() -> dict[str, Any]:
+    """All the runs of the real Trainer 4.37, in one process of this file."""
+    path = os.pathsep.join([str(TRANSFORMERS_437), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, __file__], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
-    trainer.train()
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+class Real(NamedTuple):
+    """A run of a real Trainer, and our order of it."""
+
+    order: Order
+    run: dict[str, Any]
+    flags: dict[str, Any]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("5", run) for run in RUNS + ONLY_5] + [("4.37", run) for run in RUNS],
+    ids=lambda param: f"{param[0]}: {' '.join(map(str, param[1][1].values()))}",
+)
+def real(request) -> Real:
+    compat, (examples, flags, evaluation) = request.param
+    if compat == "5":
+        run = real_run(examples, flags, evaluation)
+    else:
+        run = request.getfixturevalue("of_437")["runs"][RUNS.index(request.param[1])]
     order = Order(
         examples,
-        flags["per_device_train_batch_size"],
-        flags["gradient_accumulation_steps"],
+        flags.get("per_device_train_batch_size", 1),
+        flags.get("gradient_accumulation_steps", 1),
         flags.get("num_train_epochs", 3.0),
-        "5",
+        compat,
         flags.get("seed", 42),
         flags.get("data_seed"),
         flags.get("max_steps", -1),
         drop_last=flags.get("dataloader_drop_last", False),
+        sampling=flags.get("train_sampling_strategy", "random"),
+        lengths=lengths_of(examples),
     )
-    return Trained(order, model, notes)
+    return Real(dataclasses.replace(order, evaluated=tuple(run["evaluated"])), run, flags)
 
 
-def test_the_trainer_itself_trains_on_the_same_examples(trained):
-    order, model, notes = trained
-    assert [m[0].tolist() for k in range(order.updates) for m in order.update(k)] == model.seen
-    assert order.bounds.tolist() == [0, *notes.ends]
+def test_the_trainer_itself_trains_on_the_same_examples(real):
+    order, run, flags = real
+    assert [m[0].tolist() for k in range(order.updates) for m in order.update(k)] == run["trained_on"]
+    assert order.bounds.tolist() == [0, *run["ends"]]
+    assert bool(run["evaluated"]) == ("eval_strategy" in flags)
 
 
-def test_the_trainer_itself_counts_the_same_epochs(trained):
-    order, _, notes = trained
-    assert [order.epoch_at(k) for k in range(1, order.updates + 1)] == pytest.approx(notes.epochs, rel=1e-12)
+def test_the_trainer_itself_counts_the_same_epochs(real):
+    order, run, _ = real
+    assert [order.epoch_at(k) for k in range(1, order.updates + 1)] == pytest.approx(run["epochs"], rel=1e-12)
 
 
-def test_the_trainer_itself_ends_epochs_at_the_same_updates(trained):
-    order, _, notes = trained
-    assert order.epoch_ends() == set(notes.epoch_ends)
+def test_the_trainer_itself_ends_epochs_at_the_same_updates(real):
+    order, run, _ = real
+    assert order.epoch_ends() == set(run["epoch_ends"])
+
+
+def test_the_trainer_itself_evaluates_in_this_order(real):
+    """In order; 5 by length where it trains by length, each time from a generator seeded with the data's seed."""
+    order, run, _ = real
+    if not run["evaluated"]:
+        assert run["evaluated_on"] == []
+        return
+    n = len({i for batch in run["evaluated_on"] for i in batch})
+    each = np.arange(n)
+    if (order.compat, order.sampling) == ("5", "group_by_length"):
+        seed = order.seed if order.data_seed is None else order.data_seed
+        each = group_by_length(randperm(n, seed), lengths_of(n), 2)
+    batches = [each[i : i + 2].tolist() for i in range(0, n, 2)]
+    assert run["evaluated_on"] == batches * len(run["evaluated"])
 
 
 # --- ranks ---
@@ -347,14 +566,22 @@ def test_the_trainer_itself_ends_epochs_at_the_same_updates(trained):
     drop_last=st.booleans(),
     compat=st.sampled_from(COMPATS),
     seed=st.integers(0, 5),
+    sampling=st.sampled_from(["random", "sequential", "group_by_length"]),
 )
-def test_ranks_get_what_accelerate_deals_them(examples, batch, ranks, drop_last, compat, seed):
+def test_ranks_get_what_accelerate_deals_them(examples, batch, ranks, drop_last, compat, seed, sampling):
     """Batches in turn; the tail is topped up from the start of the epoch (`even_batches`). One rank alone is not topped
     up: accelerate does not wrap its sampler."""
     assume(not drop_last or examples >= batch * ranks)
-    order = Order(examples, batch, 2, 2, compat, seed, ranks=ranks, drop_last=drop_last)
+    lengths = lengths_of(examples)
+    dealing = {"ranks": ranks, "drop_last": drop_last, "sampling": sampling, "lengths": lengths}
+    order = Order(examples, batch, 2, 2, compat, seed, **dealing)
+    torch.manual_seed(seed)
+    by_length = DataLoader(range(examples), sampler=LengthGroupedSampler(2 * batch, lengths=lengths.tolist()))
     for epoch in range(2):
-        permuted = torch_randperm(examples, epoch_seed(compat, seed, None, epoch))
+        if sampling == "random":
+            permuted = torch_randperm(examples, epoch_seed(compat, seed, None, epoch))
+        else:  # mega-batches are of one rank's update
+            permuted = list(range(examples)) if sampling == "sequential" else [int(i) for i in by_length]
         whole = BatchSampler(permuted, batch, drop_last)
         for rank in range(ranks):
             dealt = BatchSamplerShard(whole, ranks, rank, even_batches=True) if ranks > 1 else whole
@@ -384,3 +611,9 @@ def test_an_update_is_a_function_of_its_number(run, data):
     expected = [[[rank.tolist() for rank in micro] for micro in first.update(k)] for k in range(first.updates)]
     for k in data.draw(st.permutations(range(first.updates))):
         assert [[rank.tolist() for rank in micro] for micro in second.update(k)] == expected[k]
+
+
+if __name__ == "__main__":  # as `of_437` runs it
+    cases = [(n, seed) for n in (21, 52002) for seed in (0, 42, 2**31 - 1)]
+    epochs = {str([n, seed]): real_epochs(n, seed) for n, seed in cases}
+    print(json.dumps({"runs": [real_run(*run) for run in RUNS], "epochs": epochs}))

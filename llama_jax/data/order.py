@@ -16,7 +16,27 @@ from llama_jax.errors import InputError
 
 def randperm(n: int, seed: int) -> np.ndarray:
     """`torch.randperm(n)` on the CPU from a generator seeded with `seed`, as int64 [n]."""
-    draws = _twister(seed).random_raw(max(n - 1, 0)) % np.arange(n, 1, -1, dtype=np.uint64)
+    return _permutation(n, _twister(seed))
+
+
+def group_by_length(permuted: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
+    """A permutation of examples, int64 [N], regrouped as the Trainer's `LengthGroupedSampler` does.
+
+    It is cut into mega-batches of min(N // (4 batch), 50) batches, one at least; each is sorted by length, the longest
+    first; then the longest of all changes places with the very first. `lengths` [N], in tokens, is by example.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    mega = batch * max(1, min(len(permuted) // (4 * batch), 50))
+    cuts = np.split(permuted, range(mega, len(permuted), mega))
+    grouped = np.concatenate([cut[np.argsort(-lengths[cut], kind="stable")] for cut in cuts])
+    longest = mega * int(np.argmax(lengths[grouped[::mega]]))
+    grouped[[0, longest]] = grouped[[longest, 0]]
+    return grouped
+
+
+def _permutation(n: int, twister: np.random.MT19937) -> np.ndarray:
+    """`torch.randperm(n)` from a generator's present state: n - 1 of its 32-bit outputs."""
+    draws = twister.random_raw(max(n - 1, 0)) % np.arange(n, 1, -1, dtype=np.uint64)
     order = list(range(n))
     for i, z in enumerate(draws.tolist()):
         order[i], order[i + z] = order[i + z], order[i]
@@ -29,23 +49,30 @@ def _twister(seed: int) -> np.random.MT19937:
     return twister
 
 
-def epoch_seed(compat: str, seed: int, data_seed: int | None, epoch: int) -> int:
-    """The seed of one epoch's permutation, epochs from 0.
+def epoch_seed(compat: str, seed: int, data_seed: int | None, epoch: int, evaluations: int = 0) -> int:
+    """The seed of one epoch's random permutation, epochs from 0, after so many evaluations.
 
     5: (data_seed or seed) + epoch. 4.37: each epoch draws two 64-bit numbers from the global generator (two 32-bit
-    outputs each, the high one first): the loader's base seed, then the sampler's, whose low half is the seed.
+    outputs each, the high one first): the loader's base seed, then the sampler's, whose low half is the seed. The
+    loader of an evaluation draws its base seed there too.
     """
     if compat == "5":
         return (seed if data_seed is None else data_seed) + epoch
-    return int(_twister(seed).random_raw(4 * epoch + 4)[-1])
+    return int(_twister(seed).random_raw(4 * epoch + 2 * evaluations + 4)[-1])
 
 
-@dataclass(frozen=True)
+# Compared and hashed by identity: `lengths` has no cheap hash, and an order's epochs are cached by the order.
+@dataclass(frozen=True, eq=False)
 class Order:
     """The plan of a run: `updates` updates; update k is made of the micro-batches `bounds[k]` to `bounds[k + 1]`.
 
     Micro-batches are counted over the whole run; each epoch has `batches_per_epoch` of them. A micro-batch is
     `per_device_batch` examples on each of `ranks` ranks.
+
+    `sampling` is 5's `train_sampling_strategy`: "random", "sequential" or "group_by_length", which needs the examples'
+    `lengths` in tokens, [examples]. `evaluated` holds the numbers of updates done at which the run evaluates, 0 for
+    before the first; they move later epochs where the order comes from the global generator. They may be set with
+    `dataclasses.replace`, since `updates` does not depend on them.
     """
 
     examples: int
@@ -58,10 +85,13 @@ class Order:
     max_steps: int = -1
     ranks: int = 1
     drop_last: bool = False
+    sampling: str = "random"
+    lengths: np.ndarray | None = field(default=None, repr=False)
+    evaluated: tuple[int, ...] = field(default=(), repr=False)
     batches_per_epoch: int = field(init=False)
     updates_per_epoch: int = field(init=False)
     updates: int = field(init=False)
-    bounds: np.ndarray = field(init=False, repr=False, compare=False)
+    bounds: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         global_batch = self.per_device_batch * self.ranks
@@ -101,7 +131,7 @@ class Order:
     def micro_batch(self, m: int) -> list[np.ndarray]:
         """Example indices of micro-batch m, one array a rank."""
         epoch, batch = divmod(m, self.batches_per_epoch)
-        order = _epoch_order(self.examples, self.compat, self.seed, self.data_seed, epoch)
+        order = _epoch_order(self, epoch)
         size = self.per_device_batch
         first = batch * size * self.ranks
         if self.ranks > 1:  # the tail is topped up from the start of the epoch, so that ranks have equal counts
@@ -112,9 +142,23 @@ class Order:
         """The micro-batches of update k, k from 0."""
         return [self.micro_batch(m) for m in range(self.bounds[k], self.bounds[k + 1])]
 
+    def evaluations_before(self, epoch: int) -> int:
+        """How many evaluations the run has made when it begins an epoch."""
+        done = self.bounds[np.asarray(self.evaluated, np.int64)]
+        return int(np.count_nonzero(done <= epoch * self.batches_per_epoch))
+
     def facts(self) -> dict[str, Any]:
-        """What decides the order, by name: two runs with equal facts and data see the same examples."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bounds"}
+        """What decides the order, by name, for JSON: two runs with equal facts and data see the same examples.
+
+        Evaluations count by epoch, and only where they move the order.
+        """
+        facts = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("bounds", "lengths", "evaluated")
+        }
+        moved = self.sampling == "group_by_length" or (self.sampling, self.compat) == ("random", "4.37")
+        epochs = range(-(-int(self.bounds[-1]) // self.batches_per_epoch)) if moved else range(0)
+        before = [self.evaluations_before(e) for e in epochs]
+        return {**facts, "evaluations_before_epoch": before if any(before) else []}
 
     def epoch_ends(self) -> set[int]:
         """The numbers of updates done at which an epoch is over, or the run."""
@@ -128,5 +172,14 @@ class Order:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(n: int, compat: str, seed: int, data_seed: int | None, epoch: int) -> np.ndarray:
-    return randperm(n, epoch_seed(compat, seed, data_seed, epoch))
+def _epoch_order(order: Order, epoch: int) -> np.ndarray:
+    n, evaluations = order.examples, order.evaluations_before(epoch)
+    if order.sampling == "sequential":
+        return np.arange(n)
+    if order.sampling == "random":
+        return randperm(n, epoch_seed(order.compat, order.seed, order.data_seed, epoch, evaluations))
+    # Both versions permute by the global generator: an epoch draws the loader's base seed, then n - 1 outputs.
+    assert order.lengths is not None, "group_by_length needs lengths"
+    twister = _twister(order.seed)
+    twister.random_raw(2 * (epoch + 1 + evaluations) + (n - 1) * epoch, output=False)
+    return group_by_length(_permutation(n, twister), order.lengths, order.per_device_batch * order.accumulation)
