@@ -1,6 +1,5 @@
-"""AdamW as the HF Trainer runs it, made of optax: schedule, clipping, decay groups, accumulation."""
+"""The HF Trainer's optimizers, made of optax: clipping, decay groups, the update's rate, accumulation."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,26 +9,7 @@ import optax
 
 from llama_jax.errors import InputError
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-
-
-def make_schedule(kind: str, peak: float, warmup: int, total: int) -> np.ndarray:
-    """Learning rates by the number of updates already done, float64 [total + 1]; the first update uses entry 0.
-
-    Formulas of transformers' `optimization.py`. Made on the host: a float32 cosine loses the last updates.
-    """
-    done = np.arange(total + 1, dtype=np.float64)
-    if kind == "linear":
-        falling = np.maximum(0.0, (total - done) / max(1, total - warmup))
-    elif kind == "cosine":
-        falling = np.maximum(0.0, 0.5 * (1.0 + np.cos(math.pi * (done - warmup) / max(1, total - warmup))))
-    elif kind in ("constant", "constant_with_warmup"):
-        falling = np.ones_like(done)
-    else:
-        raise InputError(f"lr_scheduler_type {kind!r} is not one of {', '.join(SCHEDULES)}")
-    if kind == "constant":
-        return peak * falling
-    return peak * np.where(done < warmup, done / max(1, warmup), falling)
+OPTIMIZERS = ("adamw_torch", "sgd", "adafactor", "lion_32bit")
 
 
 class ClipState(NamedTuple):
@@ -61,8 +41,29 @@ def _is_vector(path) -> bool:
     return names[-1] == "bias" or any(name.endswith("norm") for name in names)
 
 
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """State, arithmetic and the update in float32, whatever the parameters are."""
+
+    def cast(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    return optax.GradientTransformation(
+        lambda params: tx.init(cast(params)),
+        lambda updates, state, params: tx.update(cast(updates), state, cast(params)),
+    )
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Times minus `learning_rate`. A low-precision update becomes float32: only its sum with the weight is rounded."""
+
+    def update(updates, state, params=None, *, learning_rate, **extra):
+        return jax.tree.map(lambda u: -learning_rate * u.astype(jnp.float32), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(
-    schedule: np.ndarray,
+    name: str = "adamw_torch",
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -71,24 +72,36 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     blocks: np.ndarray | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip, then AdamW with decoupled decay, at `schedule[updates done]`.
+    """Clip, then what the Trainer makes of `--optim name`, at the rate given to the update.
 
-    `blocks` holds the number of blocks of each update: where one has several, their gradients are summed by
-    `optax.MultiSteps` (each block's loss already carries its share of the normalisation) and the rest runs at the last
-    block. Where every update is one block, MultiSteps and its accumulator stand aside.
+    `update(grads, state, params, learning_rate=rate)` with a float32 scalar.
+
+    - `adamw_torch`: torch's AdamW. State in the parameters' dtype.
+    - `sgd`: torch's SGD without momentum; the decay is added to the (clipped) gradient.
+    - `adafactor`: transformers' Adafactor with `scale_parameter=False, relative_step=False`; betas and eps are not its
+      own. It takes a leaf of two axes for one matrix and clips each leaf's update by its own RMS: right for layers that
+      are leaves of their own, wrong for layers stacked on a leading axis.
+    - `lion_32bit`: Lion (Chen et al. 2023) with decoupled decay, as in bitsandbytes' main branch. Its releases up to
+      0.49.2 put the decay into the gradient in 32 bits, a bug by its issue 1992.
+
+    The last two keep their state in float32, as torch's do. `blocks` holds the number of blocks of each update: where
+    one has several, their gradients are summed by `optax.MultiSteps` (each block's loss already carries its share of
+    the normalisation) and the rest runs at the last block, with that block's rate. Where every update is one block,
+    MultiSteps and its accumulator stand aside.
     """
-    table = jnp.asarray(schedule, jnp.float32)
-    tx: optax.GradientTransformationExtraArgs = optax.chain(
-        clip_by_global_norm(max_grad_norm),
-        optax.adamw(
-            lambda count: table[jnp.minimum(count, len(table) - 1)],
-            b1=b1,
-            b2=b2,
-            eps=eps,
-            weight_decay=weight_decay,
-            mask=decay_mask if weight_decay else None,
-        ),
-    )
+    decay = [optax.add_decayed_weights(weight_decay, decay_mask)] if weight_decay else []
+    if name == "adamw_torch":
+        rules = [optax.scale_by_adam(b1, b2, eps), *decay]
+    elif name == "sgd":
+        rules = decay
+    elif name == "adafactor":
+        rms = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=1, epsilon=1e-30)
+        rules = [_in_float32(optax.chain(rms, optax.clip_by_block_rms(1.0), *decay))]
+    elif name == "lion_32bit":
+        rules = [_in_float32(optax.chain(optax.scale_by_lion(b1, b2), *decay))]
+    else:
+        raise InputError(f"--optim {name!r} is not one of {', '.join(OPTIMIZERS)}")
+    tx = optax.chain(clip_by_global_norm(max_grad_norm), *rules, _scale_by_rate())
     if blocks is None or blocks.max() == 1:
         return tx
     counts = jnp.asarray(blocks)
