@@ -6,31 +6,102 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import yaml
 
 from llama_jax.errors import InputError, Parser
+from llama_jax.flags import (
+    ALIAS,
+    ALPACA,
+    BOTH,
+    DIFFERENCES,
+    FLAGS,
+    HERE,
+    IMPLEMENTED,
+    NEW,
+    NO_MEANING,
+    OLD,
+    OPTIMIZERS,
+    REFUSED,
+    Flag,
+    OtherFlags,
+    read_json,
+    read_others,
+    resolve_optimizer,
+)
+
+# The flags of one version alone, of stanford_alpaca, and of this project; all others are of both versions.
+_ORIGIN = {
+    **dict.fromkeys(("model_name_or_path", "data_path", "model_max_length"), ALPACA),
+    **dict.fromkeys(("eval_data_path", "validation_split_percentage", "allow_pickle", "dtype", "hf_compat"), HERE),
+    **dict.fromkeys(("max_tokens_per_device", "scan_layers", "explain", "config"), HERE),
+    **dict.fromkeys(("warmup_ratio", "overwrite_output_dir"), OLD),
+    **dict.fromkeys(
+        ("average_tokens_across_devices", "train_sampling_strategy", "eval_strategy", "eval_on_start"), NEW
+    ),
+}
+_STRATEGIES = {"choices": ["no", "steps", "epoch"]}
+_LISTENING = ("reduce_lr_on_plateau", "greedy")
+_SCHEDULES = [
+    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", *_LISTENING),
+]
+_INTERVALS = ("logging", "eval", "save")
+_METRICS = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+_PATHS = ("model_name_or_path", "data_path", "eval_data_path", "output_dir")
+_ARGS_FILE = Path(__file__).resolve().parent.parent / "train_jax.args"  # beside train_jax.py
+_CONFIG = "YAML or JSON file of flags by their names; the command line overrides it; alone, it needs no --config"
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+class Plan(Protocol):
+    """What `due` asks of an `Order`."""
+
+    @property
+    def updates(self) -> int: ...
+
+    def epoch_ends(self) -> set[int]: ...
+
+    def epoch_at(self, updates_done: int) -> float: ...
+
+
+def _flag(default: Any, text: str, **options: Any) -> Any:
+    """A field; `options` are argparse's."""
+    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass
 class Arguments:
-    """Every flag that the run takes. Names, types and defaults are the HF Trainer's and stanford_alpaca's."""
+    """Every flag that the run takes. Names, types and defaults are the HF Trainer's and stanford_alpaca's.
+
+    The other flags of the Trainer are in `llama_jax.flags`.
+    """
 
     model_name_or_path: str = _flag("", "HF folder, .gguf file, or folder made by convert_torch_to_flax.py")
     data_path: str | None = _flag(None, "Alpaca JSON or JSONL, or records of input_ids and labels")
-    output_dir: str = _flag("trainer_output", "checkpoints, and the HF folder at the end")
+    eval_data_path: str | None = _flag(None, "the same for evaluation")
+    validation_split_percentage: float = _flag(0, "percentage of data_path that is held out for evaluation")
+    output_dir: str = _flag(
+        "trainer_output",
+        "checkpoints, and the HF folder at the end (4.37's default: required; 5's default: None, for this one)",
+    )
     model_max_length: int = _flag(512, "tokens of an example, bos included; longer ones are cut")
-    cache_dir: str | None = _flag(None, "stanford_alpaca's download cache; nothing is downloaded here")
     allow_pickle: bool = _flag(False, "read pytorch_model*.bin (unpickling; torch >= 2.10)")
-    dtype: str = _flag("float32", "type of the parameters and of Adam's state: float32 or bfloat16")
-    hf_compat: str = field(
-        default="4.37", metadata={"help": "whose rules: transformers 4.37's or 5's", "choices": ["4.37", "5"]}
+    dtype: str | None = _flag(
+        None,
+        "type of the parameters and of the optimizer's state; by default float32, or the checkpoint's under "
+        "--hf_compat 5",
+        choices=["float32", "bfloat16"],
+    )
+    hf_compat: str = _flag("4.37", "whose rules: transformers 4.37's or 5's", choices=["4.37", "5"])
+    explain: str | None = _flag(
+        None,
+        "print what the flags mean for this data, as text or json, and end",
+        nargs="?",
+        const="text",
+        choices=["text", "json"],
     )
 
     num_train_epochs: float = _flag(3.0, "epochs, fractions allowed")
@@ -38,19 +109,31 @@ class Arguments:
     per_device_train_batch_size: int = _flag(8, "examples of a micro-batch on each device")
     per_device_eval_batch_size: int = _flag(8, "examples of an evaluation batch on each device")
     gradient_accumulation_steps: int = _flag(1, "micro-batches an update")
+    average_tokens_across_devices: bool = _flag(
+        True, "--hf_compat 5: an update's loss is the mean over the tokens of all devices"
+    )
     max_tokens_per_device: int = _flag(4096, "tokens that a device is given at once; larger updates are accumulated")
     dataloader_drop_last: bool = _flag(False, "drop the last incomplete micro-batch of an epoch")
+    train_sampling_strategy: str = _flag(
+        "random",
+        "order of the examples; batch_rebalance is refused",
+        choices=["random", "sequential", "group_by_length", "batch_rebalance"],
+    )
     seed: int = _flag(42, "seed of the order")
     data_seed: int | None = _flag(None, "seed of the order in 5; 4.37 ignores it")
+    full_determinism: bool = _flag(False, "the same bits on every run, with slower kernels where that costs them")
 
-    optim: str = _flag("adamw_torch", "adamw_torch or adamw_torch_fused (the same here)")
+    optim: str = _flag("adamw_torch", "see Values below (5's default: adamw_torch_fused, which is the same here)")
     learning_rate: float = _flag(5e-5, "peak learning rate")
-    weight_decay: float = _flag(0.0, "decoupled decay of the matrices")
+    weight_decay: float = _flag(0.0, "decay of the matrices")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_epsilon: float = _flag(1e-8, "added to the square root of the second moment")
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less does not clip")
-    lr_scheduler_type: str = _flag("linear", "linear, cosine, constant or constant_with_warmup")
+    lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=_SCHEDULES)
+    lr_scheduler_kwargs: str | None = _flag(
+        None, "the schedule's keywords: a JSON object or a file of one (4.37's default: {}, which is the same)"
+    )
     warmup_ratio: float = _flag(0.0, "share of the updates that warm up")
     warmup_steps: float = _flag(0, "updates that warm up; below 1 a share")
     label_smoothing_factor: float = _flag(0.0, "label smoothing")
@@ -58,51 +141,84 @@ class Arguments:
     bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
     tf32: bool | None = _flag(None, "float32 matmuls in TF32 (NVIDIA Ampere and later)")
     scan_layers: bool | None = _flag(None, "stack the layers under one lax.scan; by default where there are over 8")
-    gradient_checkpointing: bool = _flag(False, "keep only each layer's input for the backward pass")
+    gradient_checkpointing: bool = _flag(
+        False, "keep only each layer's input for the backward pass (5's default: None, which is the same)"
+    )
     use_cpu: bool = _flag(False, "run on the CPU")
 
-    evaluation_strategy: str = _flag("no", "alias of eval_strategy")
-    eval_strategy: str = _flag("no", "no; evaluation during training is not there yet")
-    logging_strategy: str = field(
-        default="steps", metadata={"help": "no, steps or epoch", "choices": ["no", "steps", "epoch"]}
-    )
+    logging_strategy: str = _flag("steps", "when to log", **_STRATEGIES)
     logging_steps: float = _flag(500, "updates between two logs; below 1 a share of all")
     logging_first_step: bool = _flag(False, "log the first update too")
-    logging_dir: str | None = _flag(None, "TensorBoard's folder; there is no TensorBoard here")
-    loggingdir: str | None = _flag(None, "as logging_dir")
-    report_to: str = _flag("none", "trackers; none here: the log is in trainer_state.json")
-    disable_tqdm: bool = _flag(False, "no progress bar")
-    save_strategy: str = field(
-        default="steps", metadata={"help": "no, steps or epoch", "choices": ["no", "steps", "epoch"]}
+    logging_nan_inf_filter: bool = _flag(True, "in the log, the mean so far stands for a loss that is not finite")
+    include_num_input_tokens_seen: str = _flag(
+        "no",
+        "count the tokens seen in every log: no, all (true) or non_padding (4.37's default: False, which is no)",
+        nargs="?",
+        const="all",
+    )
+    disable_tqdm: bool | None = _flag(None, "True: no progress bar")
+    eval_strategy: str = _flag("no", "when to evaluate", **_STRATEGIES)
+    eval_steps: float | None = _flag(None, "updates between two evaluations; below 1 a share; by default logging_steps")
+    eval_delay: float = _flag(0, "updates or epochs, as eval_strategy counts, before the first evaluation")
+    eval_on_start: bool = _flag(False, "evaluate before the first update")
+    load_best_model_at_end: bool = _flag(False, "export the best checkpoint, not the last")
+    metric_for_best_model: str | None = _flag(None, "what best means: loss by default")
+    greater_is_better: bool | None = _flag(None, "whether a larger metric is better; by default not of a loss")
+    save_strategy: str = _flag(
+        "steps",
+        "when to save; best (5): after an evaluation that was the best",
+        choices=["no", "steps", "epoch", "best"],
     )
     save_steps: float = _flag(500, "updates between two checkpoints; below 1 a share of all")
-    save_total_limit: int | None = _flag(None, "checkpoints kept; the oldest go first")
+    save_total_limit: int | None = _flag(None, "checkpoints kept; the oldest go first, the best stays")
     overwrite_output_dir: bool = _flag(False, "start anew where output_dir holds checkpoints, and remove them")
     resume_from_checkpoint: str | None = _flag(None, "True for the last checkpoint of output_dir, or its path")
 
+    def __post_init__(self) -> None:
+        self.said: list[str] = []  # of flags that are an alias or without meaning
+
+    @property
+    def schedule_kwargs(self) -> dict[str, Any]:
+        """`--lr_scheduler_kwargs` as keywords of the schedule."""
+        return read_json("lr_scheduler_kwargs", self.lr_scheduler_kwargs) if self.lr_scheduler_kwargs else {}
+
+    @property
+    def best_metric_key(self) -> str:
+        """`metric_for_best_model` as an evaluation names it."""
+        return "eval_" + (self.metric_for_best_model or "loss").removeprefix("eval_")
+
+    def settle(self) -> None:
+        """Give values that follow from others theirs, as TrainingArguments does. Raises InputError."""
+        self.optim, said = resolve_optimizer(self.optim, self.weight_decay)
+        self.said += said
+        seen = self.include_num_input_tokens_seen.lower()
+        words = {**dict.fromkeys("yes true t y 1".split(), "all"), **dict.fromkeys("false f n 0".split(), "no")}
+        self.include_num_input_tokens_seen = words.get(seen, seen)
+        for name in _PATHS:
+            if value := getattr(self, name):
+                setattr(self, name, os.path.expanduser(value))
+        if self.eval_strategy == "steps" and not self.eval_steps:
+            self.eval_steps = self.logging_steps
+        listens = self.lr_scheduler_type in _LISTENING
+        if self.metric_for_best_model is None and (self.load_best_model_at_end or listens):
+            self.metric_for_best_model = "loss"
+        if self.greater_is_better is None and (metric := self.metric_for_best_model) is not None:
+            is_loss = metric in ("loss", "eval_loss") if self.hf_compat == "4.37" else metric.endswith("loss")
+            self.greater_is_better = not is_loss
+
     def notes(self, platform: str) -> list[str]:
         """One line for each given flag that is an alias, or has no meaning or no effect here."""
-        said = []
-        if self.evaluation_strategy != "no":
-            said.append("--evaluation_strategy: read as --eval_strategy")
-        if self.loggingdir is not None:
-            said.append("--loggingdir: read as --logging_dir")
-        if self.logging_dir or self.loggingdir:
-            said.append(
-                "--logging_dir: no TensorBoard here, nothing is written there; the log is in trainer_state.json"
-            )
-        if self.report_to not in ("none", "None"):
-            said.append(f"--report_to {self.report_to}: no trackers here; the log is in trainer_state.json")
-        if self.cache_dir:
-            said.append("--cache_dir: nothing is downloaded, so nothing is cached there")
+        said = list(self.said)
         if self.tf32 and platform != "gpu":
             said.append(f"--tf32 True: no NVIDIA GPU here ({platform}); float32 matmuls stay float32")
-        if self.optim != "adamw_torch":
-            said.append(f"--optim {self.optim}: read as adamw_torch (optax AdamW)")
         if self.warmup_ratio and self.warmup_steps:
             said.append("--warmup_ratio: ignored, as --warmup_steps is given")
         if self.data_seed is not None and self.hf_compat == "4.37":
             said.append("--data_seed: transformers 4.37 ignores it, and so does --hf_compat 4.37")
+        if not self.average_tokens_across_devices and self.hf_compat == "4.37":
+            said.append("--average_tokens_across_devices: no effect; under --hf_compat 4.37 a loss is never counted so")
+        if self.eval_data_path and self.eval_strategy == "no" and not self.eval_on_start:
+            said.append("--eval_data_path: no effect, as --eval_strategy is no")
         return said
 
     def check(self) -> None:
@@ -120,28 +236,75 @@ class Arguments:
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: should be at least 0 and below 1")
+        intervals = [f"{name}_steps" for name in _INTERVALS if getattr(self, f"{name}_strategy") == "steps"]
         positive = (
             "model_max_length",
             "per_device_train_batch_size",
+            "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "num_train_epochs",
+            "max_tokens_per_device",
         )
-        for name in (*positive, "per_device_eval_batch_size", "max_tokens_per_device", "logging_steps", "save_steps"):
-            strategy = {"logging_steps": self.logging_strategy, "save_steps": self.save_strategy}.get(name, "steps")
-            if getattr(self, name) <= 0 and strategy == "steps":
+        for name in (*positive, *intervals):
+            if getattr(self, name) <= 0:
                 raise InputError(f"--{name} {getattr(self, name)}: should be above 0")
-        for name in ("logging_steps", "save_steps", "warmup_steps"):
+        for name in (*intervals, "warmup_steps"):
             value = getattr(self, name)
             if value > 1 and value != int(value):
                 raise InputError(f"--{name} {value}: should be a whole number, or a share below 1")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(f"--warmup_ratio {self.warmup_ratio}: should lie between 0 and 1")
-        if self.eval_strategy != "no" or self.evaluation_strategy != "no":
-            raise InputError("--eval_strategy: evaluation during training is not there yet; use no")
-        if self.optim not in ("adamw_torch", "adamw_torch_fused"):
-            raise InputError(f"--optim {self.optim}: only adamw_torch and adamw_torch_fused are there")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"--dtype {self.dtype}: should be float32 or bfloat16")
+        if (seen := self.include_num_input_tokens_seen) not in ("no", "all", "non_padding"):
+            raise InputError(f"--include_num_input_tokens_seen {seen}: should be no, all or non_padding")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise InputError(
+                "--train_sampling_strategy batch_rebalance: makes micro-batches of unequal sizes so that little is "
+                "padded, and nothing is padded here; use random or group_by_length"
+            )
+        self.schedule_kwargs  # noqa: B018  # raises
+        self._check_evaluation()
+
+    def _check_evaluation(self) -> None:
+        held_out = self.validation_split_percentage
+        if not 0 <= held_out < 100:
+            raise InputError(f"--validation_split_percentage {held_out:g}: should be at least 0 and below 100")
+        if held_out and self.eval_data_path:
+            raise InputError("--validation_split_percentage and --eval_data_path: give one of them")
+        if (self.eval_strategy != "no" or self.eval_on_start) and not (held_out or self.eval_data_path):
+            name = "eval_on_start" if self.eval_strategy == "no" else f"eval_strategy {self.eval_strategy}"
+            raise InputError(
+                f"--{name}: no data to evaluate on; give --eval_data_path or --validation_split_percentage"
+            )
+        if self.metric_for_best_model is not None and self.best_metric_key not in _METRICS:
+            raise InputError(
+                f"--metric_for_best_model {self.metric_for_best_model}: an evaluation has {', '.join(_METRICS)}"
+            )
+        if self.eval_strategy == "no":
+            follows = "follows evaluations; give --eval_strategy steps or epoch"
+            if self.lr_scheduler_type in _LISTENING:
+                raise InputError(f"--lr_scheduler_type {self.lr_scheduler_type}: {follows}")
+            if self.save_strategy == "best":
+                raise InputError(f"--save_strategy best: {follows}")
+        if self.save_strategy == "best":
+            if self.metric_for_best_model is None:
+                raise InputError("--save_strategy best: give --metric_for_best_model, as loss")
+            return
+        if not self.load_best_model_at_end:
+            return
+        if self.save_strategy != self.eval_strategy:
+            raise InputError(
+                f"--load_best_model_at_end: --save_strategy {self.save_strategy} and --eval_strategy "
+                f"{self.eval_strategy} should be the same"
+            )
+        if self.eval_strategy == "steps":
+            assert self.eval_steps is not None
+            # As decimals: 0.3 is a multiple of 0.1, which binary fractions deny.
+            left = Fraction(str(self.save_steps)) % Fraction(str(self.eval_steps))
+            if left or (self.save_steps < 1) != (self.eval_steps < 1):
+                raise InputError(
+                    f"--load_best_model_at_end: --save_steps {self.save_steps:g} should be a multiple of --eval_steps "
+                    f"{self.eval_steps:g}, both of them numbers of updates or both shares"
+                )
 
     def warmup_updates(self, updates: int) -> int:
         if self.warmup_steps >= 1:
@@ -149,76 +312,158 @@ class Arguments:
         return math.ceil(updates * (self.warmup_steps or self.warmup_ratio))
 
     def every(self, name: str, updates: int) -> int:
-        """`logging_steps` or `save_steps` as a number of updates."""
+        """`logging_steps`, `eval_steps` or `save_steps` as a number of updates; 500 where none is given."""
         value = getattr(self, f"{name}_steps")
+        if value is None:
+            return 500
         return math.ceil(updates * value) if value < 1 else int(value)
 
-    def due(self, name: str, updates: int, epoch_ends: set[int]) -> Callable[[int], bool]:
-        """Whether a log ("logging") or a checkpoint ("save") is due after so many updates."""
-        strategy, every = getattr(self, f"{name}_strategy"), self.every(name, updates)
-        if strategy == "no":
-            at_strategy = lambda done: False  # noqa: E731
-        elif strategy == "epoch":
-            at_strategy = lambda done: done in epoch_ends  # noqa: E731
-        else:
-            at_strategy = lambda done: done % every == 0  # noqa: E731
-        if name == "logging":
-            return lambda done: at_strategy(done) or (self.logging_first_step and done == 1)
-        last = self.hf_compat == "5" and strategy == "steps"
-        return lambda done: at_strategy(done) or (last and done == updates)
+    def due(self, name: str, order: Plan) -> Callable[[int], bool]:
+        """Whether a log ("logging"), an evaluation ("eval") or a checkpoint ("save") is due after so many updates.
+
+        What follows an evaluation (`--save_strategy best`) or comes before the first update (`--eval_on_start`) is not
+        told here.
+        """
+        strategy, every = getattr(self, f"{name}_strategy"), self.every(name, order.updates)
+        delay = self.eval_delay if name == "eval" else 0
+        first = name == "logging" and self.logging_first_step
+        last = order.updates if self.hf_compat == "5" and name != "logging" else None
+        ends = order.epoch_ends()
+
+        def at(done: int) -> bool:
+            if strategy == "epoch":
+                return (done in ends and delay <= order.epoch_at(done)) or (first and done == 1)
+            if strategy == "steps":
+                return ((done % every == 0 or done == last) and delay <= done) or (first and done == 1)
+            return first and done == 1
+
+        return at
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Read the command line (and the file of `--config`, whose values it overrides). Raises InputError."""
+def flag_parser() -> Any:
+    """transformers' HfArgumentParser of all flags, in which a user's mistake is an InputError."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell that torch is missing, which is meant
     from transformers import HfArgumentParser
 
     class FlagParser(HfArgumentParser):
         error = Parser.error
 
-    argv = list(argv)
-    before = Parser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config")
-    known, rest = before.parse_known_args(argv)
-    from_file = _config_argv(Path(known.config)) if known.config else []
     parser = FlagParser(
-        cast(Any, Arguments), description="Fine-tune a LLaMA: an HF folder in, an HF folder out.", prog="train_jax.py"
+        cast(Any, (Arguments, OtherFlags)),
+        description="Fine-tune a LLaMA: an HF folder in, an HF folder out.",
+        prog="train_jax.py",
     )
-    parser.add_argument("--config", help="YAML file of flags by their names; the command line overrides it")
-    (arguments, *_), unknown = _split(
-        parser.parse_args_into_dataclasses(from_file + rest, return_remaining_strings=True)
-    )
+    parser.add_argument("--config", help=_CONFIG)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """Read the command line, over the file of `--config`, over `train_jax.args`. Raises InputError."""
+    argv = list(argv)
+    if len(argv) == 1 and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        argv = ["--config", *argv]
+    parser = flag_parser()
+
+    def read(argv: list[str]) -> tuple[Arguments, Any, Any, list[str]]:
+        return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, args_filename=_ARGS_FILE)
+
+    arguments, others, rest, unknown = read(argv)
+    if rest.config:
+        arguments, others, _, unknown = read(_config_argv(Path(rest.config).expanduser()) + argv)
     if unknown:
-        names = [f"--{f.name}" for f in fields(Arguments)]
+        names = [f"--{name}" for name in _names()]
         near = difflib.get_close_matches(unknown[0], names, n=1)
         raise InputError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    meant, arguments.said = read_others(others)
+    for name, value in meant.items():
+        setattr(arguments, name, value)
+    arguments.settle()
     arguments.check()
     return arguments
 
 
-def _split(parsed: tuple) -> tuple[tuple, list[str]]:
-    return parsed[:-1], parsed[-1]
+def _names() -> list[str]:
+    return [f.name for cls in (Arguments, OtherFlags) for f in fields(cls)]
 
 
 def _config_argv(path: Path) -> list[str]:
-    """A YAML file of flags as a command line."""
+    """A YAML or JSON file of flags as a command line."""
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
     except FileNotFoundError:
         raise InputError(f"--config {path}: no such file") from None
     except OSError as e:
         raise InputError(f"--config {path}: cannot be read: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"--config {path}: not valid YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, ValueError) as e:
+        raise InputError(f"--config {path}: not valid {kind}: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: should map flags to values")
-    names = {f.name for f in fields(Arguments)}
+    names = _names()
     argv: list[str] = []
     for key, value in values.items():
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1)
             raise InputError(f"--config {path}: unknown flag {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        if value is not None:
-            items = value if isinstance(value, list) else [value]
-            argv += [f"--{key}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in items)]
+        if isinstance(value, list):
+            argv += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return argv
+
+
+def flags_page() -> str:
+    """docs/flags.md, from the flags."""
+    rows = [
+        Flag(f.name, _ORIGIN.get(f.name, BOTH), None, f.default, IMPLEMENTED, f.metadata["help"])
+        for f in fields(Arguments)
+    ]
+    rows = sorted([*rows, *FLAGS, Flag("config", HERE, None, None, IMPLEMENTED, _CONFIG)])
+    counts = ", ".join(f"{s} {sum(r.status == s for r in rows)}" for s in (IMPLEMENTED, ALIAS, NO_MEANING, REFUSED))
+    lines = [
+        "# Flags",
+        "",
+        "Every flag of transformers' TrainingArguments, 4.37.2's and 5.24's, of stanford_alpaca, and of this project. "
+        "Made by `python -m llama_jax.arguments`.",
+        "",
+        "An alias and a flag without meaning here are said in one line when they have another value than the default; "
+        "a refused one ends the command with exit code 2 and the reason.",
+        "",
+        f"Flags: {counts}.",
+        "",
+        "| flag | versions | default | status | what it does here |",
+        "|---|---|---|---|---|",
+        *(_row(f"--{r.name}", r.versions, _shown(r.default), r.status, _meaning(r)) for r in rows),
+        "",
+        "## Values",
+        "",
+        "| `--optim` | versions | status | what it is here |",
+        "|---|---|---|---|",
+        *(
+            _row(name, versions, status, f"read as `{text}`" if status == ALIAS else text)
+            for name, (versions, status, text) in OPTIMIZERS.items()
+        ),
+        "",
+        "## Differences that stay",
+        "",
+        *(f"- {difference}" for difference in DIFFERENCES),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"| `{name}` | " + " | ".join(cells) + " |"
+
+
+def _shown(default: Any) -> str:
+    return f"`{default if isinstance(default, str) and default else repr(default)}`"
+
+
+def _meaning(flag: Flag) -> str:
+    text = f"read as --{flag.text}" if flag.status == ALIAS else flag.text
+    return f"{text} ({flag.differs})" if flag.differs else text
+
+
+if __name__ == "__main__":
+    print(flags_page(), end="")

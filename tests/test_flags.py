@@ -1,0 +1,489 @@
+"""The flags: all of the real TrainingArguments are accounted for, read by its grammar, checked as it checks.
+
+The reference is hf_arguments.py: transformers 5 in this process, 4.37.2 in another one.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import hf_arguments
+import pytest
+from hf_arguments import Server
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ROOT, run
+
+import train_jax
+from llama_jax.arguments import Arguments, flag_parser, flags_page, parse_arguments
+from llama_jax.errors import InputError
+from llama_jax.flags import ALIAS, BOTH, FLAGS, IMPLEMENTED, NEW, NO_MEANING, OLD, OPTIMIZERS, REFUSED
+
+NEEDED = ["--model_name_or_path", "m", "--data_path", "d.json"]
+EVAL = ["--eval_data_path", "e.json"]
+OTHERS = {flag.name: flag for flag in FLAGS}
+MEND = r"\b(use|give|leave (it|this) out|upload)\b"
+
+
+@pytest.fixture(scope="session")
+def old() -> Iterator[Server]:
+    server = Server()
+    assert server.ask("version", None) == "4.37.2"
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def live(old: Server) -> dict[str, dict[str, Any]]:
+    """The flags of either version by its name."""
+    return {OLD: old.ask("live_fields", None), NEW: hf_arguments.live_fields()}
+
+
+def ask(compat: str, old: Server, function: str, argument: Any) -> Any:
+    return old.ask(function, argument) if compat == OLD else getattr(hf_arguments, function)(argument)
+
+
+def table() -> dict[str, list[str]]:
+    """The page's rows of flags by their names: versions, default, status, meaning."""
+    rows = {}
+    for line in flags_page().split("## Values")[0].splitlines():
+        if match := re.fullmatch(r"\| `--(\w+)` \| (.*) \|", line):
+            rows[match[1]] = [cell.strip() for cell in match[2].split(" | ")]
+    return rows
+
+
+def shown(value: Any) -> str:
+    return f"`{value}`" if isinstance(value, str) and value else f"`{value!r}`"
+
+
+# -- The table ---------------------------------------------------------------------------------------------------------
+
+
+def test_page_is_the_generated_one() -> None:
+    """Else: python -m llama_jax.arguments > docs/flags.md"""
+    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags_page()
+
+
+def test_every_flag_is_in_the_table(live: dict[str, dict[str, Any]]) -> None:
+    rows = table()
+    for compat, found in live.items():
+        other = live[NEW if compat == OLD else OLD]
+        for name, flag in found.items():
+            versions, default, _, meaning = rows[name]
+            assert versions == (BOTH if name in other else compat), name
+            theirs = shown(flag["default"])
+            assert theirs == default or f"{compat}'s default: {theirs.strip('`')}" in meaning, (name, compat, theirs)
+    for name, (versions, *_) in rows.items():
+        assert (versions in (OLD, NEW, BOTH)) == (name in live[OLD] or name in live[NEW]), name
+    ours = {f.name for f in fields(Arguments)} | OTHERS.keys() | {"config"}
+    assert rows.keys() == ours
+
+
+def test_counts_of_the_page() -> None:
+    statuses = [status for _, _, status, _ in table().values()]
+    counts = ", ".join(f"{s} {statuses.count(s)}" for s in (IMPLEMENTED, ALIAS, NO_MEANING, REFUSED))
+    assert f"Flags: {counts}.\n" in flags_page()
+
+
+def another_value(name: str, flag: dict[str, Any]) -> str:
+    """A value other than the default."""
+    if flag["type"] == "bool":
+        return "False" if flag["default"] is True else "True"
+    if flag["choices"]:
+        kept = [c for c in flag["choices"] if c not in (flag["default"], "best", "greedy", "batch_rebalance")]
+        return {"optim": "sgd", "lr_scheduler_type": "cosine", "eval_strategy": "epoch"}.get(name, kept[0])
+    if name in ("metric_for_best_model", "include_num_input_tokens_seen"):
+        return {"metric_for_best_model": "runtime"}.get(name, "True")
+    if name.endswith(("_kwargs", "_config", "deepspeed")):
+        return '{"a": 1}'
+    return {"int": "7", "float": "0.25", "str": "word"}[flag["type"]]
+
+
+def test_every_flag_does_what_the_table_says(live: dict[str, dict[str, Any]]) -> None:
+    rows = table()
+    for compat, found in live.items():
+        for name, flag in found.items():
+            status = rows[name][2]
+            value = another_value(name, flag)
+            extra = [*EVAL, "--eval_strategy", "steps"] if name in ("load_best_model_at_end", "eval_on_start") else EVAL
+            base = [*NEEDED, *extra, "--hf_compat", compat]
+            argv = [*base, f"--{name}", value]
+            if status == REFUSED:
+                outcome = run(train_jax.main, *argv)
+                assert outcome.code == 2 and not outcome.out, (name, outcome)
+                assert re.fullmatch(rf"error: --{name}: [^\n]*{MEND}[^\n]*\n", outcome.err), outcome.err
+                continue
+            arguments = parse_arguments(argv)
+            said = set(arguments.notes("gpu")) ^ set(parse_arguments(base).notes("gpu"))
+            said = {line for line in said if not line.startswith("--eval_data_path: no effect")}
+            if status == IMPLEMENTED:
+                kept = getattr(arguments, name)
+                expected = "all" if name == "include_num_input_tokens_seen" else value
+                assert str(kept) in (expected, f"{expected}.0"), (name, kept)
+                assert not said or (name, compat) == ("data_seed", OLD), said
+            else:
+                (line,) = said
+                word = "read as" if status == ALIAS else "no meaning here"
+                assert line.startswith(f"--{name}: {word}") and "\n" not in line, line
+    # The two that are no flags of the Trainer, but of alpaca and of the seed's command.
+    for name, word in (("cache_dir", "no meaning here"), ("loggingdir", "read as --logging_dir")):
+        (line,) = parse_arguments([*NEEDED, f"--{name}", "x"]).notes("cpu")
+        assert line.startswith(f"--{name}: {word}")
+
+
+def test_nothing_is_said_of_defaults(live: dict[str, dict[str, Any]]) -> None:
+    for found in live.values():
+        for name, flag in found.items():
+            if flag["default"] not in (None, "", [], {}, "required") and name != "optim":
+                value = parse_arguments([*NEEDED, f"--{name}", str(flag["default"])])
+                assert not value.notes("cpu"), name
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("--evaluation_strategy epoch", {"eval_strategy": "epoch"}),
+        ("--per_gpu_train_batch_size 3 --per_device_train_batch_size 5", {"per_device_train_batch_size": 3}),
+        ("--per_gpu_eval_batch_size 3", {"per_device_eval_batch_size": 3}),
+        ("--no_cuda", {"use_cpu": True}),
+        ("--adafactor --optim sgd", {"optim": "adafactor"}),
+        ("--group_by_length", {"train_sampling_strategy": "group_by_length"}),
+        ("--activation_checkpointing True", {"gradient_checkpointing": True}),
+        ("--activation_checkpointing False --gradient_checkpointing True", {"gradient_checkpointing": False}),
+        ("--optim adamw_torch_fused", {"optim": "adamw_torch"}),
+        ("--optim paged_lion_32bit", {"optim": "lion_32bit"}),
+        ("--optim paged_adamw_32bit", {"optim": "adamw_torch"}),
+        ("--include_num_input_tokens_seen", {"include_num_input_tokens_seen": "all"}),
+        ("--include_num_input_tokens_seen Yes", {"include_num_input_tokens_seen": "all"}),
+        ("--include_num_input_tokens_seen False", {"include_num_input_tokens_seen": "no"}),
+        ("--explain", {"explain": "text"}),
+        ("--explain json", {"explain": "json"}),
+        ("--lr_scheduler_kwargs {\"num_cycles\":2}", {"schedule_kwargs": {"num_cycles": 2}}),
+        ("--metric_for_best_model loss", {"best_metric_key": "eval_loss", "greater_is_better": False}),
+        ("--report_to wandb tensorboard", {}),
+    ],
+)  # fmt: skip
+def test_meaning(words: str, meant: dict[str, Any]) -> None:
+    arguments = parse_arguments([*NEEDED, *EVAL, *words.split()])
+    assert {name: getattr(arguments, name) for name in meant} == meant
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        ("--data_seed 1", "--data_seed"),
+        ("--no_average_tokens_across_devices", "--average_tokens_across_devices"),
+        ("--eval_data_path e", "--eval_data_path"),
+        ("--warmup_ratio 0.1 --warmup_steps 3", "--warmup_ratio"),
+        ("--tf32 True", "--tf32"),
+    ],
+)
+def test_what_has_no_effect_is_said(words: str, flag: str) -> None:
+    (line,) = parse_arguments([*NEEDED, *words.split()]).notes("cpu")
+    assert line.startswith(f"{flag}")
+    now = ["--hf_compat", "5", *EVAL, "--eval_strategy", "epoch"]
+    quiet = words.replace("--warmup_ratio 0.1", "").replace("--eval_data_path e", "")
+    assert not parse_arguments([*NEEDED, *now, *quiet.split()]).notes("gpu")
+
+
+def test_every_optimizer(live: dict[str, dict[str, Any]], old: Server) -> None:
+    values = {OLD: old.ask("optimizers", None), NEW: hf_arguments.optimizers()}
+    assert OPTIMIZERS.keys() == {*values[OLD], *values[NEW]}
+    for name, (versions, status, _) in OPTIMIZERS.items():
+        assert (name in values[OLD], name in values[NEW]) == (versions != NEW, versions != OLD), name
+        argv = [*NEEDED, "--optim", name]
+        if status == REFUSED:
+            with pytest.raises(InputError, match=rf"^--optim {name}: .*{MEND}"):
+                parse_arguments(argv)
+            continue
+        arguments = parse_arguments(argv)
+        assert OPTIMIZERS[arguments.optim][1] == IMPLEMENTED
+        expected = [f"--optim {name}: read as {arguments.optim}"] if status == ALIAS else []
+        assert arguments.notes("cpu") == expected
+    with pytest.raises(InputError, match=r"^--optim paged_adamw_32bit: with --weight_decay"):
+        parse_arguments([*NEEDED, "--optim", "paged_adamw_32bit", "--weight_decay", "0.1"])
+
+
+def test_every_schedule(old: Server) -> None:
+    for name in {*old.ask("schedules", None), *hf_arguments.schedules()}:
+        argv = [*NEEDED, *EVAL, "--eval_strategy", "epoch", "--lr_scheduler_type", name]
+        assert parse_arguments(argv).lr_scheduler_type == name
+
+
+# -- The grammar -------------------------------------------------------------------------------------------------------
+
+# A value of these cannot be read from the real command lines; here it is, for a line that says more or for a meaning.
+WIDER = {"include_num_input_tokens_seen", "liger_kernel_config", "parallelism_config"}
+WORDS = {
+    "bool": ["True", "false", "YES", "n", "1", "0", "t", "on", "2"],
+    "int": ["0", "3", "-1", "2.5", "x"],
+    "float": ["0.03", "1e-3", "7", "-2", ".5", "x"],
+    "str": ["word", "steps", "epoch", "adafactor", '{"a": 1}'],
+}
+
+
+@st.composite
+def spelled(draw: st.DrawFn, name: str, flag: dict[str, Any]) -> list[str]:
+    """One flag on a command line: whole, with dashes or cut short; a value apart or joined, wanting or wrong."""
+    written = name
+    if flag["type"] == "bool" and draw(st.integers(0, 5)) == 0:
+        return [f"--no_{name}"]
+    if draw(st.integers(0, 3)) == 0:
+        written = name[: draw(st.integers(max(3, len(name) - 6), len(name)))]
+    if draw(st.booleans()):
+        written = written.replace("_", "-")
+    if draw(st.integers(0, 7)) == 0:
+        return [f"--{written}"]
+    choices = (flag["choices"] or []) + ["word"] if flag["choices"] else WORDS[flag["type"]]
+    words = [str(draw(st.sampled_from(choices))) for _ in range(draw(st.integers(1, 2)) if flag["many"] else 1)]
+    return [f"--{written}={words[0]}"] if draw(st.integers(0, 3)) == 0 else [f"--{written}", *words]
+
+
+def real_parse(compat: str, old: Server, argv: list[str]) -> dict[str, Any] | None:
+    if compat == NEW:
+        return hf_arguments.parse(argv)
+    # Dashes within names came after 4.37.
+    plain = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
+    return old.ask("parse", plain)
+
+
+def our_parse(argv: list[str]) -> tuple[dict[str, Any] | None, str]:
+    """The values before any check, None with the reason where the command line is refused."""
+    try:
+        values, unknown = flag_parser().parse_known_args(argv)
+    except InputError as e:
+        return None, str(e)
+    return (None, "unknown") if unknown else (vars(values), "")
+
+
+def same(ours: Any, real: Any) -> bool:
+    if isinstance(ours, list) and not isinstance(real, list):  # 5 takes one word where 4.37 takes several
+        ours = ours[0] if len(ours) == 1 else ours
+    if isinstance(real, float | int) and not isinstance(real, bool):
+        return ours == real
+    return str(ours) == str(real)
+
+
+@settings(max_examples=400)
+@given(st.data())
+def test_grammar_is_the_trainers(live: dict[str, dict[str, Any]], old: Server, data: st.DataObject) -> None:
+    """What the real parser of a version reads has the same values here; what both refuse is refused here."""
+    compat = data.draw(st.sampled_from([OLD, NEW]))
+    names = data.draw(st.lists(st.sampled_from(sorted(live[compat].keys() - WIDER)), min_size=1, max_size=3))
+    argv = [w for n in names for w in data.draw(spelled(n, live[compat][n]))]
+    real, (ours, reason) = real_parse(compat, old, argv), our_parse(argv)
+    if real is not None and ours is None:
+        assert "ambiguous option" in reason, (argv, reason)  # of a flag that only the other version or this has
+        return
+    if real is not None and ours is not None:
+        given = [n for n in names if not same(real[n], live[compat][n]["default"])]
+        assert all(same(ours[n], real[n]) for n in given), [(n, ours[n], real[n]) for n in given]
+    elif len(names) == 1:
+        other = real_parse(NEW if compat == OLD else OLD, old, argv)
+        assert (ours is None) == (other is None), (argv, reason, other)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_files_of_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yaml = write(tmp_path / "a.yaml", "model_name_or_path: m\ndata_path: d\nreport_to: [a, b]\nlearning_rate: 1e-3\n")
+    yml = write(tmp_path / "a.yml", Path(yaml).read_text())
+    values = {"model_name_or_path": "m", "data_path": "d", "report_to": ["a", "b"], "learning_rate": 1e-3}
+    values |= {"lr_scheduler_kwargs": {"num_cycles": 3}, "bf16": True, "max_steps": -1, "tf32": None}
+    file = write(tmp_path / "a.json", json.dumps(values, indent="\t"))  # YAML takes no tabs
+    for argv in ([yaml], [yml], ["--config", yaml], ["--conf", yaml], [file], ["--config", file]):
+        arguments = parse_arguments(argv)
+        assert (arguments.model_name_or_path, arguments.learning_rate) == ("m", 1e-3)
+        assert len(arguments.notes("cpu")) == 1  # --report_to
+        assert arguments.schedule_kwargs == ({"num_cycles": 3} if argv[-1] == file else {})
+    assert arguments.bf16
+    write(tmp_path / "bad.json", '{"bf16": tru}')
+    with pytest.raises(InputError, match=r"bad\.json: not valid JSON"):
+        parse_arguments([str(tmp_path / "bad.json")])
+
+    kwargs = write(tmp_path / "kwargs.json", '{"power": 2}')
+    assert parse_arguments([*NEEDED, "--lr_scheduler_kwargs", kwargs]).schedule_kwargs == {"power": 2}
+    for bad in ('{"power": }', "nowhere.json", yaml):
+        with pytest.raises(InputError, match="--lr_scheduler_kwargs"):
+            parse_arguments([*NEEDED, "--lr_scheduler_kwargs", bad])
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_arguments(["--config", "~/a.yaml", "--output_dir=~/out"]).output_dir == f"{tmp_path}/out"
+
+
+def test_args_file_beside_the_script(tmp_path: Path) -> None:
+    """`train_jax.args` is read where train_jax.py is, not where the caller or the working folder is."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "llama_jax", there / "llama_jax", ignore=ignored)
+    shutil.copy(ROOT / "train_jax.py", there)
+    here.mkdir()
+    write(there / "train_jax.args", "--weight_decay 7 --learning_rate -2")
+    for name in ("train_jax.args", "caller.args"):
+        write(here / name, "--weight_decay -7")
+    call = f"import sys; sys.path.insert(0, {str(there)!r})\nfrom train_jax import main, run_command\n"
+    command = [sys.executable, write(here / "caller.py", f"{call}sys.exit(run_command(main))"), *NEEDED]
+    result = subprocess.run(command, cwd=here, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert result.returncode == 2
+    assert result.stderr == "error: --learning_rate -2.0: should not be below 0\n"
+
+
+# -- The checks --------------------------------------------------------------------------------------------------------
+
+STEPS = [0, 0.01, 0.07, 0.1, 0.25, 0.3, 0.5, 1, 2, 2.5, 3, 4, 500]
+COMBINATIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "eval_strategy": st.sampled_from(["no", "steps", "epoch"]),
+        "save_strategy": st.sampled_from(["no", "steps", "epoch", "best"]),
+        "logging_strategy": st.sampled_from(["no", "steps", "epoch"]),
+        "eval_steps": st.sampled_from(STEPS),
+        "save_steps": st.sampled_from(STEPS),
+        "logging_steps": st.sampled_from(STEPS),
+        "load_best_model_at_end": st.sampled_from([True, True, False]),
+        "metric_for_best_model": st.sampled_from(["loss", "eval_loss", "eval_runtime", "samples_per_second"]),
+        "greater_is_better": st.booleans(),
+        "lr_scheduler_type": st.sampled_from(["linear", "reduce_lr_on_plateau", "greedy"]),
+        "warmup_steps": st.sampled_from([-1, 0, 3]),
+    },
+)
+
+
+def stricter(values: dict[str, Any]) -> bool:
+    """Whether the Trainer takes values that are refused here, as docs/flags.md says."""
+    v = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 500, "logging_steps": 500, **values}
+    saves, evaluates = v["save_strategy"], v["eval_strategy"]
+    mixed = evaluates == "steps" and (v["save_steps"] < 1) != ((v.get("eval_steps") or v["logging_steps"]) < 1)
+    return (
+        (saves == "steps" and v["save_steps"] == 0)
+        or (saves == "best" and (evaluates == "no" or "metric_for_best_model" not in v))
+        or (saves == evaluates == "steps" and bool(v.get("load_best_model_at_end")) and mixed)
+        or v.get("warmup_steps") == -1
+    )
+
+
+@settings(max_examples=400)
+@given(COMBINATIONS, st.sampled_from([OLD, NEW]))
+def test_checks_are_the_trainers(old: Server, values: dict[str, Any], compat: str) -> None:
+    if compat == OLD:  # it has neither
+        values = {k: v for k, v in values.items() if v not in ("best", "greedy")}
+    renamed = {("evaluation_strategy" if compat == OLD and k == "eval_strategy" else k): v for k, v in values.items()}
+    real = ask(compat, old, "settle", renamed)
+    flags = [word for k, v in renamed.items() for word in (f"--{k}", str(v))]
+    try:
+        ours = parse_arguments([*NEEDED, *EVAL, "--hf_compat", compat, *flags])
+    except InputError as e:
+        assert isinstance(real, str) or stricter(values), (real, str(e))
+        return
+    if isinstance(real, str):
+        # The Trainer compares shares as binary fractions.
+        assert "multiple" in real, real
+        assert ours.eval_steps
+        saved, evaluated = Fraction(str(ours.save_steps)), Fraction(str(ours.eval_steps))
+        assert saved < 1 and evaluated < 1 and saved % evaluated == 0
+        return
+    assert {name: getattr(ours, name) for name in real} == real
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--eval_strategy steps", ["--eval_strategy steps", "--eval_data_path"]),
+        ("--eval_on_start", ["--eval_on_start", "--eval_data_path"]),
+        ("--eval_data_path e --validation_split_percentage 5", ["--validation_split_percentage", "--eval_data_path"]),
+        ("--validation_split_percentage 100", ["--validation_split_percentage 100", "below 100"]),
+        ("--validation_split_percentage -1", ["--validation_split_percentage -1"]),
+        ("--eval_data_path e --metric_for_best_model accuracy", ["--metric_for_best_model accuracy", "eval_loss"]),
+        ("--eval_data_path e --eval_strategy steps --eval_steps -2", ["--eval_steps -2", "above 0"]),
+        ("--eval_data_path e --eval_delay nan --eval_strategy epoch", ["--eval_delay"]),
+        ("--include_num_input_tokens_seen some", ["--include_num_input_tokens_seen some", "non_padding"]),
+        ("--train_sampling_strategy batch_rebalance", ["--train_sampling_strategy batch_rebalance", "use random"]),
+        ("--optim adamw_torhc", ["--optim adamw_torhc", "adamw_torch"]),
+        ("--accelerator_confg {}", ["--accelerator_confg", "did you mean --accelerator_config?"]),
+        ("--fsdp_config {1}", ["--fsdp_config", "not valid JSON"]),
+    ],
+)
+def test_refused(flags: str, named: list[str]) -> None:
+    with pytest.raises(InputError) as refused:
+        parse_arguments([*NEEDED, *flags.split()])
+    assert all(part in str(refused.value) for part in named), refused.value
+    assert str(refused.value).startswith(("--", "unknown argument"))
+
+
+def test_names_of_losses() -> None:
+    """greater_is_better by the name, where it is not given: 4.37 knows two losses, 5 whatever ends in loss."""
+    for compat in (OLD, NEW):
+        arguments = Arguments(metric_for_best_model="other_loss", hf_compat=compat)
+        arguments.settle()
+        assert arguments.greater_is_better == (compat == OLD)
+
+
+# -- What is due when --------------------------------------------------------------------------------------------------
+
+
+class Updates:
+    """A run of epochs of `per_epoch` updates that may end inside one. The last update of an epoch is `tail` before its
+    end, as in 4.37 where a tail of micro-batches is carried over.
+    """
+
+    def __init__(self, updates: int, per_epoch: int, tail: float):
+        self.updates = updates
+        self.epochs = [k / per_epoch - (0 if k % per_epoch else tail) for k in range(updates + 1)]
+        self.ends = {k for k in range(1, updates + 1) if k % per_epoch == 0} | {updates}
+
+    def epoch_ends(self) -> set[int]:
+        return self.ends
+
+    def epoch_at(self, updates_done: int) -> float:
+        return self.epochs[updates_done]
+
+
+@settings(max_examples=300)
+@given(
+    compat=st.sampled_from([OLD, NEW]),
+    order=st.builds(Updates, st.integers(1, 13), st.integers(1, 5), st.sampled_from([0.0, 0.125])),
+    strategies=st.tuples(*[st.sampled_from(["no", "steps", "epoch"])] * 3),
+    steps=st.tuples(*[st.sampled_from([0.1, 0.3, 1, 2, 3, 5, 500])] * 3),
+    delay=st.sampled_from([0, 1, 1.5, 2, 3]),
+    first=st.booleans(),
+)
+def test_due_is_the_callbacks(
+    old: Server,
+    compat: str,
+    order: Updates,
+    strategies: tuple[str, ...],
+    steps: tuple[float, ...],
+    delay: float,
+    first: bool,
+) -> None:
+    names = ("logging", "eval", "save")
+    values = {f"{n}_strategy": s for n, s in zip(names, strategies, strict=True)} | {
+        f"{n}_steps": s for n, s in zip(names, steps, strict=True)
+    }
+    values |= {"eval_delay": delay, "logging_first_step": first}
+    arguments = Arguments(hf_compat=compat, **values)
+    arguments.settle()
+    if compat == OLD:
+        values["evaluation_strategy"] = values.pop("eval_strategy")
+    case = {"values": values, "epoch": order.epochs[1:], "ends": sorted(order.ends)}
+    real = ask(compat, old, "due", case)
+    for name in names:
+        at = arguments.due(name, order)
+        assert [k for k in range(1, order.updates + 1) if at(k)] == real[name], name
+
+
+def test_best_is_not_due_by_itself() -> None:
+    arguments = Arguments(save_strategy="best", hf_compat="5")
+    at = arguments.due("save", Updates(4, 2, 0.0))
+    assert not any(at(k) for k in range(1, 5))
