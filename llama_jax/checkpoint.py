@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ class Checkpoints:
     """
 
     def __init__(self, output_dir: Path, limit: int | None, abstract: Any):
+        self._rotation = _Rotation(limit)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=limit if limit and limit > 0 else None,
+            preservation_policy=self._rotation,
             step_name_format=_HFNames(),
             cleanup_tmp_directories=True,
         )
@@ -70,8 +72,12 @@ class Checkpoints:
         handlers = {"state": _handler(abstract, self._piecewise), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(output_dir.absolute(), options=options, item_handlers=handlers)
 
-    def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
-        """Write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; the state may then be donated."""
+    def save(self, step: int, state: Any, run: dict[str, Any], best: int | None = None) -> None:
+        """Write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; the state may then be donated.
+
+        The checkpoint of step `best` is not rotated away.
+        """
+        self._rotation.best = best
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run))
         self._manager.save(step, args=args, force=True)
         if self._piecewise:
@@ -87,12 +93,40 @@ class Checkpoints:
                 f"{str(e).splitlines()[0][:200]}"
             ) from None
 
+    def keep_only(self, step: int) -> None:
+        """Remove all checkpoints but one."""
+        self.wait()
+        for other in self._manager.all_steps():
+            if other != step:
+                self._manager.delete(other)
+
     def wait(self) -> None:
         """Until everything is on disk. Raises what went wrong."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+
+def kept_steps(steps: Sequence[int], limit: int | None, best: int | None = None) -> list[int]:
+    """The steps that the HF Trainer's rotation leaves of those saved: the newest and the best, and then more of the
+    newest up to `limit` (None or 0: all)."""
+    steps = sorted(steps)
+    if not limit or limit < 0:
+        return steps
+    protected = {*steps[-1:], *({best} & set(steps))} if best is not None else {*steps[-1:]}
+    others = [s for s in steps if s not in protected]
+    gone = max(0, len(others) - max(0, limit - len(protected)))
+    return sorted([*protected, *others[gone:]])
+
+
+class _Rotation(ocp.checkpoint_managers.PreservationPolicy):
+    def __init__(self, limit: int | None):
+        self.limit, self.best = limit, None  # type: tuple[int | None, int | None]
+
+    def should_preserve(self, checkpoints, *, context):
+        kept = kept_steps([c.step for c in checkpoints], self.limit, self.best)
+        return [c.step in kept for c in checkpoints]
 
 
 class _InPieces(ocp_types.DefaultSerializationStatusCallback):

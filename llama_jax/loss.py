@@ -20,8 +20,8 @@ def weighted_cross_entropy(
     weights_BT: Float[Array, "B T"],
     vocab_size: int,
     label_smoothing: float = 0.0,
-) -> Float[Array, ""]:
-    """sum over tokens of weight * cross-entropy(hidden @ head.T, target), a float32 scalar.
+) -> Float[Array, "B T"]:
+    """weight * cross-entropy(hidden @ head.T, target) of each token, float32.
 
     `targets_BT` are already shifted (the token that follows); where the weight is 0 the target is not looked at.
     Rows of the head past `vocab_size` take no part. With smoothing e, a token costs
@@ -42,10 +42,8 @@ def weighted_cross_entropy(
         if label_smoothing:
             mean_logit = jnp.sum(jnp.where(real_V, logits, 0.0), axis=-1) / vocab_size
             loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean_logit)
-        return jnp.sum(weights_BC * loss)
+        return weights_BC * loss
 
-    total = jnp.zeros((), jnp.float32)
-    for start in range(0, T, CHUNK):
-        chunk = slice(start, min(start + CHUNK, T))
-        total += chunk_loss(hidden_BTD[:, chunk], head_VD, targets_BT[:, chunk], weights_BT[:, chunk])
-    return total
+    chunks = [slice(start, min(start + CHUNK, T)) for start in range(0, T, CHUNK)]
+    losses = [chunk_loss(hidden_BTD[:, c], head_VD, targets_BT[:, c], weights_BT[:, c]) for c in chunks]
+    return jnp.concatenate(losses, axis=1)

@@ -7,8 +7,13 @@ from pathlib import Path
 import jax
 
 
-def set_up_jax(use_cpu: bool = False, tf32: bool | None = None) -> str:
-    """Choose the platform, exact float32 products (TF32 on request) and a compilation cache; returns the platform."""
+def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: bool = False) -> str:
+    """Choose the platform, exact float32 products (TF32 on request) and a compilation cache; returns the platform.
+
+    `deterministic` has a GPU use only operations that repeat bit for bit.
+    """
+    if deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is meant
     # JAX takes 75% of a GPU's memory by default; a 7B model with float32 Adam needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")

@@ -1,10 +1,12 @@
 """The train state, one update, and the loop over updates."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,6 +14,7 @@ from jax.sharding import Mesh
 from llama_jax import sharding
 from llama_jax.data.batches import Batch, Batches
 from llama_jax.loss import weighted_cross_entropy
+from llama_jax.reporting.run_log import UpdateMetrics
 
 
 class TrainState(NamedTuple):
@@ -22,16 +25,8 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class UpdateMetrics(NamedTuple):
-    """One update: its number (from 1), loss, gradient norm before clipping, tokens."""
-
-    step: int
-    loss: float
-    grad_norm: float
-    tokens: int
-
-
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[[TrainState, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
+EvalStep = Callable[[Any, Batch], jax.Array]
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -48,31 +43,56 @@ def abstract_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) ->
     return TrainState(step, params, jax.tree.map(lambda a: sharding.on(mesh, a), shapes))
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, vocab_size: int, label_smoothing: float = 0.0
-) -> TrainStep:
-    """The compiled `(state, block) -> (state, {"loss", "grad_norm"})`; the state given is donated.
+def _token_losses(graphdef: nnx.GraphDef, params: Any, batch: Batch, vocab_size: int, label_smoothing: float):
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model(batch.input_ids, batch.positions, batch.segment_ids, batch.lengths)
+    return weighted_cross_entropy(hidden, model.head(), batch.targets, batch.weights, vocab_size, label_smoothing)
 
-    The loss is the block's weighted sum; with several blocks an update, the gradient norm is that of the last update.
+
+def make_train_step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformationExtraArgs, vocab_size: int, label_smoothing: float = 0.0
+) -> TrainStep:
+    """The compiled `(state, block, learning rate) -> (state, {"loss", "losses", "grad_norm"})`; the state given is
+    donated.
+
+    The loss is the block's weighted sum, `losses` its parts by token [B, T]; with several blocks an update, the
+    gradient norm is that of the last update.
     """
 
-    def step(state: TrainState, batch: Batch):
+    def step(state: TrainState, batch: Batch, learning_rate: jax.Array):
         def loss_fn(params):
-            model = nnx.merge(graphdef, params)
-            hidden, _ = model(batch.input_ids, batch.positions, batch.segment_ids, batch.lengths)
-            return weighted_cross_entropy(
-                hidden, model.head(), batch.targets, batch.weights, vocab_size, label_smoothing
-            )
+            losses = _token_losses(graphdef, params, batch, vocab_size, label_smoothing)
+            return jnp.sum(losses), losses
 
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
         params = optax.apply_updates(state.params, updates)
         accumulates = isinstance(opt_state, optax.MultiStepsState)
         done = opt_state.gradient_step if accumulates else state.step + 1
         norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
-        return TrainState(done, params, opt_state), {"loss": loss, "grad_norm": norm}
+        return TrainState(done, params, opt_state), {"loss": loss, "losses": losses, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> EvalStep:
+    """The compiled `(params, block) -> loss`, the block's weighted sum."""
+    return jax.jit(lambda params, batch: jnp.sum(_token_losses(graphdef, params, batch, vocab_size, label_smoothing)))
+
+
+def evaluate(params: Any, eval_step: EvalStep, batches: Batches, mesh: Mesh, progress: Callable[[int], Any]) -> float:
+    """The loss over all blocks of all batches; `progress` is told of each group of batches as it is given out."""
+    losses = []
+    with jax.set_mesh(mesh):
+        for k in range(batches.order.updates):
+            losses += [eval_step(params, put_batch(mesh, block)) for block in batches.update(k)]
+            progress(1)
+    return float(sum(float(x) for x in jax.device_get(losses)))
+
+
+def put_batch(mesh: Mesh, block: Batch) -> Batch:
+    """A block of the host on the devices."""
+    return Batch(*(sharding.put(mesh, a) for a in block))
 
 
 def fit(
@@ -82,39 +102,46 @@ def fit(
     mesh: Mesh,
     updates: range,
     *,
+    learning_rate: Callable[[int], float],
     on_update: Callable[[UpdateMetrics], None],
-    on_save: Callable[[int, TrainState], None],
-    save_at: Callable[[int], bool],
+    due: Callable[[int], bool],
+    on_due: Callable[[int, TrainState], None],
     stop: Callable[[], bool],
 ) -> TrainState:
     """Make the updates of the range (numbered from 0) and return the last state.
 
-    Metrics are read one update late, so that the device never waits for the host. After an update for whose number
-    (from 1) `save_at` is true, and when `stop` becomes true, `on_save` gets the state; then a stop returns.
+    `learning_rate` is asked for an update's rate just before it. Metrics are read one update late, so that the device
+    never waits for the host. After an update for whose number (from 1) `due` is true, and when `stop` becomes true,
+    `on_due` gets the state, all metrics read; then a stop returns.
     """
-    pending = None
+    pending: Callable[[], UpdateMetrics] | None = None
     for k in updates:
         blocks = batches.update(k)
         outputs = []
+        rate = np.float32(learning_rate(k))
         with jax.set_mesh(mesh):
             for block in blocks:
-                state, out = train_step(state, Batch(*(sharding.put(mesh, a) for a in block)))
+                state, out = train_step(state, put_batch(mesh, block), rate)
                 outputs.append(out)
         if pending is not None:
-            on_update(_read(*pending))
-        pending = (k + 1, outputs, sum(int((b.segment_ids > 0).sum()) for b in blocks))
+            on_update(pending())
+        pending = partial(_read, batches, k, outputs, sum(int((b.segment_ids > 0).sum()) for b in blocks))
         stopping = stop()
-        if stopping or save_at(k + 1):
-            on_update(_read(*pending))
+        if stopping or due(k + 1):
+            on_update(pending())
             pending = None
-            on_save(k + 1, state)
+            on_due(k + 1, state)
         if stopping:
             break
     if pending is not None:
-        on_update(_read(*pending))
+        on_update(pending())
     return state
 
 
-def _read(step: int, outputs: list[dict[str, jax.Array]], tokens: int) -> UpdateMetrics:
-    host = jax.device_get(outputs)
-    return UpdateMetrics(step, float(sum(float(o["loss"]) for o in host)), float(host[-1]["grad_norm"]), tokens)
+def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], tokens: int) -> UpdateMetrics:
+    host = jax.device_get([{name: o[name] for name in ("loss", "grad_norm")} for o in outputs])
+    loss = float(sum(float(o["loss"]) for o in host))
+    losses = [o["losses"] for o in outputs]
+    return UpdateMetrics(
+        k + 1, loss, float(host[-1]["grad_norm"]), tokens, lambda: batches.micro_losses(k, jax.device_get(losses))
+    )

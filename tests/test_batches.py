@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from llama_jax.data import batches as batches_module
 from llama_jax.data.batches import Batch, Batches
 from llama_jax.data.examples import Examples
+from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order
 
 STRIDE = 1024  # more than the longest example
@@ -140,7 +141,7 @@ def drawn_runs(draw: Any) -> Drawn:
     ways = draw(st.sampled_from([ranks, 1, 2, 4]))
     max_tokens = draw(st.sampled_from([1, 128, 500, 1024, 4096]))
     row_limit = draw(st.sampled_from([1, 128, 200, 512, 2048]))
-    return Drawn(examples, order, Batches(examples, order, ways, max_tokens, row_limit), ways, row_limit, max_tokens)
+    return Drawn(examples, order, Batches(examples, order, training_loss(order), ways, max_tokens, row_limit), ways, row_limit, max_tokens)
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_blocks_have_the_declared_shapes(many_shapes, run):
 @given(run=drawn_runs(), data=st.data())
 def test_an_update_is_a_function_of_its_number(many_shapes, run, data):
     """In any order, from another object."""
-    again = Batches(run.examples, run.order, run.ways, run.max_tokens, run.row_limit)
+    again = Batches(run.examples, run.order, training_loss(run.order), run.ways, run.max_tokens, run.row_limit)
     assert again.shapes == run.batches.shapes
     expected = [run.batches.update(k) for k in range(run.order.updates)]
     for k in data.draw(st.permutations(range(run.order.updates))):
@@ -242,7 +243,7 @@ def test_a_long_run_has_few_shapes_and_little_padding(compat, ways, max_tokens):
     lengths = np.minimum(np.maximum(rng.lognormal(4.7, 0.5, 3300).astype(int), 30), 512)
     examples = make_examples(lengths.tolist(), 0.4, 0)
     order = Order(len(lengths), 1, 8 // ways, 1, compat, ranks=ways)
-    batches = Batches(examples, order, ways, max_tokens)
+    batches = Batches(examples, order, training_loss(order), ways, max_tokens)
     assert 1 < len(batches.shapes) <= 6
     tokens = padded = 0
     seen: Counter[int] = Counter()
@@ -266,21 +267,21 @@ def test_an_update_that_fits_is_one_block():
     examples = make_examples([500] * 16, 0.5, 0)
     order = Order(16, 1, 8, 1, "5")
     for row_limit in (512, 1024, 2048, 4096):
-        batches = Batches(examples, order, 1, 4096, row_limit)
+        batches = Batches(examples, order, training_loss(order), 1, 4096, row_limit)
         assert [batches.blocks(k) for k in range(2)] == [1, 1]
         assert batches.update(0)[0].input_ids.size == 4096
 
 
 def test_an_update_that_does_not_fit_is_several_blocks_of_one_shape():
     examples = make_examples([500] * 16, 0.5, 0)
-    batches = Batches(examples, Order(16, 1, 16, 1, "5"), 1, 1024, 512)
+    batches = Batches(examples, order := Order(16, 1, 16, 1, "5"), training_loss(order), 1, 1024, 512)
     assert batches.shapes == [(2, 512)]
     assert batches.blocks(0) == 8
 
 
 def test_a_device_gets_rows_of_its_own():
     examples = make_examples([500] * 16, 0.5, 0)
-    batches = Batches(examples, Order(16, 1, 2, 1, "5", ranks=4), 4, 4096, 2048)
+    batches = Batches(examples, order := Order(16, 1, 2, 1, "5", ranks=4), training_loss(order), 4, 4096, 2048)
     assert [batches.blocks(k) for k in range(2)] == [1, 1]
     assert batches.update(0)[0].input_ids.shape == (4, 1024)
 
@@ -349,7 +350,7 @@ def test_the_trainer_itself_reports_the_same_losses(tmp_path, batch, accumulatio
     trainer.train()
     expected = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     order = Order(29, batch, accumulation, epochs, "5")
-    batches = Batches(examples, order)
+    batches = Batches(examples, order, training_loss(order))
     got = []
     for k in range(order.updates):
         placed = [p for block in batches.update(k) for p in read_back(block, examples)]

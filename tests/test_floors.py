@@ -11,9 +11,12 @@ FLOORS = {
     "train_jax": 6,
     "convert_torch_to_flax": 5,
     "llama_jax.generate": 5,
+    "llama_jax.evaluation": 5,
+    "llama_jax.explain": 5,
     "llama_jax.train": 4,
     "llama_jax.hf": 4,
     "llama_jax.model": 3,
+    "llama_jax.job": 2,
     "llama_jax.attention": 2,
     "llama_jax.rope": 2,
     "llama_jax.loss": 2,
@@ -24,15 +27,21 @@ FLOORS = {
     "llama_jax.config": 1,
     "llama_jax.arguments": 1,
     "llama_jax.sharding": 1,
+    "llama_jax.schedule": 1,
     "llama_jax.platform": 1,
     "llama_jax.files": 0,
+    "llama_jax.flags": 0,
     "llama_jax.errors": 0,
 }
 # Rooms of one floor that may look at each other, in this direction only: the log reads what a batch counts, and reading
-# a file fails as the user's mistake.
-BESIDE = {("llama_jax.reporting", "llama_jax.data"), ("llama_jax.files", "llama_jax.errors")}
+# a file or a flag fails as the user's mistake.
+BESIDE = {
+    ("llama_jax.reporting", "llama_jax.data"),
+    ("llama_jax.files", "llama_jax.errors"),
+    ("llama_jax.flags", "llama_jax.errors"),
+}
 # Inside the data room the arrows run one way.
-DATA = ["records", "tokenizer", "examples", "order", "packing", "batches"]
+DATA = ["records", "tokenizer", "examples", "order", "normalisation", "packing", "batches"]
 
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "llama_jax").rglob("*.py")])
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llama_jax.data.examples import IGNORE_INDEX, Examples
+from llama_jax.data.normalisation import Normalise
 from llama_jax.data.order import Order
 from llama_jax.data.packing import Shape, ladder, pack
 
@@ -31,11 +32,14 @@ class Batch(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One example in an update: its index, the weight of each of its trained tokens, its micro-batch's length."""
+    """One example in an update: its index, the weight of each of its trained tokens, its micro-batch's length, and
+    where it comes from: the micro-batch's number in the update and the rank."""
 
     example: int
     weight: float
     length: int
+    micro_batch: int
+    rank: int
 
 
 class Batches:
@@ -45,11 +49,17 @@ class Batches:
     shape, to be accumulated. Each device gets the same number of rows, at most `row_limit` long (or one example).
     """
 
-    def __init__(self, examples: Examples, order: Order, ways: int = 1, max_tokens: int = 4096, row_limit: int = 2048):
-        self.examples, self.order, self.ways = examples, order, ways
-        labels = examples.labels != IGNORE_INDEX
-        labels[examples.offsets[:-1]] = False
-        self.trained = np.add.reduceat(labels, examples.offsets[:-1], dtype=np.int64)
+    def __init__(
+        self,
+        examples: Examples,
+        order: Order,
+        normalise: Normalise,
+        ways: int = 1,
+        max_tokens: int = 4096,
+        row_limit: int = 2048,
+    ):
+        self.examples, self.order, self.normalise, self.ways = examples, order, normalise, ways
+        self.trained = examples.trained
         self.shapes: list[Shape] = []
         self._plan(max_tokens, row_limit)
 
@@ -105,6 +115,10 @@ class Batches:
         """How many blocks update k has."""
         return self._blocks[k][0]
 
+    def shape(self, k: int) -> Shape:
+        """Rows and row length of each block of update k."""
+        return self._blocks[k][1]
+
     def padded_tokens(self, k: int) -> int:
         """Tokens of update k as the HF Trainer pads them, each micro-batch to its longest example."""
         lengths = self.examples.lengths
@@ -112,32 +126,46 @@ class Batches:
 
     def update(self, k: int) -> list[Batch]:
         """The blocks of update k, to be summed."""
+        return [self._fill(rows, length) for rows, length in self._placed(k)]
+
+    def _placed(self, k: int) -> list[tuple[list[list[Piece]], int]]:
+        """Each block of update k as the pieces of its rows, and the rows' length."""
         count, (rows, length) = self._blocks[k]
         pieces = self._pieces(k)
         placed = pack(self._sizes(k), count * rows, length)
         assert placed is not None  # as planned
-        return [
-            self._fill([[pieces[i] for i in row] for row in placed[b * rows : (b + 1) * rows]], length)
-            for b in range(count)
-        ]
+        pieces_of_rows = [[pieces[i] for i in row] for row in placed]
+        return [(pieces_of_rows[b * rows : (b + 1) * rows], length) for b in range(count)]
+
+    def trained_tokens(self, k: int) -> list[list[int]]:
+        """Trained tokens of each micro-batch of update k, by rank."""
+        return [[int(self.trained[rank].sum()) for rank in micro] for micro in self.order.update(k)]
+
+    def is_nan(self, k: int) -> np.ndarray:
+        """Where the HF Trainer's loss of update k is NaN, a mean over no tokens: bool [micro-batches, ranks]."""
+        return np.isnan(self.normalise(k, self.trained_tokens(k)))
+
+    def micro_losses(self, k: int, losses: list[np.ndarray]) -> np.ndarray:
+        """The part of each micro-batch and rank in the loss of update k, float64 [micro-batches, ranks], from its
+        blocks' weighted losses of each token, [B, T] each."""
+        parts = np.zeros((len(self.order.update(k)), self.order.ranks))
+        for (rows, _), block in zip(self._placed(k), losses, strict=True):
+            for row, values in zip(rows, block, strict=True):
+                start = 0
+                for piece in row:
+                    end = start + int(self.examples.lengths[piece.example])
+                    parts[piece.micro_batch, piece.rank] += values[start:end].sum(dtype=np.float64)
+                    start = end
+        return parts
 
     def _pieces(self, k: int) -> list[Piece]:
-        """The examples of update k with the normalisation that the HF Trainer's loss would give their tokens.
-
-        4.37: a micro-batch's mean on each rank, averaged over ranks and over the accumulation steps. 5: one sum over
-        the update, divided by its trained tokens. A micro-batch or update without trained tokens adds nothing.
-        """
-        micro_batches = self.order.update(k)
-        total = sum(int(self.trained[rank].sum()) for micro in micro_batches for rank in micro)
+        """The examples of update k with their tokens' weights."""
+        weights = np.nan_to_num(self.normalise(k, self.trained_tokens(k)))  # NaN weighs no token
         pieces = []
-        for micro in micro_batches:
-            for rank in micro:
-                if self.order.compat == "4.37":
-                    share = max(int(self.trained[rank].sum()), 1) * self.order.accumulation * self.order.ranks
-                else:
-                    share = max(total, 1)
+        for m, micro in enumerate(self.order.update(k)):
+            for r, rank in enumerate(micro):
                 longest = int(self.examples.lengths[rank].max())
-                pieces += [Piece(int(i), 1.0 / share, longest) for i in rank]
+                pieces += [Piece(int(i), float(weights[m, r]), longest, m, r) for i in rank]
         return pieces
 
     def _fill(self, rows: list[list[Piece]], length: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -34,9 +35,31 @@ class Examples:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """Trained tokens of each example, int64: labels that are not masked, the first token's left out, which nothing
+        predicts."""
+        labels = self.labels != IGNORE_INDEX
+        labels[self.offsets[:-1]] = False
+        return np.add.reduceat(labels, self.offsets[:-1], dtype=np.int64)
+
+    def take(self, order: np.ndarray) -> "Examples":
+        """The examples of these indices, in this order."""
+        parts = [self[int(i)] for i in order]
+        return _join([ids for ids, _ in parts], [labels for _, labels in parts])
+
+    def split(self, at: int) -> tuple["Examples", "Examples"]:
+        """The first `at` examples, and the rest."""
+        cut = self.offsets[at]
+        return (
+            Examples(self.input_ids[:cut], self.labels[:cut], self.offsets[: at + 1]),
+            Examples(self.input_ids[cut:], self.labels[cut:], self.offsets[at:] - cut),
+        )
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self.offsets[i], self.offsets[i + 1])
@@ -104,9 +127,7 @@ def check_examples(examples: Examples, vocab_size: int, source: str) -> Examples
             raise InputError(
                 f"{source}: record {number} has the {what} {values[where]}, outside the vocabulary of {vocab_size}"
             )
-    learned = labels != IGNORE_INDEX
-    learned[examples.offsets[:-1]] = False  # the first token of an example is predicted by nothing
-    if not learned.any():
+    if not examples.trained.any():
         raise InputError(
             f"{source}: every label is masked (-100), so there is nothing to learn; raise model_max_length?"
         )

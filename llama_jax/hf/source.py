@@ -79,6 +79,22 @@ class Source:
             return stack_layers(params) if run.scan_layers else params
 
 
+def training_dtype(source: Source, compat: str) -> str:
+    """The type that transformers gives the parameters when told none: float32 in 4.37, in 5 the checkpoint's.
+
+    Raises InputError for float16, which no update is safe in.
+    """
+    if compat == "4.37":
+        return "float32"
+    dtype = source.raw.get("dtype") or source.raw.get("torch_dtype") or dtype_summary(source.dtypes)["dtype"]
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(
+            f"{source.folder}: transformers 5 would train its {dtype} parameters as they are, losing small updates; "
+            "give --dtype float32 (as transformers 4.37 does) or --dtype bfloat16"
+        )
+    return dtype
+
+
 def dtype_summary(dtypes: dict[str, np.dtype]) -> dict[str, Any]:
     """The most frequent type ("dtype"), and by name the types that differ from it ("dtypes")."""
     names = [d.name for d in dtypes.values()]

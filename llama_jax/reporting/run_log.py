@@ -1,8 +1,9 @@
 """The running log of a training run: when a line is due, what it says, and the bar."""
 
+import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -11,48 +12,96 @@ from llama_jax.data.batches import Batches
 from llama_jax.reporting.trainer_state import TrainerState
 
 
+class UpdateMetrics(NamedTuple):
+    """One update: its number (from 1), loss, gradient norm before clipping, tokens; and, read from the devices when
+    called, the part of each micro-batch and rank in the loss, float64 [micro-batches, ranks]."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    tokens: int
+    micro_losses: Callable[[], np.ndarray]
+
+
 class RunLog:
-    """Takes each update's metrics; writes the HF Trainer's log lines to the standard output and drives the bar."""
+    """Takes each update's metrics; writes the HF Trainer's log lines to the standard output and drives the bar.
+
+    `rate` is the learning rate after so many updates; `nan_filter` is `logging_nan_inf_filter`, `tokens_seen` what
+    `include_num_input_tokens_seen` counts: "no", "all" (with the Trainer's padding) or "non_padding".
+    """
 
     def __init__(
         self,
         state: TrainerState,
         batches: Batches,
-        schedule: np.ndarray,
+        rate: Callable[[int], float],
         due: Callable[[int], bool],
         flops_per_token: float,
         bar: Any,
+        nan_filter: bool = True,
+        tokens_seen: str = "no",
     ):
-        self.state, self.batches, self.schedule, self.due, self.bar = state, batches, schedule, due, bar
-        self.flops_per_token = flops_per_token
+        self.state, self.batches, self.rate, self.due, self.bar = state, batches, rate, due, bar
+        self.flops_per_token, self.nan_filter, self.tokens_seen = flops_per_token, nan_filter, tokens_seen
         self.started = time.monotonic()
         self.first_step = state.values["global_step"]
+        self._first_tokens = self._tokens = int(state.values["num_input_tokens_seen"])
         self._flos = float(state.values["total_flos"])
         self._total_loss = self._window_loss = 0.0
         self._window = 0
         self._done_at: list[tuple[float, int]] = []  # when each update was done, and its tokens
 
-    def on_update(self, step: int, loss: float, grad_norm: float, tokens: int) -> None:
-        """Update number `step` (from 1) is done."""
-        order = self.batches.order
-        self._flos += self.flops_per_token * self.batches.padded_tokens(step - 1)
-        self._total_loss += loss
-        self._window_loss += loss
+    def on_update(self, metrics: UpdateMetrics) -> None:
+        """An update is done."""
+        step, order = metrics.step, self.batches.order
+        padded = self.batches.padded_tokens(step - 1)
+        self._flos += self.flops_per_token * padded
+        if self.tokens_seen != "no":
+            self._tokens += padded if self.tokens_seen == "all" else metrics.tokens
+        self._window_loss = self._filtered(metrics)
         self._window += 1
-        epoch = order.epoch_at(step)
-        self.state.at(step, epoch, self._flos)
-        self._done_at.append((time.monotonic(), tokens))
+        self.state.at(step, order.epoch_at(step), self._flos, self._tokens)
+        self._done_at.append((time.monotonic(), metrics.tokens))
         modern = order.compat == "5"
-        lr = float(self.schedule[step - 1 if modern else step])
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {self._recent_speed():,.0f} tok/s", refresh=False)
+        lr = float(self.rate(step - 1 if modern else step))
+        speed = f"{self._recent_speed():,.0f} tok/s"
+        self.bar.set_postfix_str(f"loss {metrics.loss:.4f}, lr {lr:.2e}, {speed}", refresh=False)
         self.bar.update(1)
         if self.due(step):
             values = {"loss": self._window_loss / self._window}
             if modern:
-                values["grad_norm"] = grad_norm
+                values["grad_norm"] = metrics.grad_norm
             values["learning_rate"] = lr
-            tqdm.write(str(self.state.log(values, epoch, step)))
+            more = self._seen()
+            if modern and more:
+                seconds = time.monotonic() - self.started
+                speed_now = (self._tokens - self._first_tokens) / seconds
+                more |= {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(speed_now, 3)}
+            tqdm.write(str(self.state.log(values, more)))
+            self._total_loss += self._window_loss
             self._window_loss, self._window = 0.0, 0
+
+    def _filtered(self, metrics: UpdateMetrics) -> float:
+        """The window's loss with this update's, in which the HF Trainer replaces a micro-batch's NaN or infinity by the
+        running sum over one more than the updates since the last log. A micro-batch without trained tokens is NaN there
+        and adds nothing here. With several ranks, each starts from the mean over ranks instead of its own sum.
+        """
+        nan = self.batches.is_nan(metrics.step - 1)
+        if math.isfinite(metrics.loss) and not nan.any():
+            return self._window_loss + metrics.loss
+        parts = np.where(nan, np.nan, metrics.micro_losses())
+        running = np.full(parts.shape[1], self._window_loss / parts.shape[1])
+        for part in parts:
+            replaced = running / (1 + self._window) if self.nan_filter else np.nan
+            running = running + np.where(np.isfinite(part), part, replaced)
+        return float(running.sum())
+
+    def on_evaluation(self, metrics: dict[str, float]) -> None:
+        """An evaluation after the last update is done."""
+        tqdm.write(str(self.state.log(metrics, self._seen())))
+
+    def _seen(self) -> dict[str, float]:
+        return {} if self.tokens_seen == "no" else {"num_input_tokens_seen": self._tokens}
 
     def speed(self) -> tuple[float, float]:
         """Real tokens a second since the first update (which compiled) was done, and the median seconds an update."""
@@ -67,19 +116,21 @@ class RunLog:
         return sum(n for _, n in recent[1:]) / max(recent[-1][0] - recent[0][0], 1e-9)
 
     def finish(self) -> None:
-        """The last entry, as the HF Trainer computes it: examples by the flags, the loss by this process alone."""
+        """The last entry, as the HF Trainer computes it: in 4.37 examples and updates of the whole run, in 5 the share
+        of this process; the loss is that of this process alone, in 4.37 over all updates."""
         order, seconds = self.batches.order, time.monotonic() - self.started
         if order.max_steps > 0:
             samples = float(order.updates * order.per_device_batch * order.accumulation * order.ranks)
         else:
             samples = order.examples * order.epochs
         step = self.state.values["global_step"]
+        updates = step - self.first_step if order.compat == "5" else order.updates
         values = {
             "train_runtime": round(seconds, 4),
-            "train_samples_per_second": round(samples / seconds, 3),
-            "train_steps_per_second": round(order.updates / seconds, 3),
+            "train_samples_per_second": round(samples * updates / order.updates / seconds, 3),
+            "train_steps_per_second": round(updates / seconds, 3),
             "total_flos": self._flos,
-            "train_loss": self._total_loss / max(step, 1),
+            "train_loss": (self._total_loss + self._window_loss) / max(updates if order.compat == "5" else step, 1),
         }
-        entry = self.state.log(values, order.epoch_at(step), step)
+        entry = self.state.log(values, self._seen())
         tqdm.write(str({k: v for k, v in entry.items() if k != "total_flos"}))

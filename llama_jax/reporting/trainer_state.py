@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.files import write_json
+from llama_jax.reporting.progress import say
 
 
 class TrainerState:
@@ -17,6 +18,7 @@ class TrainerState:
         num_train_epochs: int,
         train_batch_size: int,
         logging_steps: int,
+        eval_steps: int,
         save_steps: int,
     ):
         self.compat = compat
@@ -24,7 +26,7 @@ class TrainerState:
             "best_metric": None,
             "best_model_checkpoint": None,
             "epoch": 0.0,
-            "eval_steps": 500,
+            "eval_steps": eval_steps,
             "global_step": 0,
             "is_hyper_param_search": False,
             "is_local_process_zero": True,
@@ -43,23 +45,68 @@ class TrainerState:
         if compat == "5":
             self.values |= {"best_global_step": None, "stateful_callbacks": {}}
 
-    def resume(self, saved: dict[str, Any]) -> None:
-        """Go on from the state that a checkpoint kept; what the flags say of the run's length stays."""
+    def resume(self, saved: dict[str, Any], output_dir: Path) -> None:
+        """Go on from the state that a checkpoint kept; what the flags say of the run's length stays.
+
+        A best checkpoint that is gone from `output_dir` is forgotten, its metric is not.
+        """
         kept = ("log_history", "global_step", "epoch", "total_flos", "num_input_tokens_seen")
-        self.values |= {key: saved[key] for key in kept}
+        best = ("best_metric", "best_model_checkpoint", "best_global_step")
+        self.values |= {key: saved[key] for key in (*kept, *best) if key in saved}
+        if self.best_step and not (output_dir / f"checkpoint-{self.best_step}").is_dir():
+            say(f"warning: {output_dir}/checkpoint-{self.best_step}, the best so far, is gone")
+            self.values["best_model_checkpoint"] = None
 
-    def at(self, step: int, epoch: float, flos: float) -> None:
+    def at(self, step: int, epoch: float, flos: float, tokens_seen: int) -> None:
         self.values |= {"global_step": step, "epoch": self._epoch(epoch), "total_flos": flos}
+        self.values["num_input_tokens_seen"] = tokens_seen
 
-    def log(self, values: dict[str, float], epoch: float, step: int) -> dict[str, Any]:
-        """Append an entry to the log and return it as it is printed."""
-        entry = {**values, "epoch": self._epoch(epoch)}
+    def log(self, values: dict[str, float], more: dict[str, float] | None = None) -> dict[str, Any]:
+        """Append an entry to the log and return it as it is printed; `more` stands behind the epoch."""
+        entry = {**values, "epoch": self.values["epoch"], **(more or {})}
         if self.compat == "4.37" and "loss" in entry:
             entry["loss"] = round(entry["loss"], 4)
-        self.values["log_history"].append({**entry, "step": step})
+        self.values["log_history"].append({**entry, "step": self.values["global_step"]})
         if self.compat == "5":
             return {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in entry.items()}
         return entry
+
+    def evaluated(self, metric: float, greater_is_better: bool, saves: bool) -> bool:
+        """5 compares at each evaluation: whether `metric` is the best so far; `saves` says if the run saves at all."""
+        best = self.values["best_metric"]
+        if self.compat == "4.37":
+            return False
+        if best is None:
+            best = self.values["best_metric"] = float("-inf") if greater_is_better else float("inf")
+        if not (metric > best if greater_is_better else metric < best):
+            return False
+        self.values["best_metric"] = metric
+        if saves:
+            self.values["best_global_step"] = self.values["global_step"]
+        return True
+
+    def saved(self, output_dir: Path, metric: float | None, greater_is_better: bool) -> None:
+        """A checkpoint of this step is about to be written; `metric` is that of this step's evaluation, if any.
+
+        4.37 compares here. 5 points to the best step's folder if there is one.
+        """
+        values, step = self.values, self.values["global_step"]
+        if self.compat == "5":
+            best = values["best_global_step"]
+            if best and (best == step or (output_dir / f"checkpoint-{best}").is_dir()):
+                values["best_model_checkpoint"] = str(output_dir / f"checkpoint-{best}")
+        elif metric is not None:
+            best = values["best_metric"]
+            first = best is None or values["best_model_checkpoint"] is None
+            if first or (metric > best if greater_is_better else metric < best):
+                values["best_metric"] = metric
+                values["best_model_checkpoint"] = str(output_dir / f"checkpoint-{step}")
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint, if there is one."""
+        path = self.values["best_model_checkpoint"]
+        return int(path.rpartition("-")[2]) if path else None
 
     def _epoch(self, epoch: float) -> float:
         return round(epoch, 2) if self.compat == "4.37" else epoch

@@ -1,0 +1,125 @@
+"""`--explain`: what the flags mean for this model and data, before anything compiles."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from llama_jax.checkpoint import kept_steps, tree_bytes
+from llama_jax.data.batches import Batches
+from llama_jax.job import Job
+from llama_jax.train import TrainState
+
+# What each version of transformers decides, by the number that it decides.
+RULES = {
+    "4.37": {
+        "updates_per_epoch": "floor(micro-batches / accumulation); the rest carries over into the next epoch",
+        "loss": "mean over the tokens of each micro-batch, then over the accumulation's micro-batches",
+        "first_examples": "one generator from --seed draws every epoch's permutation; evaluations move later ones",
+        "warmup_updates": "ceil(updates * warmup_ratio), or warmup_steps",
+        "learning_rate": "a log line shows the next update's rate",
+        "checkpoints_left": "where save_steps divides; none at the end for being the end",
+        "dtype": "parameters in float32 whatever the checkpoint holds",
+        "rotary": "rotated in bfloat16 under --bf16 True",
+    },
+    "5": {
+        "updates_per_epoch": "ceil(micro-batches / accumulation); an epoch's last update may be short",
+        "loss": "sum over the update's tokens, divided by their number",
+        "first_examples": "each epoch's permutation from (data_seed or seed) + epoch",
+        "warmup_updates": "ceil(updates * share), or warmup_steps where it is 1 or more",
+        "learning_rate": "a log line shows this update's rate",
+        "checkpoints_left": "where save_steps divides, and at the end",
+        "dtype": "parameters in the checkpoint's type",
+        "rotary": "rotated in float32",
+    },
+}
+
+
+def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[str, Any]:
+    """The facts of a run by name, for JSON. `state` is the abstract train state."""
+    order, args, lengths = job.order, job.args, job.examples.lengths
+    updates = order.updates
+    saved, evaluated = job.steps(job.save_at), list(order.evaluated)
+    examples_of = [np.concatenate([r for micro in order.update(k) for r in micro]) for k in range(updates)]
+    tokens = np.asarray([lengths[i].sum() for i in examples_of])
+    trained = np.asarray([job.examples.trained[i].sum() for i in examples_of])
+    computed = sum(batches.blocks(k) * rows * length for k in range(updates) for rows, length in [batches.shape(k)])
+    warmup = job.warmup_updates
+    chosen = sorted({1, *range(warmup, warmup + 2), updates // 2, updates} & set(range(1, updates + 1)))
+    opt_bytes = tree_bytes(state.opt_state)
+    return {
+        "hf_compat": args.hf_compat,
+        "examples": len(job.examples),
+        "eval_examples": len(job.eval_examples) if job.eval_examples else 0,
+        "ranks": order.ranks,
+        "micro_batches_per_epoch": order.batches_per_epoch,
+        "updates_per_epoch": order.updates_per_epoch,
+        "updates": updates,
+        "epochs": order.epoch_at(updates),
+        "warmup_updates": warmup,
+        "learning_rates": {k: job.schedule.rate(k - 1) for k in chosen},
+        "first_examples": examples_of[0].tolist(),
+        "examples_trained": sum(map(len, examples_of)),
+        "tokens_an_update": float(tokens.mean()),
+        "trained_tokens_an_update": float(trained.mean()),
+        "shapes": [list(shape) for shape in batches.shapes],
+        "blocks_an_update": max(batches.blocks(k) for k in range(updates)),
+        "fill": float(tokens.sum() / computed),
+        "evaluations": evaluated,
+        "checkpoints": [f"checkpoint-{k}" for k in saved],
+        "checkpoints_left": [f"checkpoint-{k}" for k in kept_steps(saved, args.save_total_limit)],
+        "best_checkpoint_kept": bool(args.metric_for_best_model and evaluated),
+        "parameters": job.config.num_parameters,
+        "dtype": dtype,
+        "state_bytes": {
+            "parameters": tree_bytes(state.params),
+            "optimizer": opt_bytes,
+            "gradient": tree_bytes(state.params),
+        },
+        "rules": RULES[args.hf_compat],
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for a reader, one subject a line, each with the rule that decided it."""
+    rates = ", ".join(f"{rate:.3g} at {k}" for k, rate in facts["learning_rates"].items())
+    shapes = ", ".join(f"{r}x{t}" for r, t in facts["shapes"])
+    sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in facts["state_bytes"].items())
+    best = " (and the best)" if facts["best_checkpoint_kept"] else ""
+    subjects = {  # name: value, the rule that decided it
+        "examples": (f"{facts['examples']:,}; trained on, repeats counted: {facts['examples_trained']:,}", ""),
+        "updates per epoch": (f"{facts['updates_per_epoch']:,}", "updates_per_epoch"),
+        "updates": (f"{facts['updates']:,}, {facts['epochs']:.4g} epochs", ""),
+        "warm-up": (f"{facts['warmup_updates']:,} updates", "warmup_updates"),
+        "learning rate": (rates, "learning_rate"),
+        "loss": ("", "loss"),
+        "first update": (f"examples {_some(facts['first_examples'])}", "first_examples"),
+        "tokens an update": (
+            f"{facts['tokens_an_update']:,.0f}, of which trained {facts['trained_tokens_an_update']:,.0f}",
+            "",
+        ),
+        "on the device": (
+            f"at most {facts['blocks_an_update']} block(s) an update, of {shapes} tokens, {facts['fill']:.1%} filled",
+            "",
+        ),
+        "evaluations": (f"{len(facts['evaluations'])}, after updates {_some(facts['evaluations'])}", ""),
+        "checkpoints": (f"{len(facts['checkpoints'])}: {_some(facts['checkpoints'])}", ""),
+        "left at the end": (_some(facts["checkpoints_left"]) + best, "checkpoints_left"),
+        "type": (facts["dtype"], "dtype"),
+        "rotary": ("", "rotary"),
+        "state": (f"{facts['parameters']:,} parameters; over all devices: {sizes}", ""),
+    }
+    lines = [
+        f"{name + ':':19}" + " - ".join(x for x in (value, facts["rules"].get(rule)) if x)
+        for name, (value, rule) in subjects.items()
+    ]
+    return "\n".join([f"by the rules of transformers {facts['hf_compat']}:", *lines])
+
+
+def _some(items: list[Any], limit: int = 8) -> str:
+    shown = ", ".join(str(x) for x in items[:limit])
+    return (shown + (f", ... {items[-1]}" if len(items) > limit else "")) or "none"
+
+
+def as_json(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, indent=2)
