@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int:
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         blocks=blocks,
+        vocab_size=config.vocab_size,
     )
     graphdef, abstract_parameters = abstract_params(config, run, mesh)
     abstract = abstract_state(abstract_parameters, tx, mesh)

@@ -57,7 +57,8 @@ _SPLIT = "would deal other examples to the devices; leave it out and give --per_
 FLAGS = (
     Flag("accelerator_config", NEW, str | None, None, REFUSED,
          "batches are dealt as accelerate does by default; leave it out"),
-    Flag("activation_checkpointing", NEW, bool | None, None, ALIAS, "gradient_checkpointing"),
+    Flag("activation_checkpointing", NEW, bool | None, None, ALIAS, "gradient_checkpointing",
+         options={"nargs": "?", "const": True}),
     Flag("activation_checkpointing_kwargs", NEW, str | None, None, NO_MEANING, _KEPT),
     Flag("adafactor", OLD, bool, False, ALIAS, "optim adafactor"),
     Flag("auto_find_batch_size", BOTH, bool, False, NO_MEANING,
@@ -251,6 +252,16 @@ DIFFERENCES = (
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
     "The Trainer's checks of flags that have no meaning here are not made.",
+    "4.37 carries the micro-batches of an epoch's tail over into the next epoch's first update, but what it logs at "
+    "the epoch's end (`--logging_strategy epoch`, and the tokens seen beside an epoch's evaluation) counts them already. "
+    "Here a log line counts whole updates; the updates are the same.",
+    "A resumed run goes on exactly as the run that was not stopped would have. The Trainer's own does not always: 4.37 "
+    "in the middle of a later epoch, or with a tail that carries over, takes other examples; so does 5 with "
+    "`group_by_length`.",
+    "4.37's order is that of accelerate 0.26 and 0.27; accelerate 0.24 and 0.25 gave it 5's. With "
+    "`--dataloader_persistent_workers True` and workers, 4.37 draws once less an epoch; here the order stays.",
+    "A NaN that `--logging_nan_inf_filter` replaces: with several devices and several updates a log line, each device "
+    "starts from the mean over devices instead of its own sum. Only the logged loss is touched.",
 )
 # fmt: on
 

@@ -18,11 +18,15 @@ class ClipState(NamedTuple):
     grad_norm: jax.Array
 
 
+def _to_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """torch's `clip_grad_norm_`: scale by min(1, max_norm / (norm + 1e-6)); max_norm <= 0 only records the norm."""
 
     def update(updates, state, params=None):
-        norm = optax.tree.norm(updates)
+        norm = optax.tree.norm(_to_float32(updates))
         if max_norm > 0:
             scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
             updates = jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
@@ -44,12 +48,9 @@ def _is_vector(path) -> bool:
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """State, arithmetic and the update in float32, whatever the parameters are."""
 
-    def cast(tree):
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
     return optax.GradientTransformation(
-        lambda params: tx.init(cast(params)),
-        lambda updates, state, params: tx.update(cast(updates), state, cast(params)),
+        lambda params: tx.init(_to_float32(params)),
+        lambda updates, state, params: tx.update(_to_float32(updates), state, _to_float32(params)),
     )
 
 
@@ -62,6 +63,17 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
+def _clip_by_rms(vocab_size: int | None) -> optax.GradientTransformation:
+    """Each leaf's root mean square to at most 1. Rows that pad the vocabulary, whose updates are 0, do not count."""
+
+    def clip(path, u):
+        padded = vocab_size is not None and {"embed_tokens", "lm_head"} & {str(k.key) for k in path}
+        size = u.size // u.shape[0] * vocab_size if padded else u.size
+        return u / jnp.maximum(1.0, jnp.sqrt(jnp.sum(u * u) / size))
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clip, updates))
+
+
 def make_optimizer(
     name: str = "adamw_torch",
     *,
@@ -71,6 +83,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     blocks: np.ndarray | None = None,
+    vocab_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Clip, then what the Trainer makes of `--optim name`, at the rate given to the update.
 
@@ -80,7 +93,7 @@ def make_optimizer(
     - `sgd`: torch's SGD without momentum; the decay is added to the (clipped) gradient.
     - `adafactor`: transformers' Adafactor with `scale_parameter=False, relative_step=False`; betas and eps are not its
       own. It takes a leaf of two axes for one matrix and clips each leaf's update by its own RMS: right for layers that
-      are leaves of their own, wrong for layers stacked on a leading axis.
+      are leaves of their own, wrong for layers stacked on a leading axis. `vocab_size` is that of padded embeddings.
     - `lion_32bit`: Lion (Chen et al. 2023) with decoupled decay, as in bitsandbytes' main branch. Its releases up to
       0.49.2 put the decay into the gradient in 32 bits, a bug by its issue 1992.
 
@@ -96,7 +109,7 @@ def make_optimizer(
         rules = decay
     elif name == "adafactor":
         rms = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=1, epsilon=1e-30)
-        rules = [_in_float32(optax.chain(rms, optax.clip_by_block_rms(1.0), *decay))]
+        rules = [_in_float32(optax.chain(rms, _clip_by_rms(vocab_size), *decay))]
     elif name == "lion_32bit":
         rules = [_in_float32(optax.chain(optax.scale_by_lion(b1, b2), *decay))]
     else:

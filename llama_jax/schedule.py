@@ -330,21 +330,13 @@ SCHEDULES = (*_FIXED, *_LISTENING)
 _NOT_IN_4_37 = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy")
 
 
-def make_schedule(
-    kind: str,
-    peak: float,
-    warmup: int,
-    total: int,
-    compat: str,
-    kwargs: dict[str, Any],
-    greater_is_better: bool = False,
-) -> Schedule:
+def make_schedule(kind: str, peak: float, warmup: int, total: int, compat: str, kwargs: dict[str, Any]) -> Schedule:
     """The schedule `--lr_scheduler_type kind --lr_scheduler_kwargs kwargs`, as the Trainer of `compat` makes it.
 
     `peak` is --learning_rate, `warmup` and `total` are numbers of updates. The two kinds that listen to evaluations
-    take no warm-up, and their direction is kwargs' `mode` alone: the Trainer does not hand `greater_is_better` on, and
-    nor does this. Raises InputError for a kind or a keyword that the Trainer does not have, and for a keyword that it
-    would ignore (4.37's `inverse_sqrt` and both constants drop all of them).
+    take no warm-up, and their direction is kwargs' `mode` alone: the Trainer does not hand `greater_is_better` on.
+    Raises InputError for a kind or a keyword that the Trainer does not have, and for a keyword that it would ignore
+    (4.37's `inverse_sqrt` and both constants drop all of them).
     """
     if kind not in SCHEDULES:
         raise InputError(f"--lr_scheduler_type {kind!r} is not one of {', '.join(SCHEDULES)}")

@@ -141,7 +141,8 @@ def drawn_runs(draw: Any) -> Drawn:
     ways = draw(st.sampled_from([ranks, 1, 2, 4]))
     max_tokens = draw(st.sampled_from([1, 128, 500, 1024, 4096]))
     row_limit = draw(st.sampled_from([1, 128, 200, 512, 2048]))
-    return Drawn(examples, order, Batches(examples, order, training_loss(order), ways, max_tokens, row_limit), ways, row_limit, max_tokens)
+    batches = Batches(examples, order, training_loss(order), ways, max_tokens, row_limit)
+    return Drawn(examples, order, batches, ways, row_limit, max_tokens)
 
 
 @pytest.fixture

@@ -297,7 +297,9 @@ def test_low_precision(optim: str) -> None:
     params, grads = low
     options = {"weight_decay": 0.1, "max_grad_norm": 0.0}
     tx = make_optimizer(optim, **options)
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params, learning_rate=np.float32(0.1))
+    fresh = tx.init(params)
+    updates, state = jax.jit(tx.update)(grads, fresh, params, learning_rate=np.float32(0.1))
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, fresh)
     after = optax.apply_updates(params, updates)
     leaves, groups = torch_parameters(jax.tree.map(lambda x: np.asarray(x, np.float32), params), 0.1)
     for p, g in zip(leaves, jax.tree.leaves(grads), strict=True):

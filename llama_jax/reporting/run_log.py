@@ -79,7 +79,8 @@ class RunLog:
                 more |= {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(speed_now, 3)}
             tqdm.write(str(self.state.log(values, more)))
             self._total_loss += self._window_loss
-            self._window_loss, self._window = 0.0, 0
+            self._window_loss -= self._window_loss  # as the Trainer resets it: NaN stays NaN
+            self._window = 0
 
     def _filtered(self, metrics: UpdateMetrics) -> float:
         """The window's loss with this update's, in which the HF Trainer replaces a micro-batch's NaN or infinity by the

@@ -58,14 +58,15 @@ class TrainerState:
             self.values["best_model_checkpoint"] = None
 
     def at(self, step: int, epoch: float, flos: float, tokens_seen: int) -> None:
-        self.values |= {"global_step": step, "epoch": self._epoch(epoch), "total_flos": flos}
-        self.values["num_input_tokens_seen"] = tokens_seen
+        now = {"global_step": step, "epoch": epoch, "total_flos": flos, "num_input_tokens_seen": tokens_seen}
+        self.values |= now
 
     def log(self, values: dict[str, float], more: dict[str, float] | None = None) -> dict[str, Any]:
         """Append an entry to the log and return it as it is printed; `more` stands behind the epoch."""
         entry = {**values, "epoch": self.values["epoch"], **(more or {})}
-        if self.compat == "4.37" and "loss" in entry:
-            entry["loss"] = round(entry["loss"], 4)
+        if self.compat == "4.37":
+            digits = {"loss": 4, "epoch": 2}
+            entry = {key: round(v, digits[key]) if key in digits else v for key, v in entry.items()}
         self.values["log_history"].append({**entry, "step": self.values["global_step"]})
         if self.compat == "5":
             return {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in entry.items()}
@@ -107,9 +108,6 @@ class TrainerState:
         """The step of the best checkpoint, if there is one."""
         path = self.values["best_model_checkpoint"]
         return int(path.rpartition("-")[2]) if path else None
-
-    def _epoch(self, epoch: float) -> float:
-        return round(epoch, 2) if self.compat == "4.37" else epoch
 
     def save(self, folder: Path) -> None:
         write_json(folder / "trainer_state.json", self.values)
