@@ -37,7 +37,15 @@ def main(argv: list[str]) -> int:
     from llama_jax.model import RunOptions
     from llama_jax.optimizer import make_optimizer
     from llama_jax.platform import peak_memory, set_up_jax
-    from llama_jax.train import TrainState, abstract_state, fit, init_state, make_train_step
+    from llama_jax.train import (
+        TrainState,
+        abstract_state,
+        fit,
+        init_state,
+        make_loss_step,
+        make_train_step,
+        token_losses,
+    )
 
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
     quiet = args.disable_tqdm or None
@@ -99,7 +107,8 @@ def main(argv: list[str]) -> int:
         f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up), "
         f"at most {blocks.max()} block(s) an update of {', '.join(f'{r}x{t}' for r, t in batches.shapes)} tokens"
     )
-    evaluation = _make_evaluation(job, graphdef, mesh, quiet)
+    loss_step = make_loss_step(graphdef, config.vocab_size, args.label_smoothing_factor)
+    evaluation = _make_evaluation(job, loss_step, mesh, quiet)
     if not resume_step:
         remove_steps(output_dir)
     checkpoints = Checkpoints(output_dir, args.save_total_limit, abstract)
@@ -117,6 +126,10 @@ def main(argv: list[str]) -> int:
         state = init_state(params, tx, mesh)
         del params
 
+    epoch_ends = order.epoch_ends()
+    log_step = job.log_at
+    if args.logging_strategy == "epoch":  # written at the epoch's end, after what is due by steps
+        log_step = lambda step: args.logging_first_step and step == 1  # noqa: E731
     stop = _stop_on_sigterm()
     with update_bar(order.updates, resume_step, quiet) as bar:
         flops = 6.0 * config.num_non_embedding_parameters
@@ -124,7 +137,7 @@ def main(argv: list[str]) -> int:
             log,
             batches,
             schedule.rate,
-            job.log_at,
+            log_step,
             flops,
             bar,
             args.logging_nan_inf_filter,
@@ -136,20 +149,42 @@ def main(argv: list[str]) -> int:
                 say(f"first update done {time.monotonic() - started:.1f} s after the start")
             run_log.on_update(metrics)
 
+        def evaluate(state: TrainState) -> tuple[float | None, bool]:
+            """The metric that decides what is best, and whether it is the best so far."""
+            assert evaluation is not None
+            metrics = evaluation(state.params)
+            run_log.on_evaluation(metrics)
+            if not args.metric_for_best_model:
+                return None, False
+            metric = metrics[args.best_metric_key]
+            schedule.observe(metric)
+            return metric, log.evaluated(metric, bool(args.greater_is_better), args.save_strategy != "no")
+
+        def save(step: int, state: TrainState, metric: float | None) -> None:
+            log.saved(output_dir, metric, bool(args.greater_is_better))
+            kept = {"trainer_state": copy.deepcopy(log.values), "schedule": schedule.state(), **facts}
+            checkpoints.save(step, state, kept, log.best_step)
+
+        def tail_losses(step: int, state: TrainState) -> np.ndarray:
+            tail = order.tail(step)
+            losses = token_losses(state.params, loss_step, batches, mesh, step) if tail else []
+            return batches.micro_losses(step, jax.device_get(losses))[:tail] if tail else np.zeros((0, order.ranks))
+
         def on_due(step: int, state: TrainState) -> None:
-            """Evaluate, then save, as far as they are due."""
-            metric, best = None, False
-            if evaluation is not None and job.eval_at(step):
-                metrics = evaluation(state.params)
-                run_log.on_evaluation(metrics)
-                if args.metric_for_best_model:
-                    metric = metrics[args.best_metric_key]
-                    schedule.observe(metric)
-                    best = log.evaluated(metric, bool(args.greater_is_better), args.save_strategy != "no")
-            if job.save_at(step) or stop() or (best and args.save_strategy == "best"):
-                log.saved(output_dir, metric, bool(args.greater_is_better))
-                kept = {"trainer_state": copy.deepcopy(log.values), "schedule": schedule.state(), **facts}
-                checkpoints.save(step, state, kept, log.best_step)
+            """As the Trainer does it: log, evaluate, save; first what is due by steps, then at an epoch's end."""
+            saved = False
+            for phase in ("steps", "epoch"):
+                metric, best = None, False
+                if phase == "epoch" and step in epoch_ends:
+                    logged = args.logging_strategy == "epoch"
+                    run_log.on_epoch_end(order.tail(step), tail_losses(step, state) if logged else None)
+                if args.eval_strategy == phase and job.eval_at(step):
+                    metric, best = evaluate(state)
+                if (args.save_strategy == phase and job.save_at(step)) or (args.save_strategy == "best" and best):
+                    save(step, state, metric)
+                    saved = True
+            if stop() and not saved:
+                save(step, state, None)
 
         if evaluation is not None and args.eval_on_start and not resume_step:
             run_log.on_evaluation(evaluation(state.params))
@@ -161,7 +196,7 @@ def main(argv: list[str]) -> int:
             range(resume_step, order.updates),
             learning_rate=schedule.rate,
             on_update=on_update,
-            due=lambda step: job.eval_at(step) or job.save_at(step),
+            due=lambda step: job.eval_at(step) or job.save_at(step) or step in epoch_ends,
             on_due=on_due,
             stop=stop,
         )
@@ -193,17 +228,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _make_evaluation(job: Job, graphdef: Any, mesh: Any, quiet: bool | None):
+def _make_evaluation(job: Job, loss_step: Any, mesh: Any, quiet: bool | None):
     """What evaluates, where the flags ask for it."""
     from llama_jax.evaluation import Evaluation
-    from llama_jax.train import make_eval_step
 
     if job.eval_examples is None or not job.order.evaluated:
         return None
     args = job.args
     evaluation = Evaluation(
         job.eval_examples,
-        make_eval_step(graphdef, job.config.vocab_size, args.label_smoothing_factor),
+        loss_step,
         mesh,
         compat=args.hf_compat,
         batch_size=args.per_device_eval_batch_size,

@@ -4,6 +4,7 @@ import math
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -13,7 +14,7 @@ from llama_jax.data.normalisation import evaluation_loss, evaluation_shares
 from llama_jax.data.order import Order
 from llama_jax.reporting.progress import count_bar
 from llama_jax.sharding import batch_ways
-from llama_jax.train import EvalStep, evaluate
+from llama_jax.train import LossStep, token_losses
 
 FILL = 0.9  # of the tokens that a device takes at once, what a group of batches is planned to have
 
@@ -28,7 +29,7 @@ class Evaluation:
     def __init__(
         self,
         examples: Examples,
-        eval_step: EvalStep,
+        loss_step: LossStep,
         mesh: Mesh,
         *,
         compat: str,
@@ -38,7 +39,7 @@ class Evaluation:
         max_tokens: int,
         disable_bar: bool | None = None,
     ):
-        self._step, self._mesh, self._disable_bar = eval_step, mesh, disable_bar
+        self._step, self._mesh, self._disable_bar = loss_step, mesh, disable_bar
         ranks = batch_ways(mesh)
         tokens_of_a_batch = float(examples.lengths.mean()) * batch_size * ranks
         together = max(1, int(FILL * max_tokens * ranks / tokens_of_a_batch))
@@ -63,9 +64,13 @@ class Evaluation:
 
     def __call__(self, params: Any) -> dict[str, float]:
         started = time.monotonic()
+        losses: list[jax.Array] = []
         groups = self.batches.order.updates
         with count_bar("evaluating", groups, "group", self._disable_bar) as bar:
-            loss = evaluate(params, self._step, self.batches, self._mesh, bar.update) / self._examples
+            for k in range(groups):
+                losses += [x.sum() for x in token_losses(params, self._step, self.batches, self._mesh, k)]
+                bar.update(1)
+            loss = sum(float(x) for x in jax.device_get(losses)) / self._examples
         seconds = time.monotonic() - started
         return {
             "eval_loss": loss,

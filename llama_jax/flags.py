@@ -252,9 +252,6 @@ DIFFERENCES = (
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
     "The Trainer's checks of flags that have no meaning here are not made.",
-    "4.37 carries the micro-batches of an epoch's tail over into the next epoch's first update, but what it logs at "
-    "the epoch's end (`--logging_strategy epoch`, and the tokens seen beside an epoch's evaluation) counts them already. "
-    "Here a log line counts whole updates; the updates are the same.",
     "A resumed run goes on exactly as the run that was not stopped would have. The Trainer's own does not always: 4.37 "
     "in the middle of a later epoch, or with a tail that carries over, takes other examples; so does 5 with "
     "`group_by_length`.",

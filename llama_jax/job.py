@@ -21,7 +21,7 @@ from llama_jax.schedule import Schedule, make_schedule
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run to be made: `config` has the tokenizer's vocabulary; `log_at`, `eval_at` and `save_at` tell what is due
-    after an update, by its number from 1."""
+    after an update, by its number from 1. What a strategy of "epoch" asks for comes after what "steps" does."""
 
     args: Arguments
     config: LlamaConfig

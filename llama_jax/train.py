@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
-EvalStep = Callable[[Any, Batch], jax.Array]
+LossStep = Callable[[Any, Batch], jax.Array]
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -75,19 +75,15 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> EvalStep:
-    """The compiled `(params, block) -> loss`, the block's weighted sum."""
-    return jax.jit(lambda params, batch: jnp.sum(_token_losses(graphdef, params, batch, vocab_size, label_smoothing)))
+def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
+    """The compiled `(params, block) -> weighted loss of each token`, [B, T]."""
+    return jax.jit(lambda params, batch: _token_losses(graphdef, params, batch, vocab_size, label_smoothing))
 
 
-def evaluate(params: Any, eval_step: EvalStep, batches: Batches, mesh: Mesh, progress: Callable[[int], Any]) -> float:
-    """The loss over all blocks of all batches; `progress` is told of each group of batches as it is given out."""
-    losses = []
+def token_losses(params: Any, loss_step: LossStep, batches: Batches, mesh: Mesh, k: int) -> list[jax.Array]:
+    """The weighted losses of the blocks of update k, [B, T] each, without training on them."""
     with jax.set_mesh(mesh):
-        for k in range(batches.order.updates):
-            losses += [eval_step(params, put_batch(mesh, block)) for block in batches.update(k)]
-            progress(1)
-    return float(sum(float(x) for x in jax.device_get(losses)))
+        return [loss_step(params, put_batch(mesh, block)) for block in batches.update(k)]
 
 
 def put_batch(mesh: Mesh, block: Batch) -> Batch:

@@ -223,6 +223,7 @@ def test_every_schedule(old: Server) -> None:
 # A value of these cannot be read from the real command lines; here it is, for a line that says more or for a meaning.
 # And --optim, whose unknown values are refused after parsing.
 WIDER = {"include_num_input_tokens_seen", "liger_kernel_config", "parallelism_config", "optim"}
+PARSER = flag_parser()
 GOOD = {
     "bool": ["True", "false", "YES", "n", "1", "0", "t"],
     "int": ["0", "3", "-1"],
@@ -258,7 +259,7 @@ def real_parse(compat: str, old: Server, argv: list[str]) -> dict[str, Any] | No
 def our_parse(argv: list[str]) -> tuple[dict[str, Any] | None, str]:
     """The values before any check, None with the reason where the command line is refused."""
     try:
-        values, unknown = flag_parser().parse_known_args(argv)
+        values, unknown = PARSER.parse_known_args(argv)
     except InputError as e:
         return None, str(e)
     return (None, "unknown") if unknown else (vars(values), "")
@@ -270,6 +271,19 @@ def same(ours: Any, real: Any) -> bool:
     if isinstance(real, float | int) and not isinstance(real, bool):
         return ours == real
     return str(ours) == str(real)
+
+
+def test_every_flag_reads_its_values(live: dict[str, dict[str, Any]], old: Server) -> None:
+    """One flag at a time, by every kind of word: read as a real parser reads it, refused where both refuse."""
+    for name in sorted((live[OLD].keys() | live[NEW].keys()) - WIDER):
+        flags = [live[compat][name] for compat in (OLD, NEW) if name in live[compat]]
+        words = [*BAD, *(w for f in flags for w in f["choices"] or GOOD[f["type"]])]
+        lines = [[f"--{name}", str(w)] for w in words] + [[f"--{name}"], [f"--no_{name}"], [f"--{name}", "a", "b"]]
+        for argv in lines:
+            reals = [r for r in (real_parse(compat, old, argv) for compat in (OLD, NEW)) if r is not None]
+            ours, reason = our_parse(argv)
+            assert (ours is None) == (not reals), (argv, reason, reals)
+            assert ours is None or all(same(ours[name], real[name]) for real in reals), (argv, ours[name])
 
 
 @settings(max_examples=400)

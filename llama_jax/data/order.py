@@ -166,6 +166,12 @@ class Order:
         ends = np.searchsorted(self.bounds, epochs * self.batches_per_epoch, side="right") - 1
         return {*ends.tolist(), self.updates}
 
+    def tail(self, updates_done: int) -> int:
+        """How many micro-batches of an epoch that is over the next update takes: what 4.37 carries over."""
+        if updates_done == self.updates or updates_done not in self.epoch_ends():
+            return 0
+        return int(-self.bounds[updates_done] % self.batches_per_epoch)
+
     def epoch_at(self, updates_done: int) -> float:
         """Epochs trained after so many updates, in micro-batches."""
         return float(self.bounds[updates_done]) / self.batches_per_epoch

@@ -49,6 +49,8 @@ class RunLog:
         self._flos = float(state.values["total_flos"])
         self._total_loss = self._window_loss = 0.0
         self._window = 0
+        self._now: dict[str, float] = {}  # of the last update, what a line says beside the loss
+        self._logged_ahead = self._tokens_ahead = 0  # of the next update, what an epoch's end had already
         self._done_at: list[tuple[float, int]] = []  # when each update was done, and its tokens
 
     def on_update(self, metrics: UpdateMetrics) -> None:
@@ -67,30 +69,50 @@ class RunLog:
         speed = f"{self._recent_speed():,.0f} tok/s"
         self.bar.set_postfix_str(f"loss {metrics.loss:.4f}, lr {lr:.2e}, {speed}", refresh=False)
         self.bar.update(1)
+        self._now = {"grad_norm": metrics.grad_norm} if modern else {}
+        self._now["learning_rate"] = lr
         if self.due(step):
-            values = {"loss": self._window_loss / self._window}
-            if modern:
-                values["grad_norm"] = metrics.grad_norm
-            values["learning_rate"] = lr
-            more = self._seen()
-            if modern and more:
-                seconds = time.monotonic() - self.started
-                speed_now = (self._tokens - self._first_tokens) / seconds
-                more |= {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(speed_now, 3)}
-            tqdm.write(str(self.state.log(values, more)))
-            self._total_loss += self._window_loss
-            self._window_loss -= self._window_loss  # as the Trainer resets it: NaN stays NaN
-            self._window = 0
+            self._write()
+
+    def on_epoch_end(self, tail: int, micro_losses: np.ndarray | None) -> None:
+        """An epoch is over after the last update, but for `tail` micro-batches of the next one, which 4.37 has done too
+        by then: tokens seen count them. With their parts in the loss (as `UpdateMetrics.micro_losses`), a line is due.
+        """
+        step, lengths = self.state.values["global_step"], self.batches.examples.lengths
+        ranks = [rank for micro in self.batches.order.update(step)[:tail] for rank in micro] if tail else []
+        padded = self.tokens_seen == "all"
+        self._tokens_ahead = sum(int(len(r) * lengths[r].max() if padded else lengths[r].sum()) for r in ranks)
+        if micro_losses is not None and self._window:
+            nan = self.batches.is_nan(step)[:tail] if tail else np.zeros_like(micro_losses, bool)
+            self._window_loss = self._running(np.where(nan, np.nan, micro_losses))
+            self._write()
+            self._logged_ahead = tail
+
+    def _write(self) -> None:
+        """A line of the window's mean loss, which then begins anew."""
+        more = self._seen()
+        if more and self.state.compat == "5":
+            seconds = time.monotonic() - self.started
+            speed = (self._tokens - self._first_tokens) / seconds
+            more |= {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(speed, 3)}
+        tqdm.write(str(self.state.log({"loss": self._window_loss / self._window, **self._now}, more)))
+        self._total_loss += self._window_loss
+        self._window_loss -= self._window_loss  # as the Trainer resets it: NaN stays NaN
+        self._window = 0
 
     def _filtered(self, metrics: UpdateMetrics) -> float:
-        """The window's loss with this update's, in which the HF Trainer replaces a micro-batch's NaN or infinity by the
-        running sum over one more than the updates since the last log. A micro-batch without trained tokens is NaN there
-        and adds nothing here. With several ranks, each starts from the mean over ranks instead of its own sum.
-        """
-        nan = self.batches.is_nan(metrics.step - 1)
-        if math.isfinite(metrics.loss) and not nan.any():
+        """The window's loss with this update's, but for micro-batches that a line had already."""
+        nan, ahead = self.batches.is_nan(metrics.step - 1), self._logged_ahead
+        self._logged_ahead = self._tokens_ahead = 0
+        if math.isfinite(metrics.loss) and not nan.any() and not ahead:
             return self._window_loss + metrics.loss
-        parts = np.where(nan, np.nan, metrics.micro_losses())
+        return self._running(np.where(nan, np.nan, metrics.micro_losses())[ahead:])
+
+    def _running(self, parts: np.ndarray) -> float:
+        """The window's loss with these micro-batches', [micro-batches, ranks]. The HF Trainer replaces a NaN (a mean
+        over no tokens) or infinity by the running sum over one more than the updates since the last log. With several
+        ranks, each starts from the mean over ranks instead of its own sum.
+        """
         running = np.full(parts.shape[1], self._window_loss / parts.shape[1])
         for part in parts:
             replaced = running / (1 + self._window) if self.nan_filter else np.nan
@@ -102,7 +124,7 @@ class RunLog:
         tqdm.write(str(self.state.log(metrics, self._seen())))
 
     def _seen(self) -> dict[str, float]:
-        return {} if self.tokens_seen == "no" else {"num_input_tokens_seen": self._tokens}
+        return {} if self.tokens_seen == "no" else {"num_input_tokens_seen": self._tokens + self._tokens_ahead}
 
     def speed(self) -> tuple[float, float]:
         """Real tokens a second since the first update (which compiled) was done, and the median seconds an update."""
