@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
             losses = token_losses(state.params, loss_step, batches, mesh, step) if tail else []
             return batches.micro_losses(step, jax.device_get(losses))[:tail] if tail else np.zeros((0, order.ranks))
 
-        def on_due(step: int, state: TrainState) -> None:
+        def on_due(step: int, state: TrainState, stopping: bool) -> None:
             """As the Trainer does it: log, evaluate, save; first what is due by steps, then at an epoch's end."""
             saved = False
             for phase in ("steps", "epoch"):
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> int:
                 if (args.save_strategy == phase and job.save_at(step)) or (args.save_strategy == "best" and best):
                     save(step, state, metric)
                     saved = True
-            if stop() and not saved:
+            if stopping and not saved:
                 save(step, state, None)
 
         if evaluation is not None and args.eval_on_start and not resume_step:

@@ -101,14 +101,14 @@ def fit(
     learning_rate: Callable[[int], float],
     on_update: Callable[[UpdateMetrics], None],
     due: Callable[[int], bool],
-    on_due: Callable[[int, TrainState], None],
+    on_due: Callable[[int, TrainState, bool], None],
     stop: Callable[[], bool],
 ) -> TrainState:
     """Make the updates of the range (numbered from 0) and return the last state.
 
     `learning_rate` is asked for an update's rate just before it. Metrics are read one update late, so that the device
     never waits for the host. After an update for whose number (from 1) `due` is true, and when `stop` becomes true,
-    `on_due` gets the state, all metrics read; then a stop returns.
+    `on_due` gets the state and whether to stop, all metrics read; then a stop returns.
     """
     pending: Callable[[], UpdateMetrics] | None = None
     for k in updates:
@@ -126,7 +126,7 @@ def fit(
         if stopping or due(k + 1):
             on_update(pending())
             pending = None
-            on_due(k + 1, state)
+            on_due(k + 1, state, stopping)
         if stopping:
             break
     if pending is not None:
