@@ -12,6 +12,7 @@ import numpy as np
 
 from llama_jax.arguments import Arguments, parse_arguments
 from llama_jax.config import LlamaConfig
+from llama_jax.data.batches import Batches
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.errors import InputError, run_command
 from llama_jax.files import make_output_dir
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     from llama_jax import sharding
+    from llama_jax.attention import Kernel, choose_kernel
     from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
     from llama_jax.explain import as_json, as_text, explain
     from llama_jax.hf.load import abstract_params, resize_vocabulary
@@ -75,12 +77,17 @@ def main(argv: list[str]) -> int:
         compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
         facts["scan_layers"] = saved["scan_layers"]
     compute = jax.numpy.bfloat16 if args.bf16 else None
+    kernel, why = choose_kernel(
+        args.attention, platform, mesh.devices.flat[0].device_kind, config.head_dim, "bfloat16" if args.bf16 else dtype
+    )
+    say(f"attention by {kernel}: {why}")
     run = RunOptions(
         param_dtype=jax.numpy.dtype(dtype),
         compute_dtype=compute,
         rope_dtype=compute if args.hf_compat == "4.37" else None,
         scan_layers=facts["scan_layers"],
         remat="full" if args.gradient_checkpointing else "matmuls",
+        attention=Kernel(kernel, _most_segments(job, batches)),
     )
     blocks = np.asarray([batches.blocks(k) for k in range(order.updates)], np.int32)
     tx = make_optimizer(
@@ -249,6 +256,19 @@ def _make_evaluation(job: Job, loss_step: Any, mesh: Any, quiet: bool | None):
     if evaluation.has_nan:
         say("warning: an evaluation batch has no trained tokens; the HF Trainer's loss of it is NaN")
     return evaluation
+
+
+def _most_segments(job: Job, batches: Batches) -> int:
+    """A bound of the segments in a row: all of an update's examples, or as many of the shortest as fit."""
+    order = job.order
+    an_update = int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
+    most = 0
+    for examples, limit in ((job.examples, an_update), (job.eval_examples, None)):
+        if examples is not None:
+            row = max(*(length for _, length in batches.shapes), job.args.max_tokens_per_device, examples.lengths.max())
+            fitting = int(np.searchsorted(np.cumsum(np.sort(examples.lengths)), row, side="right"))
+            most = max(most, min(fitting, limit or fitting))
+    return most
 
 
 def _make_log(job: Job) -> TrainerState:

@@ -37,7 +37,7 @@ from llama_jax.flags import (
 _ORIGIN = {
     **dict.fromkeys(("model_name_or_path", "data_path", "model_max_length"), ALPACA),
     **dict.fromkeys(("eval_data_path", "validation_split_percentage", "allow_pickle", "dtype", "hf_compat"), HERE),
-    **dict.fromkeys(("max_tokens_per_device", "scan_layers", "explain", "config"), HERE),
+    **dict.fromkeys(("max_tokens_per_device", "attention", "scan_layers", "explain", "config"), HERE),
     **dict.fromkeys(("warmup_ratio", "overwrite_output_dir"), OLD),
     **dict.fromkeys(
         ("average_tokens_across_devices", "train_sampling_strategy", "eval_strategy", "eval_on_start"), NEW
@@ -140,6 +140,7 @@ class Arguments:
 
     bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
     tf32: bool | None = _flag(None, "float32 matmuls in TF32 (NVIDIA Ampere and later)")
+    attention: str = _flag("auto", "kernel: auto takes the device's best", choices=["auto", "xla", "cudnn", "splash"])
     scan_layers: bool | None = _flag(None, "stack the layers under one lax.scan; by default where there are over 8")
     gradient_checkpointing: bool = _flag(
         False, "keep only each layer's input for the backward pass (5's default: None, which is the same)"

@@ -1,13 +1,55 @@
 """Packed causal attention: every token sees the earlier tokens of its own segment, and nothing else.
 
-Letters: B rows, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim.
+Letters: B rows, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim, M segments of a row.
 """
+
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama_jax.sharding import ACT_BTKGH, ACT_BTNH
+from llama_jax.errors import InputError
+from llama_jax.sharding import ACT_BT, ACT_BTKGH, ACT_BTNH
+
+KERNELS = ("xla", "cudnn", "splash")
+ROW_MULTIPLE = 128  # what cudnn and splash ask of a row's length
+
+
+class Kernel(NamedTuple):
+    """How a run attends: one of KERNELS, and the most segments that one of its rows holds, which cudnn must know."""
+
+    name: str = "xla"
+    segments: int = 0
+
+
+def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, dtype: str) -> tuple[str, str]:
+    """The kernel for `--attention wanted` ("auto" or a name), and why. Raises InputError where it cannot run.
+
+    `device_kind` is the name of the device that jax gives, `dtype` that of the matmuls.
+    """
+    reasons = {"xla": "", "cudnn": "", "splash": ""}
+    if platform != "gpu":
+        reasons["cudnn"] = f"cudnn needs an NVIDIA GPU, this is {platform}"
+    elif not any(name in device_kind for name in ("H100", "H200", "H20", "GH200", "B100", "B200", "GB200", "B300")):
+        reasons["cudnn"] = f"cudnn packs on Hopper and later, this is {device_kind}"
+    elif dtype not in ("bfloat16", "float16"):
+        reasons["cudnn"] = f"cudnn needs 16-bit matmuls (--bf16 True), these are {dtype}"
+    elif head_dim % 8 or head_dim > 128:
+        reasons["cudnn"] = f"cudnn takes head dims that 8 divides, up to 128, this is {head_dim}"
+    if platform != "tpu":
+        reasons["splash"] = f"splash needs a TPU, this is {platform}"
+    elif head_dim % 128:
+        reasons["splash"] = f"splash takes head dims that 128 divides, this is {head_dim}"
+    if wanted != "auto":
+        if reasons[wanted]:
+            raise InputError(f"--attention {wanted}: {reasons[wanted]}; use auto or xla")
+        return wanted, "as asked"
+    for name in ("cudnn", "splash"):
+        if not reasons[name]:
+            return name, f"this is {device_kind}"
+    return "xla", reasons["splash" if platform == "tpu" else "cudnn"]
 
 
 def attention(
@@ -34,3 +76,80 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
     return jnp.reshape(out, (B, T, N, H), out_sharding=ACT_BTNH)
+
+
+def packed_attention(
+    kernel: Kernel,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """`attention` of packed rows to themselves, by the kernel of the run.
+
+    A row's segments are 1, 2, ... side by side, and padding (0) is at its end. What comes out for padding is finite,
+    and not the same for all kernels. `interpret` runs splash on the CPU.
+    """
+    if kernel.name == "xla":
+        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions)
+    inner = partial(_splash, interpret=interpret)
+    if kernel.name == "cudnn":
+        inner = partial(_cudnn, segments=kernel.segments)
+    # A kernel is opaque to the compiler's partitioner: each device runs it on its own rows and heads.
+    specs = (ACT_BTNH, ACT_BTNH, ACT_BTNH, ACT_BT)
+    return jax.shard_map(inner, in_specs=specs, out_specs=ACT_BTNH, check_vma=False)(
+        q_BTNH, k_BTKH, v_BTKH, segment_ids
+    )
+
+
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
+    """cuDNN's flash attention (Hopper and later), in the form for packed rows that jax's public function lacks.
+
+    It is told where each segment starts and how long it is. Unused places must be -1, the last start included:
+    anything else gives garbage, and NaN gradients, without an error. Padding is made a segment of its own, as what the
+    kernel leaves of tokens outside any segment is not defined.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    last = jnp.max(segment_ids, axis=1, keepdims=True)
+    ids = jnp.where(segment_ids == 0, last + 1, segment_ids)
+    size_BM = jnp.sum(ids[:, None, :] == jnp.arange(1, segments + 2)[None, :, None], axis=-1, dtype=jnp.int32)
+    used = size_BM > 0
+    start_BM = jnp.where(used, jnp.cumsum(size_BM, axis=1) - size_BM, -1)
+    starts = jnp.concatenate([start_BM, jnp.full_like(start_BM[:, :1], -1)], axis=1)
+    sizes = jnp.where(used, size_BM, -1)
+    return cudnn.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        q_seqlen=sizes,
+        kv_seqlen=sizes,
+        q_offsets=starts,
+        kv_offsets=starts,
+        scale=q_BTNH.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+
+
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
+    """jax's Splash attention for TPUs: causal blocks only, segments told apart inside them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = splash.BlockSizes(**cast(Any, {f"block_{name}": block for name in names}))
+    causal = masks.MultiHeadMask([masks.CausalMask((T, T))] * (N // K))
+    kernel = splash.make_splash_mqa(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+
+    def row(q_TNH, k_TKH, v_TKH, ids_T):
+        q_KGTH = jnp.transpose((q_TNH * H**-0.5).reshape(T, K, N // K, H), (1, 2, 0, 3))
+        k_KTH, v_KTH = jnp.swapaxes(k_TKH, 0, 1), jnp.swapaxes(v_TKH, 0, 1)
+        out_KGTH = jax.vmap(kernel, (0, 0, 0, None))(q_KGTH, k_KTH, v_KTH, splash.SegmentIds(ids_T, ids_T))
+        return jnp.transpose(out_KGTH, (2, 0, 1, 3)).reshape(T, N, H)
+
+    return jax.vmap(row)(q_BTNH, k_BTKH, v_BTKH, segment_ids)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llama_jax import sharding
-from llama_jax.attention import attention
+from llama_jax.attention import Kernel, attention, packed_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import apply_rope, rope_cos_sin
 
@@ -41,7 +41,8 @@ class RunOptions:
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is "none", "matmuls" (their outputs are
-    kept) or "full" (only each layer's input is kept).
+    kept) or "full" (only each layer's input is kept). `attention` is the kernel for packed rows; with a cache it is
+    always plain XLA.
     """
 
     param_dtype: Any = jnp.float32
@@ -49,6 +50,7 @@ class RunOptions:
     rope_dtype: Any = None
     scan_layers: bool = False
     remat: str = "none"
+    attention: Kernel = Kernel()
 
 
 class KVCache(NamedTuple):
@@ -108,7 +110,7 @@ class Attention(nnx.Module):
         self.v_proj = linear((kv_dim, D), sharding.COLUMN_FD)
         self.o_proj = linear((D, q_dim), sharding.ROW_DF)
         self.head_dim = H
-        self.rope_dtype = run.rope_dtype
+        self.rope_dtype, self.kernel = run.rope_dtype, run.attention
 
     def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
         """Returns the block's output [B, T, D] and the cache with this block's keys and values written."""
@@ -123,15 +125,16 @@ class Attention(nnx.Module):
         dtype = self.rope_dtype or x.dtype
         cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
         q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)
-        kv_segments, kv_positions = tokens.segment_ids, tokens.positions
-        if cache is not None:
+        if cache is None:
+            out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions)
+        else:
             row = jnp.arange(k.shape[0])[:, None]
             k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=sharding.ACT_BTNH)
             v = cache.v.at[row, tokens.positions].set(v, mode="drop", out_sharding=sharding.ACT_BTNH)
             cache = KVCache(k, v)
             kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=sharding.ACT_BT)
             kv_segments = jnp.ones_like(kv_positions)
-        out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions)
+            out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions)
         out = checkpoint_name(out, "attention")
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=sharding.ACT_BTF)
         return checkpoint_name(self.o_proj(out), "o_proj"), cache

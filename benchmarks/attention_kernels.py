@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""The kernels of llama_jax/attention.py on the device at hand, against float32 by plain XLA: values, gradients, time.
+
+    python benchmarks/attention_kernels.py [KERNEL]
+
+For each shape class: rows, GQA or MHA, segments a row, rows with a padded tail, head dims; then milliseconds of forward
+and of forward and backward for 4 rows of 2,048, 32 heads. Exits with 1 where an error is more than bf16 explains.
+"""
+
+import os
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from llama_jax import sharding
+from llama_jax.attention import Kernel, packed_attention
+
+# (rows, length, heads, kv heads, head dim, segments a row)
+CASES = [
+    (1, 128, 4, 4, 64, 1),
+    (1, 1024, 32, 32, 128, 8),
+    (4, 1024, 32, 8, 128, 8),
+    (4, 2048, 32, 32, 128, 64),
+    (2, 896, 9, 3, 64, 5),
+    (4, 640, 32, 4, 64, 17),
+    (8, 1920, 16, 2, 128, 33),
+]
+# Of the float32 reference's largest value: inputs and outputs rounded to bf16 (2^-9 each), probabilities too.
+BOUND = 2e-2
+
+
+def make_rows(rng, B: int, T: int, segments: int):
+    """Segment ids and positions of random odd lengths; every other row ends in padding."""
+    ids, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
+    for b in range(B):
+        end = T if b % 2 == 0 and segments > 1 else T - int(rng.integers(1, T // 4))
+        cuts = np.sort(rng.choice(np.arange(1, end), segments - 1, replace=False))
+        for i, (start, stop) in enumerate(zip([0, *cuts], [*cuts, end], strict=True), start=1):
+            ids[b, start:stop], positions[b, start:stop] = i, np.arange(stop - start)
+    return ids, positions
+
+
+def run(kernel: Kernel, mesh, dtype, q, k, v, w, ids, positions):
+    def loss(q, k, v, w, ids, positions):
+        out = packed_attention(kernel, q.astype(dtype), k.astype(dtype), v.astype(dtype), ids, positions)
+        return jnp.sum(out.astype(jnp.float32) * w), out
+
+    with jax.set_mesh(mesh):
+        grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v, w, ids, positions)
+    return [np.asarray(x, np.float32) for x in (out, *grads)]
+
+
+def check(name: str, mesh) -> bool:
+    good = True
+    for case in CASES:
+        B, T, N, K, H, segments = case
+        rng = np.random.default_rng(sum(case))
+        ids, positions = make_rows(rng, B, T, segments)
+        real = (ids > 0)[..., None, None]
+        arrays = [rng.standard_normal((B, T, n, H), np.float32) for n in (N, K, K, N)]
+        arrays = [np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in arrays]
+        arrays[3] *= real  # padding learns nothing
+        placed = [jax.device_put(a, jax.NamedSharding(mesh, sharding.ACT_BTNH)) for a in arrays]
+        rows = [sharding.put(mesh, a) for a in (ids, positions)]
+        expected = run(Kernel("xla"), mesh, jnp.float32, *placed, *rows)
+        got = run(Kernel(name, segments), mesh, jnp.bfloat16, *placed, *rows)
+        with_room = run(Kernel(name, segments + 7), mesh, jnp.bfloat16, *placed, *rows)
+        errors = []
+        for g, r, e in zip(got, with_room, expected, strict=True):
+            g, e, r = (np.where(real, x, 0) for x in (g, e, r))
+            errors.append(max(np.abs(x - e).max() for x in (g, r)) / np.abs(e).max())
+        finite = all(np.isfinite(x).all() for x in (*got, *with_room))
+        fine = finite and max(errors) < BOUND
+        good &= fine
+        numbers = " ".join(f"{e:.1e}" for e in errors)
+        print(f"{name} {case}: out, dq, dk, dv off by {numbers}{'' if finite else ', NOT FINITE'}", flush=True)
+    return good
+
+
+def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int) -> None:
+    rng = np.random.default_rng(0)
+    ids, positions = make_rows(rng, B, T, segments)
+    placed = [
+        jax.device_put(
+            jnp.asarray(rng.standard_normal((B, T, n, H)), jnp.bfloat16), jax.NamedSharding(mesh, sharding.ACT_BTNH)
+        )
+        for n in (N, K, K)
+    ]
+    rows = [sharding.put(mesh, a) for a in (ids, positions)]
+    kernel = Kernel(name, segments)
+
+    def forward(q, k, v):
+        return packed_attention(kernel, q, k, v, *rows)
+
+    def both(q, k, v):
+        return jax.grad(lambda *x: jnp.sum(forward(*x).astype(jnp.float32)), (0, 1, 2))(q, k, v)
+
+    times = []
+    with jax.set_mesh(mesh):
+        for f in (jax.jit(forward), jax.jit(both)):
+            jax.block_until_ready(f(*placed))
+            laps = []
+            for _ in range(5):
+                start = time.perf_counter()
+                jax.block_until_ready([f(*placed) for _ in range(10)])
+                laps.append((time.perf_counter() - start) / 10)
+            times.append(1000 * float(np.median(laps)))
+    print(
+        f"{name} {B}x{T}, {N}/{K} heads of {H}, {segments} segments: {times[0]:.2f} ms, with backward {times[1]:.2f} ms"
+    )
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_default_matmul_precision", "highest")
+    name, mesh = (sys.argv[1:] or ["cudnn"])[0], sharding.make_mesh()
+    good = check(name, mesh)
+    jax.config.update("jax_default_matmul_precision", "default")
+    for shape in ((1, 1024, 32, 32, 128, 8), (4, 2048, 32, 32, 128, 16), (4, 2048, 32, 8, 128, 16)):
+        for kernel in dict.fromkeys(("xla", name)):
+            clock(kernel, mesh, *shape)
+    sys.exit(0 if good else 1)

@@ -1,0 +1,161 @@
+"""Kernels against a float64 loop over segments; which kernel a run takes. cuDNN itself runs in benchmarks/ on a GPU."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import Mesh
+
+from llama_jax import sharding
+from llama_jax.attention import Kernel, choose_kernel, packed_attention
+from llama_jax.errors import InputError
+
+H200, A100, V5E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite"
+
+
+def make_rows(lengths: list[list[int]], T: int) -> tuple[np.ndarray, np.ndarray]:
+    ids, positions = np.zeros((len(lengths), T), np.int32), np.zeros((len(lengths), T), np.int32)
+    for b, row in enumerate(lengths):
+        start = 0
+        for i, n in enumerate(row, start=1):
+            ids[b, start : start + n], positions[b, start : start + n] = i, np.arange(n)
+            start += n
+    return ids, positions
+
+
+def one_by_one(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: list[list[int]]) -> np.ndarray:
+    """Softmax attention of each query over its own segment's earlier keys, in float64, query by query."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b, row in enumerate(lengths):
+        start = 0
+        for n in row:
+            for t in range(start, start + n):
+                for head in range(q.shape[2]):
+                    scores = k[b, start : t + 1, head // group].astype(np.float64) @ q[b, t, head] / np.sqrt(q.shape[3])
+                    chances = np.exp(scores - scores.max())
+                    out[b, t, head] = chances @ v[b, start : t + 1, head // group] / chances.sum()
+            start += n
+    return out
+
+
+def make_inputs(rows: int, T: int, heads: int, kv_heads: int, H: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(rows * T + heads)
+    return [rng.standard_normal((rows, T, n, H), np.float32) for n in (heads, kv_heads, kv_heads)]
+
+
+def placed(mesh: Mesh, arrays: list[np.ndarray]) -> list[jax.Array]:
+    specs = {4: sharding.ACT_BTNH, 2: sharding.ACT_BT}
+    return [jax.device_put(a, jax.NamedSharding(mesh, specs[a.ndim])) for a in arrays]
+
+
+LENGTHS = [[5, 1, 90, 17], [128], [60, 60]]  # padded ends, a full row, segments across blocks
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
+def test_packed_rows(kernel: str, heads: int, kv_heads: int, mesh: Mesh) -> None:
+    """Values; and gradients against the plain one's, whose own are torch's by test_parity.py."""
+    T = 128
+    ids, positions = make_rows(LENGTHS, T)
+    q, k, v = make_inputs(len(LENGTHS), T, heads, kv_heads, 128)
+    real = (ids > 0)[:, :, None, None]
+    weights = np.where(real, np.random.default_rng(0).standard_normal(q.shape, np.float32), 0)
+    arrays = placed(mesh, [q, k, v, weights, ids, positions])
+
+    def both(name: str) -> tuple[Any, Any]:
+        def loss(q, k, v, weights, ids, positions):
+            out = packed_attention(Kernel(name), q, k, v, ids, positions, interpret=True)
+            return jnp.sum(out * weights), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
+
+    grads, out = both(kernel)
+    assert np.isfinite(out).all() and all(np.isfinite(g).all() for g in grads)
+    # Scores are sums of 128 products of the size of 1, over sqrt(128); some 1e-6 off. Outputs are means of values of 1.
+    np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, LENGTHS), rtol=0, atol=1e-5)
+    for ours, plain in zip(grads, both("xla")[0], strict=True):
+        # Sums over up to 128 queries of the same: ten times that.
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
+
+
+@settings(max_examples=25)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=3),
+    room=st.integers(0, 5),
+    tail=st.booleans(),
+)
+def test_what_cudnn_is_told(lengths: list[list[int]], room: int, tail: bool) -> None:
+    """A loop that attends by the starts and sizes that cuDNN gets: padding a segment of its own, -1 where unused."""
+    T = max(sum(row) for row in lengths) + (7 if tail else 0)
+    ids, positions = make_rows(lengths, T)
+    told: dict[str, np.ndarray] = {}
+
+    def record(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
+        names = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")
+        jax.debug.callback(lambda *arrays: told.update(zip(names, map(np.asarray, arrays), strict=True)),
+                           *(options[n] for n in names))  # fmt: skip
+        assert options["mask_type"] == cudnn.MaskType.PADDING_CAUSAL and options["scale"] == 8**-0.5
+        return q
+
+    mesh = sharding.make_mesh()
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        patch.setattr(cudnn, "dot_product_attention", record)
+        arrays = placed(mesh, [*make_inputs(len(lengths), T, 2, 1, 8), ids, positions])
+        kernel = Kernel("cudnn", max(map(len, lengths)) + room)
+        jax.block_until_ready(jax.jit(lambda *a: packed_attention(kernel, *a))(*arrays))
+        jax.effects_barrier()
+    np.testing.assert_array_equal(told["q_seqlen"], told["kv_seqlen"])
+    np.testing.assert_array_equal(told["q_offsets"], told["kv_offsets"])
+    places = kernel.segments + 1
+    assert told["q_seqlen"].shape == (len(lengths), places) and told["q_offsets"].shape == (len(lengths), places + 1)
+    for row, sizes, starts in zip(lengths, told["q_seqlen"], told["q_offsets"], strict=True):
+        whole = [*row, T - sum(row)] if sum(row) < T else row
+        unused = [-1] * (places - len(whole))
+        assert sizes.tolist() == [*whole, *unused]
+        assert starts.tolist() == [*np.cumsum([0, *whole[:-1]]).tolist(), *unused, -1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "device", "head_dim", "dtype", "expected"),
+    [
+        ("auto", "gpu", H200, 128, "bfloat16", "cudnn"),
+        ("auto", "gpu", "NVIDIA H100 80GB HBM3", 64, "bfloat16", "cudnn"),
+        ("auto", "gpu", H200, 128, "float32", "xla"),
+        ("auto", "gpu", H200, 256, "bfloat16", "xla"),
+        ("auto", "gpu", H200, 100, "bfloat16", "xla"),
+        ("auto", "gpu", A100, 128, "bfloat16", "xla"),
+        ("auto", "tpu", V5E, 128, "bfloat16", "splash"),
+        ("auto", "tpu", V5E, 64, "bfloat16", "xla"),
+        ("auto", "cpu", "cpu", 128, "bfloat16", "xla"),
+        ("xla", "gpu", H200, 128, "bfloat16", "xla"),
+        ("cudnn", "gpu", H200, 128, "bfloat16", "cudnn"),
+        ("splash", "tpu", V5E, 256, "float32", "splash"),
+    ],
+)
+def test_the_kernel_of_a_run(wanted: str, platform: str, device: str, head_dim: int, dtype: str, expected: str) -> None:
+    name, why = choose_kernel(wanted, platform, device, head_dim, dtype)
+    assert name == expected and why
+
+
+@pytest.mark.parametrize(
+    ("wanted", "platform", "device", "head_dim", "dtype", "reason"),
+    [
+        ("cudnn", "cpu", "cpu", 128, "bfloat16", "NVIDIA GPU, this is cpu"),
+        ("cudnn", "gpu", A100, 128, "bfloat16", "Hopper"),
+        ("cudnn", "gpu", H200, 128, "float32", "--bf16 True"),
+        ("cudnn", "gpu", H200, 192, "bfloat16", "192"),
+        ("splash", "gpu", H200, 128, "bfloat16", "TPU"),
+        ("splash", "tpu", V5E, 64, "bfloat16", "64"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(
+    wanted: str, platform: str, device: str, head_dim: int, dtype: str, reason: str
+) -> None:
+    with pytest.raises(InputError, match=f"--attention {wanted}: .*{reason}.*; use auto or xla"):
+        choose_kernel(wanted, platform, device, head_dim, dtype)
