@@ -1,5 +1,6 @@
 """The train state, one update, and the loop over updates."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,7 +113,9 @@ def fit(
     """
     pending: Callable[[], UpdateMetrics] | None = None
     for k in updates:
+        started = time.monotonic()
         blocks = batches.update(k)
+        made_in = time.monotonic() - started
         outputs = []
         rate = np.float32(learning_rate(k))
         with jax.set_mesh(mesh):
@@ -121,7 +124,8 @@ def fit(
                 outputs.append(out)
         if pending is not None:
             on_update(pending())
-        pending = partial(_read, batches, k, outputs, sum(int((b.segment_ids > 0).sum()) for b in blocks))
+        tokens = sum(int((b.segment_ids > 0).sum()) for b in blocks)
+        pending = partial(_read, batches, k, outputs, tokens, made_in)
         stopping = stop()
         if stopping or due(k + 1):
             on_update(pending())
@@ -134,10 +138,9 @@ def fit(
     return state
 
 
-def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], tokens: int) -> UpdateMetrics:
+def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], tokens: int, made_in: float) -> UpdateMetrics:
     host = jax.device_get([{name: o[name] for name in ("loss", "grad_norm")} for o in outputs])
     loss = float(sum(float(o["loss"]) for o in host))
     losses = [o["losses"] for o in outputs]
-    return UpdateMetrics(
-        k + 1, loss, float(host[-1]["grad_norm"]), tokens, lambda: batches.micro_losses(k, jax.device_get(losses))
-    )
+    norm = float(host[-1]["grad_norm"])
+    return UpdateMetrics(k + 1, loss, norm, tokens, made_in, lambda: batches.micro_losses(k, jax.device_get(losses)))

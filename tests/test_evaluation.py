@@ -138,7 +138,7 @@ def test_nan_filter(nan_filter: bool, every: int) -> None:
         parts = weighted(batches, k)
         log.on_update(
             UpdateMetrics(
-                k + 1, float(sum(p.sum() for p in parts)), 0.0, 1, lambda k=k, p=parts: batches.micro_losses(k, p)
+                k + 1, float(sum(p.sum() for p in parts)), 0.0, 1, 0.0, lambda k=k, p=parts: batches.micro_losses(k, p)
             )
         )
         for (indices,) in order.update(k):

@@ -13,13 +13,15 @@ from llama_jax.reporting.trainer_state import TrainerState
 
 
 class UpdateMetrics(NamedTuple):
-    """One update: its number (from 1), loss, gradient norm before clipping, tokens; and, read from the devices when
-    called, the part of each micro-batch and rank in the loss, float64 [micro-batches, ranks]."""
+    """One update: its number (from 1), loss, gradient norm before clipping, tokens, the seconds that the host took to
+    make its blocks; and, read from the devices when called, the part of each micro-batch and rank in the loss, float64
+    [micro-batches, ranks]."""
 
     step: int
     loss: float
     grad_norm: float
     tokens: int
+    made_in: float
     micro_losses: Callable[[], np.ndarray]
 
 
@@ -52,6 +54,7 @@ class RunLog:
         self._now: dict[str, float] = {}  # of the last update, what a line says beside the loss
         self._logged_ahead = self._tokens_ahead = 0  # of the next update, what an epoch's end had already
         self._done_at: list[tuple[float, int]] = []  # when each update was done, and its tokens
+        self._made_in: list[float] = []
 
     def on_update(self, metrics: UpdateMetrics) -> None:
         """An update is done."""
@@ -64,6 +67,7 @@ class RunLog:
         self._window += 1
         self.state.at(step, order.epoch_at(step), self._flos, self._tokens)
         self._done_at.append((time.monotonic(), metrics.tokens))
+        self._made_in.append(metrics.made_in)
         modern = order.compat == "5"
         lr = float(self.rate(step - 1 if modern else step))
         speed = f"{self._recent_speed():,.0f} tok/s"
@@ -126,13 +130,15 @@ class RunLog:
     def _seen(self) -> dict[str, float]:
         return {} if self.tokens_seen == "no" else {"num_input_tokens_seen": self._tokens + self._tokens_ahead}
 
-    def speed(self) -> tuple[float, float]:
-        """Real tokens a second since the first update (which compiled) was done, and the median seconds an update."""
+    def speed(self) -> tuple[float, float, float]:
+        """Real tokens a second since the first update (which compiled) was done, the median seconds an update, and the
+        median seconds that the host takes to make one's blocks, while the devices are at the one before."""
         if len(self._done_at) < 2:
-            return 0.0, 0.0
+            return 0.0, 0.0, 0.0
         times = np.asarray([t for t, _ in self._done_at])
         tokens = sum(n for _, n in self._done_at[1:])
-        return tokens / max(times[-1] - times[0], 1e-9), float(np.median(np.diff(times)))
+        rate = tokens / max(times[-1] - times[0], 1e-9)
+        return rate, float(np.median(np.diff(times))), float(np.median(self._made_in))
 
     def _recent_speed(self, updates: int = 50) -> float:
         recent = self._done_at[-updates:]
