@@ -211,7 +211,7 @@ def main(argv: list[str]) -> int:
     rate, median, made_in = run_log.speed()
     peak = peak_memory()
     say(
-        f"{rate:,.0f} tokens/s, median update {1000 * median:,.0f} ms, its blocks made in {1000 * made_in:,.1f} ms beside"
+        f"{rate:,.0f} tokens/s, median update {1000 * median:,.0f} ms, blocks made in {1000 * made_in:,.1f} ms"
         + (f", peak device memory {peak / 2**30:.1f} GiB" if peak else "")
     )
     if log.values["global_step"] < order.updates:
