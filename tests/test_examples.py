@@ -6,6 +6,7 @@ many tokens as the prompt alone has are -100; both are cut at `model_max_length`
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_jax.data import examples as examples_module
-from llama_jax.data.examples import Examples, alpaca_prompt, check_examples, from_tokenized, tokenize_alpaca
+from llama_jax.data.examples import Examples, alpaca_prompt, check_examples, from_tokenized, tokenize, tokenize_alpaca
+from llama_jax.data.records import ALPACA, CHAT, FORMS, TEXT, TOKENIZED
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.errors import InputError
 
@@ -316,3 +318,82 @@ def test_examples_are_slices_of_one_array():
     assert got[1][0].tolist() == [1, 2, 3, 4, 5]
     assert got[1][1].tolist() == [-1, -2, -3, -4, -5]
     assert np.shares_memory(got[1][0], got.input_ids)
+
+
+# --- plain text, and what all forms share
+
+
+@settings(max_examples=200)
+@given(texts=st.lists(words, min_size=1, max_size=4), limit=st.integers(1, 60))
+def test_all_of_a_text_is_trained(small, texts, limit):
+    """With the beginning token, and one eos at the end."""
+    tokenizer, rule = small
+    got = tokenize(TEXT, [{"text": text} for text in texts], tokenizer, limit)
+    assert len(got) == len(texts)
+    for i, text in enumerate(texts):
+        expected = rule.encode(text if text.endswith("</s>") else text + "</s>")
+        assert expected[0] == 1 and expected[-1] == 2
+        assert got[i][0].tolist() == got[i][1].tolist() == expected[:limit]
+    assert got.input_ids.dtype == got.labels.dtype == np.int32
+
+
+def test_a_text_without_an_eos_token_gets_none(small, monkeypatch):
+    tokenizer, rule = small
+    monkeypatch.setitem(tokenizer.special, "eos_token", None)
+    assert tokenize(TEXT, [{"text": "a"}], tokenizer, 9)[0][0].tolist() == rule.encode("a")
+
+
+FORMED = {
+    ALPACA: lambda i: {**RECORD, "output": str(i) * i},
+    CHAT: lambda i: {"messages": [{"role": "user", "content": "a" * i}, {"role": "assistant", "content": str(i)}]},
+    TEXT: lambda i: {"text": str(i) * i},
+    TOKENIZED: lambda i: {"input_ids": [1, i, 2], "labels": [-100, i, 2]},
+}
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+def test_records_are_asked_for_once_and_a_chunk_at_a_time(small, monkeypatch, form, chunk):
+    """Each example is that of its record alone, and no more records than a chunk's are out at a time."""
+    tokenizer, _ = small
+    monkeypatch.setitem(tokenizer.config, "chat_template", TEMPLATE)
+    monkeypatch.setattr(examples_module, "CHUNK", chunk)
+    records = [FORMED[form](i) for i in range(12)]
+    asked, done = 0, 0
+
+    def stream():
+        nonlocal asked
+        for record in records:
+            assert form == TOKENIZED or asked - done < chunk
+            asked += 1
+            yield record
+
+    def progress(count: int) -> None:
+        nonlocal done
+        done += count
+
+    got = tokenize(form, stream(), None if form == TOKENIZED else tokenizer, 150, progress)
+    assert asked == len(got) == 12 and (form == TOKENIZED or done == 12)
+    for i, record in enumerate(records):
+        alone = tokenize(form, [record], tokenizer, 150)
+        assert got[i][0].tolist() == alone[0][0].tolist() and got[i][1].tolist() == alone[0][1].tolist()
+        assert (got[i][1] != -100).any()
+
+
+def test_token_lists_are_not_held_twice(small):
+    """Ids and labels of 4 bytes, a quarter more for how an array grows, and a megabyte for a chunk of 6,000 tokens; a
+    list of ids would be 8 bytes a token, a second copy of the arrays 8 more."""
+    tokenizer, _ = small
+    records = [{"text": "ab " * 100}] * 2000
+    tokens = 2000 * len(tokenize(TEXT, records[:1], tokenizer, 512)[0][0])
+    assert tokens > 400_000
+    examples_module.CHUNK, before = 20, examples_module.CHUNK
+    tracemalloc.start()
+    try:
+        tokenize(TEXT, records, tokenizer, 512)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        examples_module.CHUNK = before
+    assert peak < 8 * tokens * 1.25 + 1e6, f"{peak / tokens:.1f} bytes a token"

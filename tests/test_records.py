@@ -6,14 +6,18 @@ has its opening bracket before the first record, on the same line).
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
+from llama_jax.data import records as records_module
 from llama_jax.data.examples import check_examples, from_tokenized
 from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
@@ -77,7 +81,8 @@ def number_in(message: str) -> int:
 def test_good_records_come_back_as_they_stand(tmp_path, records, write_all):
     path = tmp_path / "data.json"
     path.write_bytes(write_all(records).encode())
-    assert read_records(path) == ("tokenized" if "labels" in records[0] else "alpaca", records)
+    form, got = read_records(path)
+    assert (form, list(got)) == ("tokenized" if "labels" in records[0] else "alpaca", records)
 
 
 words = st.text(max_size=20)
@@ -94,7 +99,7 @@ tokens = ids.map(lambda x: {"input_ids": x, "labels": [-100, *x[1:]] if len(x) >
 def test_any_text_survives(tmp_path, records, layout):
     """Newlines of Unicode inside a string do not end a line of JSONL."""
     path = write(tmp_path / "data.json", as_lines(records), layout)
-    assert read_records(path)[1] == records
+    assert list(read_records(path)[1]) == records
 
 
 NOT_A_STRING = [None, True, 3, 2.5, ["a"], {"a": "b"}]
@@ -285,3 +290,233 @@ def test_a_home_folder_is_followed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "data.json", as_lines([TEXT]), "array")
     assert read_records(Path("~/data.json")) == ("alpaca", [TEXT])
+
+
+# --- chats and texts
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}]}
+SHAREGPT: dict[str, Any] = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "é"}]}
+PLAIN: dict[str, Any] = {"text": "Once upon\na time"}
+NOT_TURNS = [None, 3, "Hi", [], {"role": "user"}, {}]
+
+
+def with_turn(good: dict[str, Any], n: int, **changes: Any) -> dict[str, Any]:
+    """The record with its turn n, from 0, changed; what is changed to ... is left out."""
+    ((key, turns),) = good.items()
+    turn = {k: v for k, v in {**turns[n], **changes}.items() if v is not ...}
+    return {key: [*turns[:n], turn, *turns[n + 1 :]]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("form", "records"),
+    [
+        ("chat", [CHAT, SHAREGPT, {"messages": [CHAT["messages"][1]]}]),
+        ("chat", [SHAREGPT, CHAT, {"messages": None, **SHAREGPT}, {**CHAT, "id": 3, "tools": []}]),
+        ("chat", [{"conversations": CHAT["messages"]}, with_turn(CHAT, 1, tool_calls=None, name="x", weight=1)]),
+        ("chat", [{"conversations": [{"from": f, "value": ""} for f in ("system", "user", "assistant")]}]),
+        ("text", [PLAIN, {"text": ""}, {"text": "x", "instruction": "y"}]),
+        ("alpaca", [{**TEXT, "text": "all of it"}]),
+    ],
+)
+def test_the_first_record_tells_the_form(tmp_path, form, records, layout):
+    path = write(tmp_path / "data.json", as_lines(records), layout)
+    got_form, got = read_records(path)
+    assert (got_form, list(got)) == (form, records)
+
+
+HALF = "half of a pair: \ud83d"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("good", "bad", "named"),
+    [
+        *((CHAT, other, "'messages' or 'conversations'") for other in (TEXT, TOKENS, PLAIN, {})),
+        *((other, CHAT, "its keys: messages") for other in (TEXT, PLAIN)),
+        (TOKENS, CHAT, "input_ids"),
+        (TEXT, PLAIN, "instruction"),
+        (PLAIN, TEXT, "'text'"),
+        *((CHAT, {"messages": v}, "list of turns") for v in NOT_TURNS),
+        *((CHAT, {"messages": [*CHAT["messages"], v]}, "turn 3") for v in (None, "Hi", ["user", "Hi"])),
+        *((CHAT, with_turn(CHAT, 0, role=v), "turn 1") for v in (..., None, 3, "tool", "User", "human", ["user"])),
+        *((SHAREGPT, with_turn(SHAREGPT, 0, **{"from": v}), "turn 1") for v in (..., None, "bing", {"a": 1})),
+        *((CHAT, with_turn(CHAT, 1, content=v), "'content' of turn 2") for v in (..., *NOT_A_STRING, HALF)),
+        *((SHAREGPT, with_turn(SHAREGPT, 1, value=v), "'value' of turn 2") for v in (..., *NOT_A_STRING, HALF)),
+        (CHAT, {"messages": CHAT["messages"][:1]}, "assistant"),
+        (CHAT, with_turn(CHAT, 1, tool_calls=[{}]), "tool in turn 2"),
+        (CHAT, with_turn(CHAT, 1, weight=0), "weight 0 in turn 2"),
+        *((CHAT, {**CHAT, key: "x"}, repr(key)) for key in ("tools", "functions", "system")),
+        *((CHAT, v, "object") for v in NOT_A_RECORD),
+        *((PLAIN, {"text": v}, "'text'") for v in (*NOT_A_STRING, HALF)),
+    ],
+)
+def test_a_bad_chat_or_text_is_named(tmp_path, good, bad, named, layout):
+    message = refusal(write(tmp_path / "data.json", as_lines([good, good, bad, good]), layout))
+    assert re.search(r"\brecord 3\b", message), message
+    assert named in message, message
+
+
+def test_a_record_of_no_form_is_told_all_forms(tmp_path):
+    message = refusal(write(tmp_path / "data.json", as_lines([{"prompt": "a", "completion": "b"}]), "jsonl"))
+    assert number_in(message) == 1
+    for key in ("prompt", "completion", "instruction", "output", "messages", "conversations", "text", "input_ids"):
+        assert key in message
+
+
+# --- plain text
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"a\nb\n", ["a", "b"]),
+        ("\ufeffé \r\n\n \t \n  x\x0b\u2028y".encode(), ["é ", "  x\x0b\u2028y"]),
+        (b'[\n{"text": 1}\nPAR1', ["[", '{"text": 1}', "PAR1"]),
+        (b"PAR1\n", ["PAR1"]),
+    ],
+)
+def test_each_line_of_a_text_file_is_a_record(tmp_path, data, lines):
+    """But blank ones, whatever the text looks like; its line's end is no part of it."""
+    (tmp_path / "data.txt").write_bytes(data)
+    form, records = read_records(tmp_path / "data.txt")
+    assert (form, list(records)) == ("text", [{"text": line} for line in lines])
+
+
+@pytest.mark.parametrize("before", [0, 3, 500])
+def test_a_text_file_that_is_not_utf8_is_refused_at_its_line(tmp_path, before):
+    (tmp_path / "data.txt").write_bytes(b"a\n\n" * before + b"caf\xe9\n" + b"a\n")
+    message = refusal(tmp_path / "data.txt")
+    assert "UTF-8" in message and number_in(message) == 2 * before + 1
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \r\n"])
+def test_a_text_file_without_text_is_refused(tmp_path, data):
+    (tmp_path / "data.txt").write_bytes(data)
+    assert "empty" in refusal(tmp_path / "data.txt")
+
+
+# --- parquet, and files of which only the places of the records are kept
+
+
+def write_parquet(path: Path, records: list[dict[str, Any]], group: int = 1000) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=group)
+    return path
+
+
+@pytest.mark.parametrize("form", ["alpaca", "chat", "sharegpt", "text", "tokenized"])
+def test_parquet_holds_every_form(tmp_path, form):
+    good = {"alpaca": TEXT, "chat": CHAT, "sharegpt": SHAREGPT, "text": PLAIN, "tokenized": TOKENS}[form]
+    path = write_parquet(tmp_path / "data", [{"id": i, **good, "score": [0.5]} for i in range(5)], group=2)
+    got_form, records = read_records(path)
+    assert got_form == ("chat" if form == "sharegpt" else form)
+    assert list(records) == [good] * 5, "other columns are not read"
+
+
+def test_a_null_of_parquet_is_no_value(tmp_path):
+    """A column is there in each row or in none."""
+    records = [TEXT, {"instruction": "Go.", "output": ""}]
+    assert list(read_records(write_parquet(tmp_path / "data.parquet", records))[1]) == records
+    bad = [TEXT, {"instruction": "Go."}]
+    message = refusal(write_parquet(tmp_path / "data.parquet", bad))
+    assert number_in(message) == 2 and "'output'" in message
+
+
+@pytest.mark.parametrize("at", [1, 2, 1999, 2000, 2500])
+@pytest.mark.parametrize("column", ["text", "messages", "input_ids"])
+def test_a_bad_row_is_named(tmp_path, at, column):
+    good = {"text": PLAIN, "messages": CHAT, "input_ids": TOKENS}[column]
+    bad = {
+        "text": {},
+        "messages": {"messages": CHAT["messages"][:1]},
+        "input_ids": {"input_ids": [1], "labels": [1, 2]},
+    }
+    records = [good] * 2600
+    records[at] = bad[column]
+    assert number_in(refusal(write_parquet(tmp_path / "data", records, group=700))) == at + 1
+
+
+@pytest.mark.parametrize("type_", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+def test_strings_of_any_arrow_type_are_strings(tmp_path, type_):
+    table = pyarrow.table({"text": pyarrow.array(["a", "é", "a"]).cast(type_)})
+    parquet.write_table(table, tmp_path / "data")
+    assert [r["text"] for r in read_records(tmp_path / "data")[1]] == ["a", "é", "a"]
+
+
+@pytest.mark.parametrize("table", [{"text": [b"a"]}, {"text": [1]}, {"other": ["a"]}, {"input_ids": [[0.5]]}])
+def test_columns_of_other_types_are_refused(tmp_path, table):
+    parquet.write_table(pyarrow.table(table), tmp_path / "data")
+    message = refusal(tmp_path / "data")
+    assert number_in(message) == 1 and next(iter(table)) in message
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    path = write_parquet(tmp_path / "data", [{"text": str(i) * 50} for i in range(3000)])
+    whole = path.read_bytes()
+    for broken in (
+        b"PAR1",
+        whole[: len(whole) // 2],
+        whole[:4] + b"\xff" * (len(whole) // 2) + whole[len(whole) // 2 :],
+    ):
+        path.write_bytes(broken)
+        assert "parquet" in refusal(path)
+    write_parquet(path, [])
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
+    assert "no records" in refusal(path)
+
+
+bounds = st.none() | st.integers(-12, 12)
+
+
+@settings(max_examples=200)
+@given(
+    count=st.integers(1, 9),
+    group=st.integers(1, 9),
+    rows=st.integers(1, 4),
+    kind=st.sampled_from(["jsonl", "txt", "parquet"]),
+    cuts=st.lists(st.tuples(bounds, bounds), max_size=3),
+    at=st.integers(-12, 12),
+)
+def test_records_are_a_sequence(tmp_path, count, group, rows, kind, cuts, at):
+    """Parts of parts, from either end, over the edges of parquet's row groups and batches, are those of a list."""
+    expected = [{"text": f"{i}é" * i + "."} for i in range(count)]
+    path = tmp_path / f"data.{kind}"
+    if kind == "parquet":
+        write_parquet(path, expected, group)
+    else:
+        lines = as_lines(expected) if kind == "jsonl" else [r["text"].encode() for r in expected]
+        path.write_bytes(b"\n\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records_module, "_ROWS", rows)
+        got = read_records(path)[1]
+        for start, stop in cuts:
+            got, expected = got[start:stop], expected[start:stop]
+        assert len(got) == len(expected)
+        assert list(got) == list(got) == expected
+        if -len(expected) <= at < len(expected):
+            assert got[at] == expected[at]
+        else:
+            with pytest.raises(IndexError):
+                got[at]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
+def test_a_file_of_lines_is_not_held_in_memory(tmp_path, name):
+    """Twenty megabytes of lines take a few lines' memory: ten of 0.1 MB are allowed, for the buffers of one line."""
+    line = {"data.jsonl": json.dumps({"text": "a" * 100_000}), "data.txt": "a" * 100_000}[name]
+    (tmp_path / name).write_text("\n".join([line] * 200))
+    tracemalloc.start()
+    try:
+        records = read_records(tmp_path / name)[1][1:]
+        assert sum(len(record["text"]) for record in records) == 19_900_000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_is_gone_is_told(tmp_path):
+    path = write(tmp_path / "data.json", as_lines([PLAIN] * 3), "jsonl")
+    records = read_records(path)[1]
+    path.unlink()
+    with pytest.raises(InputError, match=r"data\.json: cannot be read"):
+        list(records)

@@ -1,12 +1,15 @@
-"""From records to token ids and labels, by stanford_alpaca's rule."""
+"""From records to token ids and labels."""
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 
 import numpy as np
 
-from llama_jax.data.records import Record
+from llama_jax.data.chat import Chat
+from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Record
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 
@@ -71,41 +74,77 @@ def alpaca_prompt(record: Record) -> str:
     return _LONG.format_map(record) if record.get("input", "") else _SHORT.format_map(record)
 
 
-def tokenize_alpaca(
-    records: Sequence[Record],
-    tokenizer: Tokenizer,
+def tokenize(
+    form: str,
+    records: Iterable[Record],
+    tokenizer: Tokenizer | None,
     model_max_length: int,
     progress: Callable[[int], None] = lambda done: None,
+    source: str = "data",
 ) -> Examples:
-    """Prompt + output + eos tokenised as one text, cut at `model_max_length`; labels of the prompt are -100.
+    """The examples of records of a form of `records.FORMS`, each cut at `model_max_length` tokens.
 
-    The prompt's length is that of the prompt tokenised alone, as in stanford_alpaca: the two need not agree at the
-    boundary. A prompt that reaches the limit leaves an example without labels.
+    `progress` is told how many more records are done, and `source` names the file in errors. Only "tokenized" records,
+    which are taken as they are, need no tokenizer. The others':
+
+    - "alpaca": `alpaca_prompt` + output + eos tokenised as one text; labels of as many tokens as the prompt alone has,
+      cut as well, are -100, as in stanford_alpaca: the two need not agree at the boundary.
+    - "chat": the tokenizer's chat template; labels of what the assistant has not said are -100.
+    - "text": the text and eos, unless it ends so, with the beginning token that the tokenizer adds; all labels.
+
+    What is cut away may leave an example without labels. Raises InputError for a chat that the template refuses.
     """
-    ids: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    eos = tokenizer.eos_token or ""
-    for start in range(0, len(records), CHUNK):
-        chunk = records[start : start + CHUNK]
-        prompts = [alpaca_prompt(r) for r in chunk]
-        texts = [prompt + record["output"] + eos for prompt, record in zip(prompts, chunk, strict=True)]
-        joint = tokenizer.encode_batch(texts + prompts)
-        for example, prompt in zip(joint[: len(chunk)], joint[len(chunk) :], strict=True):
+    if form == TOKENIZED:
+        return from_tokenized(records)
+    assert tokenizer is not None
+    chat = Chat(tokenizer) if form == CHAT else None
+    ids, labels, offsets = array("i"), array("i"), array("q", [0])  # they grow without a second copy
+    remaining = iter(records)
+    while chunk := list(islice(remaining, CHUNK)):
+        if chat:
+            made = chat.tokenize(chunk, source, len(offsets))
+        elif form == TEXT:
+            made = _text(chunk, tokenizer)
+        else:
+            made = _alpaca(chunk, tokenizer, model_max_length)
+        for example, trained in made:
             example_ids = np.asarray(example[:model_max_length], np.int32)
-            masked = sum(i != tokenizer.pad_token_id for i in prompt[:model_max_length])
-            example_labels = example_ids.copy()
-            example_labels[:masked] = IGNORE_INDEX
-            ids.append(example_ids)
-            labels.append(example_labels)
+            ids.frombytes(example_ids.tobytes())
+            labels.frombytes(np.where(trained[:model_max_length], example_ids, np.int32(IGNORE_INDEX)).tobytes())
+            offsets.append(len(ids))
         progress(len(chunk))
-    return _join(ids, labels)
+    return Examples(np.frombuffer(ids, np.int32), np.frombuffer(labels, np.int32), np.frombuffer(offsets, np.int64))
 
 
-def from_tokenized(records: Sequence[Record]) -> Examples:
+tokenize_alpaca = partial(tokenize, ALPACA)
+
+
+def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    prompts = [alpaca_prompt(r) for r in records]
+    texts = [prompt + r["output"] + (tokenizer.eos_token or "") for prompt, r in zip(prompts, records, strict=True)]
+    joint = tokenizer.encode_batch(texts + prompts)
+    for ids, prompt in zip(joint[: len(records)], joint[len(records) :], strict=True):
+        yield ids, np.arange(len(ids)) >= sum(i != tokenizer.pad_token_id for i in prompt[:limit])
+
+
+def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    eos = tokenizer.eos_token or ""
+    for ids in tokenizer.encode_batch([r["text"] + ("" if r["text"].endswith(eos) else eos) for r in records]):
+        yield ids, np.ones(len(ids), bool)
+
+
+def from_tokenized(records: Iterable[Record]) -> Examples:
     """Records that are `input_ids` and `labels` already."""
-    ids = [np.asarray(r["input_ids"], np.int64) for r in records]
-    labels = [np.asarray(r["labels"], np.int64) for r in records]
-    return _join(ids, labels)
+    ids, labels, offsets = (
+        array("q"),
+        array("q"),
+        array("q", [0]),
+    )  # 64 bits: `check_examples` is to see what is too large
+    for record in records:
+        ids.extend(record["input_ids"])
+        labels.extend(record["labels"])
+        offsets.append(len(ids))
+    return Examples(*(np.frombuffer(a, np.int64) for a in (ids, labels, offsets)))
 
 
 def _join(ids: list[np.ndarray], labels: list[np.ndarray]) -> Examples:
@@ -131,4 +170,4 @@ def check_examples(examples: Examples, vocab_size: int, source: str) -> Examples
         raise InputError(
             f"{source}: every label is masked (-100), so there is nothing to learn; raise model_max_length?"
         )
-    return Examples(ids.astype(np.int32), labels.astype(np.int32), examples.offsets)
+    return Examples(ids.astype(np.int32, copy=False), labels.astype(np.int32, copy=False), examples.offsets)

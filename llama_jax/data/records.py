@@ -1,52 +1,209 @@
 """Reading and validating the data file: every record is known to be good before anything is tokenised."""
 
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from llama_jax.errors import InputError
 from llama_jax.files import parse_json, read_json
 
 Record = dict[str, Any]
 
-ALPACA, TOKENIZED = "alpaca", "tokenized"
+ALPACA, CHAT, TEXT, TOKENIZED = "alpaca", "chat", "text", "tokenized"
+FORMS = {  # what is done with each, in a few words for the user
+    ALPACA: "instruction, input and output; the output is trained",
+    CHAT: "turns through the tokenizer's chat template; the assistant's are trained",
+    TEXT: "plain text with an eos; all of it is trained",
+    TOKENIZED: "input_ids and labels, taken as they are",
+}
+OPENAI = ("system", "user", "assistant")
+SHAREGPT = {"human": "user", "gpt": "assistant", **{role: role for role in OPENAI}}  # its names -> OpenAI's
+
+_ROWS = 1000  # rows of a parquet file that are Python objects at a time
+_BESIDE = ("tools", "functions", "system")  # would change what a chat template writes
+_COLUMNS = {"instruction", "input", "output", "messages", "conversations", *_BESIDE, "text", "input_ids", "labels"}
 
 
-def read_records(path: Path) -> tuple[str, list[Record]]:
-    """The records of a JSON array or of a JSONL file, and their form: "alpaca" or "tokenized" (by the first record).
+def read_records(path: Path) -> tuple[str, Sequence[Record]]:
+    """The records of a file and their form, one of `FORMS`, by the first record.
 
-    Alpaca records hold the strings `instruction`, `output` and perhaps `input`; tokenised ones the integer lists
-    `input_ids` and `labels` of equal length. Raises InputError that names the file and the record by number, from 1.
+    The file is a JSON array, JSONL, parquet, or, where its name ends in `.txt`, text of which each line that is not
+    blank is a record. Records hold:
+
+    - "alpaca": the strings `instruction`, `output` and perhaps `input`;
+    - "chat": a list `messages` of `role` and `content`, or `conversations` of `from` and `value`;
+    - "text": a string `text`;
+    - "tokenized": the integer lists `input_ids` and `labels` of equal length.
+
+    A null in parquet is an absent value. Of an array all records are in memory; those of the other files are read when
+    they are asked for, and only their places are kept. Raises InputError that names the file and the record by number,
+    from 1.
     """
     path = path.expanduser()
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
-    records = _read(path)
-    if not records:
+    records = _open(path)
+    if not len(records):
         raise InputError(f"{path}: holds no records")
-    first = records[0] if isinstance(records[0], dict) else {}
-    form = TOKENIZED if "input_ids" in first else ALPACA
-    check = _check_tokenized if form == TOKENIZED else _check_alpaca
+    form = None
     for number, record in enumerate(records, start=1):
-        problem = check(record) if isinstance(record, dict) else f"should be an object, not {_kind(record)}"
+        if not isinstance(record, dict):
+            problem: str | None = f"should be an object, not {_kind(record)}"
+        elif form := form or _form(record):
+            problem = _CHECKS[form](record)
+        else:
+            problem = (
+                f"is of no known form{_keys(record)}; should have 'instruction' and 'output', 'messages', "
+                "'conversations', 'text', or 'input_ids' and 'labels'"
+            )
         if problem:
             raise InputError(f"{path}: record {number} {problem}")
+    assert form
     return form, records
 
 
-def _read(path: Path) -> list[Any]:
+def messages(record: Record) -> list[dict[str, Any]]:
+    """The turns of a chat record as `role` and `content`; what else OpenAI's form has stays, without its nulls."""
+    return [
+        {k: v for k, v in turn.items() if v is not None}
+        if "role" in turn
+        else {"role": SHAREGPT[turn["from"]], "content": turn["value"]}
+        for turn in record.get("messages") or record["conversations"]
+    ]
+
+
+class _Lines(Sequence[Record]):
+    """Records that are lines, each parsed when it is asked for."""
+
+    def __init__(self, path: Path, parse: Callable[[bytes, str, int], Any], starts: "array[int]", sizes: "array[int]"):
+        self._path, self._parse, self._starts, self._sizes = path, parse, starts, sizes
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+    @overload
+    def __getitem__(self, i: slice) -> "_Lines": ...
+    def __getitem__(self, i: int | slice) -> "Record | _Lines":
+        if isinstance(i, slice):
+            return _Lines(self._path, self._parse, self._starts[i], self._sizes[i])
+        at = range(len(self))[i]
+        return next(iter(self[at : at + 1]))
+
+    def __iter__(self) -> Iterator[Record]:
+        try:
+            with self._path.open("rb") as file:
+                for start, size in zip(self._starts, self._sizes, strict=True):
+                    file.seek(start)
+                    line = file.read(size)
+                    try:
+                        record = self._parse(line, str(self._path), 1)
+                    except InputError:  # once more, with the number of the line
+                        file.seek(0)
+                        number = 1
+                        while file.tell() < start:
+                            file.readline()
+                            number += 1
+                        record = self._parse(line, str(self._path), number)
+                    yield record
+        except OSError as e:
+            raise InputError(f"{self._path}: cannot be read: {e.strerror}") from None
+
+
+class _Rows(Sequence[Record]):
+    """Records that are rows of a parquet file, read in batches when they are asked for."""
+
+    def __init__(self, path: Path, span: range | None = None):
+        self._path = path
+        if span is None:
+            with self._file() as file:
+                span = range(file.metadata.num_rows)
+        self._span = span
+
+    def __len__(self) -> int:
+        return len(self._span)
+
+    @overload
+    def __getitem__(self, i: int) -> Record: ...
+    @overload
+    def __getitem__(self, i: slice) -> "_Rows": ...
+    def __getitem__(self, i: int | slice) -> "Record | _Rows":
+        if isinstance(i, slice):
+            assert i.step in (None, 1)  # rows are read in runs
+            return _Rows(self._path, self._span[i])
+        at = range(len(self))[i]
+        return next(iter(self[at : at + 1]))
+
+    def __iter__(self) -> Iterator[Record]:
+        with self._file() as file:
+            starts = [0]
+            for group in range(file.num_row_groups):
+                starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
+            first = max(0, bisect_right(starts, self._span.start) - 1)
+            at, groups = starts[first], range(first, file.num_row_groups)
+            columns = [name for name in file.schema_arrow.names if name in _COLUMNS] or None
+            for batch in file.iter_batches(_ROWS, groups, columns):
+                if at >= self._span.stop:
+                    return
+                for row in batch[max(0, self._span.start - at) : self._span.stop - at].to_pylist():
+                    yield {key: value for key, value in row.items() if value is not None}
+                at += batch.num_rows
+
+    @contextmanager
+    def _file(self) -> Iterator[Any]:
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(self._path) as file:
+                yield file
+        except (OSError, pyarrow.ArrowException) as e:
+            raise InputError(f"{self._path}: not a parquet file that can be read ({str(e).splitlines()[0]})") from None
+
+
+def _open(path: Path) -> Sequence[Any]:
     try:
         with path.open("rb") as file:
             while (start := file.read(1024)) and not start.strip():
                 pass
             if not start:
                 raise InputError(f"{path}: the file is empty")
-            if start.lstrip().startswith(b"["):
+            text = path.suffix == ".txt"
+            if not text and start.startswith(b"PAR1"):
+                return _Rows(path)
+            if not text and start.lstrip().startswith(b"["):
                 return read_json(path)
             file.seek(0)
-            lines = enumerate(file, start=1)
-            return [parse_json(line.rstrip(b"\r\n"), str(path), number) for number, line in lines if line.strip()]
+            starts, sizes, at = array("q"), array("q"), 0
+            for line in file:
+                if line.strip():
+                    starts.append(at)
+                    sizes.append(len(line))
+                at += len(line)
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror}") from None
+    return _Lines(path, _parse_text if text else _parse_line, starts, sizes)
+
+
+def _parse_line(line: bytes, where: str, number: int) -> Any:
+    return parse_json(line.rstrip(b"\r\n"), where, number)
+
+
+def _parse_text(line: bytes, where: str, number: int) -> Record:
+    try:
+        return {TEXT: line.rstrip(b"\r\n").decode("utf-8-sig")}
+    except UnicodeDecodeError as e:
+        raise InputError(f"{where}: not UTF-8 at line {number}: {e.reason}") from None
+
+
+def _form(record: Record) -> str | None:
+    """By the most telling key: Alpaca's records may have a `text` too."""
+    keys = {"input_ids": TOKENIZED, "messages": CHAT, "conversations": CHAT, "instruction": ALPACA, "text": TEXT}
+    return next((form for key, form in keys.items() if key in record), None)
 
 
 def _check_alpaca(record: Record) -> str | None:
@@ -54,16 +211,52 @@ def _check_alpaca(record: Record) -> str | None:
         if key not in record:
             if key == "input":
                 continue
-            return f"has no {key!r} (its keys: {', '.join(map(str, record)) or 'none'})"
-        if not isinstance(record[key], str):
-            return f"has {_kind(record[key])} as {key!r}, should be a string"
-        if not record[key].isascii() and _half_pair(record[key]):
-            return f"has half a surrogate pair in {key!r}, which is no character"
+            return f"has no {key!r}{_keys(record)}"
+        if problem := _check_string(record[key], repr(key)):
+            return problem
     return None
 
 
-def _half_pair(text: str) -> bool:
-    return any("\ud800" <= c <= "\udfff" for c in text)
+def _check_text(record: Record) -> str | None:
+    return _check_string(record["text"], "'text'") if "text" in record else f"has no 'text'{_keys(record)}"
+
+
+def _check_chat(record: Record) -> str | None:
+    turns = record.get("messages") or record.get("conversations")
+    if not isinstance(turns, list):
+        return f"needs 'messages' or 'conversations', a list of turns{_keys(record)}"
+    for key in _BESIDE:
+        if record.get(key):
+            return f"has {key!r} beside its turns, which is not supported; tell it in a system turn at the beginning"
+    assistant = False
+    for n, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict):
+            return f"has {_kind(turn)} as turn {n}, should be an object"
+        name, said, known = ("role", "content", OPENAI) if "role" in turn else ("from", "value", tuple(SHAREGPT))
+        role = turn.get(name)
+        if role not in known:
+            return f"has the {name!r} {str(role)[:40]!r} in turn {n}, should be one of {', '.join(known)}"
+        if turn.get("tool_calls") or turn.get("function_call"):
+            return f"calls a tool in turn {n}, which is not supported; leave such records out"
+        if problem := _check_string(turn.get(said), f"{said!r} of turn {n}"):
+            return problem
+        if role in ("assistant", "gpt"):
+            assistant = True
+            if turn.get("weight") == 0:
+                return f"has the weight 0 in turn {n}, which is not supported: every assistant turn is trained"
+    return None if assistant else "has no turn of the assistant, so nothing to train"
+
+
+def _check_string(value: Any, what: str) -> str | None:
+    if not isinstance(value, str):
+        return f"has {_kind(value)} as {what}, should be a string"
+    if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        return f"has half a surrogate pair in {what}, which is no character"
+    return None
+
+
+def _keys(record: Record) -> str:
+    return f" (its keys: {', '.join(map(str, record)) or 'none'})"
 
 
 def _check_tokenized(record: Record) -> str | None:
@@ -82,4 +275,7 @@ def _check_tokenized(record: Record) -> str | None:
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+    return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
+
+
+_CHECKS = {ALPACA: _check_alpaca, CHAT: _check_chat, TEXT: _check_text, TOKENIZED: _check_tokenized}

@@ -8,9 +8,11 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llama_jax.errors import InputError
 from llama_jax.files import read_json_object, write_json
@@ -42,6 +44,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, with the beginning token, on all cores."""
+
+    @abstractmethod
+    def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
+        """Ids of each text as it stands, nothing added at either end, and the characters [start, end) of each id.
+
+        The bytes of a character that is no token have all of its characters; a space that the tokenizer puts in front
+        has those of what follows."""
+
+    @abstractmethod
+    def special_texts(self) -> set[str]:
+        """The texts of all special tokens."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -151,12 +164,19 @@ class SentencePieceTokenizer(Tokenizer):
         if self.token_to_id(token) is None:
             self._added[token] = len(self)
 
+    def special_texts(self) -> set[str]:
+        return {t for t in [*self.special.values(), *self._added] if t}
+
+    def _split(self, texts: Sequence[str]) -> list[list[str]]:
+        """Each text's parts: at even places what is between special tokens, at odd ones a special token."""
+        longest_first = sorted(self.special_texts(), key=len, reverse=True)
+        pattern = re.compile("(" + "|".join(re.escape(t) for t in longest_first) + ")")
+        return [pattern.split(text) for text in texts]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        cut = {t for t in [*self.special.values(), *self._added] if t}
-        pattern = re.compile("(" + "|".join(re.escape(t) for t in sorted(cut, key=len, reverse=True)) + ")")
         start = [self.bos_token_id] if self.config.get("add_bos_token", True) else []
         end = [self.eos_token_id] if self.config.get("add_eos_token", False) else []
-        split = [pattern.split(text) for text in texts]
+        split = self._split(texts)
         heads = self._start.encode([parts[0] for parts in split], num_threads=os.cpu_count() or 1)
         result = []
         for parts, head in zip(split, heads, strict=True):
@@ -169,8 +189,30 @@ class SentencePieceTokenizer(Tokenizer):
             result.append(ids + end)
         return result
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText  # type: ignore[attr-defined]  # made at run time
+
+        for parts in self._split(texts):
+            ids: list[int] = []
+            offsets: list[tuple[int, int]] = []
+            at = 0
+            for k, part in enumerate(parts):
+                if k % 2:
+                    ids.append(self.token_to_id(part))  # type: ignore[arg-type]  # it was cut out as one
+                    offsets.append((at, at + len(part)))
+                elif part:
+                    inner = self._inner if k else self._start
+                    pieces = SentencePieceText.FromString(inner.encode(part, out_type="serialized_proto")).pieces
+                    # All but the last byte of a character, and a space put in front, have no text of their own.
+                    ends = at + np.cumsum([len(piece.surface) for piece in pieces])
+                    starts = np.concatenate([[at], ends[:-1]])
+                    ids += [piece.id for piece in pieces]
+                    offsets += zip(starts.tolist(), ends[np.searchsorted(ends, starts, "right")].tolist(), strict=True)
+                at += len(part)
+            yield ids, offsets
+
     def decode(self, ids: Sequence[int]) -> str:
-        skipped = {self.token_to_id(t) for t in [*self.special.values(), *self._added] if t}
+        skipped = {self.token_to_id(t) for t in self.special_texts()}
         return self._start.decode([int(i) for i in ids if i not in skipped])
 
     def save(self, folder: Path) -> None:
@@ -240,6 +282,13 @@ class FastTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
+        for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
+            yield e.ids, e.offsets
+
+    def special_texts(self) -> set[str]:
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

