@@ -4,6 +4,7 @@ Token j of example i has the id `STRIDE * i + j + 1`, so that a row can be read 
 of the pair (i, j). The Trainer's loss is then a few loops over those numbers.
 """
 
+import json
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 
 from llama_jax.data import batches as batches_module
 from llama_jax.data.batches import Batch, Batches
-from llama_jax.data.examples import Examples
+from llama_jax.data.examples import Examples, tokenize
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order
+from llama_jax.data.records import ALPACA
+from llama_jax.data.tokenizer import open_tokenizer
 
-STRIDE = 1024  # more than the longest example
+STRIDE = 2048  # more than the longest example
 
 
 def make_examples(lengths: list[int], masked: float, seed: int) -> Examples:
@@ -118,8 +121,8 @@ class Drawn(NamedTuple):
 
 
 @st.composite
-def drawn_runs(draw: Any) -> Drawn:
-    """Small runs, with as many compiled shapes as a long run has."""
+def drawn_runs(draw: Any, packed: bool | None = None) -> Drawn:
+    """Small runs, with as many compiled shapes as a long run has, packed or padded."""
     longest = draw(st.sampled_from([3, 40, 130, 400]))
     lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=24))
     examples = make_examples(lengths, draw(st.sampled_from([0.0, 0.3, 0.9, 1.0])), draw(st.integers(0, 99)))
@@ -141,7 +144,8 @@ def drawn_runs(draw: Any) -> Drawn:
     ways = draw(st.sampled_from([ranks, 1, 2, 4]))
     max_tokens = draw(st.sampled_from([1, 128, 500, 1024, 4096]))
     row_limit = draw(st.sampled_from([1, 128, 200, 512, 2048]))
-    batches = Batches(examples, order, training_loss(order), ways, max_tokens, row_limit)
+    packed = draw(st.booleans()) if packed is None else packed
+    batches = Batches(examples, order, training_loss(order), ways, max_tokens, row_limit, packed)
     return Drawn(examples, order, batches, ways, row_limit, max_tokens)
 
 
@@ -183,34 +187,126 @@ def test_the_weighted_sum_is_the_trainers_loss(many_shapes, run, seed):
         assert abs(got - trainers_loss(run.order, k, run.examples, losses)) <= 1e-7 * size
 
 
-@settings(max_examples=400)
-@given(run=drawn_runs())
-def test_blocks_have_the_declared_shapes(many_shapes, run):
-    """Few shapes, rows of each device alike, no more tokens on a device than it may hold, or than the longest row."""
+def check_blocks(run: Drawn) -> None:
+    """The blocks are as announced, few shapes are compiled, and each device gets as many rows as the others."""
     shapes = run.batches.shapes
     assert 1 <= len(shapes) <= 6
     assert len(set(shapes)) == len(shapes)
-    longest = max(run.row_limit, int(run.examples.lengths.max()))
-    allowed = max(run.max_tokens, -(-longest // 128) * 128)
     for rows, length in shapes:
         assert rows % run.ways == 0
         assert length % 128 == 0
-        assert rows // run.ways * length <= allowed
+    seen = set()
     for k in range(run.order.updates):
         blocks = run.batches.update(k)
-        assert len(blocks) == run.batches.blocks(k) >= 1
+        assert run.batches.blocks(k) == len(blocks)
+        assert run.batches.shapes_of(k) == [block.input_ids.shape for block in blocks]
         for block in blocks:
             assert {array.shape for array in block} == {block.input_ids.shape}
-            assert block.input_ids.shape in shapes
             assert [array.dtype for array in block] == [np.int32] * 5 + [np.float32]
-        assert len({block.input_ids.shape for block in blocks}) == 1
+        seen.update(run.batches.shapes_of(k))
+    assert seen == set(shapes), "a shape is announced that no update has, or the other way round"
+
+
+@settings(max_examples=400)
+@given(run=drawn_runs(packed=True))
+def test_packed_blocks(many_shapes, run):
+    """No more tokens on a device than it may hold, or than the longest row. As few blocks as hold the tokens; one, at
+    the latest, where they leave room for the longest example in every row of the largest block, or fill one row. Where
+    the longest example is more than half a row, that is so of the sum over updates: another row may suit more."""
+    check_blocks(run)
+    up = lambda n: -(-n // 128) * 128  # noqa: E731
+    longest = int(run.examples.lengths.max())
+    limit = max(up(min(run.row_limit, run.max_tokens)), up(longest))
+    most = max(run.max_tokens, limit)
+    assert all(rows // run.ways * length <= most for rows, length in run.batches.shapes)
+    assert all(length <= limit for _, length in run.batches.shapes)
+    rows = most // limit * run.ways
+    needed = []
+    for k in range(run.order.updates):
+        tokens = sum(len(p.weights) for block in run.batches.update(k) for p in read_back(block, run.examples))
+        assert run.batches.blocks(k) >= tokens / (most * run.ways)
+        # First-fit's bound: an example that finds no place leaves less than its length free in every row.
+        at_most = max(1, -(-tokens // (rows * (limit - longest)))) if limit > longest else np.inf
+        needed.append(1 if tokens <= limit else at_most)
+    blocks = [run.batches.blocks(k) for k in range(run.order.updates)]
+    assert sum(blocks) <= sum(needed)
+    if 2 * longest <= min(run.row_limit, run.max_tokens):
+        assert all(n <= most for n, most in zip(blocks, needed, strict=True))
+
+
+@settings(max_examples=400)
+@given(run=drawn_runs(packed=False))
+def test_padded_blocks(many_shapes, run):
+    """A block is a micro-batch: its examples in order, each in a row of its own. All shapes have the same rows, as many
+    as a whole micro-batch fills, and a block's rows are the shortest that hold its longest example."""
+    check_blocks(run)
+    whole = run.order.per_device_batch * run.order.ranks
+    assert {rows for rows, _ in run.batches.shapes} == {-(-whole // run.ways) * run.ways}
+    for k in range(run.order.updates):
+        micro_batches = run.order.update(k)
+        assert run.batches.blocks(k) == len(micro_batches)
+        for block, micro in zip(run.batches.update(k), micro_batches, strict=True):
+            assert block.segment_ids.max() == 1
+            wanted = [int(i) for rank in micro for i in rank]
+            assert [p.example for p in read_back(block, run.examples)] == wanted
+            assert block.segment_ids[: len(wanted), 0].all()
+            longest = max(int(run.examples.lengths[i]) for i in wanted)
+            row = block.input_ids.shape[1]
+            assert row == min(length for _, length in run.batches.shapes if length >= longest)
+
+
+def test_padded_row_lengths_are_the_best():
+    """Longest examples of 100, 200, ..., 1,000 tokens; 3 row lengths. Against all choices of 1,024 and two more."""
+    lengths = [100 * (i // 30 + 1) for i in range(300)]
+    examples = make_examples(lengths, 0.3, 0)
+    order = Order(300, 2, 1, 1, "5")
+    batches = Batches(examples, order, training_loss(order), packed=False)
+    assert order.updates == 150  # of which 50 pay for a shape
+    longest = [max(lengths[i] for i in order.update(k)[0][0]) for k in range(150)]
+    multiples = range(128, 1025, 128)
+    computed = min(sum(min(t for t in (a, b, 1024) if t >= n) for n in longest) for a in multiples for b in multiples)
+    assert len(batches.shapes) == 3
+    assert sum(length for k in range(150) for _, length in batches.shapes_of(k)) == computed
+
+
+@settings(max_examples=100)
+@given(run=drawn_runs(packed=True), seed=st.integers(0, 9))
+def test_packed_and_padded_are_the_same_update(many_shapes, run, seed):
+    """Token by token the same weight, target and padded length; and each micro-batch has its part in the loss."""
+    order = run.order
+    padded = Batches(run.examples, order, training_loss(order), run.ways, packed=False)
+    table = token_losses(run.examples, seed)
+    for k in range(order.updates):
+        both = []
+        for batches in (run.batches, padded):
+            tokens: Counter[tuple[int, ...]] = Counter()
+            losses = []
+            for block in batches.update(k):
+                example, position = (block.input_ids - 1) // STRIDE, (block.input_ids - 1) % STRIDE
+                values = np.zeros(block.input_ids.shape)
+                for at in zip(*np.nonzero(block.segment_ids), strict=True):
+                    i, j = int(example[at]), int(position[at])
+                    assert block.positions[at] == j
+                    fields = (block.targets[at], block.weights[at], block.lengths[at])
+                    tokens[i, j, *(x.item() for x in fields)] += 1
+                    values[at] = block.weights[at] * table[i][j]
+                losses.append(values)
+            both.append((tokens, batches.micro_losses(k, losses)))
+        assert both[0][0] == both[1][0]
+        # Sums of at most 400 float64 products in another order.
+        np.testing.assert_allclose(both[0][1], both[1][1], rtol=1e-11, atol=1e-11)
+        assert both[0][1].shape == (len(order.update(k)), order.ranks)
+        total = trainers_loss(order, k, run.examples, table)
+        size = sum(w * n for (*_, w, _), n in both[0][0].items()) * np.abs(np.concatenate(table)).max()
+        assert abs(both[0][1].sum() - total) <= 1e-7 * size  # weights are float32
 
 
 @settings(max_examples=100)
 @given(run=drawn_runs(), data=st.data())
 def test_an_update_is_a_function_of_its_number(many_shapes, run, data):
     """In any order, from another object."""
-    again = Batches(run.examples, run.order, training_loss(run.order), run.ways, run.max_tokens, run.row_limit)
+    limits = run.ways, run.max_tokens, run.row_limit, run.batches.packed
+    again = Batches(run.examples, run.order, training_loss(run.order), *limits)
     assert again.shapes == run.batches.shapes
     expected = [run.batches.update(k) for k in range(run.order.updates)]
     for k in data.draw(st.permutations(range(run.order.updates))):
@@ -238,7 +334,7 @@ def test_a_short_run_compiles_one_shape(run):
 @pytest.mark.parametrize("ways", [1, 4])
 @pytest.mark.parametrize("max_tokens", [512, 4096])
 def test_a_long_run_has_few_shapes_and_little_padding(compat, ways, max_tokens):
-    """Lengths as in Alpaca, rows of multiples of 128: 7 % of padding where an update is one row, 17 % where it is two
+    """Lengths as in Alpaca, rows of multiples of 128: 7 % of padding where an update is one row, 9 % where it is two
     or three of at most 512 tokens, 38 % where each of four devices has two examples of 130 tokens."""
     rng = np.random.default_rng(5)
     lengths = np.minimum(np.maximum(rng.lognormal(4.7, 0.5, 3300).astype(int), 30), 512)
@@ -260,7 +356,7 @@ def test_a_long_run_has_few_shapes_and_little_padding(compat, ways, max_tokens):
     assert seen == expected
     assert tokens == sum(int(lengths[i]) * n for i, n in expected.items())
     assert max(rows * length for rows, length in batches.shapes) <= max_tokens * ways
-    assert padded / tokens < (1.4 if ways == 4 else 1.1 if max_tokens == 4096 else 1.2)
+    assert padded / tokens < (1.4 if ways == 4 else 1.1)
 
 
 def test_an_update_that_fits_is_one_block():
@@ -273,11 +369,81 @@ def test_an_update_that_fits_is_one_block():
         assert batches.update(0)[0].input_ids.size == 4096
 
 
-def test_an_update_that_does_not_fit_is_several_blocks_of_one_shape():
+@pytest.mark.parametrize("ways", [1, 2])
+def test_an_update_that_fits_to_the_last_token_is_one_block(ways):
+    """32 examples of 4,096 tokens a device in all, in rows of 2,048; one token more is a block more."""
+    rng = np.random.default_rng(1)
+    for more in (0, 1):
+        lengths = np.clip(rng.lognormal(4.7, 0.5, 32).astype(int), 30, 512)
+        lengths = lengths * 4096 * ways // lengths.sum()
+        lengths[np.argsort(lengths)[: 4096 * ways - lengths.sum() + more]] += 1
+        assert lengths.sum() == 4096 * ways + more
+        examples = make_examples(lengths.tolist(), 0.3, 0)
+        batches = Batches(examples, order := Order(32, 1, 32, 1, "5"), training_loss(order), ways, 4096)
+        assert batches.blocks(0) == 1 + more
+
+
+def test_an_update_that_does_not_fit_is_several_blocks():
     examples = make_examples([500] * 16, 0.5, 0)
     batches = Batches(examples, order := Order(16, 1, 16, 1, "5"), training_loss(order), 1, 1024, 512)
     assert batches.shapes == [(2, 512)]
-    assert batches.blocks(0) == 8
+    assert batches.shapes_of(0) == [(2, 512)] * 8
+
+
+def test_what_is_left_over_is_a_smaller_block(many_shapes):
+    """Three updates of 25 examples of 100 tokens: 20 in a block as large as may be, and 5 in a small one."""
+    examples = make_examples([100] * 75, 0.5, 0)
+    batches = Batches(examples, order := Order(75, 1, 25, 1, "5"), training_loss(order), 1, 2048)
+    assert batches.shapes == [(1, 512), (1, 2048)]
+    assert [sorted(batches.shapes_of(k)) for k in range(3)] == [[(1, 512), (1, 2048)]] * 3
+
+
+def test_room_that_cannot_be_used_is_not_counted():
+    """Three examples of 700 are fewer tokens than two rows of 1,152 hold, but need three rows. Two shapes for 99 such
+    updates and a larger one, with rows for the longest example: theirs, and the larger one's."""
+    lengths = [700, 700, 700, 1] * 99 + [1000] * 4
+    examples = make_examples(lengths, 0.5, 0)
+    order = Order(400, 4, 1, 1, "5", sampling="sequential")
+    batches = Batches(examples, order, training_loss(order), 1, 4096, 1152)
+    assert batches.shapes == [(3, 1024), (4, 1024)]
+    assert [batches.shapes_of(k) for k in range(100)] == [[(3, 1024)]] * 99 + [[(4, 1024)]]
+
+
+def test_rows_suit_long_examples():
+    """Examples of 1,100: one in a row of 2,048 would leave half of it; three rows of 1,152 fit a device."""
+    examples = make_examples([1100] * 64, 0.5, 0)
+    batches = Batches(examples, order := Order(64, 1, 32, 1, "5"), training_loss(order))
+    assert batches.shapes == [(3, 1152)]
+    assert [batches.blocks(k) for k in range(2)] == [11, 11]
+
+
+@pytest.mark.slow
+def test_fill_on_alpaca(shared):
+    """Alpaca's 52,002 examples. The targets of the design: 90 % with the seed's flags, 97 % from 32 examples an update.
+
+    With several devices the kernels' multiple of 128 tokens a row is the limit: 8 x 128 are a quarter of 32 examples.
+    The numbers there are what is reached, less 0.2 %; benchmarks/fill.py shows the bounds beside them.
+    """
+    data = shared / "data"
+    records = json.loads((data / "alpaca" / "alpaca_data.json").read_text(encoding="utf-8"))
+    examples = tokenize(ALPACA, records, open_tokenizer(data / "llama-tokenizer"), 512)
+    reached = {
+        (8, 1): 0.90,
+        (32, 1): 0.97,
+        (64, 1): 0.97,
+        (128, 1): 0.97,
+        (32, 8): 0.888,
+        (64, 8): 0.94,
+        (128, 8): 0.947,
+        (512, 8): 0.97,
+    }
+    for (an_update, ways), least in reached.items():
+        order = Order(len(examples), 1, an_update // ways, 3, "4.37", ranks=ways)
+        batches = Batches(examples, order, training_loss(order), ways)
+        tokens = sum(examples.lengths[r].sum() for k in range(order.updates) for m in order.update(k) for r in m)
+        computed = sum(rows * length for k in range(order.updates) for rows, length in batches.shapes_of(k))
+        assert len(batches.shapes) <= 6
+        assert tokens / computed >= least, (an_update, ways, batches.shapes)
 
 
 def test_a_device_gets_rows_of_its_own():

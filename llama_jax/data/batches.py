@@ -1,5 +1,6 @@
 """Update k as blocks of tokens: a pure function of the data, the order and k."""
 
+from array import array
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,10 +8,11 @@ import numpy as np
 from llama_jax.data.examples import IGNORE_INDEX, Examples
 from llama_jax.data.normalisation import Normalise
 from llama_jax.data.order import Order
-from llama_jax.data.packing import Shape, ladder, pack
+from llama_jax.data.packing import Shape, allowed_shapes, best_sizes, ladder, pack, totals
 
 MAX_SHAPES = 6  # compiled steps in a run
 UPDATES_PER_SHAPE = 50  # a short run compiles fewer: a compile costs more than the padding that it saves
+SAMPLE = 50  # updates that are packed to choose a row limit by
 ROW_MULTIPLE = 128  # what attention kernels ask of a row's length
 
 
@@ -45,8 +47,11 @@ class Piece(NamedTuple):
 class Batches:
     """The blocks of every update of a run; `shapes` are all shapes that will be compiled.
 
-    An update is one block where its tokens fit `max_tokens` on each of `ways` devices, and otherwise several of one
-    shape, to be accumulated. Each device gets the same number of rows, at most `row_limit` long (or one example).
+    An update is one block where its tokens fit `max_tokens` on each of `ways` devices, and otherwise as few as hold it,
+    to be accumulated. Each device gets the same number of rows, at most `row_limit` long (or one example).
+
+    Not `packed`, a block is a micro-batch, as in the HF Trainer: each example in a row of its own, and rows as long as
+    its longest example, rounded up to one of few lengths.
     """
 
     def __init__(
@@ -57,67 +62,102 @@ class Batches:
         ways: int = 1,
         max_tokens: int = 4096,
         row_limit: int = 2048,
+        packed: bool = True,
     ):
-        self.examples, self.order, self.normalise, self.ways = examples, order, normalise, ways
+        self.examples, self.order, self.normalise, self.ways, self.packed = examples, order, normalise, ways, packed
         self.trained = examples.trained
-        self.shapes: list[Shape] = []
-        self._plan(max_tokens, row_limit)
+        levels = max(1, min(MAX_SHAPES, order.updates // UPDATES_PER_SHAPE))
+        # Block b of the run has the shape of number _shape_of[b]; update k begins with block _first[k].
+        self.shapes: list[Shape]
+        self._shape_of: np.ndarray
+        self._first: np.ndarray
+        if packed:
+            self._plan(levels, max_tokens, row_limit)
+        else:
+            self._plan_padded(levels)
 
-    def _plan(self, max_tokens: int, row_limit: int) -> None:
-        lengths = self.examples.lengths
-        row_limit = max(min(row_limit, max_tokens), int(lengths.max()))
-        row_limit = -(-row_limit // ROW_MULTIPLE) * ROW_MULTIPLE
-        rows_at_once = max(1, max_tokens // row_limit)
-        rows, needed = [], []
-        for k in range(self.order.updates):
-            sizes = self._sizes(k)
-            count = max(1, -(-sum(sizes) // (row_limit * self.ways)))
-            while (placed := pack(sizes, count * self.ways, row_limit)) is None:
-                count += 1
-            longest = max(sum(sizes[i] for i in row) for row in placed)
-            if count > rows_at_once:
-                count = -(-count // rows_at_once) * rows_at_once
-            rows.append(count)
-            needed.append(longest)
-        most = max(1, min(MAX_SHAPES, self.order.updates // UPDATES_PER_SHAPE))
-        # One level of length for each number of rows, then further ones to the most frequent number.
-        by_rows: dict[int, list[int]] = {}
-        for r, n in zip(rows, needed, strict=True):
-            by_rows.setdefault(min(r, rows_at_once), []).append(n)
-        while len(by_rows) > max(most, 1):
-            smallest = min(by_rows)
-            moved = by_rows.pop(smallest)
-            by_rows[min(by_rows)].extend(moved)
-        common = max(by_rows, key=lambda r: len(by_rows[r]))
-        for r, lengths_needed in sorted(by_rows.items()):
-            levels = most - len(by_rows) + 1 if r == common else 1
-            self.shapes += [(r * self.ways, n) for n in ladder(np.asarray(lengths_needed), levels, ROW_MULTIPLE)]
-        self._blocks = [
-            self._blocks_of(self._sizes(k), r, n, rows_at_once)
-            for k, (r, n) in enumerate(zip(rows, needed, strict=True))
-        ]
+    def _plan(self, levels: int, max_tokens: int, row_limit: int) -> None:
+        updates = range(self.order.updates)
+        allowed = self._allowed(max_tokens, row_limit)
+        counts, needed = np.ones((2, len(updates)), np.int64)
+        for k in updates:
+            counts[k], needed[k] = self._least(self._sizes(k), allowed)
+        while True:
+            sizes = best_sizes(counts, needed, list(allowed), levels)
+            choices = {int(n): totals(sizes, n) for n in np.unique(counts)}
+            numbers, first, lost = array("b"), array("q", [0]), False
+            for k in updates:
+                lengths, options = self._sizes(k), choices[int(counts[k])]
+                for total, blocks in options.items():
+                    rows = self._capacities([allowed[b] for b in blocks])
+                    if total >= needed[k] and pack(lengths, rows) is not None:
+                        numbers.extend(sizes.index(b) for b in blocks)
+                        break
+                else:  # its room suffices, but not in these rows: it asks for more
+                    lost = True
+                    needed[k] = max(options) + ROW_MULTIPLE
+                    if counts[k] == 1:
+                        needed[k] = min((s for s in allowed if s >= needed[k]), default=needed[k])
+                    counts[k] += needed[k] > counts[k] * max(allowed)
+                first.append(len(numbers))
+            if not lost:
+                break
+        used, shape_of = np.unique(np.frombuffer(numbers, np.int8), return_inverse=True)
+        self.shapes = [(allowed[sizes[i]][0] * self.ways, allowed[sizes[i]][1]) for i in used]
+        self._shape_of, self._first = shape_of.astype(np.int8), np.frombuffer(first, np.int64)
+
+    def _allowed(self, max_tokens: int, row_limit: int) -> dict[int, Shape]:
+        """The shapes that a device may be given. Where two of the longest example do not fit a row, other limits may
+        pack better (examples of 1,100 in rows of 1,152, not of 2,048): the best one for a sample of updates is taken.
+        """
+        longest = int(self.examples.lengths.max())
+        row_limit = min(row_limit, max_tokens)
+        limits = range(max(row_limit, longest), (longest if 2 * longest > row_limit else row_limit) - 1, -ROW_MULTIPLE)
+        choices = [allowed_shapes(max_tokens, limit, longest, ROW_MULTIPLE) for limit in limits]
+        if len(choices) == 1:
+            return choices[0]
+        sample = [self._sizes(k) for k in range(0, self.order.updates, -(-self.order.updates // SAMPLE))]
+        return min(choices, key=lambda allowed: np.sum([self._least(x, allowed) for x in sample], axis=0).tolist())
+
+    def _least(self, lengths: list[int], allowed: dict[int, Shape]) -> tuple[int, int]:
+        """How many blocks these examples need, and the tokens of a device in all: an allowed size, if it is one; else
+        the largest one for all blocks but the last, and what is left over then."""
+        share = -(-sum(lengths) // (self.ways * ROW_MULTIPLE)) * ROW_MULTIPLE
+        most = max(allowed)
+        if share <= most:
+            for size, shape in allowed.items():
+                if size >= share and pack(lengths, self._capacities([shape])) is not None:
+                    return 1, size
+        count = max(2, -(-share // most))
+        while (placed := pack(lengths, self._capacities([allowed[most]] * count))) is None:
+            count += 1
+        rest = sum(lengths[i] for row in placed[-allowed[most][0] * self.ways :] for i in row)
+        return count, (count - 1) * most + -(-rest // (self.ways * ROW_MULTIPLE)) * ROW_MULTIPLE
+
+    def _capacities(self, shapes: list[Shape]) -> list[int]:
+        """The lengths of all rows of blocks that have these shapes on each device."""
+        return [length for rows, length in shapes for _ in range(rows * self.ways)]
+
+    def _plan_padded(self, levels: int) -> None:
+        order, lengths = self.order, self.examples.lengths
+        micro_batches = (m for k in range(order.updates) for m in order.update(k))
+        longest = np.asarray([max(lengths[rank].max() for rank in m) for m in micro_batches])
+        row_lengths = ladder(longest, levels, ROW_MULTIPLE)
+        rows = -(-order.per_device_batch * order.ranks // self.ways) * self.ways
+        self.shapes = [(rows, length) for length in row_lengths]
+        self._shape_of, self._first = np.searchsorted(row_lengths, longest).astype(np.int8), order.bounds
 
     def _sizes(self, k: int) -> list[int]:
         """Lengths of the examples of update k, in order."""
-        lengths = self.examples.lengths
-        return [int(lengths[i]) for micro in self.order.update(k) for rank in micro for i in rank]
-
-    def _blocks_of(self, sizes: list[int], rows: int, needed: int, rows_at_once: int) -> tuple[int, Shape]:
-        """How many blocks of which shape an update takes that needs `rows` rows a device of length `needed`."""
-        fitting = [s for s in self.shapes if s[0] >= min(rows, rows_at_once) * self.ways and s[1] >= needed]
-        for shape in sorted(fitting, key=lambda s: s[0] * s[1]):
-            count = -(-rows * self.ways // shape[0])
-            if pack(sizes, count * shape[0], shape[1]) is not None:
-                return count, shape
-        raise AssertionError(f"no shape of {self.shapes} holds examples of lengths {sizes}")
+        return self.examples.lengths[np.concatenate([r for micro in self.order.update(k) for r in micro])].tolist()
 
     def blocks(self, k: int) -> int:
         """How many blocks update k has."""
-        return self._blocks[k][0]
+        return int(self._first[k + 1] - self._first[k])
 
-    def shape(self, k: int) -> Shape:
-        """Rows and row length of each block of update k."""
-        return self._blocks[k][1]
+    def shapes_of(self, k: int) -> list[Shape]:
+        """Rows and row length of the blocks of update k."""
+        return [self.shapes[i] for i in self._shape_of[self._first[k] : self._first[k + 1]]]
 
     def padded_tokens(self, k: int) -> int:
         """Tokens of update k as the HF Trainer pads them, each micro-batch to its longest example."""
@@ -130,12 +170,19 @@ class Batches:
 
     def _placed(self, k: int) -> list[tuple[list[list[Piece]], int]]:
         """Each block of update k as the pieces of its rows, and the rows' length."""
-        count, (rows, length) = self._blocks[k]
-        pieces = self._pieces(k)
-        placed = pack(self._sizes(k), count * rows, length)
-        assert placed is not None  # as planned
-        pieces_of_rows = [[pieces[i] for i in row] for row in placed]
-        return [(pieces_of_rows[b * rows : (b + 1) * rows], length) for b in range(count)]
+        pieces, shapes = self._pieces(k), self.shapes_of(k)
+        if self.packed:
+            placed = pack(self._sizes(k), [length for rows, length in shapes for _ in range(rows)])
+            assert placed is not None  # as planned
+            pieces_of_rows = iter([pieces[i] for i in row] for row in placed)
+            return [([next(pieces_of_rows) for _ in range(rows)], length) for rows, length in shapes]
+        blocks: list[list[list[Piece]]] = [[] for _ in shapes]
+        for piece in pieces:
+            blocks[piece.micro_batch].append([piece])
+        return [
+            (block + [[] for _ in range(rows - len(block))], length)
+            for block, (rows, length) in zip(blocks, shapes, strict=True)
+        ]
 
     def trained_tokens(self, k: int) -> list[list[int]]:
         """Trained tokens of each micro-batch of update k, by rank."""

@@ -1,31 +1,115 @@
-"""Placing the examples of one update side by side in rows of a fixed length, and choosing few shapes for a run."""
+"""Placing the examples of one update side by side in rows, and choosing few shapes for a run."""
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
 import numpy as np
 
 Shape = tuple[int, int]  # rows, row length
 
 
-def pack(lengths: Sequence[int], rows: int, capacity: int) -> list[list[int]] | None:
-    """Positions in `lengths` by row, so that no row holds more than `capacity` tokens; None where that was not found.
+def pack(lengths: Sequence[int], capacities: Sequence[int]) -> list[list[int]] | None:
+    """Positions in `lengths` by row, so that row r holds at most `capacities[r]` tokens; None where that was not found.
 
-    Longest first, each into the emptiest row: rows come out even, and first-fit's failures need a fill over 3/4.
-    Where that fails, best fit (into the fullest row that still takes it) is tried.
+    One row after the other, the longest first, each as full as any choice of what is left makes it: an exact subset
+    sum, long examples preferred. What is too long for the room that some row has left is never given up.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for best_fit in (False, True):
-        loads, placed = [0] * rows, [[] for _ in range(rows)]  # type: tuple[list[int], list[list[int]]]
-        for i in order:
-            fits = [r for r in range(rows) if loads[r] + lengths[i] <= capacity]
-            if not fits:
+    left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    remaining = sum(lengths)
+    placed: list[list[int]] = [[] for _ in capacities]
+    for row in sorted(range(len(capacities)), key=lambda r: -capacities[r]):
+        chosen = left if remaining <= capacities[row] else _fullest(left, lengths, capacities[row])
+        placed[row] = sorted(chosen)
+        remaining -= sum(lengths[i] for i in chosen)
+        taken = set(chosen)
+        left = [i for i in left if i not in taken]
+        if not left:
+            return placed
+    return None if left else placed
+
+
+def _fullest(left: list[int], lengths: Sequence[int], capacity: int) -> list[int]:
+    """Those of `left` that make the largest sum up to `capacity`; the first of them are preferred."""
+    within = (1 << (capacity + 1)) - 1
+    reached = [1]  # after j of them: bit s is set where some of those j sum to s
+    for i in left:
+        reached.append((reached[-1] | reached[-1] << lengths[i]) & within)
+        if reached[-1] >> capacity:
+            break
+    load = reached[-1].bit_length() - 1
+    chosen = []
+    for j in range(len(reached) - 2, -1, -1):
+        if not reached[j] >> load & 1:
+            chosen.append(left[j])
+            load -= lengths[left[j]]
+    return chosen
+
+
+def allowed_shapes(max_tokens: int, row_limit: int, longest: int, multiple: int) -> dict[int, Shape]:
+    """The shapes that one device may be given, by their tokens, ascending: one for each size, of the fewest rows.
+
+    Row lengths are multiples of `multiple`. A single row is as short as that; several are longer than half of
+    `row_limit`, which leaves no more examples unplaced than need be, and take the longest example each. `row_limit` and
+    `max_tokens` give way to the longest example.
+    """
+    longest = _round_up(longest, multiple)
+    limit = max(_round_up(min(row_limit, max_tokens), multiple), longest)
+    shapes = {}
+    for size in range(multiple, max(max_tokens, limit) + 1, multiple):
+        fewest = -(-size // limit)
+        for rows in range(fewest, max(fewest, 2 * size // limit) + 1):
+            length = size // rows
+            several = length >= longest and 2 * length > limit
+            if size % (rows * multiple) == 0 and (rows == 1 or several):
+                shapes[size] = (rows, length)
                 break
-            row = max(fits, key=loads.__getitem__) if best_fit else min(fits, key=loads.__getitem__)
-            loads[row] += lengths[i]
-            placed[row].append(i)
-        else:
-            return [sorted(row) for row in placed]
-    return None
+    return shapes
+
+
+def totals(sizes: Sequence[int], count: int) -> dict[int, tuple[int, ...]]:
+    """The blocks that an update of `count` blocks may have, by the sum of their sizes, ascending.
+
+    All but two are of the largest size: two that are free make 21 sums of six sizes, close enough to each other.
+    """
+    free = min(count, 2)
+    full = (max(sizes),) * (count - free)
+    choices = combinations_with_replacement(sorted(sizes, reverse=True), free)
+    return dict(sorted((sum(full + choice), full + choice) for choice in choices))
+
+
+def best_sizes(counts: np.ndarray, needed: np.ndarray, allowed: Sequence[int], levels: int) -> list[int]:
+    """At most `levels` of the sizes `allowed`, which give all updates together the least room.
+
+    Update k has `counts[k]` blocks and needs the room `needed[k]`, the size of an allowed one where that is 1; the
+    largest allowed one as often as `counts[k]` has it. Where all updates are one block the choice is the best of all.
+    Otherwise it is one that neither another size, nor another one in the place of one, makes better.
+    """
+    if counts.max() == 1:
+        return ladder(needed, levels, 1)
+    wanted = [(int(n), *np.unique(needed[counts == n], return_counts=True)) for n in np.unique(counts)]
+
+    def room(sizes: list[int]) -> float:
+        """What all updates take."""
+        taken = 0
+        for count, needs, updates in wanted:
+            sums = np.asarray([*totals(sizes, count)])
+            if sums[-1] < needs[-1]:
+                return np.inf
+            taken += int(sums[np.searchsorted(sums, needs)] @ updates)
+        return taken
+
+    chosen = [max(allowed)]
+    least = room(chosen)
+    improved = True
+    while improved:
+        improved = False
+        grown = [chosen] if len(chosen) < levels else []
+        for others in [*grown, *(chosen[:i] + chosen[i + 1 :] for i in range(len(chosen)))]:
+            taken, size = min((room([*others, size]), size) for size in allowed)
+            if taken < least:
+                least, chosen, improved = taken, [*others, size], True
+                break
+    return sorted(set(chosen))  # a smaller largest size may leave one of the others without use
 
 
 def ladder(needed: np.ndarray, levels: int, multiple: int) -> list[int]:
@@ -51,3 +135,7 @@ def ladder(needed: np.ndarray, levels: int, multiple: int) -> list[int]:
         chosen.append(int(values[j - 1]) * multiple)
         j, k = int(cut[k, j]), k - 1
     return sorted(chosen)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
