@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     from llama_jax import sharding
     from llama_jax.attention import Kernel, choose_kernel
     from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
-    from llama_jax.explain import as_json, as_text, explain
+    from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.hf.load import abstract_params, resize_vocabulary
     from llama_jax.hf.source import Source, training_dtype
     from llama_jax.model import RunOptions
@@ -102,6 +102,9 @@ def main(argv: list[str]) -> int:
     )
     graphdef, abstract_parameters = abstract_params(config, run, mesh)
     abstract = abstract_state(abstract_parameters, tx, mesh)
+    if args.show_examples:
+        out = sys.stderr if args.explain == "json" else sys.stdout
+        print(show_examples(job, args.show_examples, wants_colour(out)), file=out)
     if args.explain:
         described = explain(job, batches, abstract, dtype)
         print(as_json(described) if args.explain == "json" else as_text(described))

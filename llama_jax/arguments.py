@@ -35,9 +35,11 @@ from llama_jax.flags import (
 
 # The flags of one version alone, of stanford_alpaca, and of this project; all others are of both versions.
 _ORIGIN = {
-    **dict.fromkeys(("model_name_or_path", "data_path", "model_max_length"), ALPACA),
+    **dict.fromkeys(("model_name_or_path", "data_path", "model_max_length", "cache_dir"), ALPACA),
     **dict.fromkeys(("eval_data_path", "validation_split_percentage", "allow_pickle", "dtype", "hf_compat"), HERE),
-    **dict.fromkeys(("max_tokens_per_device", "attention", "scan_layers", "explain", "config"), HERE),
+    **dict.fromkeys(
+        ("max_tokens_per_device", "packing", "attention", "scan_layers", "explain", "show_examples", "config"), HERE
+    ),
     **dict.fromkeys(("warmup_ratio", "overwrite_output_dir"), OLD),
     **dict.fromkeys(
         ("average_tokens_across_devices", "train_sampling_strategy", "eval_strategy", "eval_on_start"), NEW
@@ -51,7 +53,7 @@ _SCHEDULES = [
 ]
 _INTERVALS = ("logging", "eval", "save")
 _METRICS = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-_PATHS = ("model_name_or_path", "data_path", "eval_data_path", "output_dir")
+_PATHS = ("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir")
 _ARGS_FILE = Path(__file__).resolve().parent.parent / "train_jax.args"  # beside train_jax.py
 _CONFIG = "YAML or JSON file of flags by their names; the command line overrides it; alone, it needs no --config"
 
@@ -80,7 +82,7 @@ class Arguments:
     """
 
     model_name_or_path: str = _flag("", "HF folder, .gguf file, or folder made by convert_torch_to_flax.py")
-    data_path: str | None = _flag(None, "Alpaca JSON or JSONL, or records of input_ids and labels")
+    data_path: str | None = _flag(None, "JSON, JSONL, parquet or .txt: Alpaca, chat, text, or input_ids and labels")
     eval_data_path: str | None = _flag(None, "the same for evaluation")
     validation_split_percentage: float = _flag(0, "percentage of data_path that is held out for evaluation")
     output_dir: str = _flag(
@@ -96,6 +98,8 @@ class Arguments:
         choices=["float32", "bfloat16"],
     )
     hf_compat: str = _flag("4.37", "whose rules: transformers 4.37's or 5's", choices=["4.37", "5"])
+    show_examples: int = _flag(0, "print so many examples of the first updates, what is trained told apart")
+    cache_dir: str | None = _flag(None, "tokenized data is kept there; by default in ~/.cache/llama_jax/data")
     explain: str | None = _flag(
         None,
         "print what the flags mean for this data, as text or json, and end",
@@ -140,6 +144,7 @@ class Arguments:
 
     bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
     tf32: bool | None = _flag(None, "float32 matmuls in TF32 (NVIDIA Ampere and later)")
+    packing: bool = _flag(True, "examples side by side in rows; False pads each micro-batch, as the Trainer does")
     attention: str = _flag("auto", "kernel: auto takes the device's best", choices=["auto", "xla", "cudnn", "splash"])
     scan_layers: bool | None = _flag(None, "stack the layers under one lax.scan; by default where there are over 8")
     gradient_checkpointing: bool = _flag(

@@ -14,7 +14,6 @@ from llama_jax.errors import InputError
 from llama_jax.sharding import ACT_BT, ACT_BTKGH, ACT_BTNH
 
 KERNELS = ("xla", "cudnn", "splash")
-ROW_MULTIPLE = 128  # what cudnn and splash ask of a row's length
 
 
 class Kernel(NamedTuple):
@@ -22,6 +21,9 @@ class Kernel(NamedTuple):
 
     name: str = "xla"
     segments: int = 0
+
+
+XLA = Kernel()
 
 
 def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, dtype: str) -> tuple[str, str]:

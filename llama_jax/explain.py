@@ -1,13 +1,23 @@
 """`--explain`: what the flags mean for this model and data, before anything compiles."""
 
+import itertools
 import json
-from typing import Any
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
 from llama_jax.checkpoint import kept_steps, tree_bytes
 from llama_jax.data.batches import Batches
-from llama_jax.job import Job
+from llama_jax.data.doctor import as_lines, diagnose
+from llama_jax.data.examples import IGNORE_INDEX
+from llama_jax.data.records import Record, read_records
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.job import Job, tokenized
+from llama_jax.reporting.progress import count_bar
 from llama_jax.train import TrainState
 
 # What each version of transformers decides, by the number that it decides.
@@ -43,7 +53,7 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[s
     examples_of = [np.concatenate([r for micro in order.update(k) for r in micro]) for k in range(updates)]
     tokens = np.asarray([lengths[i].sum() for i in examples_of])
     trained = np.asarray([job.examples.trained[i].sum() for i in examples_of])
-    computed = sum(batches.blocks(k) * rows * length for k in range(updates) for rows, length in [batches.shape(k)])
+    computed = sum(rows * length for k in range(updates) for rows, length in batches.shapes_of(k))
     warmup = job.warmup_updates
     chosen = sorted({1, *range(warmup, warmup + 2), updates // 2, updates} & set(range(1, updates + 1)))
     opt_bytes = tree_bytes(state.opt_state)
@@ -77,7 +87,65 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[s
             "gradient": tree_bytes(state.params),
         },
         "rules": RULES[args.hf_compat],
+        "data": examine(job),
     }
+
+
+def examine(job: Job) -> dict[str, Any]:
+    """What the data doctor says of the examples that are trained on. Text is read and tokenized once more for it."""
+    args, quiet = job.args, job.args.disable_tqdm or None
+    records: Sequence[Record] = []
+    whole = None
+    if job.tokenizer is not None:
+        path = Path(args.data_path or "")
+        records = read_records(path)[1][job.held_out :]
+        whole = tokenized(job.form, records, job.tokenizer, sys.maxsize, path, quiet)
+    with count_bar("comparing prompts", len(records), "record", quiet) as bar:
+        return diagnose(
+            *(job.form, job.examples, records, whole, job.tokenizer, args.model_max_length),
+            first=job.held_out + 1,
+            progress=bar.update,
+        )
+
+
+def show_examples(job: Job, n: int, colour: bool) -> str:
+    """The first n examples in the order of training, as text; trained tokens are green, or between brackets."""
+    order, shown = job.order, []
+    indices = (int(i) for k in range(order.updates) for micro in order.update(k) for rank in micro for i in rank)
+    for _, i in zip(range(n), indices, strict=False):
+        ids, labels = job.examples[i]
+        trained = labels != IGNORE_INDEX
+        trained[0] = False  # nothing predicts the first token
+        title = f"example {i} (record {job.held_out + i + 1}): {len(ids):,} tokens, {trained.sum():,} trained"
+        shown.append(f"--- {title} ---\n{_rendered(ids, trained, job.tokenizer, colour)}\n")
+    return "\n".join(shown)
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether to print colours there: on a terminal, or where FORCE_COLOR is set."""
+    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+
+
+def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None, colour: bool) -> str:
+    """The text of these tokens, special ones by name; of data that came as tokens the numbers."""
+    special = {tokenizer.token_to_id(token): token for token in tokenizer.special_texts()} if tokenizer else {}
+    alone = np.isin(ids, [i for i in special if i is not None])
+    cuts = np.flatnonzero((trained[1:] != trained[:-1]) | alone[1:] | alone[:-1]) + 1
+    runs, decoded = [], ""
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        if tokenizer is None:
+            text = " ".join(map(str, ids[start:end])) + (" " if end < len(ids) else "")
+        elif alone[start]:
+            text = special[ids[start]]
+        else:
+            # Decoded from the start each time, as a run alone would lose its first space; what is half a character here
+            # is whole in the next run.
+            before, decoded = decoded, tokenizer.decode(ids[:end].tolist()).rstrip("\ufffd")
+            text = decoded[len(before) :].replace("\x1b", "\\x1b")
+        runs.append((bool(trained[start]), text))
+    around = {True: ("\x1b[32m", "\x1b[0m"), False: ("\x1b[2m", "\x1b[0m")} if colour else {True: "⟦⟧", False: ("", "")}
+    joined = [(kind, "".join(text for _, text in group)) for kind, group in itertools.groupby(runs, lambda run: run[0])]
+    return "".join(around[kind][0] + text + around[kind][1] for kind, text in joined)
 
 
 def as_text(facts: dict[str, Any]) -> str:
@@ -113,6 +181,7 @@ def as_text(facts: dict[str, Any]) -> str:
         f"{name + ':':19}" + " - ".join(x for x in (value, facts["rules"].get(rule)) if x)
         for name, (value, rule) in subjects.items()
     ]
+    lines += [f"{name + ':' if name else '':19}{text}" for name, text in as_lines(facts["data"])]
     return "\n".join([f"by the rules of transformers {facts['hf_compat']}:", *lines])
 
 

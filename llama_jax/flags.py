@@ -66,7 +66,6 @@ FLAGS = (
     Flag("batch_eval_metrics", NEW, bool, False, NO_MEANING, _METRICS),
     Flag("bf16_full_eval", BOTH, bool, False, NO_MEANING,
          "the Trainer casts for evaluations outside training, and here all are made during it"),
-    Flag("cache_dir", ALPACA, str | None, None, NO_MEANING, "nothing is downloaded, so nothing is cached there"),
     Flag("dataloader_in_order", NEW, bool, True, NO_MEANING, _LOADER),
     Flag("dataloader_multiprocessing_context", NEW, str | None, None, NO_MEANING, _LOADER,
          options={"choices": ["fork", "spawn", "forkserver"]}),

@@ -1,17 +1,19 @@
 """The flags applied to a model and its data: all that is settled before anything compiles."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llama_jax.arguments import Arguments
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batches
-from llama_jax.data.examples import Examples, check_examples, from_tokenized, tokenize_alpaca
+from llama_jax.data.cache import cache_folder, data_digest, load_examples, save_examples
+from llama_jax.data.examples import Examples, check_examples, tokenize
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order, group_by_length, randperm
-from llama_jax.data.records import TOKENIZED, Record, read_records
+from llama_jax.data.records import FORMS, TOKENIZED, Record, read_records
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.reporting.progress import count_bar, say
@@ -21,12 +23,15 @@ from llama_jax.schedule import Schedule, make_schedule
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A run to be made: `config` has the tokenizer's vocabulary; `log_at`, `eval_at` and `save_at` tell what is due
-    after an update, by its number from 1. What a strategy of "epoch" asks for comes after what "steps" does."""
+    after an update, by its number from 1. What a strategy of "epoch" asks for comes after what "steps" does.
+    `form` is that of the data file, and `held_out` how many of its first records are kept for evaluation."""
 
     args: Arguments
     config: LlamaConfig
+    form: str
     tokenizer: Tokenizer | None
     examples: Examples
+    held_out: int
     eval_examples: Examples | None
     order: Order
     schedule: Schedule
@@ -47,7 +52,14 @@ class Job:
     def batches(self) -> Batches:
         """The blocks of every update. Planning their shapes packs the whole run once."""
         normalise = training_loss(self.order, self.args.average_tokens_across_devices)
-        return Batches(self.examples, self.order, normalise, self.order.ranks, self.args.max_tokens_per_device)
+        return Batches(
+            self.examples,
+            self.order,
+            normalise,
+            self.order.ranks,
+            self.args.max_tokens_per_device,
+            packed=self.args.packing,
+        )
 
     def steps(self, at: Callable[[int], bool]) -> list[int]:
         """The numbers of updates after which something is due."""
@@ -62,26 +74,23 @@ def make_job(
     disable_bars: bool | None = None,
 ) -> Job:
     """Read and tokenise the data, and settle order, schedule and what is due when. Raises InputError."""
-    path = Path(args.data_path or "")
-    form, records = read_records(path)
-    tokenizer = None if form == TOKENIZED else _open_tokenizer(tokenizer_folder(), config)
-
-    def tokenized(records: list[Record], path: Path) -> Examples:
-        if tokenizer is None:
-            return check_examples(from_tokenized(records), config.vocab_size, str(path))
-        with count_bar("tokenizing", len(records), "record", disable_bars) as bar:
-            examples = tokenize_alpaca(records, tokenizer, args.model_max_length, bar.update)
-        return check_examples(examples, len(tokenizer), str(path))
-
-    eval_examples = None
-    if args.eval_data_path:
-        eval_form, eval_records = read_records(eval_path := Path(args.eval_data_path))
-        if eval_form != form:
-            raise InputError(f"{eval_path}: holds {eval_form} records, and {path} {form} ones; should be of one form")
-        eval_examples = tokenized(eval_records, eval_path)
-    examples = tokenized(records, path)
+    folder: Path | None = None
+    with contextlib.suppress(InputError):  # which matters only where there is text
+        folder = tokenizer_folder()
+    path, eval_path = Path(args.data_path or ""), Path(args.eval_data_path) if args.eval_data_path else None
+    data = _Data(path, args, folder)
+    say(f"{path}: {data.form} records: {FORMS[data.form]}")
+    eval_data = _Data(eval_path, args, folder) if eval_path else None
+    if eval_data and eval_data.form != data.form:
+        forms = f"holds {eval_data.form} records, and {path} {data.form} ones"
+        raise InputError(f"{eval_path}: {forms}; should be of one form")
+    tokenizer = None if data.form == TOKENIZED else _open_tokenizer(tokenizer_folder(), config)
+    vocab_size = config.vocab_size if tokenizer is None else len(tokenizer)
+    eval_examples = eval_data.examples(tokenizer, vocab_size, disable_bars) if eval_data else None
+    examples, held_out = data.examples(tokenizer, vocab_size, disable_bars), 0
     if args.validation_split_percentage:
         eval_examples, examples = _held_out(examples, args.validation_split_percentage)
+        held_out = len(eval_examples)
     if eval_examples and args.hf_compat == "5" and args.train_sampling_strategy == "group_by_length":
         # Its evaluations are grouped too, from a generator of their own, the same each time.
         permuted = randperm(len(eval_examples), args.seed if args.data_seed is None else args.data_seed)
@@ -115,7 +124,53 @@ def make_job(
     )
     if tokenizer is not None:
         config = _resized(config, tokenizer, args.hf_compat)
-    return Job(args, config, tokenizer, examples, eval_examples, order, schedule, log_at, eval_at, save_at)
+    return Job(
+        *(args, config, data.form, tokenizer, examples, held_out, eval_examples),
+        *(order, schedule, log_at, eval_at, save_at),
+    )
+
+
+class _Data:
+    """A data file: its form, and its examples, out of the cache or made of its records."""
+
+    def __init__(self, path: Path, args: Arguments, tokenizer_folder: Path | None):
+        self._path, self._limit = path, args.model_max_length
+        self._cache = Path(folder) if (folder := args.cache_dir) else cache_folder()
+        self._digest, self._cached = "", None
+        if path.expanduser().is_file():
+            self._digest = data_digest(path, tokenizer_folder, {"model_max_length": self._limit})
+            self._cached = load_examples(self._cache, self._digest, say)
+        self._records: Sequence[Record] | None = None
+        if self._cached:  # the same bytes were found valid before
+            self.form = self._cached[0]
+        else:
+            self.form, self._records = read_records(path)
+
+    def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
+        """Checked in any case: another model may have fewer rows. To be asked for once: the records are let go."""
+        if self._cached:
+            examples = self._cached[1]
+            check_examples(examples, vocab_size, str(self._path))
+            return examples
+        assert self._records is not None
+        examples = tokenized(self.form, self._records, tokenizer, self._limit, self._path, disable_bars)
+        self._records = None
+        examples = check_examples(examples, vocab_size, str(self._path))
+        save_examples(self._cache, self._digest, self.form, examples, say)
+        return examples
+
+
+def tokenized(
+    form: str,
+    records: Sequence[Record],
+    tokenizer: Tokenizer | None,
+    limit: int,
+    source: Path,
+    disable_bars: bool | None = None,
+) -> Examples:
+    """`tokenize` of the records of a file, with a bar."""
+    with count_bar("tokenizing", len(records), "record", disable_bars) as bar:
+        return tokenize(form, records, tokenizer, limit, bar.update, str(source))
 
 
 def _open_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:

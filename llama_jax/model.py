@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llama_jax import sharding
-from llama_jax.attention import Kernel, attention, packed_attention
+from llama_jax.attention import XLA, Kernel, attention, packed_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import apply_rope, rope_cos_sin
 
@@ -50,7 +50,7 @@ class RunOptions:
     rope_dtype: Any = None
     scan_layers: bool = False
     remat: str = "none"
-    attention: Kernel = Kernel()
+    attention: Kernel = XLA
 
 
 class KVCache(NamedTuple):

@@ -68,6 +68,7 @@ def test_the_seeds_command_on_alpaca(compat: str, shared: Path, tmp_path: Path) 
     facts = explained(*flags, "--hf_compat", compat, *SEEDS_FLAGS)
     check_seeds_run(facts, compat)
     assert facts["fill"] > 0.9
+    assert facts["data"]["findings"]["empty_outputs"]["count"] == 28  # as its README counts them
     assert not (tmp_path / "out").exists()
 
 

@@ -41,7 +41,7 @@ BESIDE = {
     ("llama_jax.flags", "llama_jax.errors"),
 }
 # Inside the data room the arrows run one way.
-DATA = ["records", "tokenizer", "examples", "order", "normalisation", "packing", "batches"]
+DATA = "records tokenizer chat examples cache doctor order normalisation packing batches".split()
 
 FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "llama_jax").rglob("*.py")])
 

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 from llama_jax.errors import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
+CACHE = tempfile.TemporaryDirectory(prefix="llama_jax-tests-")  # tokenised data, for as long as the tests run
 Arrays = dict[str, np.ndarray]
 
 # As large as the byte tokenizer of `write_tokenizer`. Weights six times HF's: gradients that stand clear of rounding.
@@ -174,6 +176,7 @@ def _own_process() -> Iterator[None]:
     settings = {name: jax.config.values[name] for name in ("jax_platforms", "jax_default_matmul_precision")}
     environment, argv = dict(os.environ), sys.argv
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")  # the suite's, not the user's
+    os.environ["XDG_CACHE_HOME"] = CACHE.name
     try:
         yield
     finally:
@@ -200,8 +203,9 @@ def run(main: Callable[[list[str]], int], *argv: Any) -> Outcome:
 
 
 def environment() -> dict[str, str]:
-    """For real processes: the suite's compilation cache, lines as they are printed."""
+    """For real processes: the suite's caches, lines as they are printed."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    cache["XDG_CACHE_HOME"] = CACHE.name
     return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
         p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}  # fmt: skip
 

@@ -1,0 +1,132 @@
+"""What is wrong with the data that a run trains on, told before it trains."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, alpaca_prompt
+from llama_jax.data.records import ALPACA, CHAT, Record, messages
+from llama_jax.data.tokenizer import Tokenizer
+
+# What a finding means and what to do about it.
+ADVICE = {
+    "truncated": "cut at --model_max_length {limit}; raise it, or shorten them",
+    "eos_lost": "cut before their end: no eos is trained there; raise --model_max_length",
+    "masked": "nothing of them is trained: the prompt alone fills --model_max_length, or every label is -100",
+    "boundary_merges": "the prompt's end and the output's begin are one token, and the mask is off by it; "
+    "begin outputs with a letter, or leave them: stanford_alpaca trains on the same tokens",
+    "duplicates": "the same tokens as an earlier record; leave them out unless the repetition is meant",
+    "empty_outputs": "an output is empty: only its end is trained; leave them out unless meant",
+}
+SHOWN = 8  # records of a finding that are named
+
+
+def diagnose(
+    form: str,
+    examples: Examples,
+    records: Sequence[Record],
+    whole: Examples | None,
+    tokenizer: Tokenizer | None,
+    limit: int,
+    first: int = 1,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """The state of the data, for JSON. `examples` were made of `records`, the first of which is number `first`.
+
+    `whole` are the same examples without a limit; data that came as tokens has none, and needs no records. Each finding
+    has a `count` and the first `records` by number, or is None where it cannot be known of this form.
+    """
+    truncated = lost = merged = empty = None
+    if whole is not None and len(whole) == len(examples):
+        truncated = whole.lengths > examples.lengths
+        assert tokenizer is not None
+        lost = _end_lost(whole, examples.lengths, tokenizer)
+        empty = np.asarray([not all(said.strip() for said in _trained_texts(form, record)) for record in records])
+        if form == ALPACA:
+            merged = _merged(whole, records, tokenizer, progress)
+    found = {
+        "truncated": truncated,
+        "eos_lost": lost,
+        "masked": examples.trained == 0,
+        "boundary_merges": merged,
+        "duplicates": _repeated(examples),
+        "empty_outputs": empty,
+    }
+    edges = 2 ** np.arange(np.log2(examples.lengths.min()) // 1, np.log2(examples.lengths.max()) // 1 + 2).astype(int)
+    return {
+        "form": form,
+        "examples": len(examples),
+        "model_max_length": limit,
+        "lengths": {
+            "percentiles": {str(p): int(np.percentile(examples.lengths, p)) for p in (0, 50, 90, 99, 100)},
+            "edges": edges.tolist(),
+            "counts": np.histogram(examples.lengths, edges)[0].tolist(),
+        },
+        "findings": {name: None if where is None else _told(where, first) for name, where in found.items()},
+        "eos": [] if tokenizer is None else tokenizer.warnings(),
+    }
+
+
+def as_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The facts of `diagnose` as (subject, text): sizes, a bar of each bin of lengths, what was found."""
+    at, edges, counts = (facts["lengths"][key] for key in ("percentiles", "edges", "counts"))
+    spread = f"{at['0']} to {at['100']} tokens; half have at most {at['50']}, 90% {at['90']}, 99% {at['99']}"
+    lines = [("data", f"{facts['examples']:,} {facts['form']} examples of {spread}")]
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        lines.append(("", f"{low:>7,} to {high - 1:<7,} {count:>10,} {'#' * -(-40 * count // max(counts))}".rstrip()))
+    for name, found in facts["findings"].items():
+        if found and found["count"]:
+            more = ", ..." if found["count"] > len(found["records"]) else ""
+            numbers = ", ".join(map(str, found["records"])) + more
+            advice = ADVICE[name].format(limit=facts["model_max_length"])
+            lines.append((name.replace("_", " "), f"{found['count']:,} (record {numbers}) - {advice}"))
+    lines += [("eos", f"{problem}; give the tokenizer an eos_token of its own") for problem in facts["eos"]]
+    return lines
+
+
+def _trained_texts(form: str, record: Record) -> list[str]:
+    if form == CHAT:
+        return [turn["content"] for turn in messages(record) if turn["role"] == "assistant"]
+    return [record["output" if form == ALPACA else "text"]]
+
+
+def _end_lost(whole: Examples, lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Where the last trained token, a special one as eos is, lies beyond the example's length."""
+    at = np.where(whole.labels != IGNORE_INDEX, np.arange(len(whole.labels)), -1)
+    last = np.maximum.reduceat(at, whole.offsets[:-1])
+    special = [tokenizer.token_to_id(token) for token in tokenizer.special_texts()]
+    ends = np.isin(whole.labels[last], [i for i in special if i is not None])
+    return (last - whole.offsets[:-1] >= lengths) & ends
+
+
+def _merged(
+    whole: Examples, records: Sequence[Record], tokenizer: Tokenizer, progress: Callable[[int], None]
+) -> np.ndarray:
+    """Where the prompt's own tokens are not the first tokens of the example."""
+    merged = np.zeros(len(records), bool)
+    for start in range(0, len(records), CHUNK):
+        prompts = tokenizer.encode_batch([alpaca_prompt(record) for record in records[start : start + CHUNK]])
+        for i, prompt in enumerate(prompts, start):
+            merged[i] = whole[i][0][: len(prompt)].tolist() != prompt
+        progress(len(prompts))
+    return merged
+
+
+def _repeated(examples: Examples) -> np.ndarray:
+    """Where the ids are those of an earlier example. Of 10 million digests of 64 bits, two are alike by chance with a
+    probability of 3e-6."""
+    digests = np.empty(len(examples), np.uint64)
+    for i in range(len(examples)):
+        digest = hashlib.blake2b(examples[i][0].tobytes(), digest_size=8).digest()
+        digests[i] = int.from_bytes(digest, sys.byteorder)
+    repeated = np.ones(len(examples), bool)
+    repeated[np.unique(digests, return_index=True)[1]] = False
+    return repeated
+
+
+def _told(where: np.ndarray, first: int) -> dict[str, Any]:
+    numbers = np.flatnonzero(where)
+    return {"count": len(numbers), "records": (numbers[:SHOWN] + first).tolist()}
