@@ -314,7 +314,7 @@ def test_a_damaged_file_is_made_again(model, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     again = made(model, data, cache)
-    assert again.read == 1 and again.said.count("\n") == 1 and "damaged" in again.said
+    assert again.read == 1 and again.said.count("\n") == 2 and "damaged" in again.said  # and what form the data has
     assert_same(first.job.examples, again.job.examples)
     assert path.read_bytes() == whole
 
@@ -326,7 +326,7 @@ def test_a_run_goes_on_without_a_cache(model, tmp_path):
     for _ in range(2):
         job = made(model, data, tmp_path / "file")
         assert job.read == 1 and len(job.job.examples) == len(ALPACA)
-        assert job.said.count("\n") == 1 and "not cached" in job.said and str(tmp_path / "file") in job.said
+        assert job.said.count("\n") == 2 and "not cached" in job.said and str(tmp_path / "file") in job.said
 
 
 def test_a_record_that_the_template_refuses_is_named(model, tmp_path):
