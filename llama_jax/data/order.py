@@ -134,8 +134,6 @@ class Order:
         order = _epoch_order(self, epoch)
         size = self.per_device_batch
         first = batch * size * self.ranks
-        if self.ranks > 1:  # the tail is topped up from the start of the epoch, so that ranks have equal counts
-            order = np.resize(order, max(len(order), self.batches_per_epoch * size * self.ranks))
         return [order[first + r * size : first + (r + 1) * size] for r in range(self.ranks)]
 
     def update(self, k: int) -> list[list[np.ndarray]]:
@@ -179,6 +177,15 @@ class Order:
 
 @lru_cache(maxsize=2)
 def _epoch_order(order: Order, epoch: int) -> np.ndarray:
+    """The examples of an epoch as they are dealt: with several ranks, topped up from its start so that all have as many
+    batches."""
+    permuted = _permuted(order, epoch)
+    if order.ranks == 1:
+        return permuted
+    return np.resize(permuted, max(len(permuted), order.batches_per_epoch * order.per_device_batch * order.ranks))
+
+
+def _permuted(order: Order, epoch: int) -> np.ndarray:
     n, evaluations = order.examples, order.evaluations_before(epoch)
     if order.sampling == "sequential":
         return np.arange(n)
