@@ -10,44 +10,24 @@ import enum
 import io
 import json
 import math
-import os
-import subprocess
 import sys
 import typing
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-TRANSFORMERS_437 = Path(sys.prefix) / "transformers-4.37"  # with the accelerate of its time
+from reference import Process, environment
 
 
 class Server:
     """The functions below in a process of transformers 4.37."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(TRANSFORMERS_437), "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        self._process = Process(__file__, environment("4.37"))
+        self.close = self._process.close
 
     def ask(self, function: str, argument: Any) -> Any:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps([function, argument]) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, f"the server ended with code {self._process.wait()}"
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
+        return self._process.ask([function, argument])
 
 
 def plain(value: Any) -> Any:

@@ -6,20 +6,20 @@ output, so that transformers is imported once. `Server` starts one.
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
 import os
-import subprocess
 import sys
-import tempfile
 import traceback
 from collections import deque
 from pathlib import Path
 from typing import Any
 
+from reference import Process, environment
+
 ROOT = Path(__file__).resolve().parent.parent
-TRANSFORMERS_437 = Path(sys.prefix) / "transformers-4.37"  # with the accelerate of its time
 QUIET = ["--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True"]
 
 
@@ -27,53 +27,19 @@ class Server:
     """This file as a process. `compat` is "4.37" or "5"; `versions` maps the packages to what it imported."""
 
     def __init__(self, compat: str):
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - until `close`; a pipe would fill up
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(TRANSFORMERS_437) if compat == "4.37" else "",
-            "OMP_NUM_THREADS": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-            "PYTHONWARNINGS": "ignore",
-            "HF_HUB_OFFLINE": "1",
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self._versions: dict[str, str] | None = None
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
+        self._process = Process(__file__, environment(compat) | quiet)
+        self.close = self._process.close
 
-    @property
+    @functools.cached_property
     def versions(self) -> dict[str, str]:
         """Waits until the server has started."""
-        if self._versions is None:
-            self._versions = self._read()
-        return self._versions
+        return self._process.read()
 
     def train(self, spec: dict[str, Any]) -> dict[str, Any]:
         """`train` over there; its paths should be absolute."""
-        assert self.versions and self._process.stdin
-        self._process.stdin.write(json.dumps(spec) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            self._errors.seek(0)
-            raise RuntimeError(f"the HF Trainer's process ended: {self._errors.read()[-3000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.wait(60)
-        self._process.stdout.close()
-        self._errors.close()
+        assert self.versions
+        return self._process.ask(spec)
 
 
 class _Examples:

@@ -19,9 +19,10 @@ import train_jax
 from llama_jax import job as job_module
 from llama_jax.arguments import parse_arguments
 from llama_jax.config import LlamaConfig
-from llama_jax.data.cache import cache_folder, data_digest, load_examples, save_examples
+from llama_jax.data.cache import data_digest, load_examples, save_examples
 from llama_jax.data.examples import Examples
 from llama_jax.errors import InputError
+from llama_jax.files import cache_folder
 from llama_jax.job import Job, make_job
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -177,10 +178,10 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_where_the_cache_lies(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder() == Path("/x/llama_jax/data")
+    assert cache_folder("data") == Path("/x/llama_jax/data")
     for unset in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""), lambda: monkeypatch.delenv("XDG_CACHE_HOME")):
         unset()
-        assert cache_folder() == Path.home() / ".cache" / "llama_jax" / "data"
+        assert cache_folder("data") == Path.home() / ".cache" / "llama_jax" / "data"
 
 
 # --- its name ---

@@ -7,7 +7,6 @@ them and has to find the assistant's text on its own. Equality is exact.
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +33,6 @@ from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 
-TRANSFORMERS_437 = Path(sys.prefix) / "transformers-4.37"
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]  # more than tiny's <s>, </s> and <unk>
 
@@ -344,7 +343,7 @@ def test_sentencepiece_has_the_tokens_of_transformers(bare_model):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(bare_model)],
         input=json.dumps(chats),
-        env={**os.environ, "PYTHONPATH": str(TRANSFORMERS_437)},
+        env=reference.environment("4.37"),
         capture_output=True,
         text=True,
         check=True,

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from tiny import ROOT, run
 
 import train_jax
-from llama_jax.arguments import Arguments, flag_parser, flags_page, parse_arguments
+from llama_jax.arguments import Arguments, flag_parser, parse_arguments
 from llama_jax.errors import InputError
 from llama_jax.flags import ALIAS, BOTH, FLAGS, IMPLEMENTED, NEW, NO_MEANING, OLD, OPTIMIZERS, REFUSED
+from llama_jax.flags_page import flags_page
 
 NEEDED = ["--model_name_or_path", "m", "--data_path", "d.json"]
 EVAL = ["--eval_data_path", "e.json"]

@@ -17,6 +17,7 @@ FLOORS = {
     "llama_jax.hf": 4,
     "llama_jax.model": 3,
     "llama_jax.job": 2,
+    "llama_jax.flags_page": 2,
     "llama_jax.attention": 2,
     "llama_jax.rope": 2,
     "llama_jax.loss": 2,

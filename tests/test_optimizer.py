@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,8 +187,7 @@ def test_updates_are_those_of_4_37(tmp_path: Path) -> None:
         "import pickle, sys, transformers; assert transformers.__version__ == '4.37.2'; import test_optimizer as t;"
         "pickle.dump([t.trainer_run(*run) for run in t.RUNS_4_37], open(sys.argv[1], 'wb'))"
     )
-    path = os.pathsep.join([str(ROOT / ".venv" / "transformers-4.37"), str(Path(__file__).parent), str(ROOT)])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = reference.environment("4.37", Path(__file__).parent, ROOT)
     command = [sys.executable, "-c", code, str(tmp_path / "runs")]
     result = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -7,7 +7,6 @@ file, train a handful of them on a model of one number.
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +32,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
-TRANSFORMERS_437 = Path(sys.prefix) / "transformers-4.37"  # with the accelerate of its time
 COMPATS = ("4.37", "5")
 GOLDEN = ["4.37-gqa-wd", "4.37-mha-accum8", "5.x-bf16", "5.x-gqa-wd", "5.x-mha-accum8"]
 SEEDS = [0, 1, 42, 2**31 - 1]
@@ -480,9 +479,8 @@ def real_epochs(n: int, seed: int) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def of_437() -> dict[str, Any]:
     """All the runs of the real Trainer 4.37, in one process of this file."""
-    path = os.pathsep.join([str(TRANSFORMERS_437), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, __file__], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, __file__], env=reference.environment("4.37", ROOT), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,7 +1,6 @@
 """The rate of every update is the real Trainer's scheduler's: fixed tables, and the two that listen to evaluations."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,8 +128,7 @@ def tables() -> dict[str, Any]:
         "import json, transformers; assert transformers.__version__ == '4.37.2'; import test_schedule as t;"
         "print(json.dumps([t.torch_rates(k, t.PEAK, w, n, kw) for k, w, n, kw in t.grid_of('4.37')]))"
     )
-    path = os.pathsep.join([str(ROOT / ".venv" / "transformers-4.37"), str(Path(__file__).parent), str(ROOT)])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = reference.environment("4.37", Path(__file__).parent, ROOT)
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return {
