@@ -168,10 +168,10 @@ def main(argv: list[str]) -> int:
                 return None, False
             metric = metrics[args.best_metric_key]
             schedule.observe(metric)
-            return metric, log.evaluated(metric, bool(args.greater_is_better), args.save_strategy != "no")
+            return metric, log.evaluated(metric, args.save_strategy != "no")
 
         def save(step: int, state: TrainState, metric: float | None) -> None:
-            log.saved(output_dir, metric, bool(args.greater_is_better))
+            log.saved(output_dir, metric)
             kept = {"trainer_state": copy.deepcopy(log.values), "schedule": schedule.state(), **facts}
             checkpoints.save(step, state, kept, log.best_step)
 
@@ -284,6 +284,7 @@ def _make_log(job: Job) -> TrainerState:
         logging_steps=args.every("logging", updates),
         eval_steps=args.every("eval", updates),
         save_steps=args.every("save", updates),
+        greater_is_better=bool(args.greater_is_better),
     )
 
 

@@ -8,6 +8,11 @@ from typing import Any
 from llama_jax.errors import InputError
 
 
+def cache_folder(name: str) -> Path:
+    """The folder of the user's cache for things of one kind."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax" / name
+
+
 def read_json(path: Path) -> Any:
     """The parsed file. Raises InputError that names file, line and column."""
     try:

@@ -9,13 +9,14 @@ from pathlib import Path
 from llama_jax.arguments import Arguments
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batches
-from llama_jax.data.cache import cache_folder, data_digest, load_examples, save_examples
+from llama_jax.data.cache import data_digest, load_examples, save_examples
 from llama_jax.data.examples import Examples, check_examples, tokenize
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order, group_by_length, randperm
 from llama_jax.data.records import FORMS, TOKENIZED, Record, read_records
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.errors import InputError
+from llama_jax.files import cache_folder
 from llama_jax.reporting.progress import count_bar, say
 from llama_jax.schedule import Schedule, make_schedule
 
@@ -135,7 +136,7 @@ class _Data:
 
     def __init__(self, path: Path, args: Arguments, tokenizer_folder: Path | None):
         self._path, self._limit = path, args.model_max_length
-        self._cache = Path(folder) if (folder := args.cache_dir) else cache_folder()
+        self._cache = Path(folder) if (folder := args.cache_dir) else cache_folder("data")
         self._digest, self._cached = "", None
         if path.expanduser().is_file():
             self._digest = data_digest(path, tokenizer_folder, {"model_max_length": self._limit})

@@ -2,9 +2,10 @@
 
 import logging
 import os
-from pathlib import Path
 
 import jax
+
+from llama_jax.files import cache_folder
 
 
 def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: bool = False) -> str:
@@ -24,8 +25,7 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llama_jax" / "jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("jax")))
     return jax.default_backend()
 
 

@@ -124,8 +124,7 @@ def fit(
                 outputs.append(out)
         if pending is not None:
             on_update(pending())
-        tokens = sum(int((b.segment_ids > 0).sum()) for b in blocks)
-        pending = partial(_read, batches, k, outputs, tokens, made_in)
+        pending = partial(_read, batches, k, outputs, made_in)
         stopping = stop()
         if stopping or due(k + 1):
             on_update(pending())
@@ -138,9 +137,11 @@ def fit(
     return state
 
 
-def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], tokens: int, made_in: float) -> UpdateMetrics:
+def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], made_in: float) -> UpdateMetrics:
     host = jax.device_get([{name: o[name] for name in ("loss", "grad_norm")} for o in outputs])
     loss = float(sum(float(o["loss"]) for o in host))
     losses = [o["losses"] for o in outputs]
     norm = float(host[-1]["grad_norm"])
-    return UpdateMetrics(k + 1, loss, norm, tokens, made_in, lambda: batches.micro_losses(k, jax.device_get(losses)))
+    return UpdateMetrics(
+        k + 1, loss, norm, batches.tokens(k), made_in, lambda: batches.micro_losses(k, jax.device_get(losses))
+    )

@@ -159,10 +159,14 @@ class Batches:
         """Rows and row length of the blocks of update k."""
         return [self.shapes[i] for i in self._shape_of[self._first[k] : self._first[k + 1]]]
 
-    def padded_tokens(self, k: int) -> int:
-        """Tokens of update k as the HF Trainer pads them, each micro-batch to its longest example."""
+    def tokens(self, k: int, until: int | None = None) -> int:
+        """Tokens of update k, or of its first micro-batches."""
+        return sum(int(self.examples.lengths[rank].sum()) for micro in self.order.update(k)[:until] for rank in micro)
+
+    def padded_tokens(self, k: int, until: int | None = None) -> int:
+        """Tokens of update k (or of its first micro-batches) as the HF Trainer pads them: to the longest example."""
         lengths = self.examples.lengths
-        return sum(len(rank) * int(lengths[rank].max()) for micro in self.order.update(k) for rank in micro)
+        return sum(len(rank) * int(lengths[rank].max()) for micro in self.order.update(k)[:until] for rank in micro)
 
     def update(self, k: int) -> list[Batch]:
         """The blocks of update k, to be summed."""

@@ -23,11 +23,6 @@ LIBRARIES = ("jinja2", "sentencepiece", "tokenizers", "transformers")  # whose v
 ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
 
 
-def cache_folder() -> Path:
-    """Where the cache lies unless `--cache_dir` says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax" / "data"
-
-
 def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) -> str:
     """The name of the examples of a data file by the tokenizer in a folder (None: there is none), in hex.
 

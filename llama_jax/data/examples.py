@@ -135,11 +135,8 @@ def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Seq
 
 def from_tokenized(records: Iterable[Record]) -> Examples:
     """Records that are `input_ids` and `labels` already."""
-    ids, labels, offsets = (
-        array("q"),
-        array("q"),
-        array("q", [0]),
-    )  # 64 bits: `check_examples` is to see what is too large
+    # 64 bits: `check_examples` is to see what is too large.
+    ids, labels, offsets = array("q"), array("q"), array("q", [0])
     for record in records:
         ids.extend(record["input_ids"])
         labels.extend(record["labels"])

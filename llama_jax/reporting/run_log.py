@@ -82,10 +82,11 @@ class RunLog:
         """An epoch is over after the last update, but for `tail` micro-batches of the next one, which 4.37 has done too
         by then: tokens seen count them. With their parts in the loss (as `UpdateMetrics.micro_losses`), a line is due.
         """
-        step, lengths = self.state.values["global_step"], self.batches.examples.lengths
-        ranks = [rank for micro in self.batches.order.update(step)[:tail] for rank in micro] if tail else []
-        padded = self.tokens_seen == "all"
-        self._tokens_ahead = sum(int(len(r) * lengths[r].max() if padded else lengths[r].sum()) for r in ranks)
+        step = self.state.values["global_step"]
+        if tail and self.tokens_seen == "all":
+            self._tokens_ahead = self.batches.padded_tokens(step, tail)
+        elif tail:
+            self._tokens_ahead = self.batches.tokens(step, tail)
         if micro_losses is not None and self._window:
             nan = self.batches.is_nan(step)[:tail] if tail else np.zeros_like(micro_losses, bool)
             self._window_loss = self._running(np.where(nan, np.nan, micro_losses))

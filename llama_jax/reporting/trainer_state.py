@@ -20,8 +20,9 @@ class TrainerState:
         logging_steps: int,
         eval_steps: int,
         save_steps: int,
+        greater_is_better: bool = False,
     ):
-        self.compat = compat
+        self.compat, self.greater_is_better = compat, greater_is_better
         self.values: dict[str, Any] = {
             "best_metric": None,
             "best_model_checkpoint": None,
@@ -72,21 +73,24 @@ class TrainerState:
             return {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in entry.items()}
         return entry
 
-    def evaluated(self, metric: float, greater_is_better: bool, saves: bool) -> bool:
-        """5 compares at each evaluation: whether `metric` is the best so far; `saves` says if the run saves at all."""
+    def _better(self, metric: float) -> bool:
         best = self.values["best_metric"]
+        return metric > best if self.greater_is_better else metric < best
+
+    def evaluated(self, metric: float, saves: bool) -> bool:
+        """5 compares at each evaluation: whether `metric` is the best so far; `saves` says if the run saves at all."""
         if self.compat == "4.37":
             return False
-        if best is None:
-            best = self.values["best_metric"] = float("-inf") if greater_is_better else float("inf")
-        if not (metric > best if greater_is_better else metric < best):
+        if self.values["best_metric"] is None:
+            self.values["best_metric"] = float("-inf") if self.greater_is_better else float("inf")
+        if not self._better(metric):
             return False
         self.values["best_metric"] = metric
         if saves:
             self.values["best_global_step"] = self.values["global_step"]
         return True
 
-    def saved(self, output_dir: Path, metric: float | None, greater_is_better: bool) -> None:
+    def saved(self, output_dir: Path, metric: float | None) -> None:
         """A checkpoint of this step is about to be written; `metric` is that of this step's evaluation, if any.
 
         4.37 compares here. 5 points to the best step's folder if there is one.
@@ -97,9 +101,8 @@ class TrainerState:
             if best and (best == step or (output_dir / f"checkpoint-{best}").is_dir()):
                 values["best_model_checkpoint"] = str(output_dir / f"checkpoint-{best}")
         elif metric is not None:
-            best = values["best_metric"]
-            first = best is None or values["best_model_checkpoint"] is None
-            if first or (metric > best if greater_is_better else metric < best):
+            first = values["best_metric"] is None or values["best_model_checkpoint"] is None
+            if first or self._better(metric):
                 values["best_metric"] = metric
                 values["best_model_checkpoint"] = str(output_dir / f"checkpoint-{step}")
 
