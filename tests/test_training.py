@@ -385,7 +385,9 @@ def hf_trainer(model_folder: Path, records: list[dict[str, list[int]]], out: Pat
 def test_the_state_is_the_trainers(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     records = make_records(11)
     model, data = write_model(tmp_path / "model"), write_json(tmp_path / "data.json", records)
+    # The weights' bound is the one derived above, and so needs its epsilon.
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 1e-3, **options}
+    options |= {"adam_epsilon": EPSILON}
     hf_trainer(model, records, tmp_path / "hf", **options)
     flags = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     outcome = run(
