@@ -1,7 +1,10 @@
-"""Weighted cross-entropy that never holds all logits.
+"""Weighted cross-entropy that never holds all logits, nor makes them twice.
 
 Letters: B rows, T tokens, C tokens of a chunk, D model, V vocab (padded).
 """
+
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax import sharding
 
-# Logits of one chunk are [B, CHUNK, V] float32 and live twice at a time: 131 MB each for one row of LLaMA's 32,000.
-CHUNK = 1024
+# Logits of one chunk on a device are at most so many, unless one token has more: 512 MiB of float32.
+CHUNK = 2**27
 
 
 def weighted_cross_entropy(
@@ -20,30 +23,71 @@ def weighted_cross_entropy(
     weights_BT: Float[Array, "B T"],
     vocab_size: int,
     label_smoothing: float = 0.0,
-) -> Float[Array, "B T"]:
-    """weight * cross-entropy(hidden @ head.T, target) of each token, float32.
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    """The sum, and without gradients its parts: weight * cross-entropy(hidden @ head.T, target) of each token, float32.
 
     `targets_BT` are already shifted (the token that follows); where the weight is 0 the target is not looked at.
     Rows of the head past `vocab_size` take no part. With smoothing e, a token costs
     (1 - e) * -log p[target] + e * mean over the vocabulary of -log p, as in the HF Trainer's LabelSmoother.
-    Logits are made chunk by chunk, in the operands' type, and again in the backward pass; the rest is float32.
+    Logits are made chunk by chunk in the head's type, and their gradient at once; the rest is float32.
     """
-    T, V = hidden_BTD.shape[1], head_VD.shape[0]
+    loss, parts = _loss(vocab_size, label_smoothing, hidden_BTD, head_VD, targets_BT, weights_BT)
+    return loss, jax.lax.stop_gradient(parts)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(vocab_size: int, label_smoothing: float, hidden_BTD, head_VD, targets_BT, weights_BT):
+    parts = [
+        _chunk(vocab_size, label_smoothing, head_VD, *(x[:, c] for x in (hidden_BTD, targets_BT, weights_BT)))[0]
+        for c in _chunks(hidden_BTD, head_VD)
+    ]
+    losses = jnp.concatenate(parts, axis=1)
+    return jnp.sum(losses), losses
+
+
+def _loss_fwd(vocab_size: int, label_smoothing: float, hidden_BTD, head_VD, targets_BT, weights_BT):
+    parts, d_hidden, d_head = [], [], None
+    for c in _chunks(hidden_BTD, head_VD):
+        hidden = hidden_BTD[:, c].astype(head_VD.dtype)
+        losses, d_logits = _chunk(vocab_size, label_smoothing, head_VD, hidden, targets_BT[:, c], weights_BT[:, c])
+        parts.append(losses)
+        d_hidden.append(jnp.einsum("BCV,VD->BCD", d_logits, head_VD, out_sharding=sharding.ACT_BTD))
+        here = jnp.einsum("BCV,BCD->VD", d_logits, hidden, out_sharding=sharding.HEAD_VD)
+        d_head = here if d_head is None else d_head + here
+    losses = jnp.concatenate(parts, axis=1)
+    return (jnp.sum(losses), losses), (jnp.concatenate(d_hidden, axis=1).astype(hidden_BTD.dtype), d_head)
+
+
+def _loss_bwd(vocab_size: int, label_smoothing: float, gradients, cotangents):
+    d_loss, _ = cotangents
+    d_hidden, d_head = (g * d_loss.astype(g.dtype) for g in gradients)
+    return d_hidden, d_head, None, None
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd)
+
+
+def _chunks(hidden_BTD: jax.Array, head_VD: jax.Array) -> list[slice]:
+    """Parts of T, as equal as can be, few enough for their logits."""
+    B, T = sharding.shape_on_device(hidden_BTD)[:2]
+    count = min(T, math.ceil(B * T * sharding.shape_on_device(head_VD)[0] / CHUNK))
+    return [slice(T * i // count, T * (i + 1) // count) for i in range(count)]
+
+
+def _chunk(vocab_size: int, label_smoothing: float, head_VD, hidden_BCD, targets_BC, weights_BC):
+    """The weighted losses [B, C] and their gradient by the logits [B, C, V], in the head's type."""
+    V = head_VD.shape[0]
     real_V = jnp.arange(V) < vocab_size
-
-    @jax.checkpoint
-    def chunk_loss(hidden_BCD, head_VD, targets_BC, weights_BC):
-        logits = jnp.einsum("BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, out_sharding=sharding.ACT_BTF)
-        logits = logits.astype(jnp.float32)
-        masked = jnp.where(real_V, logits, -jnp.inf) if vocab_size < V else logits
-        log_z = jax.nn.logsumexp(masked, axis=-1)
-        is_target = jnp.arange(V) == targets_BC[..., None]
-        loss = log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
-        if label_smoothing:
-            mean_logit = jnp.sum(jnp.where(real_V, logits, 0.0), axis=-1) / vocab_size
-            loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean_logit)
-        return weights_BC * loss
-
-    chunks = [slice(start, min(start + CHUNK, T)) for start in range(0, T, CHUNK)]
-    losses = [chunk_loss(hidden_BTD[:, c], head_VD, targets_BT[:, c], weights_BT[:, c]) for c in chunks]
-    return jnp.concatenate(losses, axis=1)
+    logits = jnp.einsum("BCD,VD->BCV", hidden_BCD.astype(head_VD.dtype), head_VD, out_sharding=sharding.ACT_BTF)
+    logits = logits.astype(jnp.float32)
+    masked = jnp.where(real_V, logits, -jnp.inf) if vocab_size < V else logits
+    log_z = jax.nn.logsumexp(masked, axis=-1)
+    is_target = jnp.arange(V) == targets_BC[..., None]
+    loss = log_z - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    wanted = is_target.astype(jnp.float32)
+    if label_smoothing:
+        mean_logit = jnp.sum(jnp.where(real_V, logits, 0.0), axis=-1) / vocab_size
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_z - mean_logit)
+        wanted = (1 - label_smoothing) * wanted + label_smoothing / vocab_size * real_V
+    d_logits = weights_BC[..., None] * (jnp.exp(masked - log_z[..., None]) - wanted)
+    return weights_BC * loss, d_logits.astype(head_VD.dtype)

@@ -48,6 +48,11 @@ def put(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh, P(BATCH, *[None] * (array.ndim - 1))))
 
 
+def shape_on_device(array: jax.Array) -> tuple[int, ...]:
+    """The shape of the part of an array, or of a tracer, that a device holds."""
+    return jax.typeof(array).sharding.shard_shape(array.shape)
+
+
 def stacked(spec: P) -> P:
     """The spec of weights with the layer axis in front."""
     return P(None, *spec)

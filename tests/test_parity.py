@@ -213,7 +213,7 @@ def run_ours(
             model = nnx.merge(graphdef, params)
             hidden, _ = model(ids, positions, segments)
             args = (hidden, model.head(), targets, token_weights, config.vocab_size, smoothing)
-            return weighted_cross_entropy(*args).sum(), model.logits(hidden)
+            return weighted_cross_entropy(*args)[0], model.logits(hidden)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
