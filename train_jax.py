@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     from llama_jax.train import (
         TrainState,
         abstract_state,
+        complete,
         fit,
         init_state,
         make_loss_step,
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
         vocab_size=config.vocab_size,
     )
     graphdef, abstract_parameters = abstract_params(config, run, mesh)
-    abstract = abstract_state(abstract_parameters, tx, mesh)
+    abstract = abstract_state(abstract_parameters, tx, run, mesh)
     if args.show_examples:
         out = sys.stderr if args.explain == "json" else sys.stdout
         print(show_examples(job, args.show_examples, wants_colour(out)), file=out)
@@ -121,19 +122,19 @@ def main(argv: list[str]) -> int:
     evaluation = _make_evaluation(job, loss_step, mesh, quiet)
     if not resume_step:
         remove_steps(output_dir)
-    checkpoints = Checkpoints(output_dir, args.save_total_limit, abstract)
+    checkpoints = Checkpoints(output_dir, args.save_total_limit, abstract.saved)
     log = _make_log(job)
     if resume_step:
         log.resume(saved["trainer_state"], output_dir)
         schedule.load(saved["schedule"])
-        state = checkpoints.restore_state(resume_step, abstract)
+        state = complete(checkpoints.restore_state(resume_step, abstract.saved), run, mesh)
         say(f"resumed from {output_dir / f'checkpoint-{resume_step}'}")
     else:
         with byte_bar("reading weights", source.bytes, quiet) as bar:
             params = source.load(run, mesh, bar.update)
         if config.vocab_size != source.config.vocab_size:
             params = resize_vocabulary(params, source.config, config, mesh)
-        state = init_state(params, tx, mesh)
+        state = init_state(params, tx, run, mesh)
         del params
 
     epoch_ends = order.epoch_ends()
@@ -162,7 +163,7 @@ def main(argv: list[str]) -> int:
         def evaluate(state: TrainState) -> tuple[float | None, bool]:
             """The metric that decides what is best, and whether it is the best so far."""
             assert evaluation is not None
-            metrics = evaluation(state.params)
+            metrics = evaluation(state.weights)
             run_log.on_evaluation(metrics)
             if not args.metric_for_best_model:
                 return None, False
@@ -173,11 +174,11 @@ def main(argv: list[str]) -> int:
         def save(step: int, state: TrainState, metric: float | None) -> None:
             log.saved(output_dir, metric)
             kept = {"trainer_state": copy.deepcopy(log.values), "schedule": schedule.state(), **facts}
-            checkpoints.save(step, state, kept, log.best_step)
+            checkpoints.save(step, state.saved, kept, log.best_step)
 
         def tail_losses(step: int, state: TrainState) -> np.ndarray:
             tail = order.tail(step)
-            losses = token_losses(state.params, loss_step, batches, mesh, step) if tail else []
+            losses = token_losses(state.weights, loss_step, batches, mesh, step) if tail else []
             return batches.micro_losses(step, jax.device_get(losses))[:tail] if tail else np.zeros((0, order.ranks))
 
         def on_due(step: int, state: TrainState, stopping: bool) -> None:
@@ -197,10 +198,10 @@ def main(argv: list[str]) -> int:
                 save(step, state, None)
 
         if evaluation is not None and args.eval_on_start and not resume_step:
-            run_log.on_evaluation(evaluation(state.params))
+            run_log.on_evaluation(evaluation(state.weights))
         state = fit(
             state,
-            make_train_step(graphdef, tx, config.vocab_size, args.label_smoothing_factor),
+            make_train_step(graphdef, tx, run, config.vocab_size, args.label_smoothing_factor),
             batches,
             mesh,
             range(resume_step, order.updates),
@@ -228,7 +229,7 @@ def main(argv: list[str]) -> int:
         best = f"{args.best_metric_key} {log.values['best_metric']:.6g}"
         say(f"the best model is that of checkpoint-{log.best_step}: {best}")
         del state, params  # the restored one takes their place
-        params = checkpoints.restore_state(log.best_step, abstract).params
+        params = checkpoints.restore_state(log.best_step, abstract.saved).params
     if log.best_step and args.save_total_limit == 1:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()

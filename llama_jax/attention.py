@@ -80,6 +80,11 @@ def attention(
     return jnp.reshape(out, (B, T, N, H), out_sharding=ACT_BTNH)
 
 
+def keeps_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A `jax.checkpoint` policy: what cuDNN's forward pass gives, its softmax statistics too, is not computed again."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 def packed_attention(
     kernel: Kernel,
     q_BTNH: Float[Array, "B T N H"],

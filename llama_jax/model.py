@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llama_jax import sharding
-from llama_jax.attention import XLA, Kernel, attention, packed_attention
+from llama_jax.attention import XLA, Kernel, attention, keeps_kernel, packed_attention
 from llama_jax.config import LlamaConfig
 from llama_jax.rope import apply_rope, rope_cos_sin
 
@@ -249,7 +249,8 @@ def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache |
     if remat == "full":
         run = jax.checkpoint(run)
     elif remat == "matmuls":
-        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_only_these_names(*SAVED))
+        named = jax.checkpoint_policies.save_only_these_names(*SAVED)
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel))
     return run(params, x, tokens, cache)
 
 
@@ -258,6 +259,26 @@ def _stack(blocks: list[Block]) -> Block:
     graphdef, _ = nnx.split(blocks[0])
     states = [nnx.to_pure_dict(nnx.state(b)) for b in blocks]
     return nnx.merge(graphdef, jax.tree.map(lambda *xs: jnp.stack(xs), *states))
+
+
+def compute_copy(params: dict[str, Any], run: RunOptions) -> dict[str, Any] | None:
+    """The weights that matmuls take, in the compute type, with None in the places of all others; None where the
+    parameters are of that type already."""
+    if run.compute_dtype in (None, run.param_dtype):
+        return None
+
+    def cast(path, x):
+        in_matmul = any(str(k.key).endswith("_proj") or k.key == "lm_head" for k in path)
+        return x.astype(run.compute_dtype) if in_matmul else None
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def with_copy(params: dict[str, Any], copy: dict[str, Any] | None) -> dict[str, Any]:
+    """The parameters that the model computes with: those of `compute_copy` where it has them."""
+    if copy is None:
+        return params
+    return jax.tree.map(lambda c, p: p if c is None else c, copy, params, is_leaf=lambda x: x is None)
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
