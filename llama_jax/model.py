@@ -30,8 +30,8 @@ ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
 }
 
-# Outputs of matmuls that the backward pass keeps; what lies between them is computed again.
-SAVED = ("q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj")
+# What the backward pass keeps of the outputs of matmuls, q and k rotated; what lies between is computed again.
+SAVED = ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,11 @@ class Attention(nnx.Module):
             shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
             return jnp.reshape(y, shape, out_sharding=sharding.ACT_BTNH)
 
-        q = heads(checkpoint_name(self.q_proj(x), "q_proj"))
-        k = heads(checkpoint_name(self.k_proj(x), "k_proj"))
-        v = heads(checkpoint_name(self.v_proj(x), "v_proj"))
+        q, k, v = (heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
         dtype = self.rope_dtype or x.dtype
         cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
         q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)
+        q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), ("q", "k", "v"), strict=True))
         if cache is None:
             out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions)
         else:
