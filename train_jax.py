@@ -5,14 +5,13 @@ import copy
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax.arguments import Arguments, parse_arguments
-from llama_jax.config import LlamaConfig
-from llama_jax.data.batches import Batches
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.errors import InputError, run_command
 from llama_jax.files import make_output_dir
@@ -31,24 +30,13 @@ def main(argv: list[str]) -> int:
     import jax
 
     from llama_jax import sharding
-    from llama_jax.attention import Kernel, choose_kernel
     from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
     from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
-    from llama_jax.hf.load import abstract_params, resize_vocabulary
+    from llama_jax.hf.load import resize_vocabulary
     from llama_jax.hf.source import Source, training_dtype
-    from llama_jax.model import RunOptions
-    from llama_jax.optimizer import make_optimizer
-    from llama_jax.platform import peak_memory, set_up_jax
-    from llama_jax.train import (
-        TrainState,
-        abstract_state,
-        complete,
-        fit,
-        init_state,
-        make_loss_step,
-        make_train_step,
-        token_losses,
-    )
+    from llama_jax.plan import Planner, choose_scan
+    from llama_jax.platform import memory_limit, peak_memory, set_up_jax
+    from llama_jax.train import TrainState, complete, fit, init_state, make_loss_step, token_losses
 
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
     quiet = args.disable_tqdm or None
@@ -64,77 +52,60 @@ def main(argv: list[str]) -> int:
     source = Source(Path(args.model_name_or_path), args.allow_pickle)
     job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
     config, order, schedule = job.config, job.order, job.schedule
-    batches = job.batches()
 
     dtype = args.dtype or training_dtype(source, args.hf_compat)
     facts: dict[str, Any] = {
         "dtype": dtype,
         "optim": args.optim,
         "order": order.facts(),
-        "scan_layers": _scan_layers(args, config),
+        "scan_layers": choose_scan(args, config, platform),
     }
     saved = read_run(output_dir, resume_step) if resume_step else {}
     if saved:
         compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
         facts["scan_layers"] = saved["scan_layers"]
-    compute = jax.numpy.bfloat16 if args.bf16 else None
-    kernel, why = choose_kernel(
-        args.attention, platform, mesh.devices.flat[0].device_kind, config.head_dim, "bfloat16" if args.bf16 else dtype
-    )
-    say(f"attention by {kernel}: {why}")
-    run = RunOptions(
-        param_dtype=jax.numpy.dtype(dtype),
-        compute_dtype=compute,
-        rope_dtype=compute if args.hf_compat == "4.37" else None,
-        scan_layers=facts["scan_layers"],
-        remat="full" if args.gradient_checkpointing else "matmuls",
-        attention=Kernel(kernel, _most_segments(job, batches)),
-    )
-    blocks = np.asarray([batches.blocks(k) for k in range(order.updates)], np.int32)
-    tx = make_optimizer(
-        args.optim,
-        b1=args.adam_beta1,
-        b2=args.adam_beta2,
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        blocks=blocks,
-        vocab_size=config.vocab_size,
-    )
-    graphdef, abstract_parameters = abstract_params(config, run, mesh)
-    abstract = abstract_state(abstract_parameters, tx, run, mesh)
+    planner = Planner(job, mesh, platform, dtype, facts["scan_layers"])
     if args.show_examples:
         out = sys.stderr if args.explain == "json" else sys.stdout
         print(show_examples(job, args.show_examples, wants_colour(out)), file=out)
     if args.explain:
-        described = explain(job, batches, abstract, dtype)
+        plan = planner.make(planner.options(memory_limit())[0])
+        described = explain(job, plan.batches, plan.abstract, dtype)
         print(as_json(described) if args.explain == "json" else as_text(described))
         return 0
     say(
         f"{config.num_parameters:,} parameters in {dtype}, {'bfloat16' if args.bf16 else dtype} matmuls, "
         f"on {len(mesh.devices.flat)} {platform} device(s)"
     )
-    say(
-        f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up), "
-        f"at most {blocks.max()} block(s) an update of {', '.join(f'{r}x{t}' for r, t in batches.shapes)} tokens"
-    )
-    loss_step = make_loss_step(graphdef, config.vocab_size, args.label_smoothing_factor)
-    evaluation = _make_evaluation(job, loss_step, mesh, quiet)
-    if not resume_step:
-        remove_steps(output_dir)
-    checkpoints = Checkpoints(output_dir, args.save_total_limit, abstract.saved)
+    say(f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up)")
+    with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
+        planning = background.submit(planner.settle, memory_limit())
+        if resume_step:
+            checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
+            restored = checkpoints.restore_state(resume_step, planner.state.saved)
+        else:
+            with byte_bar("reading weights", source.bytes, quiet) as bar:
+                params = source.load(planner.run, mesh, bar.update)
+            if config.vocab_size != source.config.vocab_size:
+                params = resize_vocabulary(params, source.config, config, mesh)
+        plan = planning.result()
+    batches, run = plan.batches, plan.run
+    most = max(map(batches.blocks, range(order.updates)))
+    shapes = ", ".join(f"{r}x{t}" for r, t in batches.shapes)
+    say(f"at most {most} block(s) an update of {shapes} tokens; --remat {run.remat}")
+    loss_step = make_loss_step(plan.graphdef, config.vocab_size, args.label_smoothing_factor)
+    evaluation = _make_evaluation(job, loss_step, plan.option.max_tokens, mesh, quiet)
     log = _make_log(job)
     if resume_step:
         log.resume(saved["trainer_state"], output_dir)
         schedule.load(saved["schedule"])
-        state = complete(checkpoints.restore_state(resume_step, abstract.saved), run, mesh)
+        state = complete(restored, plan.tx, run, mesh)
+        del restored
         say(f"resumed from {output_dir / f'checkpoint-{resume_step}'}")
     else:
-        with byte_bar("reading weights", source.bytes, quiet) as bar:
-            params = source.load(run, mesh, bar.update)
-        if config.vocab_size != source.config.vocab_size:
-            params = resize_vocabulary(params, source.config, config, mesh)
-        state = init_state(params, tx, run, mesh)
+        remove_steps(output_dir)
+        checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
+        state = init_state(params, plan.tx, run, mesh)
         del params
 
     epoch_ends = order.epoch_ends()
@@ -201,7 +172,7 @@ def main(argv: list[str]) -> int:
             run_log.on_evaluation(evaluation(state.weights))
         state = fit(
             state,
-            make_train_step(graphdef, tx, run, config.vocab_size, args.label_smoothing_factor),
+            plan.steps,
             batches,
             mesh,
             range(resume_step, order.updates),
@@ -229,7 +200,7 @@ def main(argv: list[str]) -> int:
         best = f"{args.best_metric_key} {log.values['best_metric']:.6g}"
         say(f"the best model is that of checkpoint-{log.best_step}: {best}")
         del state, params  # the restored one takes their place
-        params = checkpoints.restore_state(log.best_step, abstract.saved).params
+        params = checkpoints.restore_state(log.best_step, planner.state.saved).params
     if log.best_step and args.save_total_limit == 1:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()
@@ -239,7 +210,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _make_evaluation(job: Job, loss_step: Any, mesh: Any, quiet: bool | None):
+def _make_evaluation(job: Job, loss_step: Any, max_tokens: int, mesh: Any, quiet: bool | None):
     """What evaluates, where the flags ask for it."""
     from llama_jax.evaluation import Evaluation
 
@@ -254,25 +225,12 @@ def _make_evaluation(job: Job, loss_step: Any, mesh: Any, quiet: bool | None):
         batch_size=args.per_device_eval_batch_size,
         drop_last=args.dataloader_drop_last,
         nan_filter=args.logging_nan_inf_filter,
-        max_tokens=args.max_tokens_per_device,
+        max_tokens=max_tokens,
         disable_bar=quiet,
     )
     if evaluation.has_nan:
         say("warning: an evaluation batch has no trained tokens; the HF Trainer's loss of it is NaN")
     return evaluation
-
-
-def _most_segments(job: Job, batches: Batches) -> int:
-    """A bound of the segments in a row: all of an update's examples, or as many of the shortest as fit."""
-    order = job.order
-    an_update = int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
-    most = 0
-    for examples, limit in ((job.examples, an_update), (job.eval_examples, None)):
-        if examples is not None:
-            row = max(*(length for _, length in batches.shapes), job.args.max_tokens_per_device, examples.lengths.max())
-            fitting = int(np.searchsorted(np.cumsum(np.sort(examples.lengths)), row, side="right"))
-            most = max(most, min(fitting, limit or fitting))
-    return most
 
 
 def _make_log(job: Job) -> TrainerState:
@@ -301,15 +259,6 @@ def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtyp
         job.tokenizer.save(output_dir)
     else:
         copy_tokenizer(source.tokenizer_folder, output_dir)
-
-
-def _scan_layers(args: Arguments, config: LlamaConfig) -> bool:
-    """Whether layers are stacked: a few unrolled ones compile as fast, and many do not."""
-    if args.optim == "adafactor":  # it factors each matrix by itself, not a stack of them
-        if args.scan_layers:
-            raise InputError("--scan_layers True: adafactor needs each layer by itself; leave the flag out")
-        return False
-    return config.num_hidden_layers > 8 if args.scan_layers is None else args.scan_layers
 
 
 def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) -> None:

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -86,7 +87,11 @@ class Arguments:
     average_tokens_across_devices: bool = _flag(
         True, "--hf_compat 5: an update's loss is the mean over the tokens of all devices"
     )
-    max_tokens_per_device: int = _flag(4096, "tokens that a device is given at once; larger updates are accumulated")
+    max_tokens_per_device: str = _flag(
+        "auto",
+        "tokens that a device is given at once, larger updates are accumulated; auto: what fits by the compiler's own "
+        "count, or 4096 where the device's memory is not known",
+    )
     dataloader_drop_last: bool = _flag(False, "drop the last incomplete micro-batch of an epoch")
     train_sampling_strategy: str = _flag(
         "random",
@@ -116,9 +121,22 @@ class Arguments:
     tf32: bool | None = _flag(None, "float32 matmuls in TF32 (NVIDIA Ampere and later)")
     packing: bool = _flag(True, "examples side by side in rows; False pads each micro-batch, as the Trainer does")
     attention: str = _flag("auto", "kernel: auto takes the device's best", choices=["auto", "xla", "cudnn", "splash"])
-    scan_layers: bool | None = _flag(None, "stack the layers under one lax.scan; by default where there are over 8")
+    scan_layers: bool | None = _flag(
+        None, "stack the layers under one lax.scan; by default where there are over 8, on a GPU over 48"
+    )
     gradient_checkpointing: bool = _flag(
-        False, "keep only each layer's input for the backward pass (5's default: None, which is the same)"
+        False, "the same as --remat full, unless that is given (5's default: None, which is the same)"
+    )
+    remat: str = _flag(
+        "auto",
+        "what the backward pass computes again: nothing; all but the matmuls; all but attention; all but each layer's "
+        "input; auto: as little as fits",
+        choices=["auto", "none", "matmuls", "attention", "full"],
+    )
+    accumulation: str = _flag(
+        "sum",
+        "of an update in several blocks: a sum beside the optimizer, or optax.MultiSteps",
+        choices=["sum", "multisteps"],
     )
     use_cpu: bool = _flag(False, "run on the CPU")
 
@@ -154,6 +172,11 @@ class Arguments:
         self.said: list[str] = []  # of flags that are an alias or without meaning
 
     @property
+    def max_tokens(self) -> int | None:
+        """`--max_tokens_per_device`, None for auto."""
+        return None if self.max_tokens_per_device == "auto" else int(self.max_tokens_per_device)
+
+    @property
     def schedule_kwargs(self) -> dict[str, Any]:
         """`--lr_scheduler_kwargs` as keywords of the schedule."""
         return read_json("lr_scheduler_kwargs", self.lr_scheduler_kwargs) if self.lr_scheduler_kwargs else {}
@@ -173,6 +196,8 @@ class Arguments:
         for name in _PATHS:
             if value := getattr(self, name):
                 setattr(self, name, os.path.expanduser(value))
+        if self.gradient_checkpointing and self.remat == "auto":
+            self.remat = "full"
         if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.logging_steps
         listens = self.lr_scheduler_type in _LISTENING
@@ -219,11 +244,14 @@ class Arguments:
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "num_train_epochs",
-            "max_tokens_per_device",
         )
         for name in (*positive, *intervals):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} {getattr(self, name)}: should be above 0")
+        if self.max_tokens_per_device != "auto" and not re.fullmatch("0*[1-9][0-9]*", self.max_tokens_per_device):
+            raise InputError(
+                f"--max_tokens_per_device {self.max_tokens_per_device}: should be auto or a number above 0"
+            )
         for name in (*intervals, "warmup_steps"):
             value = getattr(self, name)
             if value > 1 and value != int(value):

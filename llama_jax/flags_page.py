@@ -25,7 +25,18 @@ _ORIGIN = {
     **dict.fromkeys(("model_name_or_path", "data_path", "model_max_length", "cache_dir"), ALPACA),
     **dict.fromkeys(("eval_data_path", "validation_split_percentage", "allow_pickle", "dtype", "hf_compat"), HERE),
     **dict.fromkeys(
-        ("max_tokens_per_device", "packing", "attention", "scan_layers", "explain", "show_examples", "config"), HERE
+        (
+            "max_tokens_per_device",
+            "remat",
+            "accumulation",
+            "packing",
+            "attention",
+            "scan_layers",
+            "explain",
+            "show_examples",
+            "config",
+        ),
+        HERE,
     ),
     **dict.fromkeys(("warmup_ratio", "overwrite_output_dir"), OLD),
     **dict.fromkeys(

@@ -50,15 +50,15 @@ class Job:
         order = self.order
         return math.ceil(order.epochs if order.max_steps <= 0 else order.updates / order.updates_per_epoch)
 
-    def batches(self) -> Batches:
-        """The blocks of every update. Planning their shapes packs the whole run once."""
+    def batches(self, max_tokens: int) -> Batches:
+        """The blocks of every update, of so many tokens a device at most. Planning their shapes packs the whole run."""
         normalise = training_loss(self.order, self.args.average_tokens_across_devices)
         return Batches(
             self.examples,
             self.order,
             normalise,
             self.order.ranks,
-            self.args.max_tokens_per_device,
+            max_tokens,
             packed=self.args.packing,
         )
 

@@ -30,8 +30,8 @@ ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
 }
 
-# What the backward pass keeps of the outputs of matmuls, q and k rotated; what lies between is computed again.
-SAVED = ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj")
+# What the backward pass keeps beside each layer's input, q and k rotated; what lies between is computed again.
+SAVED = {"matmuls": ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), "attention": ("attention",)}
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class RunOptions:
 
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
-    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is "none", "matmuls" (their outputs are
-    kept) or "full" (only each layer's input is kept). `attention` is the kernel for packed rows; with a cache it is
-    always plain XLA.
+    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is what the backward pass computes
+    again: "none"; all but "matmuls" and attention; all but "attention"; in "full" all but each layer's input.
+    `attention` is the kernel for packed rows; with a cache it is always plain XLA.
     """
 
     param_dtype: Any = jnp.float32
@@ -247,8 +247,8 @@ def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache |
 
     if remat == "full":
         run = jax.checkpoint(run)
-    elif remat == "matmuls":
-        named = jax.checkpoint_policies.save_only_these_names(*SAVED)
+    elif remat != "none":
+        named = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel))
     return run(params, x, tokens, cache)
 

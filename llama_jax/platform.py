@@ -33,3 +33,9 @@ def peak_memory() -> int | None:
     """The most bytes in use on the first device so far, where the platform tells."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def memory_limit() -> int | None:
+    """Bytes that a program may use on each device, where the platform tells; 2% are left for what is not counted."""
+    stats = jax.local_devices()[0].memory_stats()
+    return int(0.98 * stats["bytes_limit"]) if stats and "bytes_limit" in stats else None

@@ -6,6 +6,7 @@ explicit: a parameter's spec is part of its type, and gradients and Adam moments
 Letters: B rows, T tokens, D model, N heads, K kv heads, H head dim, F ffn (or any output of a projection), V vocab.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -43,14 +44,24 @@ def batch_ways(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Rows [B, ...] divided over the devices."""
+    return NamedSharding(mesh, P(BATCH, *[None] * (ndim - 1)))
+
+
 def put(mesh: Mesh, array: np.ndarray) -> jax.Array:
     """A host array of rows [B, ...] onto the devices, rows divided."""
-    return jax.device_put(array, NamedSharding(mesh, P(BATCH, *[None] * (array.ndim - 1))))
+    return jax.device_put(array, row_sharding(mesh, array.ndim))
 
 
 def shape_on_device(array: jax.Array) -> tuple[int, ...]:
     """The shape of the part of an array, or of a tracer, that a device holds."""
     return jax.typeof(array).sharding.shard_shape(array.shape)
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes that a device holds of a tree of arrays, or of their shapes with placements."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def stacked(spec: P) -> P:

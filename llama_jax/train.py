@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from llama_jax import sharding
 from llama_jax.data.batches import Batch, Batches
+from llama_jax.data.packing import Shape
 from llama_jax.loss import weighted_cross_entropy
 from llama_jax.model import RunOptions, compute_copy, with_copy
 from llama_jax.reporting.run_log import UpdateMetrics
@@ -33,8 +34,9 @@ class TrainState(NamedTuple):
 
     @property
     def saved(self) -> "TrainState":
-        """What a checkpoint holds."""
-        return self._replace(copy=None)
+        """What a checkpoint holds: between updates, MultiSteps adds nothing to its optimizer's state."""
+        multi_steps = isinstance(self.opt_state, optax.MultiStepsState)
+        return self._replace(copy=None, opt_state=self.opt_state.inner_opt_state if multi_steps else self.opt_state)
 
     @property
     def weights(self) -> Any:
@@ -42,20 +44,26 @@ class TrainState(NamedTuple):
         return with_copy(self.params, self.copy)
 
 
-TrainStep = Callable[[TrainState, Batch, np.float32], tuple[TrainState, dict[str, jax.Array]]]
 LossStep = Callable[[Any, Batch], jax.Array]
+
+
+_make_copy = jax.jit(compute_copy, static_argnums=1)
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
     """A fresh state around the parameters, which it takes over; moments are placed like them."""
     with jax.set_mesh(mesh):
-        return complete(TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params)), run, mesh)
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params), _make_copy(params, run))
 
 
-def complete(state: TrainState, run: RunOptions, mesh: Mesh) -> TrainState:
-    """A state as it was saved, with the copy made anew."""
+def complete(saved: TrainState, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
+    """The state of which this is what a checkpoint holds."""
+    opt_state = saved.opt_state
     with jax.set_mesh(mesh):
-        return state._replace(copy=jax.jit(compute_copy, static_argnums=1)(state.params, run))
+        if isinstance(jax.eval_shape(tx.init, saved.params), optax.MultiStepsState):
+            zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))(saved.params)
+            opt_state = optax.MultiStepsState(jnp.zeros((), jnp.int32), saved.step + 0, opt_state, zeros)
+        return saved._replace(opt_state=opt_state, copy=_make_copy(saved.params, run))
 
 
 def abstract_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
@@ -73,38 +81,102 @@ def _losses(graphdef: nnx.GraphDef, params: Any, batch: Batch, vocab_size: int, 
     return weighted_cross_entropy(hidden, model.head(), batch.targets, batch.weights, vocab_size, label_smoothing)
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformationExtraArgs,
-    run: RunOptions,
-    vocab_size: int,
-    label_smoothing: float = 0.0,
-) -> TrainStep:
-    """The compiled `(state, block, learning rate) -> (state, {"loss", "losses", "grad_norm"})`; the state given is
-    donated.
+class Steps:
+    """The compiled programs of a run, and an update made of its blocks by them.
 
-    The loss is the block's weighted sum, `losses` its parts by token [B, T]; with several blocks an update, the
-    gradient norm is that of the last update.
+    Where every update is one block, one program makes it: gradients, optimizer, the copy. So does `optax.MultiSteps` as
+    the optimizer, called once a block. Otherwise (`sums`) a program adds a block's gradient to those of the update's
+    other blocks, in the parameters' type, and another gives the sums to the optimizer.
     """
 
-    def step(state: TrainState, batch: Batch, learning_rate: jax.Array):
-        def loss_fn(weights):
-            return _losses(graphdef, weights, batch, vocab_size, label_smoothing)
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        tx: optax.GradientTransformationExtraArgs,
+        run: RunOptions,
+        vocab_size: int,
+        label_smoothing: float = 0.0,
+        sums: bool = False,
+    ):
+        def gradients(weights: Any, batch: Batch):
+            def loss(weights):
+                return _losses(graphdef, weights, batch, vocab_size, label_smoothing)
 
-        (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.weights)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
-        params = optax.apply_updates(state.params, updates)
-        accumulates = isinstance(opt_state, optax.MultiStepsState)
-        done = opt_state.gradient_step if accumulates else state.step + 1
-        norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
-        return TrainState(done, params, opt_state, compute_copy(params, run)), {
-            "loss": loss,
-            "losses": losses,
-            "grad_norm": norm,
-        }
+            (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+            return grads, {"loss": loss, "losses": losses}
 
-    return jax.jit(step, donate_argnums=0)
+        def optimize(state: TrainState, grads: Any, learning_rate: jax.Array):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
+            params = optax.apply_updates(state.params, updates)
+            multi_steps = isinstance(opt_state, optax.MultiStepsState)
+            done = opt_state.gradient_step if multi_steps else state.step + 1
+            norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
+            return TrainState(done, params, opt_state, compute_copy(params, run)), norm
+
+        def update(state: TrainState, batch: Batch, learning_rate: jax.Array):
+            grads, out = gradients(state.weights, batch)
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+            state, norm = optimize(state, grads, learning_rate)
+            return state, out | {"grad_norm": norm}
+
+        def add(sums: Any, state: TrainState, batch: Batch):
+            grads, out = gradients(state.weights, batch)
+            return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), out
+
+        def apply(state: TrainState, sums: Any, learning_rate: jax.Array):
+            state, norm = optimize(state, sums, learning_rate)
+            return state, jax.tree.map(jnp.zeros_like, sums), norm
+
+        self._sums, self._summing = None, sums
+        self._apply = jax.jit(apply, donate_argnums=(0, 1))
+        self._of_block = jax.jit(add if sums else update, donate_argnums=0)
+        self._compiled: dict[Any, Any] = {}
+
+    def compile(self, state: TrainState, shape: Shape, mesh: Mesh) -> int:
+        """Compile what a block of this shape needs, for a state of these types; returns the bytes that a device needs
+        for it, the state included. Raises jax's error where the compiler finds that it does not fit."""
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+        held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
+        programs: dict[Any, Any] = {}
+        with jax.set_mesh(mesh):
+            if self._summing:
+                held += sharding.bytes_on_device(state.params)
+                programs[shape] = self._of_block.lower(state.params, state, block).compile()
+                if "apply" not in self._compiled:
+                    programs["apply"] = self._apply.lower(state, state.params, rate).compile()
+            else:
+                programs[shape] = self._of_block.lower(state, block, rate).compile()
+        self._compiled |= programs
+        platform = mesh.devices.flat[0].platform
+        return max(_bytes_needed(program, held, platform) for program in programs.values())
+
+    def update(self, state: TrainState, blocks: list[Batch], rate: np.float32, mesh: Mesh):
+        """The state after an update by these blocks of the host, the state given being donated; and of each block
+        {"loss", "losses"}, its weighted sum and the sum's parts by token [B, T], and of the last one "grad_norm"."""
+        outputs = []
+        with jax.set_mesh(mesh):
+            for block in blocks:
+                program, batch = self._compiled[block.input_ids.shape], put_batch(mesh, block)
+                if self._summing:
+                    if self._sums is None:
+                        self._sums = jax.jit(partial(jax.tree.map, jnp.zeros_like))(state.params)
+                    self._sums, out = program(self._sums, state, batch)
+                else:
+                    state, out = program(state, batch, rate)
+                outputs.append(out)
+            if self._summing:
+                state, self._sums, norm = self._compiled["apply"](state, self._sums, rate)
+                outputs[-1]["grad_norm"] = norm
+        return state, outputs
+
+
+def _bytes_needed(program: Any, held: int, platform: str) -> int:
+    """The most that a device has in use while a compiled program runs, where it holds so many bytes."""
+    memory = program.memory_analysis()
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # The sum overstates on a TPU, whose compiler tells the peak; that of a CPU leaves out what is temporary.
+    peak = memory.peak_memory_in_bytes if platform == "tpu" else arguments + results + memory.temp_size_in_bytes
+    return peak + max(0, held - arguments)
 
 
 def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
@@ -123,9 +195,16 @@ def put_batch(mesh: Mesh, block: Batch) -> Batch:
     return Batch(*(sharding.put(mesh, a) for a in block))
 
 
+def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:
+    """The types and placements of a block of this shape."""
+    kinds = dict.fromkeys(Batch._fields, jnp.int32) | {"weights": jnp.float32}
+    rows = sharding.row_sharding(mesh, len(shape))
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()})
+
+
 def fit(
     state: TrainState,
-    train_step: TrainStep,
+    steps: Steps,
     batches: Batches,
     mesh: Mesh,
     updates: range,
@@ -147,12 +226,7 @@ def fit(
         started = time.monotonic()
         blocks = batches.update(k)
         made_in = time.monotonic() - started
-        outputs = []
-        rate = np.float32(learning_rate(k))
-        with jax.set_mesh(mesh):
-            for block in blocks:
-                state, out = train_step(state, put_batch(mesh, block), rate)
-                outputs.append(out)
+        state, outputs = steps.update(state, blocks, np.float32(learning_rate(k)), mesh)
         if pending is not None:
             on_update(pending())
         pending = partial(_read, batches, k, outputs, made_in)
@@ -169,10 +243,9 @@ def fit(
 
 
 def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], made_in: float) -> UpdateMetrics:
-    host = jax.device_get([{name: o[name] for name in ("loss", "grad_norm")} for o in outputs])
-    loss = float(sum(float(o["loss"]) for o in host))
+    of_blocks, norm = jax.device_get(([o["loss"] for o in outputs], outputs[-1]["grad_norm"]))
+    loss, norm = sum(map(float, of_blocks)), float(norm)
     losses = [o["losses"] for o in outputs]
-    norm = float(host[-1]["grad_norm"])
     return UpdateMetrics(
         k + 1, loss, norm, batches.tokens(k), made_in, lambda: batches.micro_losses(k, jax.device_get(losses))
     )

@@ -13,6 +13,7 @@ FLOORS = {
     "llama_jax.generate": 5,
     "llama_jax.evaluation": 5,
     "llama_jax.explain": 5,
+    "llama_jax.plan": 5,
     "llama_jax.train": 4,
     "llama_jax.hf": 4,
     "llama_jax.model": 3,

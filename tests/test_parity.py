@@ -496,7 +496,7 @@ def test_deeper_model(scan_layers: bool, smoothing: float, mesh: Mesh) -> None:
     config = LlamaConfig.from_hf(raw)
     rng = np.random.default_rng(2)
     weights, batch = make_weights(config, rng), make_batch(config, rng, [33, 7, 40])
-    run = RunOptions(scan_layers=scan_layers, remat="matmuls" if scan_layers else "none")
+    run = RunOptions(scan_layers=scan_layers, remat="attention" if scan_layers else "none")
     ours = run_ours(config, run, mesh, weights, batch, smoothing)
     theirs, bounds = run_hf(raw, weights, batch, smoothing)
     assert 10 < np.abs(theirs.logits).max() < 40

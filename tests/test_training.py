@@ -116,11 +116,11 @@ def golden_flags(case: Path, out: Path) -> list[str]:
     return [*flags, "--output_dir", str(out), "--hf_compat", compat]
 
 
-@pytest.mark.parametrize("accumulated", [False, True], ids=["one block", "several blocks"])
+@pytest.mark.parametrize("accumulated", ["", "sum", "multisteps"], ids=["one block", "several blocks", "MultiSteps"])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(
     name: str,
-    accumulated: bool,
+    accumulated: str,
     shared: Path,
     tmp_path: Path,
     seen: list[tuple[int, float, float]],
@@ -128,11 +128,11 @@ def test_golden(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = shared / "golden" / name
-    extra = in_short_rows(monkeypatch) if accumulated else []
+    extra = [*in_short_rows(monkeypatch), "--accumulation", accumulated] if accumulated else []
     outcome = run(train_jax.main, *golden_flags(case, tmp_path), *extra)
     assert outcome.code == 0, outcome.err
-    assert bool(multi_steps) == accumulated
-    assert (blocks_said(outcome) > 1) == accumulated
+    assert bool(multi_steps) == (accumulated == "multisteps")
+    assert (blocks_said(outcome) > 1) == bool(accumulated)
     gold = json.loads((case / "log.json").read_text())
 
     # float32: the Trainer's own attention kernels differ by 8e-7 in loss, 1e-6 in norm and 1.8e-6 in weights; several
@@ -206,11 +206,11 @@ def test_golden_evaluation(shared: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose([e["eval_loss"] for e in ours], [e["eval_loss"] for e in expected], rtol=1e-5)
 
 
-def test_a_device_is_given_no_more_than_asked(shared: Path, tmp_path: Path, multi_steps: list[Any]) -> None:
+def test_a_device_is_given_no_more_than_asked(shared: Path, tmp_path: Path) -> None:
     """An update of this case has some 200 tokens: more than 128, and all of its examples are far shorter."""
     case = shared / "golden" / "5.x-mha-accum8"
     outcome = run(train_jax.main, *golden_flags(case, tmp_path), "--max_tokens_per_device", "128")
-    assert outcome.code == 0 and multi_steps and blocks_said(outcome) >= 2, outcome.err
+    assert outcome.code == 0 and blocks_said(outcome) >= 2, outcome.err
 
 
 # -- A loop of our own in torch ---------------------------------------------------------------------------------------
@@ -470,6 +470,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4.37": {},
     "5": {"hf_compat": "5"},
     "several blocks": {"per_device_train_batch_size": 4, "hf_compat": "5"},
+    "MultiSteps": {"per_device_train_batch_size": 4, "hf_compat": "5", "accumulation": "multisteps"},
     "scanned, in bfloat16": {"scan_layers": True, "dtype": "bfloat16"},
     "autocast": {"bf16": True, "gradient_checkpointing": True},
     "evaluated": {
@@ -497,11 +498,11 @@ def test_resumed_run_is_the_same(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multi_steps: list[Any]
 ) -> None:
     job = Job(tmp_path, **VARIANTS[name])
-    if name == "several blocks":
+    if name in ("several blocks", "MultiSteps"):
         in_short_rows(monkeypatch)
         job.flags["max_tokens_per_device"] = 128
     whole = job.train("whole")
-    assert bool(multi_steps) == (name == "several blocks")
+    assert bool(multi_steps) == (name == "MultiSteps")
     for step in RESUMED.get(name, [2]):
         part = tmp_path / f"from-{step}"
         part.mkdir()
@@ -517,6 +518,23 @@ def test_resumed_run_is_the_same(
         # decimals.
         over = 6 if job.flags.get("hf_compat", "4.37") == "4.37" else 6 - step
         np.testing.assert_allclose(last["train_loss"], sum(losses[step:]) / over, rtol=1e-12, atol=5e-5)
+
+
+def test_a_checkpoint_does_not_tell_how_gradients_were_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MultiSteps' run goes on with a sum of our own, and one in single blocks: the same updates."""
+    job = Job(tmp_path, per_device_train_batch_size=4, hf_compat="5")
+    for name in ("summed", "in one block"):
+        (tmp_path / name).mkdir()
+    with monkeypatch.context() as patch:
+        in_short_rows(patch)
+        whole = job.train("whole", accumulation="multisteps", max_tokens_per_device=128)
+        for name in ("summed", "in one block"):
+            shutil.copytree(whole / "checkpoint-2", tmp_path / name / "checkpoint-2")
+        outs = [job.train("summed", resume_from_checkpoint=True, max_tokens_per_device=128)]
+    outs.append(job.train("in one block", resume_from_checkpoint=True))
+    for out in outs:
+        a, b = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")
+        assert worst(a, b) <= 1e-5  # as for the golden runs
 
 
 def test_a_checkpoint_keeps_the_state_of_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -617,16 +635,16 @@ def test_sigterm(tmp_path: Path) -> None:
 
 
 def test_sigterm_before_the_first_update_is_done(tmp_path: Path) -> None:
-    """The first update, which compiles, is finished and saved."""
+    """The first update is finished and saved."""
     job = Job(tmp_path)
-    original = llama_jax.train.make_train_step
+    original = llama_jax.train.fit
 
-    def make_train_step(*args: Any) -> Any:
+    def fit(*args: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
-        return original(*args)
+        return original(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_jax.train, "make_train_step", make_train_step)
+        patch.setattr(llama_jax.train, "fit", fit)
         out = job.train("out", code=143)
     assert checkpoints(out) == ["checkpoint-1"]
     job.train("out", resume_from_checkpoint=True)

@@ -1,0 +1,179 @@
+"""What is chosen fits by the compiler's own count, what was passed over does not, and all choices make the same run."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax._src.ad_checkpoint import saved_residuals
+from safetensors.numpy import load_file
+from tiny import CONFIG, make_records, run, write_json, write_model
+
+import llama_jax.plan
+import llama_jax.platform
+import train_jax
+from llama_jax import sharding
+from llama_jax.arguments import parse_arguments
+from llama_jax.config import LlamaConfig
+from llama_jax.job import make_job
+from llama_jax.plan import Option, Plan, Planner, activation_bytes, choose_scan
+from llama_jax.train import abstract_batch
+
+RAW = {**CONFIG, "num_hidden_layers": 2}
+UPDATE = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8, "max_steps": 3}  # some 600 tokens
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No choices of other runs; and the compiler is asked for each program once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    original, told = Plan.compile, {}
+
+    def compile(self: Plan, shape: Any, mesh: Any) -> int:
+        key = (self.option, shape, isinstance(self.abstract.opt_state, optax.MultiStepsState))
+        if key not in told:
+            told[key] = original(self, shape, mesh)
+        return told[key]
+
+    monkeypatch.setattr(Plan, "compile", compile)
+
+
+def argv(folder: Path, **flags: Any) -> list[str]:
+    if not (folder / "data.json").exists():
+        write_model(folder / "model", RAW)
+        write_json(folder / "data.json", make_records(64))
+    paths = {"model_name_or_path": folder / "model", "data_path": folder / "data.json", "output_dir": folder / "out"}
+    flags = {**paths, "use_cpu": True, "save_strategy": "no", **UPDATE, **flags}
+    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def planner(folder: Path, raw: dict[str, Any] = RAW, **flags: Any) -> Planner:
+    args = parse_arguments(argv(folder, **flags))
+    config = LlamaConfig.from_hf(raw)
+    mesh = sharding.make_mesh()
+    return Planner(make_job(args, config, lambda: folder, 1, True), mesh, "cpu", "float32", False)
+
+
+def needed(planner: Planner, option: Option) -> int:
+    plan = planner.make(option)
+    return max(plan.compile(shape, planner.mesh) for shape in plan.batches.shapes)
+
+
+@pytest.mark.parametrize("accumulation", ["sum", "multisteps"])
+def test_the_first_that_fits(accumulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every limit between what the leanest and what the fastest choice needs."""
+    monkeypatch.setattr(llama_jax.plan, "SIZES", (128,))
+    plans = planner(tmp_path, accumulation=accumulation)
+    everything = plans.options(10**12)
+    assert len(everything) == 8  # a block an update, or of 128 tokens; each with all choices of recomputation
+    needs = {option: needed(plans, option) for option in everything}
+    assert needs[everything[0]] > min(needs.values())
+    for limit in sorted(needs.values()):
+        chosen = plans.settle(limit).option
+        assert needs[chosen] <= limit
+        faster = everything[: everything.index(chosen)]
+        assert all(needs[option] > limit for option in faster), (limit, chosen, needs)
+    assert plans.options(10**12)[0].remat == "none" and plans.settle(10**12).batches.blocks(0) == 1
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bytes_kept_for_the_backward_pass(kv_heads: int, bf16: bool, tmp_path: Path) -> None:
+    """Of each further layer, what jax's own partial evaluation keeps, parameters and what is not a token's left out.
+    With "none" it also keeps what one fused kernel makes and takes, which the compiler then does not."""
+    kept = {}
+    for layers in (2, 3):
+        raw = {**CONFIG, "num_hidden_layers": layers, "num_key_value_heads": kv_heads, "intermediate_size": 80}
+        plans = planner(tmp_path, raw, bf16=bf16)
+        for remat in ("full", "attention", "matmuls"):
+            plan = plans.make(Option(128, remat))
+            block = abstract_batch(plans.mesh, (1, 128))
+
+            def hidden(params: Any, plan: Plan = plan, block: Any = block) -> Any:
+                zeros = [jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec) for x in block[:4]]
+                return nnx.merge(plan.graphdef, params)(*zeros)[0]
+
+            with jax.set_mesh(plans.mesh):
+                found = saved_residuals(hidden, plan.abstract.weights)
+            sizes = [x.size * x.dtype.itemsize for x, how in found if "argument" not in how and 128 in x.shape]
+            formula = activation_bytes(plans.job.config, plans.run, remat, plans.mesh)
+            kept.setdefault(remat, []).append((sum(sizes), 128 * formula))
+    for remat, ((less, told_less), (more, told_more)) in kept.items():
+        assert more - less == told_more - told_less, remat
+
+
+def test_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second start compiles no program that the first found not to fit."""
+    monkeypatch.setattr(llama_jax.plan, "SIZES", (128,))
+    plans = planner(tmp_path)
+    limit = min(needed(plans, option) for option in plans.options(10**12))
+    made: list[Option] = []
+    original = Planner.make
+
+    def make(self: Planner, option: Option) -> Plan:
+        made.append(option)
+        return original(self, option)
+
+    monkeypatch.setattr(Planner, "make", make)
+    first = plans.settle(limit).option
+    assert len(made) > 1 and made[-1] == first
+    made.clear()
+    assert planner(tmp_path).settle(limit).option == first and made == [first]
+    made.clear()
+    assert planner(tmp_path).settle(10**12).option != first  # another device
+
+
+def test_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_jax.platform, "memory_limit", lambda: 2**20 // 4)
+    outcome = run(train_jax.main, *argv(tmp_path))
+    assert outcome.code == 2 and "--remat full" in outcome.err and "0.000244 GiB for it" in outcome.err, outcome.err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_every_choice_is_the_same_run(tmp_path: Path) -> None:
+    weights = []
+    sizes = {"none": "auto", "matmuls": 128, "attention": "auto", "full": 128, "auto": "auto"}
+    for remat, size in sizes.items():
+        flags = {"remat": remat, "max_tokens_per_device": size, "output_dir": tmp_path / remat}
+        outcome = run(train_jax.main, *argv(tmp_path, **flags, adam_epsilon=1e-4))
+        assert outcome.code == 0, outcome.err
+        weights.append(load_file(tmp_path / remat / "model.safetensors"))
+    for name, expected in weights[0].items():
+        for other in weights[1:]:
+            # Adam's step moves by lr / epsilon = 0.5 times the gradient's rounding, some 1e-8, in 3 updates.
+            np.testing.assert_allclose(other[name], expected, rtol=0, atol=1e-7, err_msg=name)
+
+
+def test_gradient_checkpointing_is_full(tmp_path: Path) -> None:
+    for flags, remat in (
+        ({"gradient_checkpointing": True}, "full"),
+        ({"gradient_checkpointing": True, "remat": "attention"}, "attention"),
+        ({}, "matmuls"),
+    ):
+        assert planner(tmp_path, **flags).options(None)[0].remat == remat
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "many", "4.5", ""])
+def test_a_size_that_is_none(value: str, tmp_path: Path) -> None:
+    outcome = run(train_jax.main, *argv(tmp_path, max_tokens_per_device=value))
+    assert outcome.code == 2 and "--max_tokens_per_device" in outcome.err
+
+
+def test_scanned_or_not() -> None:
+    for layers, platform, flag, scanned in (
+        (8, "cpu", None, False),
+        (32, "cpu", None, True),
+        (32, "tpu", None, True),
+        (32, "gpu", None, False),
+        (80, "gpu", None, True),
+        (32, "gpu", True, True),
+        (80, "tpu", False, False),
+    ):
+        flags = [] if flag is None else ["--scan_layers", str(flag)]
+        args = parse_arguments(["--model_name_or_path", "m", "--data_path", "d", *flags])
+        config = LlamaConfig.from_hf({**CONFIG, "num_hidden_layers": layers})
+        assert choose_scan(args, config, platform) == scanned
