@@ -4,6 +4,7 @@ Token j of example i has the id `STRIDE * i + j + 1`, so that a row can be read 
 of the pair (i, j). The Trainer's loss is then a few loops over those numbers.
 """
 
+import itertools
 import json
 from collections import Counter
 from typing import Any, NamedTuple
@@ -407,6 +408,71 @@ def test_room_that_cannot_be_used_is_not_counted():
     batches = Batches(examples, order, training_loss(order), 1, 4096, 1152)
     assert batches.shapes == [(3, 1024), (4, 1024)]
     assert [batches.shapes_of(k) for k in range(100)] == [[(3, 1024)]] * 99 + [[(4, 1024)]]
+
+
+def test_an_update_asks_for_more_room_until_it_has_a_place():
+    """One shape for two updates. The first needs 2,048, a row; the second 2 x 1,152, where no two of 650 find a place,
+    nor in 2 x 1,280, though that is what the first asks for next."""
+    examples = make_examples([651, 667, 659, 35, 494, 693, 400, 651], 0.5, 0)
+    order = Order(8, 4, 1, 1, "5", sampling="sequential")
+    batches = Batches(examples, order, training_loss(order))
+    assert batches.shapes == [(2, 1408)]
+    assert [block.input_ids.shape for k in range(2) for block in batches.update(k)] == [(2, 1408)] * 2
+
+
+@settings(max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 250), min_size=30, max_size=60),
+    an_update=st.integers(1, 8),
+    levels=st.integers(1, 3),
+)
+def test_the_shapes_of_one_row_are_the_best(many_shapes, lengths, an_update, levels):
+    """What all updates take, against all choices of lengths of a row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches_module, "MAX_SHAPES", levels)
+        order = Order(len(lengths), 1, an_update, 1, "5")
+        batches = Batches(make_examples(lengths, 0.5, 0), order, training_loss(order), 1, 4096)
+    assume(order.updates >= levels)
+    needed = [sum(lengths[int(i)] for micro in order.update(k) for i in micro[0]) for k in range(order.updates)]
+    rows = range(128, -(-max(needed) // 128) * 128 + 1, 128)
+    least = min(
+        sum(min(row for row in chosen if row >= n) for n in needed)
+        for count in range(1, levels + 1)
+        for chosen in itertools.combinations(rows, count)
+        if chosen[-1] >= max(needed)
+    )
+    assert {rows for rows, _ in batches.shapes} == {1}
+    assert sum(length for k in range(order.updates) for _, length in batches.shapes_of(k)) == least
+
+
+def test_what_one_row_holds_is_planned_without_a_step_an_update(monkeypatch):
+    """A run of a million updates is planned in seconds: what is done by update is done by NumPy."""
+    lengths = np.random.default_rng(0).integers(1, 250, 4000)
+    examples, order = make_examples(lengths.tolist(), 0.5, 0), Order(4000, 1, 8, 1, "5")
+    expected = [Batches(examples, order, training_loss(order)).shapes_of(k) for k in range(500)]
+
+    def refuse(*given: Any) -> None:
+        raise AssertionError("an update is looked at by itself")
+
+    for name in ("update", "examples_of", "micro_batch"):
+        monkeypatch.setattr(Order, name, refuse)
+    batches = Batches(examples, order, training_loss(order))
+    assert len(batches.shapes) == 6 and [batches.shapes_of(k) for k in range(500)] == expected
+    padded = Batches(examples, order, training_loss(order), packed=False)
+    assert len(padded.shapes) > 1
+
+
+@settings(max_examples=100)
+@given(run=drawn_runs())
+def test_progress_is_told(many_shapes, run):
+    """Each update is looked at twice, and all of them once more where one found no place."""
+    done: list[int] = []
+    limits = run.ways, run.max_tokens, run.row_limit, run.batches.packed
+    Batches(run.examples, run.order, training_loss(run.order), *limits, done.append)
+    looks, rest = divmod(sum(done), run.order.updates)
+    assert looks >= 2 and rest == 0 and min(done) >= 0
+    if not run.batches.packed or (run.ways == 1 and run.examples.lengths.sum() <= run.row_limit):
+        assert looks == 2
 
 
 def test_rows_suit_long_examples():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 import threading
@@ -19,6 +20,7 @@ import train_jax
 from llama_jax import job as job_module
 from llama_jax.arguments import parse_arguments
 from llama_jax.config import LlamaConfig
+from llama_jax.data import cache as cache_module
 from llama_jax.data.cache import data_digest, load_examples, save_examples
 from llama_jax.data.examples import Examples
 from llama_jax.errors import InputError
@@ -128,15 +130,18 @@ def test_the_arrays_stay_on_the_disk(tmp_path):
         assert not array.flags.writeable
 
 
-def test_a_damaged_file_is_found(tmp_path):
+@pytest.mark.parametrize("piece", [16, cache_module.PIECE])
+def test_a_damaged_file_is_found(tmp_path, monkeypatch, piece):
     """Each byte changed, and each shorter length: no examples, one line that names the file. Only the spaces that fill
     the first line up say nothing, wherever they stand."""
+    monkeypatch.setattr(cache_module, "PIECE", piece)
     examples = some_examples(count=3)
     save_examples(tmp_path, "name", "alpaca", examples, print)
     path = tmp_path / "name"
     whole = path.read_bytes()
     spoilt = [whole[:n] for n in range(len(whole))]
     spoilt += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(len(whole)) if whole[i] != ord(" ")]
+    spoilt += [whole[:-32] + whole[-16:] + whole[-32:-16]]
     spoilt += [whole + b"\0", b"\n" + whole, b"[]\n" + whole, b"\xff\n" + whole]
     for data in spoilt:
         path.write_bytes(data)
@@ -210,6 +215,19 @@ def test_only_the_same_inputs_have_the_same_name(pair, tmp_path_factory):
         names.append(data_digest(folder / name, None if tokenizer is None else folder, {"model_max_length": limit}))
         decisive.append((data, name.split(".")[1], tokenizer or {}, limit))
     assert (names[0] == names[1]) == (decisive[0] == decisive[1])
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, cache_module.PIECE])
+def test_a_file_in_pieces_has_a_digest_of_its_own(tmp_path, monkeypatch, piece):
+    """All files of at most seven letters of two."""
+    monkeypatch.setattr(cache_module, "PIECE", piece)
+    path, contents = tmp_path / "file", [bytes(x) for n in range(8) for x in itertools.product(b"ab", repeat=n)]
+    digests = []
+    for content in contents:
+        path.write_bytes(content)
+        digests.append(cache_module._file_digest(path))
+        assert cache_module._file_digest(path) == digests[-1]
+    assert len(set(digests)) == len(contents) == 255
 
 
 def test_the_code_and_its_libraries_are_in_the_name(tmp_path, monkeypatch):

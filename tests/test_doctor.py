@@ -79,7 +79,8 @@ records_strategy = st.lists(
 @given(records=records_strategy, limit=st.integers(150, 330), split=st.sampled_from([0, 30]))
 def test_what_is_found_is_there(model, records, limit, split, tmp_path_factory, monkeypatch):
     """Of the examples that are trained on, by the records' numbers in the file; the same from the cache."""
-    monkeypatch.setattr("llama_jax.data.doctor.CHUNK", 3)
+    for module in ("doctor", "examples"):
+        monkeypatch.setattr(f"llama_jax.data.{module}.CHUNK", 3)
     first = round(len(records) * split / 100)
     whole = {i: [*tokens(prompt_of(r) + r["output"]), "</s>"] for i, r in enumerate(records, start=1) if i > first}
     prompts = {i: tokens(prompt_of(records[i - 1])) for i in whole}

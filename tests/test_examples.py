@@ -276,9 +276,11 @@ def test_tokenised_records_come_through(lengths):
     lengths=lengths_strategy,
     key=st.sampled_from(["input_ids", "labels"]),
     wrong=st.sampled_from([-1, 10, 11, 2**31, 2**32, -(2**31), -99, -101, 2**62]),
+    chunk=st.sampled_from([1, 2, 100]),
 )
-def test_an_id_outside_the_vocabulary_is_found_at_its_record(data, lengths, key, wrong):
+def test_an_id_outside_the_vocabulary_is_found_at_its_record(monkeypatch, data, lengths, key, wrong, chunk):
     """2**32 is 0 in 32 bits: the check comes before the cast."""
+    monkeypatch.setattr(examples_module, "CHUNK", chunk)
     records = some_examples(lengths)
     at = data.draw(st.integers(0, len(lengths) - 1))
     place = data.draw(st.integers(0, lengths[at] - 1))
@@ -309,6 +311,28 @@ def test_the_first_label_alone_teaches_nothing():
         check_examples(from_tokenized(records), 10, "data.json")
     records[0]["labels"][2] = 3
     check_examples(from_tokenized(records), 10, "data.json")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    chunk=st.sampled_from([1, 2, 5, 100]),
+    masked=st.sampled_from([0.0, 0.5, 1.0]),
+    seed=st.integers(0, 9),
+)
+def test_trained_tokens_are_the_labels_that_some_token_predicts(monkeypatch, lengths, chunk, masked, seed):
+    """Counted one by one, in whatever runs they are looked at, and of a part of the examples as well."""
+    monkeypatch.setattr(examples_module, "CHUNK", chunk)
+    rng = np.random.default_rng(seed)
+    labels = [np.where(rng.random(n) < masked, -100, rng.integers(0, 9, n)).tolist() for n in lengths]
+    expected = [sum(label != -100 for label in row[1:]) for row in labels]
+    flat = np.asarray([x for row in labels for x in row], np.int32)
+    got = Examples(np.zeros_like(flat), flat, np.cumsum([0, *lengths]))
+    assert got.trained.dtype == np.int64
+    assert got.trained.tolist() == expected
+    cut = len(lengths) // 2
+    if cut > 0:
+        assert [part.trained.tolist() for part in got.split(cut)] == [expected[:cut], expected[cut:]]
+    assert labels == [run[i][1].tolist() for _, run in got.runs() for i in range(len(run))]
 
 
 def test_examples_are_slices_of_one_array():
@@ -397,3 +421,24 @@ def test_token_lists_are_not_held_twice(small):
         tracemalloc.stop()
         examples_module.CHUNK = before
     assert peak < 8 * tokens * 1.25 + 1e6, f"{peak / tokens:.1f} bytes a token"
+
+
+def test_what_is_read_as_tokens_is_not_held_twice():
+    """As above; and checking them takes the memory of some examples, and 8 bytes an example."""
+    record = {"input_ids": [7] * 100, "labels": [-100] + [7] * 99}
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(examples_module, "CHUNK", 20)
+    tracemalloc.start()
+    try:
+        examples = from_tokenized(record for _ in range(5000))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        checked = check_examples(examples, 10, "data.json")
+        more = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+        monkey.undo()
+    assert peak < 8 * 500_000 * 1.25 + 200_000, f"{peak / 500_000:.1f} bytes a token"
+    assert more < 8 * 5000 + 200_000, f"{more / 500_000:.1f} bytes a token"
+    assert np.shares_memory(checked.labels, examples.labels)

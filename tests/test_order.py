@@ -5,11 +5,13 @@ file, train a handful of them on a model of one number.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from llama_jax.data import order as order_module
 from llama_jax.data.order import Order, epoch_seed, group_by_length, randperm
 from llama_jax.errors import InputError
 
@@ -54,16 +57,30 @@ def epochs_of(order: Order, epochs: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", [*SEEDS, 2**32 - 1, 2**32 + 7, 2**63 - 1])
-@pytest.mark.parametrize("n", [1, 2, 5, 21, 1000, 52002])
+@pytest.mark.parametrize("n", [1, 2, 5, 21, 1000, 52002, 70000])
 def test_randperm_is_torchs(n, seed):
     got = randperm(n, seed)
     assert got.dtype == np.int64
     assert got.tolist() == torch_randperm(n, seed)
 
 
-@given(n=st.integers(0, 400), seed=st.integers(0, 2**63 - 1))
-def test_randperm_is_torchs_for_any_seed(n, seed):
+@given(n=st.integers(0, 400), seed=st.integers(0, 2**63 - 1), draws=st.sampled_from([1, 7, order_module.DRAWS]))
+def test_randperm_is_torchs_for_any_seed(monkeypatch, n, seed, draws):
+    """However many of its swaps are made at a time."""
+    monkeypatch.setattr(order_module, "DRAWS", draws)
     assert randperm(n, seed).tolist() == torch_randperm(n, seed)
+
+
+def test_a_permutation_takes_no_python_number_an_example():
+    """8 bytes each, twice while it begins; a list of numbers would be 40."""
+    n = 300_000
+    tracemalloc.start()
+    try:
+        randperm(n, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * n + 8_000_000, f"{peak / n:.0f} bytes an example"
 
 
 def test_the_first_examples_of_the_seeds_command():
@@ -599,6 +616,27 @@ def test_every_rank_trains_on_as_many_examples(run):
             assert len(micro) == run["ranks"]
             assert len({len(rank) for rank in micro}) == 1
             assert all(0 <= i < run["examples"] for rank in micro for i in rank)
+
+
+@settings(max_examples=500)
+@given(run=runs, seed=st.integers(0, 9))
+def test_what_is_asked_of_all_updates_at_once_is_what_each_one_says(run, seed):
+    """Sums over updates, over all their micro-batches and the largest of each, over any groups of them."""
+    assume(batches_an_epoch(run) > 0)
+    order, rng = Order(**run), np.random.default_rng(seed)
+    values = rng.integers(1, 99, run["examples"])
+    micro_batches = [[int(i) for rank in order.micro_batch(m) for i in rank] for m in range(order.bounds[-1])]
+    for k in range(order.updates):
+        assert order.examples_of(k).tolist() == [int(i) for micro in order.update(k) for rank in micro for i in rank]
+    cuts = rng.choice(np.arange(1, order.bounds[-1] + 1), rng.integers(0, order.bounds[-1]), replace=False)
+    groups = np.asarray([0, *np.unique([*cuts, order.bounds[-1]])])
+    for bounds in (order.bounds, np.arange(order.bounds[-1] + 1), groups):
+        for ufunc, plain in ((np.add, sum), (np.maximum, max)):
+            expected = [
+                plain(values[i] for m in micro_batches[start:end] for i in m)
+                for start, end in itertools.pairwise(bounds)
+            ]
+            assert order.reduce(ufunc, values, bounds).tolist() == expected
 
 
 @given(run=runs, data=st.data())

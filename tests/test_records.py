@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -21,6 +21,7 @@ from llama_jax.data import records as records_module
 from llama_jax.data.examples import check_examples, from_tokenized
 from llama_jax.data.records import read_records
 from llama_jax.errors import InputError
+from llama_jax.files import read_json
 
 TEXT: dict[str, Any] = {"instruction": "Add them.", "input": "1\n2", "output": "3"}
 TOKENS: dict[str, Any] = {"input_ids": [1, 5, 2], "labels": [-100, 5, 2]}
@@ -289,7 +290,8 @@ def test_keys_are_listed_in_one_line(tmp_path):
 def test_a_home_folder_is_followed(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "data.json", as_lines([TEXT]), "array")
-    assert read_records(Path("~/data.json")) == ("alpaca", [TEXT])
+    form, records = read_records(Path("~/data.json"))
+    assert (form, list(records)) == ("alpaca", [TEXT])
 
 
 # --- chats and texts
@@ -473,7 +475,7 @@ bounds = st.none() | st.integers(-12, 12)
     count=st.integers(1, 9),
     group=st.integers(1, 9),
     rows=st.integers(1, 4),
-    kind=st.sampled_from(["jsonl", "txt", "parquet"]),
+    kind=st.sampled_from(["json", "jsonl", "txt", "parquet"]),
     cuts=st.lists(st.tuples(bounds, bounds), max_size=3),
     at=st.integers(-12, 12),
 )
@@ -484,8 +486,8 @@ def test_records_are_a_sequence(tmp_path, count, group, rows, kind, cuts, at):
     if kind == "parquet":
         write_parquet(path, expected, group)
     else:
-        lines = as_lines(expected) if kind == "jsonl" else [r["text"].encode() for r in expected]
-        path.write_bytes(b"\n\n".join(lines))
+        lines = [r["text"].encode() for r in expected] if kind == "txt" else as_lines(expected)
+        path.write_bytes(lay_out(lines, "array") if kind == "json" else b"\n\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(records_module, "_ROWS", rows)
         got = read_records(path)[1]
@@ -500,11 +502,12 @@ def test_records_are_a_sequence(tmp_path, count, group, rows, kind, cuts, at):
                 got[at]
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "data.txt"])
-def test_a_file_of_lines_is_not_held_in_memory(tmp_path, name):
-    """Twenty megabytes of lines take a few lines' memory: ten of 0.1 MB are allowed, for the buffers of one line."""
-    line = {"data.jsonl": json.dumps({"text": "a" * 100_000}), "data.txt": "a" * 100_000}[name]
-    (tmp_path / name).write_text("\n".join([line] * 200))
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.txt"])
+def test_a_file_is_not_held_in_memory(tmp_path, name):
+    """Twenty megabytes of records take a few lines' memory: ten of 0.1 MB are allowed, for the buffers of one line."""
+    record = "a" * 100_000 if name == "data.txt" else json.dumps({"text": "a" * 100_000})
+    lines = [record.encode()] * 200
+    (tmp_path / name).write_bytes(lay_out(lines, "array" if name == "data.json" else "jsonl"))
     tracemalloc.start()
     try:
         records = read_records(tmp_path / name)[1][1:]
@@ -520,3 +523,53 @@ def test_a_file_that_is_gone_is_told(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"data\.json: cannot be read"):
         list(records)
+
+
+def test_many_records_take_no_memory_but_for_their_places(tmp_path):
+    """16 bytes a record, and half as much again for how an array grows; an object of two keys has more than 200."""
+    for layout in LAYOUTS:
+        path = write(tmp_path / "data.json", [b'{"text": "a", "more": 1}'] * 50_000, layout)
+        tracemalloc.start()
+        try:
+            records = read_records(path)[1]
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert len(records) == 50_000 and peak < 24 * 50_000 + 300_000, f"{layout}: {peak / 50_000:.0f} bytes a record"
+
+
+# --- the elements of an array, against Python's own reading of the whole file
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text('a"\\[]{},: \n\té☃', max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('a"\\[]{},é', max_size=3), inner, max_size=3),
+    max_leaves=12,
+)
+marks = st.sampled_from([*'[]{},:"\\ \n\x0c1a', "true", "\\u00e9", '"a"', "é"])
+
+
+@settings(max_examples=1500)
+@given(
+    elements=st.lists(values, max_size=4),
+    indent=st.sampled_from([None, 2]),
+    around=st.tuples(*[st.text(" \n\t\r", max_size=2)] * 2),
+    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), marks), max_size=2),
+)
+def test_the_elements_of_an_array_are_those_of_the_whole_file(tmp_path, elements, indent, around, edits):
+    """And where the file is not JSON, after a cut or an insertion anywhere, it is refused as reading the whole does."""
+    text = around[0] + json.dumps(elements, indent=indent, ensure_ascii=False) + around[1]
+    for share, cut, mark in edits:
+        at = int(share * len(text))
+        text = text[:at] + mark + text[at + cut :]
+    assume(text.lstrip().startswith("["))
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8", newline="")
+    try:
+        expected: Any = read_json(path)
+    except InputError as e:
+        expected = str(e)
+    try:
+        got: Any = list(records_module._open(path))
+    except InputError as e:
+        got = str(e)
+    assert got == expected

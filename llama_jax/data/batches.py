@@ -1,6 +1,6 @@
 """Update k as blocks of tokens: a pure function of the data, the order and k."""
 
-from array import array
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,9 @@ class Batches:
 
     Not `packed`, a block is a micro-batch, as in the HF Trainer: each example in a row of its own, and rows as long as
     its longest example, rounded up to one of few lengths.
+
+    To choose the shapes each update is looked at twice (again where one then finds no place, which is rare); `progress`
+    is told how many more looks are done.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Batches:
         max_tokens: int = 4096,
         row_limit: int = 2048,
         packed: bool = True,
+        progress: Callable[[int], None] = lambda done: None,
     ):
         self.examples, self.order, self.normalise, self.ways, self.packed = examples, order, normalise, ways, packed
         self.trained = examples.trained
@@ -72,39 +76,54 @@ class Batches:
         self._shape_of: np.ndarray
         self._first: np.ndarray
         if packed:
-            self._plan(levels, max_tokens, row_limit)
+            self._plan(levels, max_tokens, row_limit, progress)
         else:
             self._plan_padded(levels)
+            progress(2 * order.updates)
 
-    def _plan(self, levels: int, max_tokens: int, row_limit: int) -> None:
-        updates = range(self.order.updates)
-        allowed = self._allowed(max_tokens, row_limit)
-        counts, needed = np.ones((2, len(updates)), np.int64)
-        for k in updates:
+    def _plan(self, levels: int, max_tokens: int, row_limit: int, progress: Callable[[int], None]) -> None:
+        order, allowed = self.order, self._allowed(max_tokens, row_limit)
+        # One row holds whatever is not longer; only what goes into several must be packed to know whether it fits.
+        one_row = {size: rows * self.ways == 1 for size, (rows, _) in allowed.items()}
+        counts, needed = np.ones((2, order.updates), np.int64)
+        tokens = order.reduce(np.add, self.examples.lengths, order.bounds)
+        smallest = np.searchsorted([*allowed], tokens / self.ways)
+        simple = np.asarray([*one_row.values(), False])[smallest]
+        needed[simple] = np.asarray([*allowed])[smallest[simple]]
+        progress(int(simple.sum()))
+        for k in map(int, np.flatnonzero(~simple)):
             counts[k], needed[k] = self._least(self._sizes(k), allowed)
+            progress(1)
+        holds = counts == 1  # the shape of the needed size holds the update
         while True:
             sizes = best_sizes(counts, needed, list(allowed), levels)
             choices = {int(n): totals(sizes, n) for n in np.unique(counts)}
-            numbers, first, lost = array("b"), array("q", [0]), False
-            for k in updates:
+            first = np.concatenate([[0], np.cumsum(counts)])
+            shape_of, lost = np.zeros(first[-1], np.int8), False
+            smallest = np.minimum(np.searchsorted(sizes, needed), len(sizes) - 1)
+            simple = np.asarray([one_row[size] for size in sizes])[smallest]
+            simple = (counts == 1) & (simple | holds & (np.asarray(sizes)[smallest] == needed))
+            shape_of[first[:-1][simple]] = smallest[simple]
+            progress(int(simple.sum()))
+            for k in map(int, np.flatnonzero(~simple)):
                 lengths, options = self._sizes(k), choices[int(counts[k])]
                 for total, blocks in options.items():
                     rows = self._capacities([allowed[b] for b in blocks])
                     if total >= needed[k] and pack(lengths, rows) is not None:
-                        numbers.extend(sizes.index(b) for b in blocks)
+                        shape_of[first[k] : first[k + 1]] = [sizes.index(b) for b in blocks]
                         break
                 else:  # its room suffices, but not in these rows: it asks for more
-                    lost = True
+                    lost, holds[k] = True, False
                     needed[k] = max(options) + ROW_MULTIPLE
                     if counts[k] == 1:
                         needed[k] = min((s for s in allowed if s >= needed[k]), default=needed[k])
                     counts[k] += needed[k] > counts[k] * max(allowed)
-                first.append(len(numbers))
+                progress(1)
             if not lost:
                 break
-        used, shape_of = np.unique(np.frombuffer(numbers, np.int8), return_inverse=True)
+        used, shape_of = np.unique(shape_of, return_inverse=True)
         self.shapes = [(allowed[sizes[i]][0] * self.ways, allowed[sizes[i]][1]) for i in used]
-        self._shape_of, self._first = shape_of.astype(np.int8), np.frombuffer(first, np.int64)
+        self._shape_of, self._first = shape_of.astype(np.int8), first
 
     def _allowed(self, max_tokens: int, row_limit: int) -> dict[int, Shape]:
         """The shapes that a device may be given. Where two of the longest example do not fit a row, other limits may
@@ -139,9 +158,8 @@ class Batches:
         return [length for rows, length in shapes for _ in range(rows * self.ways)]
 
     def _plan_padded(self, levels: int) -> None:
-        order, lengths = self.order, self.examples.lengths
-        micro_batches = (m for k in range(order.updates) for m in order.update(k))
-        longest = np.asarray([max(lengths[rank].max() for rank in m) for m in micro_batches])
+        order = self.order
+        longest = order.reduce(np.maximum, self.examples.lengths, np.arange(order.bounds[-1] + 1))
         row_lengths = ladder(longest, levels, ROW_MULTIPLE)
         rows = -(-order.per_device_batch * order.ranks // self.ways) * self.ways
         self.shapes = [(rows, length) for length in row_lengths]
@@ -149,7 +167,7 @@ class Batches:
 
     def _sizes(self, k: int) -> list[int]:
         """Lengths of the examples of update k, in order."""
-        return self.examples.lengths[np.concatenate([r for micro in self.order.update(k) for r in micro])].tolist()
+        return self.examples.lengths[self.order.examples_of(k)].tolist()
 
     def blocks(self, k: int) -> int:
         """How many blocks update k has."""

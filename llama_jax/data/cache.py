@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llama_jax.errors import InputError
 
 LIBRARIES = ("jinja2", "sentencepiece", "tokenizers", "transformers")  # whose versions may decide ids
 ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
+PIECE = 1 << 22  # bytes; what is large is hashed in pieces, on all cores
 
 
 def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) -> str:
@@ -39,7 +41,7 @@ def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) ->
     except OSError as e:
         raise InputError(f"{e.filename}: cannot be read: {e.strerror}") from None
     versions = {name: version(name) for name in LIBRARIES}
-    return _hash(json.dumps([digests, settings, versions], sort_keys=True).encode())
+    return _digest([], bytes, json.dumps([digests, settings, versions], sort_keys=True))
 
 
 def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tuple[str, Examples] | None:
@@ -50,7 +52,10 @@ def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tupl
             header = file.readline(10 * ALIGNMENT)
         body = np.asarray(np.memmap(path, np.uint8, "r", offset=len(header)))
         told = json.loads(header)
-        if told["checksum"] != _hash(_described(told["form"], told["examples"]), body):
+        form, cut = told["form"], 8 * (told["examples"] + 1)
+        input_ids, labels = body[cut:].view(np.int32).reshape(2, -1)
+        examples = Examples(input_ids, labels, body[:cut].view(np.int64))
+        if told["checksum"] != _checksum(form, examples):
             raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -60,19 +65,15 @@ def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tupl
     except (ValueError, KeyError, TypeError):
         say(f"warning: cached data {path} is damaged: tokenizing again")
         return None
-    cut = 8 * (told["examples"] + 1)
-    input_ids, labels = body[cut:].view(np.int32).reshape(2, -1)
-    return told["form"], Examples(input_ids, labels, body[:cut].view(np.int64))
+    return form, examples
 
 
 def save_examples(folder: Path, digest: str, form: str, examples: Examples, say: Callable[[str], None]) -> None:
     """Write the examples under this name: the whole file or none. A folder that cannot be written to is said."""
     folder = folder.expanduser()
-    arrays = [
-        np.ascontiguousarray(array, dtype)
-        for array, dtype in ((examples.offsets, np.int64), (examples.input_ids, np.int32), (examples.labels, np.int32))
-    ]
-    checksum = _hash(_described(form, len(examples)), *arrays)
+    ids, labels = (np.ascontiguousarray(array, np.int32) for array in (examples.input_ids, examples.labels))
+    examples = Examples(ids, labels, np.ascontiguousarray(examples.offsets, np.int64))
+    checksum = _checksum(form, examples)
     header = json.dumps({"form": form, "examples": len(examples), "checksum": checksum})
     header += " " * (-(len(header) + 1) % ALIGNMENT) + "\n"
     try:
@@ -82,7 +83,7 @@ def save_examples(folder: Path, digest: str, form: str, examples: Examples, say:
         try:
             with temporary.open("xb") as file:
                 file.write(header.encode())
-                for array in arrays:
+                for array in _arrays(examples):
                     file.write(array.data)
             os.replace(temporary, folder / digest)
         finally:
@@ -91,17 +92,28 @@ def save_examples(folder: Path, digest: str, form: str, examples: Examples, say:
         say(f"warning: the tokenized data is not cached: {folder}: {e.strerror}")
 
 
-def _described(form: str, examples: int) -> bytes:
-    return json.dumps([form, examples]).encode()
+def _arrays(examples: Examples) -> tuple[np.ndarray, ...]:
+    """As they follow each other in a file."""
+    return examples.offsets, examples.input_ids, examples.labels
+
+
+def _checksum(form: str, examples: Examples) -> str:
+    arrays = [array.view(np.uint8) for array in _arrays(examples)]
+    pieces = [array[at : at + PIECE] for array in arrays for at in range(0, len(array), PIECE)]
+    return _digest(pieces, lambda piece: piece, json.dumps([form, len(examples)]))
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
+    def read(at: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(at)
+            return file.read(PIECE)
+
+    return _digest(range(0, path.stat().st_size, PIECE), read)
 
 
-def _hash(*parts: Any) -> str:
-    result = hashlib.blake2b(digest_size=20)
-    for part in parts:
-        result.update(part)
-    return result.hexdigest()
+def _digest(pieces: Iterable[Any], read: Callable[[Any], Any], about: str = "") -> str:
+    """That of the digests of all pieces, each read and hashed on a core of its own, and of what is said about them."""
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda piece: hashlib.blake2b(read(piece)).digest(), pieces)
+        return hashlib.blake2b(about.encode() + b"".join(digests), digest_size=20).hexdigest()

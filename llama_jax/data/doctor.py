@@ -44,7 +44,7 @@ def diagnose(
         truncated = whole.lengths > examples.lengths
         assert tokenizer is not None
         lost = _end_lost(whole, examples.lengths, tokenizer)
-        empty = np.asarray([not all(said.strip() for said in _trained_texts(form, record)) for record in records])
+        empty = np.fromiter((not all(map(str.strip, _trained_texts(form, r))) for r in records), bool, len(records))
         if form == ALPACA:
             merged = _merged(whole, records, tokenizer, progress)
     found = {
@@ -95,11 +95,14 @@ def _trained_texts(form: str, record: Record) -> list[str]:
 
 def _end_lost(whole: Examples, lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Where the last trained token, a special one as eos is, lies beyond the example's length."""
-    at = np.where(whole.labels != IGNORE_INDEX, np.arange(len(whole.labels)), -1)
-    last = np.maximum.reduceat(at, whole.offsets[:-1])
     special = [tokenizer.token_to_id(token) for token in tokenizer.special_texts()]
-    ends = np.isin(whole.labels[last], [i for i in special if i is not None])
-    return (last - whole.offsets[:-1] >= lengths) & ends
+    lost = np.empty(len(whole), bool)
+    for places, run in whole.runs():
+        at = np.where(run.labels != IGNORE_INDEX, np.arange(len(run.labels)), -1)
+        last = np.maximum.reduceat(at, run.offsets[:-1])
+        ends = np.isin(run.labels[last], [i for i in special if i is not None])
+        lost[places] = (last - run.offsets[:-1] >= lengths[places]) & ends
+    return lost
 
 
 def _merged(

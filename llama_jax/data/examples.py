@@ -14,7 +14,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
 
 IGNORE_INDEX = -100
-CHUNK = 2000  # records tokenised at a time: enough for every core, small enough for the progress bar
+CHUNK = 2000  # records at a time: enough for every core, small enough for the progress bar and for temporaries
 
 _SHORT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -47,9 +47,20 @@ class Examples:
     def trained(self) -> np.ndarray:
         """Trained tokens of each example, int64: labels that are not masked, the first token's left out, which nothing
         predicts."""
-        labels = self.labels != IGNORE_INDEX
-        labels[self.offsets[:-1]] = False
-        return np.add.reduceat(labels, self.offsets[:-1], dtype=np.int64)
+        trained = np.empty(len(self), np.int64)
+        for places, run in self.runs():
+            learned = run.labels != IGNORE_INDEX
+            learned[run.offsets[:-1]] = False
+            trained[places] = np.add.reduceat(learned.view(np.uint8), run.offsets[:-1], dtype=np.int32)
+        return trained
+
+    def runs(self) -> Iterator[tuple[slice, "Examples"]]:
+        """The examples' places and they themselves, some at a time, for work that takes memory by the token."""
+        for start in range(0, len(self), CHUNK):
+            offsets = self.offsets[start : start + CHUNK + 1]
+            tokens = slice(offsets[0], offsets[-1])
+            run = Examples(self.input_ids[tokens], self.labels[tokens], offsets - offsets[0])
+            yield slice(start, start + len(run)), run
 
     def take(self, order: np.ndarray) -> "Examples":
         """The examples of these indices, in this order."""
@@ -122,9 +133,10 @@ tokenize_alpaca = partial(tokenize, ALPACA)
 def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
     prompts = [alpaca_prompt(r) for r in records]
     texts = [prompt + r["output"] + (tokenizer.eos_token or "") for prompt, r in zip(prompts, records, strict=True)]
-    joint = tokenizer.encode_batch(texts + prompts)
+    joint, pad = tokenizer.encode_batch(texts + prompts), tokenizer.pad_token_id
     for ids, prompt in zip(joint[: len(records)], joint[len(records) :], strict=True):
-        yield ids, np.arange(len(ids)) >= sum(i != tokenizer.pad_token_id for i in prompt[:limit])
+        head = prompt[:limit]
+        yield ids, np.arange(len(ids)) >= len(head) - head.count(pad)  # type: ignore[arg-type]  # None is not there
 
 
 def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:
@@ -134,14 +146,19 @@ def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Seq
 
 
 def from_tokenized(records: Iterable[Record]) -> Examples:
-    """Records that are `input_ids` and `labels` already."""
-    # 64 bits: `check_examples` is to see what is too large.
-    ids, labels, offsets = array("q"), array("q"), array("q", [0])
+    """Records that are `input_ids` and `labels` already, as int32, or int64 where a number is too large for that."""
+    arrays, offsets = [array("i"), array("i")], array("q", [0])
     for record in records:
-        ids.extend(record["input_ids"])
-        labels.extend(record["labels"])
-        offsets.append(len(ids))
-    return Examples(*(np.frombuffer(a, np.int64) for a in (ids, labels, offsets)))
+        for at, key in enumerate(("input_ids", "labels")):
+            try:
+                arrays[at].extend(record[key])
+            except OverflowError:  # no vocabulary holds it: `check_examples` is to say which
+                del arrays[at][offsets[-1] :]
+                arrays = [array("q", a) for a in arrays]
+                arrays[at].extend(record[key])
+        offsets.append(len(arrays[0]))
+    ids, labels = (np.frombuffer(a, a.typecode) for a in arrays)
+    return Examples(ids, labels, np.frombuffer(offsets, np.int64))
 
 
 def _join(ids: list[np.ndarray], labels: list[np.ndarray]) -> Examples:
@@ -151,20 +168,20 @@ def _join(ids: list[np.ndarray], labels: list[np.ndarray]) -> Examples:
 
 def check_examples(examples: Examples, vocab_size: int, source: str) -> Examples:
     """Examples as int32 with every id inside the vocabulary and something to learn. Raises InputError."""
-    ids, labels = examples.input_ids, examples.labels
-    bad_label = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
-    for what, bad, values in (
-        ("token id", (ids < 0) | (ids >= vocab_size), ids),
-        ("label", bad_label, labels),
-    ):
-        if bad.any():
-            where = int(bad.argmax())
-            number = int(np.searchsorted(examples.offsets, where, side="right"))
-            raise InputError(
-                f"{source}: record {number} has the {what} {values[where]}, outside the vocabulary of {vocab_size}"
-            )
-    if not examples.trained.any():
+    for places, run in examples.runs():
+        bad_id = (run.input_ids < 0) | (run.input_ids >= vocab_size)
+        bad_label = (run.labels != IGNORE_INDEX) & ((run.labels < 0) | (run.labels >= vocab_size))
+        for what, bad, values in (("token id", bad_id, run.input_ids), ("label", bad_label, run.labels)):
+            if bad.any():
+                where = int(bad.argmax())
+                number = places.start + int(np.searchsorted(run.offsets, where, side="right"))
+                raise InputError(
+                    f"{source}: record {number} has the {what} {values[where]}, outside the vocabulary of {vocab_size}"
+                )
+    ids, labels = (array.astype(np.int32, copy=False) for array in (examples.input_ids, examples.labels))
+    checked = Examples(ids, labels, examples.offsets)
+    if not checked.trained.any():
         raise InputError(
             f"{source}: every label is masked (-100), so there is nothing to learn; raise model_max_length?"
         )
-    return Examples(ids.astype(np.int32, copy=False), labels.astype(np.int32, copy=False), examples.offsets)
+    return checked

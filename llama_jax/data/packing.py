@@ -16,6 +16,8 @@ def pack(lengths: Sequence[int], capacities: Sequence[int]) -> list[list[int]] |
     """
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     remaining = sum(lengths)
+    if remaining > sum(capacities) or (left and lengths[left[0]] > max(capacities)):
+        return None
     placed: list[list[int]] = [[] for _ in capacities]
     for row in sorted(range(len(capacities)), key=lambda r: -capacities[r]):
         chosen = left if remaining <= capacities[row] else _fullest(left, lengths, capacities[row])

@@ -1,11 +1,13 @@
 """Reading and validating the data file: every record is known to be good before anything is tokenised."""
 
+import mmap
+import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 from llama_jax.errors import InputError
 from llama_jax.files import parse_json, read_json
@@ -22,6 +24,9 @@ FORMS = {  # what is done with each, in a few words for the user
 OPENAI = ("system", "user", "assistant")
 SHAREGPT = {"human": "user", "gpt": "assistant", **{role: role for role in OPENAI}}  # its names -> OpenAI's
 
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+# Up to the next bracket or comma of JSON; what is between the braces of an object of plain values is stepped over.
+_MARK = re.compile(rb'(?:[^]["{},]++|%s|\{(?:[^]["{}]++|%s)*+\})*+[][{},]' % (_STRING, _STRING), re.DOTALL)
 _ROWS = 1000  # rows of a parquet file that are Python objects at a time
 _BESIDE = ("tools", "functions", "system")  # would change what a chat template writes
 _COLUMNS = {"instruction", "input", "output", "messages", "conversations", *_BESIDE, "text", "input_ids", "labels"}
@@ -38,9 +43,8 @@ def read_records(path: Path) -> tuple[str, Sequence[Record]]:
     - "text": a string `text`;
     - "tokenized": the integer lists `input_ids` and `labels` of equal length.
 
-    A null in parquet is an absent value. Of an array all records are in memory; those of the other files are read when
-    they are asked for, and only their places are kept. Raises InputError that names the file and the record by number,
-    from 1.
+    A null in parquet is an absent value. Records are read when they are asked for; only their places are kept. Raises
+    InputError that names the file and the record by number, from 1.
     """
     path = path.expanduser()
     if not path.is_file():
@@ -90,7 +94,7 @@ class _Lines(Sequence[Record]):
     def __getitem__(self, i: slice) -> "_Lines": ...
     def __getitem__(self, i: int | slice) -> "Record | _Lines":
         if isinstance(i, slice):
-            return _Lines(self._path, self._parse, self._starts[i], self._sizes[i])
+            return type(self)(self._path, self._parse, self._starts[i], self._sizes[i])
         at = range(len(self))[i]
         return next(iter(self[at : at + 1]))
 
@@ -102,16 +106,28 @@ class _Lines(Sequence[Record]):
                     line = file.read(size)
                     try:
                         record = self._parse(line, str(self._path), 1)
-                    except InputError:  # once more, with the number of the line
-                        file.seek(0)
-                        number = 1
-                        while file.tell() < start:
-                            file.readline()
-                            number += 1
-                        record = self._parse(line, str(self._path), number)
+                    except InputError:
+                        self._refuse(line, start, file)
+                        raise
                     yield record
         except OSError as e:
             raise InputError(f"{self._path}: cannot be read: {e.strerror}") from None
+
+    def _refuse(self, line: bytes, start: int, file: BinaryIO) -> None:
+        """Raises the InputError of a bad line once more, with its number."""
+        file.seek(0)
+        number = 1
+        while file.tell() < start:
+            file.readline()
+            number += 1
+        self._parse(line, str(self._path), number)
+
+
+class _Elements(_Lines):
+    """Records that are the elements of a JSON array, each parsed when it is asked for."""
+
+    def _refuse(self, line: bytes, start: int, file: BinaryIO) -> None:
+        read_json(self._path)  # the whole file tells the line and the column
 
 
 class _Rows(Sequence[Record]):
@@ -176,7 +192,7 @@ def _open(path: Path) -> Sequence[Any]:
             if not text and start.startswith(b"PAR1"):
                 return _Rows(path)
             if not text and start.lstrip().startswith(b"["):
-                return read_json(path)
+                return _elements(path)
             file.seek(0)
             starts, sizes, at = array("q"), array("q"), 0
             for line in file:
@@ -187,6 +203,30 @@ def _open(path: Path) -> Sequence[Any]:
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror}") from None
     return _Lines(path, _parse_text if text else _parse_line, starts, sizes)
+
+
+def _elements(path: Path) -> Sequence[Any]:
+    """Those of a JSON array: what is between its commas. The file is JSON where each of them is, as reading them tells.
+    Raises InputError where it is no array.
+    """
+    starts, sizes, start, depth, at = array("q"), array("q"), 0, 0, 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while mark := _MARK.match(data, at):
+            at = mark.end()
+            kind = data[at - 1 : at]
+            if depth == 1 and kind in b",]":
+                starts.append(start)
+                sizes.append(at - 1 - start)
+            depth += (kind in b"[{") - (kind in b"]}")
+            if depth == 1 and kind in b"[,":
+                start = at
+            if depth == 0:
+                break
+        if depth or kind != b"]" or (data[: starts[0] - 1] + data[at:]).strip(b" \t\r\n"):
+            return read_json(path)  # tells what is wrong
+        if len(starts) == 1 and not data[starts[0] : at - 1].strip():
+            return []
+    return _Elements(path, _parse_line, starts, sizes)
 
 
 def _parse_line(line: bytes, where: str, number: int) -> Any:

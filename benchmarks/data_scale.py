@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""Seconds and memory of preparing much data: N records of Alpaca, over and over, in a JSONL file.
+
+Each row is a process of its own: reading and validating the file; the first start, which reads, tokenises and caches;
+the second, from the cache; the plan of one epoch's blocks, 8 and 128 examples an update. Imports are not counted.
+"own" is the peak of what the process itself holds, looked at 20 times a second; "with files" is the peak resident
+memory, in which pages of the mapped cache count that the kernel takes back when it needs them. Bytes a record are both
+over what the process held before: its imports, and for a plan the examples.
+
+    .venv/bin/python benchmarks/data_scale.py --tokenizer ../shared/data/llama-tokenizer --data_path alpaca_data.json
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CONFIG = {"vocab_size": 32000, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
+STAGES = ("read", "first", "second", "plan-8", "plan-128")
+
+
+def write_records(source: Path, path: Path, count: int) -> None:
+    """The records of a JSON array, over and over, as lines."""
+    lines = [json.dumps(record) + "\n" for record in json.loads(source.read_text(encoding="utf-8"))]
+    with path.open("w") as file:
+        file.writelines(itertools.islice(itertools.cycle(lines), count))
+
+
+def prepared(tokenizer: Path, data: Path) -> Any:
+    """The examples as a run gets them, by the cache of XDG_CACHE_HOME."""
+    from llama_jax.arguments import parse_arguments
+    from llama_jax.config import LlamaConfig
+    from llama_jax.job import make_job
+
+    config = LlamaConfig.from_hf({"model_type": "llama", "num_hidden_layers": 1, **CONFIG}, "config.json")
+    flags = {"model_name_or_path": tokenizer, "data_path": data, "model_max_length": 512, "num_train_epochs": 1}
+    args = parse_arguments([str(x) for name, value in flags.items() for x in (f"--{name}", value)])
+    return make_job(args, config, lambda: tokenizer, 1, True).examples
+
+
+def work(stage: str, tokenizer: Path, data: Path) -> Callable[[], Any]:
+    """What is measured of a stage; what it needs is done before."""
+    from llama_jax.data.batches import Batches
+    from llama_jax.data.normalisation import training_loss
+    from llama_jax.data.order import Order
+    from llama_jax.data.records import read_records
+
+    if stage == "read":
+        return lambda: len(read_records(data)[1])
+    if not stage.startswith("plan"):
+        return lambda: len(prepared(tokenizer, data))
+    examples = prepared(tokenizer, data)
+    order = Order(len(examples), 1, int(stage.split("-")[1]), 1, "4.37")
+    return lambda: Batches(examples, order, training_loss(order)).shapes
+
+
+def row(stage: str, tokenizer: str, data: str) -> None:
+    import llama_jax.job  # noqa: F401  # its imports are no part of the work
+
+    measured = work(stage, Path(tokenizer), Path(data))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, own, done = _memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            own[0] = max(own[0], _memory()["RssAnon"])
+
+    threading.Thread(target=watch, daemon=True).start()
+    started = time.perf_counter()
+    result = measured()
+    seconds = time.perf_counter() - started
+    done.set()
+    after = _memory()
+    peaks = {"own": max(*own, after["RssAnon"]), "peak": after["VmHWM"]}
+    more = {"more_own": peaks["own"] - before["RssAnon"], "more": peaks["peak"] - before["VmRSS"]}
+    print(json.dumps({"seconds": seconds, **peaks, **more, "result": result}))
+
+
+def _memory() -> dict[str, int]:
+    """Bytes that the process holds: RssAnon without mapped files, VmRSS and its peak VmHWM with them."""
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS", "VmHWM")}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--row"]:
+        return row(*sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="folder of LLaMA's tokenizer")
+    parser.add_argument("--data_path", type=Path, required=True, help="alpaca_data.json")
+    parser.add_argument("--records", type=int, nargs="*", default=[100_000, 1_000_000])
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
+    parser.add_argument("--folder", type=Path, help="where data and cache lie; 1.4 kB a record; kept, if given")
+    args = parser.parse_args()
+    print("| records | stage | seconds | own memory, MB | with files, MB | bytes a record: own | with files |")
+    print("|--:|---|--:|--:|--:|--:|--:|")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        for records in args.records:
+            data = folder / f"{records}.jsonl"
+            if not data.exists():
+                write_records(args.data_path, data, records)
+            for stage in args.stages:
+                environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
+                command = [sys.executable, __file__, "--row", stage, str(args.tokenizer), str(data)]
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE)
+                if done.returncode:
+                    sys.exit(done.returncode)
+                found = json.loads(done.stdout.splitlines()[-1])
+                per_record = f"{found['more_own'] / records:,.0f} | {found['more'] / records:,.0f}"
+                memory = f"{found['own'] / 1e6:,.0f} | {found['peak'] / 1e6:,.0f}"
+                print(f"| {records:,} | {stage} | {found['seconds']:,.2f} | {memory} | {per_record} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
