@@ -90,9 +90,8 @@ def main(argv: list[str]) -> int:
                 params = resize_vocabulary(params, source.config, config, mesh)
         plan = planning.result()
     batches, run = plan.batches, plan.run
-    most = max(map(batches.blocks, range(order.updates)))
     shapes = ", ".join(f"{r}x{t}" for r, t in batches.shapes)
-    say(f"at most {most} block(s) an update of {shapes} tokens; --remat {run.remat}")
+    say(f"at most {batches.block_counts.max()} block(s) an update of {shapes} tokens; --remat {run.remat}")
     loss_step = make_loss_step(plan.graphdef, config.vocab_size, args.label_smoothing_factor)
     evaluation = _make_evaluation(job, loss_step, plan.option.max_tokens, mesh, quiet)
     log = _make_log(job)

@@ -50,9 +50,8 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[s
     order, args, lengths = job.order, job.args, job.examples.lengths
     updates = order.updates
     saved, evaluated = job.steps(job.save_at), list(order.evaluated)
-    examples_of = [np.concatenate([r for micro in order.update(k) for r in micro]) for k in range(updates)]
-    tokens = np.asarray([lengths[i].sum() for i in examples_of])
-    trained = np.asarray([job.examples.trained[i].sum() for i in examples_of])
+    tokens = order.reduce(np.add, lengths, order.bounds)
+    trained = order.reduce(np.add, job.examples.trained, order.bounds)
     computed = sum(rows * length for k in range(updates) for rows, length in batches.shapes_of(k))
     warmup = job.warmup_updates
     chosen = sorted({1, *range(warmup, warmup + 2), updates // 2, updates} & set(range(1, updates + 1)))
@@ -68,12 +67,12 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[s
         "epochs": order.epoch_at(updates),
         "warmup_updates": warmup,
         "learning_rates": {k: job.schedule.rate(k - 1) for k in chosen},
-        "first_examples": examples_of[0].tolist(),
-        "examples_trained": sum(map(len, examples_of)),
+        "first_examples": order.examples_of(0).tolist(),
+        "examples_trained": int(order.reduce(np.add, np.ones_like(lengths), order.bounds).sum()),
         "tokens_an_update": float(tokens.mean()),
         "trained_tokens_an_update": float(trained.mean()),
         "shapes": [list(shape) for shape in batches.shapes],
-        "blocks_an_update": max(batches.blocks(k) for k in range(updates)),
+        "blocks_an_update": int(batches.block_counts.max()),
         "fill": float(tokens.sum() / computed),
         "evaluations": evaluated,
         "checkpoints": [f"checkpoint-{k}" for k in saved],

@@ -50,17 +50,21 @@ class Job:
         order = self.order
         return math.ceil(order.epochs if order.max_steps <= 0 else order.updates / order.updates_per_epoch)
 
-    def batches(self, max_tokens: int) -> Batches:
-        """The blocks of every update, of so many tokens a device at most. Planning their shapes packs the whole run."""
-        normalise = training_loss(self.order, self.args.average_tokens_across_devices)
-        return Batches(
-            self.examples,
-            self.order,
-            normalise,
-            self.order.ranks,
-            max_tokens,
-            packed=self.args.packing,
-        )
+    def batches(self, max_tokens: int, row_limit: int) -> Batches:
+        """The blocks of every update: of so many tokens a device at most, in rows of at most `row_limit`, unless an
+        example is longer. Planning their shapes packs the whole run."""
+        order, args = self.order, self.args
+        with count_bar("planning blocks", 2 * order.updates, "update", args.disable_tqdm or None) as bar:
+            return Batches(
+                self.examples,
+                order,
+                training_loss(order, args.average_tokens_across_devices),
+                order.ranks,
+                max_tokens,
+                row_limit,
+                packed=args.packing,
+                progress=bar.update,
+            )
 
     def steps(self, at: Callable[[int], bool]) -> list[int]:
         """The numbers of updates after which something is due."""
@@ -158,7 +162,9 @@ class _Data:
         self._records = None
         examples = check_examples(examples, vocab_size, str(self._path))
         save_examples(self._cache, self._digest, self.form, examples, say)
-        return examples
+        # Mapped from the file, they need no memory of the process.
+        saved = load_examples(self._cache, self._digest, say)
+        return saved[1] if saved else examples
 
 
 def tokenized(

@@ -33,6 +33,7 @@ from llama_jax.optimizer import make_optimizer
 from llama_jax.reporting.progress import say
 from llama_jax.train import Steps, TrainState, abstract_state
 
+ROW_LIMIT = 2048  # tokens of a row that holds several examples
 MAX_TOKENS = 4096  # of a block on a device, where nothing tells what fits
 SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)  # of blocks to choose from
 UNROLLED = 48  # layers at most on a GPU: some 30 s a program, where a scan compiles in 3 s but runs 7 to 20% longer
@@ -90,10 +91,12 @@ class Planner:
     def make(self, option: Option) -> Plan:
         """Packing the whole run, and defining its programs; nothing compiles."""
         args, job = self.job.args, self.job
-        batches = job.batches(option.max_tokens)
+        # Attention costs the square of a row where a kernel does not skip other segments.
+        row_limit = option.max_tokens if self.kernel == "cudnn" else ROW_LIMIT
+        batches = job.batches(option.max_tokens, row_limit)
         kernel = Kernel(self.kernel, _most_segments(job, batches, option.max_tokens))
         run = replace(self.run, remat=option.remat, attention=kernel)
-        blocks = np.asarray([batches.blocks(k) for k in range(job.order.updates)], np.int32)
+        blocks = batches.block_counts.astype(np.int32)
         several = bool(blocks.max() > 1)
         tx = self._optimizer(blocks if several and args.accumulation == "multisteps" else None)
         graphdef, params = abstract_params(job.config, run, self.mesh)
@@ -201,7 +204,7 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
 def _largest_update(job: Job) -> int:
     """Tokens that a device gets of the largest update."""
     lengths, order = job.examples.lengths, job.order
-    most = max(sum(int(lengths[r].sum()) for micro in order.update(k) for r in micro) for k in range(order.updates))
+    most = order.reduce(np.add, lengths, order.bounds).max()
     return max(math.ceil(most / order.ranks), int(lengths.max()))
 
 

@@ -169,6 +169,11 @@ class Batches:
         """Lengths of the examples of update k, in order."""
         return self.examples.lengths[self.order.examples_of(k)].tolist()
 
+    @property
+    def block_counts(self) -> np.ndarray:
+        """How many blocks each update has, int64 [updates]."""
+        return np.diff(self._first)
+
     def blocks(self, k: int) -> int:
         """How many blocks update k has."""
         return int(self._first[k + 1] - self._first[k])
