@@ -150,13 +150,13 @@ class Steps:
         platform = mesh.devices.flat[0].platform
         return max(_bytes_needed(program, held, platform) for program in programs.values())
 
-    def update(self, state: TrainState, blocks: list[Batch], rate: np.float32, mesh: Mesh):
-        """The state after an update by these blocks of the host, the state given being donated; and of each block
-        {"loss", "losses"}, its weighted sum and the sum's parts by token [B, T], and of the last one "grad_norm"."""
+    def update(self, state: TrainState, blocks: list[Batch], rate: jax.Array, mesh: Mesh):
+        """The state after an update by these blocks, the state given being donated; and of each block {"loss",
+        "losses"}, its weighted sum and the sum's parts by token [B, T], and of the last one "grad_norm"."""
         outputs = []
         with jax.set_mesh(mesh):
-            for block in blocks:
-                program, batch = self._compiled[block.input_ids.shape], put_batch(mesh, block)
+            for batch in blocks:
+                program = self._compiled[batch.input_ids.shape]
                 if self._summing:
                     if self._sums is None:
                         self._sums = jax.jit(partial(jax.tree.map, jnp.zeros_like))(state.params)
@@ -217,16 +217,29 @@ def fit(
 ) -> TrainState:
     """Make the updates of the range (numbered from 0) and return the last state.
 
-    `learning_rate` is asked for an update's rate just before it. Metrics are read one update late, so that the device
-    never waits for the host. After an update for whose number (from 1) `due` is true, and when `stop` becomes true,
-    `on_due` gets the state and whether to stop, all metrics read; then a stop returns.
+    `learning_rate` is asked for an update's rate one update ahead, and again just before it. Metrics are read one
+    update late, so that the device never waits for the host. After an update for whose number (from 1) `due` is true,
+    and when `stop` becomes true, `on_due` gets the state and whether to stop, all metrics read; then a stop returns.
     """
-    pending: Callable[[], UpdateMetrics] | None = None
-    for k in updates:
+    rates = sharding.replicated(mesh)
+
+    def prepare(k: int) -> tuple[list[Batch], np.float32, jax.Array, float]:
+        """Blocks and rate of update k on the devices, and the seconds that the host took to make the blocks."""
         started = time.monotonic()
         blocks = batches.update(k)
-        made_in = time.monotonic() - started
-        state, outputs = steps.update(state, blocks, np.float32(learning_rate(k)), mesh)
+        made_in, rate = time.monotonic() - started, np.float32(learning_rate(k))
+        return [put_batch(mesh, block) for block in blocks], rate, jax.device_put(rate, rates), made_in
+
+    pending: Callable[[], UpdateMetrics] | None = None
+    ahead = prepare(updates[0]) if updates else None
+    for k in updates:
+        assert ahead is not None
+        blocks, rate, placed_rate, made_in = ahead
+        # A transfer waits for all that the devices were told before: told first, it waits for the last update only.
+        ahead = prepare(k + 1) if k + 1 in updates else None
+        if (now := np.float32(learning_rate(k))) != rate:  # a schedule that listened to an evaluation meanwhile
+            placed_rate = jax.device_put(now, rates)
+        state, outputs = steps.update(state, blocks, placed_rate, mesh)
         if pending is not None:
             on_update(pending())
         pending = partial(_read, batches, k, outputs, made_in)
