@@ -1,6 +1,7 @@
 """From a checkpoint's tensors to the model's parameters on their devices, one tensor at a time."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model import Llama, RunOptions
 
 Params = dict[str, Any]
+
+READERS = 4  # threads: copying out of the page cache takes several to keep up with a device's bus
 
 
 def abstract_params(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> tuple[Any, Params]:
@@ -65,8 +68,8 @@ def load_params(
 ) -> Params:
     """Read checked tensors (of `check_tensors`) into the parameter tree that `run` asks for.
 
-    Each device's part goes from the file to the device in the file's type and is cast there. The host holds one
-    tensor at a time; a device, besides the parameters, the layers of the one being stacked.
+    Each device's part goes from the file to the device in the file's type and is cast there. The host holds READERS
+    tensors at a time; a device, besides the parameters, the layers of those being stacked.
     """
     _, abstract = abstract_params(config, run, mesh)
     unstacked = RunOptions(param_dtype=run.param_dtype)
@@ -79,15 +82,17 @@ def load_params(
         progress(int(np.prod(tensor.shape)) * tensor.dtype.itemsize)
         return array
 
-    def load_leaf(path: tuple, target: jax.ShapeDtypeStruct) -> jax.Array:
-        path = tuple(k.key for k in path)
-        if run.scan_layers and path[0] == "layers":
-            layers = [load_one(("layers", i, *path[1:])) for i in range(config.num_hidden_layers)]
-            return _stack(layers, target.dtype)
-        return _cast(load_one(path), target.dtype)
+    def load_leaf(leaf: tuple[tuple, jax.ShapeDtypeStruct]) -> jax.Array:
+        path, target = tuple(k.key for k in leaf[0]), leaf[1]
+        with jax.set_mesh(mesh):  # for this thread
+            if run.scan_layers and path[0] == "layers":
+                layers = [load_one(("layers", i, *path[1:])) for i in range(config.num_hidden_layers)]
+                return _stack(layers, target.dtype)
+            return _cast(load_one(path), target.dtype)
 
-    with jax.set_mesh(mesh):
-        return jax.tree_util.tree_map_with_path(load_leaf, abstract)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    with ThreadPoolExecutor(READERS) as pool:
+        return jax.tree.unflatten(treedef, list(pool.map(load_leaf, leaves)))
 
 
 @jax.jit(static_argnums=1, donate_argnums=0)
