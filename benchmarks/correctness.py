@@ -1,23 +1,29 @@
 #!/usr/bin/env python3
 """Is what the device computes right? Exits with 1 if not; run it before any figure of speed is believed.
 
-    python benchmarks/correctness.py [--shape llama-7b] [--layers 2]
+    python benchmarks/correctness.py [--shape llama-7b] [--layers 2] [--update_layers 32]
 
 1. The attention kernel that `auto` takes here, against plain XLA in float32 (`attention_kernels.py`).
 2. A model of the shape in bf16 on packed rows of odd lengths, for each choice of --remat, stacked and not, against
    float32 by plain XLA: the loss, the gradient's norm, and every gradient.
 3. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
    everything computed again.
+4. The seed's update in float32, 8 examples packed into one block, against its examples one by one and padded: the loss
+   and every gradient (in Adam's first moment, which is a tenth of it after one update).
 """
 
 import argparse
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention_kernels
@@ -41,17 +47,27 @@ from llama_jax.train import _losses, fit, init_state, put_batch
 LOSS, NORM, GRADIENT = 2e-3, 1e-2, 6e-2
 # The two runs round at other places, and Adam turns the rounding of small gradients into whole steps.
 CURVE = 1e-2
+# Float32: sums in another order, 2^-24 each, some hundred of them behind one another.
+PACKED = 1e-5
+
+
+@partial(jax.jit, static_argnums=0)
+def _normal(kind, key):
+    return 0.02 * jax.random.normal(key, kind.shape, kind.dtype, out_sharding=kind.sharding.spec)
 
 
 def random_params(abstract, mesh):
-    """Normal matrices by the shape of each array alone, norms of 1, in float32."""
-    rng = np.random.default_rng(0)
-
-    def make(a):
-        value = 0.02 * rng.standard_normal(a.shape, np.float32) if len(a.shape) > 1 else np.ones(a.shape, np.float32)
-        return jax.device_put(value, a.sharding)
-
-    return jax.tree.map(make, abstract)
+    """Normal matrices, norms of 1, in float32, made on the device."""
+    key = jax.random.key(0, impl="unsafe_rbg")  # threefry of hundreds of leaves compiles for minutes
+    leaves, tree = jax.tree.flatten_with_path(abstract)
+    with jax.set_mesh(mesh):
+        made = [
+            jnp.ones(a.shape, a.dtype, out_sharding=a.sharding.spec)
+            if any("norm" in str(part) for part in path)
+            else _normal(a, jax.random.fold_in(key, i))
+            for i, (path, a) in enumerate(leaves)
+        ]
+    return jax.tree.unflatten(tree, made)
 
 
 def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
@@ -67,36 +83,90 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
     _, abstract = abstract_params(config, RunOptions(), mesh)
     params = random_params(abstract, mesh)
 
-    def run(options: RunOptions, params):
-        graphdef, _ = abstract_params(config, options, mesh)
+    def compiled(options: RunOptions):
+        graphdef, abstract = abstract_params(config, options, mesh)
+
+        def gradients(weights, batch):
+            return jax.value_and_grad(lambda w: _losses(graphdef, w, batch, config.vocab_size, 0.0)[0])(weights)
+
         with jax.set_mesh(mesh):
-            used = with_copy(params, compute_copy(params, options))
-            loss = jax.jit(jax.value_and_grad(lambda w: _losses(graphdef, w, batch, config.vocab_size, 0.0)[0]))
-            value, grads = loss(used)
+            weights = jax.eval_shape(lambda params: with_copy(params, compute_copy(params, options)), abstract)
+            weights = jax.tree.map(lambda a: sharding.on(mesh, a), weights)
+            return jax.jit(gradients).lower(weights, batch).compile()
+
+    def run(program, options: RunOptions, params):
+        with jax.set_mesh(mesh):
+            value, grads = program(with_copy(params, compute_copy(params, options)), batch)
         return float(value), jax.tree.map(lambda g: np.asarray(g, np.float32), grads)
 
-    expected_loss, expected = run(RunOptions(attention=XLA), params)
+    choices = [(scan, remat) for scan in (False, True) for remat in ("none", "matmuls", "attention", "full")]
+    bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=Kernel(kernel, segments))
+    every = [RunOptions(attention=XLA), *(replace(bf16, scan_layers=scan, remat=remat) for scan, remat in choices)]
+    with ThreadPoolExecutor(4) as pool:
+        reference, *programs = pool.map(compiled, every)
+    expected_loss, expected = run(reference, every[0], params)
     norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(expected)))
-    for scan in (False, True):
-        placed = stack_layers(jax.tree.map(jnp.copy, params)) if scan else params
-        wanted = jax.tree.map(np.asarray, stack_layers(jax.tree.map(jnp.asarray, expected))) if scan else expected
-        for remat in ("none", "matmuls", "attention", "full"):
-            options = RunOptions(
-                compute_dtype=jnp.bfloat16, scan_layers=scan, remat=remat, attention=Kernel(kernel, segments)
-            )
-            loss, grads = run(options, placed)
-            off = abs(loss - expected_loss) / abs(expected_loss)
-            its = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
-            each = jax.tree.map(lambda g, e: float(np.linalg.norm(g - e) / np.linalg.norm(e)), grads, wanted)
-            worst = max(jax.tree.leaves(each))
-            fine = off < LOSS and abs(its / norm - 1) < NORM and worst < GRADIENT
-            good &= fine
-            print(
-                f"{'stacked' if scan else 'unrolled'}, --remat {remat}: loss off by {off:.1e}, "
-                f"norm {abs(its / norm - 1):.1e}, worst gradient {worst:.1e}{'' if fine else '  WRONG'}",
-                flush=True,
-            )
+    for (scan, remat), options, program in zip(choices, every[1:], programs, strict=True):
+        if scan and 0 in params["layers"]:  # stacking uses them up
+            params = stack_layers(params)
+            expected = jax.tree.map(np.asarray, stack_layers(jax.tree.map(jnp.asarray, expected)))
+        loss, grads = run(program, options, params)
+        off = abs(loss - expected_loss) / abs(expected_loss)
+        its = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+        each = jax.tree.map(lambda g, e: float(np.linalg.norm(g - e) / np.linalg.norm(e)), grads, expected)
+        worst = max(jax.tree.leaves(each))
+        fine = off < LOSS and abs(its / norm - 1) < NORM and worst < GRADIENT
+        good &= fine
+        print(
+            f"{'stacked' if scan else 'unrolled'}, --remat {remat}: loss off by {off:.1e}, "
+            f"norm {abs(its / norm - 1):.1e}, worst gradient {worst:.1e}{'' if fine else '  WRONG'}",
+            flush=True,
+        )
     return good
+
+
+def check_packing(config: LlamaConfig, mesh, platform: str) -> bool:
+    rng = np.random.default_rng(3)
+    moments, losses = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [rng.integers(0, config.vocab_size, n).tolist() for n in (61, 127, 250, 93, 142, 38, 201, 89)]
+        data = Path(folder) / "data.json"
+        write_json(data, [{"input_ids": row, "labels": row} for row in rows])
+        for flags in ("--packing False --max_tokens_per_device 256", "--packing True --max_tokens_per_device 1152"):
+            base = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache --max_steps 1 "
+            base += "--per_device_train_batch_size 1 --gradient_accumulation_steps 8 --remat matmuls --max_grad_norm 0"
+            args = parse_arguments([*base.split(), *flags.split()])
+            job = make_job(args, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
+            planner = Planner(job, mesh, platform, "float32", True)
+            plan = planner.settle(memory_limit())
+            state = init_state(random_params(planner.state.params, mesh), plan.tx, plan.run, mesh)
+            state = fit(
+                *(state, plan.steps, plan.batches, mesh, range(1)),
+                learning_rate=job.schedule.rate,
+                on_update=lambda m: losses.append(m.loss),
+                due=lambda step: False,
+                on_due=lambda *_: None,
+                stop=lambda: False,
+            )
+            moments.append(jax.device_get(optax.tree_utils.tree_get(state.opt_state, "mu")))
+            print(
+                f"{plan.run.attention.name}, {plan.batches.block_counts[0]} blocks of {plan.batches.shapes}", flush=True
+            )
+            del state, plan, planner
+    off = abs(losses[1] / losses[0] - 1)
+
+    def distance(a, b):
+        a, b = jnp.asarray(a), jnp.asarray(b)
+        return float(jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(a.ravel()))
+
+    worst = max(map(distance, *map(jax.tree.leaves, moments)))
+    fine = off < PACKED and worst < PACKED
+    print(
+        f"packed against one by one, float32, {config.num_hidden_layers} layers: loss off by {off:.1e}, worst gradient "
+        f"{worst:.1e}{'' if fine else '  WRONG'}",
+        flush=True,
+    )
+    return fine
 
 
 def check_curve(config: LlamaConfig, mesh, platform: str) -> bool:
@@ -138,16 +208,20 @@ def check_curve(config: LlamaConfig, mesh, platform: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2, help="of the model in 2 and 3")
+    parser.add_argument("--update_layers", type=int, default=2, help="of that in 4")
     args = parser.parse_args()
     platform, mesh = set_up_jax(), sharding.make_mesh()
-    raw = {**raw_config(args.shape, args.layers), "tie_word_embeddings": False}
-    config = LlamaConfig.from_hf(raw)
+    config, whole = (
+        LlamaConfig.from_hf({**raw_config(args.shape, layers), "tie_word_embeddings": False})
+        for layers in (args.layers, args.update_layers)
+    )
     kernel, why = choose_kernel("auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, "bfloat16")
     print(f"{args.shape}, {args.layers} layers; attention by {kernel}: {why}")
     good = kernel == "xla" or attention_kernels.check(kernel, mesh)
     good = check_gradients(config, mesh, kernel) and good
     good = check_curve(config, mesh, platform) and good
+    good = check_packing(whole, mesh, platform) and good
     print("right" if good else "WRONG")
     sys.exit(0 if good else 1)
 

@@ -36,7 +36,7 @@ def lengths_of(args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
     """Tokens of every example, examples a micro-batch, micro-batches an update."""
     if args.work != "alpaca":
         rows, length = map(int, args.work.split("x"))
-        return np.full(rows * 1000, length), rows, 1
+        return np.full(rows * (args.updates + 10), length), rows, 1
     if args.data_path:
         from fill import alpaca
 
@@ -57,8 +57,7 @@ def count_flops(raw: dict, lengths: np.ndarray) -> float:
 
 def ours(args: argparse.Namespace) -> dict:
     """`fit` on a plan that `Planner` settled, from random weights made on the device."""
-    import jax
-    import jax.numpy as jnp
+    from correctness import random_params
 
     from llama_jax import sharding
     from llama_jax.arguments import parse_arguments
@@ -90,22 +89,7 @@ def ours(args: argparse.Namespace) -> dict:
     plan = planner.settle(memory_limit())
     compiled_in = time.monotonic() - started
 
-    @jax.jit
-    def random_params(key):
-        leaves, tree = jax.tree.flatten(planner.state.params)
-        keys = jax.random.split(key, len(leaves))
-        made = [
-            0.02 * jax.random.normal(k, a.shape, a.dtype, out_sharding=a.sharding.spec)
-            if len(a.shape) > (2 if plan.run.scan_layers else 1)
-            else jnp.ones(a.shape, a.dtype, out_sharding=a.sharding.spec)
-            for k, a in zip(keys, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(tree, made)
-
-    with jax.set_mesh(mesh):
-        params = random_params(jax.random.key(0, impl="unsafe_rbg"))
-    state = init_state(params, plan.tx, plan.run, mesh)
-    del params
+    state = init_state(random_params(planner.state.params, mesh), plan.tx, plan.run, mesh)
     done: list[tuple[float, float]] = []
     deadline = time.monotonic() + args.seconds
     fit(
@@ -113,12 +97,12 @@ def ours(args: argparse.Namespace) -> dict:
         plan.steps,
         plan.batches,
         mesh,
-        range(min(args.updates + 3, job.order.updates)),
+        range(min(args.updates + 4, job.order.updates)),
         learning_rate=job.schedule.rate,
         on_update=lambda m: done.append((time.monotonic(), m.loss)),
         due=lambda step: False,
         on_due=lambda *_: None,
-        stop=lambda: time.monotonic() > deadline and len(done) > 4,
+        stop=lambda: time.monotonic() > deadline and len(done) > 5,
     )
     examples = [job.order.examples_of(k) for k in range(len(done))]
     shapes = ",".join(f"{r}x{t}" for r, t in plan.batches.shapes)
@@ -170,13 +154,13 @@ def trainer(args: argparse.Namespace) -> dict:
             if cuda:
                 torch.cuda.synchronize()
             done.append(time.monotonic())
-            control.should_training_stop = len(done) >= 4 and time.monotonic() > deadline
+            control.should_training_stop = len(done) >= 6 and time.monotonic() > deadline
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder,
             bf16=True,
-            max_steps=args.updates + 3,
+            max_steps=args.updates + 4,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             learning_rate=2e-5,
@@ -205,9 +189,12 @@ def trainer(args: argparse.Namespace) -> dict:
 
 
 def measured(raw: dict, lengths: np.ndarray, done: list[float], examples: list[np.ndarray]) -> dict:
-    """Of all updates but the first three: milliseconds with their spread, and what the device did in them."""
-    laps = np.diff(done)[2:]
-    each = [lengths[i] for i in examples[3:]]
+    """Of all updates but the first three and the last: milliseconds with their spread, and what the device did in them.
+
+    Metrics of an update are read when the device is some way into the next one, those of the last one at once.
+    """
+    laps = np.diff(done)[2:-1]
+    each = [lengths[i] for i in examples[3:-1]]
     seconds, tokens = laps.sum(), sum(int(x.sum()) for x in each)
     rate = sum(count_flops(raw, x) for x in each) / seconds
     return {
@@ -229,8 +216,8 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", default=["alpaca"], help="alpaca, or ROWSxLENGTH")
     parser.add_argument("--peers", nargs="*", choices=["trainer", "compiled"], default=["trainer"])
     parser.add_argument("--flags", default="", help="further flags of train_jax.py, as one word")
-    parser.add_argument("--updates", type=int, default=40, help="timed at most, after three that are not")
-    parser.add_argument("--seconds", type=float, default=20, help="of training in each run, at least four updates")
+    parser.add_argument("--updates", type=int, default=40, help="timed at most, after three that are not and before one")
+    parser.add_argument("--seconds", type=float, default=20, help="of training in each run, at least six updates")
     parser.add_argument("--data_path", type=Path, help="alpaca_data.json")
     parser.add_argument("--tokenizer", type=Path, help="folder of a LLaMA tokenizer")
     parser.add_argument("--json", type=Path, help="write all figures there")

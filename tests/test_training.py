@@ -1,7 +1,6 @@
 """A run is the HF Trainer's: its losses, norms, rates and weights; and it can be stopped anywhere and gone on with."""
 
 import ast
-import functools
 import itertools
 import json
 import math
@@ -45,7 +44,6 @@ import llama_jax.train
 import train_jax
 from llama_jax import sharding
 from llama_jax.checkpoint import read_run
-from llama_jax.data.batches import Batches
 from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
 from llama_jax.model import RunOptions
@@ -83,10 +81,8 @@ def multi_steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def in_short_rows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Rows of 128 tokens, one at a time, so that these small updates take several blocks; the flag for it."""
-    monkeypatch.setattr(llama_jax.job, "Batches", functools.partial(Batches, row_limit=128))
-    return ["--max_tokens_per_device", "128"]
+# Rows of 128 tokens, one at a time, so that these small updates take several blocks.
+SHORT_ROWS = ["--max_tokens_per_device", "128"]
 
 
 def blocks_said(outcome: Outcome) -> int:
@@ -125,10 +121,9 @@ def test_golden(
     tmp_path: Path,
     seen: list[tuple[int, float, float]],
     multi_steps: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = shared / "golden" / name
-    extra = [*in_short_rows(monkeypatch), "--accumulation", accumulated] if accumulated else []
+    extra = [*SHORT_ROWS, "--accumulation", accumulated] if accumulated else []
     outcome = run(train_jax.main, *golden_flags(case, tmp_path), *extra)
     assert outcome.code == 0, outcome.err
     assert bool(multi_steps) == (accumulated == "multisteps")
@@ -494,12 +489,9 @@ RESUMED: dict[str, list[int]] = {"4.37": [2, 4]}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_resumed_run_is_the_same(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multi_steps: list[Any]
-) -> None:
+def test_resumed_run_is_the_same(name: str, tmp_path: Path, multi_steps: list[Any]) -> None:
     job = Job(tmp_path, **VARIANTS[name])
     if name in ("several blocks", "MultiSteps"):
-        in_short_rows(monkeypatch)
         job.flags["max_tokens_per_device"] = 128
     whole = job.train("whole")
     assert bool(multi_steps) == (name == "MultiSteps")
@@ -520,17 +512,15 @@ def test_resumed_run_is_the_same(
         np.testing.assert_allclose(last["train_loss"], sum(losses[step:]) / over, rtol=1e-12, atol=5e-5)
 
 
-def test_a_checkpoint_does_not_tell_how_gradients_were_summed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_does_not_tell_how_gradients_were_summed(tmp_path: Path) -> None:
     """MultiSteps' run goes on with a sum of our own, and one in single blocks: the same updates."""
     job = Job(tmp_path, per_device_train_batch_size=4, hf_compat="5")
     for name in ("summed", "in one block"):
         (tmp_path / name).mkdir()
-    with monkeypatch.context() as patch:
-        in_short_rows(patch)
-        whole = job.train("whole", accumulation="multisteps", max_tokens_per_device=128)
-        for name in ("summed", "in one block"):
-            shutil.copytree(whole / "checkpoint-2", tmp_path / name / "checkpoint-2")
-        outs = [job.train("summed", resume_from_checkpoint=True, max_tokens_per_device=128)]
+    whole = job.train("whole", accumulation="multisteps", max_tokens_per_device=128)
+    for name in ("summed", "in one block"):
+        shutil.copytree(whole / "checkpoint-2", tmp_path / name / "checkpoint-2")
+    outs = [job.train("summed", resume_from_checkpoint=True, max_tokens_per_device=128)]
     outs.append(job.train("in one block", resume_from_checkpoint=True))
     for out in outs:
         a, b = load_file(whole / "model.safetensors"), load_file(out / "model.safetensors")

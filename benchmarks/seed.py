@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""From the command to the first update, and an HF folder onto the device: train_jax.py and the HF Trainer side by side.
+"""The seed's command on an HF folder, train_jax.py and the HF Trainer side by side: weights onto the device, the time
+from the command to the first update, and the time of an update.
 
-    python benchmarks/start.py --model HF_DIR --data_path alpaca_data.json [--flags "--use_cpu True"]
+    python benchmarks/seed.py --model HF_DIR --data_path alpaca_data.json [--flags "--use_cpu True"]
 
-`make_model.py` makes a folder of any shape. Both run the seed's flags; the peer does what stanford_alpaca's train.py
-does before its first update. Each run is a process of its own, ours once with empty caches and once with its own. The
-weights are read once before, so that both find them in the page cache.
+`make_model.py` makes a folder of any shape. The peer does what stanford_alpaca's train.py does before its first update,
+and its Trainer takes the same examples in the same order. Each run is a process of its own; train_jax.py runs once with
+empty caches and once with those that it made. All are killed after so many updates. The weights are read once before,
+so that every run finds them in the page cache.
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -17,12 +20,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 FLAGS = "--bf16 True --num_train_epochs 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 "
 FLAGS += "--save_strategy no --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine "
 FLAGS += "--logging_steps 1 --tf32 True --report_to none"
+WARM = 3  # updates that are not timed
 
 
 def weights(folder: Path) -> list[Path]:
@@ -83,11 +89,6 @@ def train_peer(args: argparse.Namespace) -> None:
         labels[: len(encode(prompt))] = -100
         data.append({"input_ids": ids, "labels": labels})
 
-    class Stop(transformers.TrainerCallback):
-        def on_step_end(self, _, state, control, **__):
-            print(f"first update done {time.time() - args.started:.1f} s after the start", file=sys.stderr, flush=True)
-            os._exit(0)
-
     def collate(items):
         pads = {"input_ids": tokenizer.pad_token_id, "labels": -100}
         pad = torch.nn.utils.rnn.pad_sequence
@@ -99,28 +100,53 @@ def train_peer(args: argparse.Namespace) -> None:
         arguments = transformers.TrainingArguments(
             folder,
             bf16=True,
+            num_train_epochs=1,
             gradient_accumulation_steps=8,
             per_device_train_batch_size=1,
+            learning_rate=2e-5,
+            warmup_steps=0.03,  # a ratio, as transformers 5 takes it
+            lr_scheduler_type="cosine",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,  # then each log line is printed
             report_to="none",
+            tf32=True if cuda else None,
             use_cpu=not cuda,
         )
-        trainer = transformers.Trainer(model, arguments, train_dataset=data, data_collator=collate, callbacks=[Stop()])
-        trainer.train()
+        transformers.Trainer(model, arguments, train_dataset=data, data_collator=collate).train()
 
 
-def first_update(command: list[str], env: dict[str, str], log: Path) -> str:
-    """Seconds to the first update, as the command says it; it is then killed."""
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
+def run(name: str, command: list[str], env: dict[str, str], updates: int) -> dict:
+    """Until so many updates are logged; then it is killed. Seconds to the first one, of each later one, and the log."""
+    started = time.monotonic()
+    command = ["/usr/bin/env", "PYTHONUNBUFFERED=1", *command]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, env=env, text=True, start_new_session=True
+        )
+        done, losses = [], []
         try:
-            while process.poll() is None and "first update done" not in log.read_text():
-                time.sleep(0.1)
+            assert process.stdout
+            for line in process.stdout:
+                if "'loss'" in line:
+                    done.append(time.monotonic())
+                    losses.append(line.strip())
+                if len(done) == updates:
+                    break
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    said = [line for line in log.read_text().splitlines() if "first update done" in line]
-    return said[0].split("done ")[1] if said else "failed: " + log.read_text().strip().splitlines()[-1][:200]
+        errors.seek(0)
+        said = [line for line in errors.read().splitlines() if "it/s]" not in line and "B/s]" not in line]
+    if len(done) < updates:
+        sys.exit(f"{name} ended after {len(done)} updates:\n" + "\n".join(said[-15:]))
+    laps = 1000 * np.diff(done)[WARM - 1 :]
+    result = {"run": name, "first_update_s": done[0] - started, "ms": laps.tolist(), "log": losses, "said": said}
+    late = f", first update after {done[0] - started:.1f} s"
+    timed = f", {laps.mean():,.1f} ms an update (median {np.median(laps):,.1f}, {len(laps)} timed)" if len(laps) else ""
+    print(name + late + timed, flush=True)
+    return result
 
 
 def main() -> None:
@@ -128,39 +154,42 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="HF folder with a LLaMA tokenizer")
     parser.add_argument("--data_path", type=Path, required=True, help="alpaca_data.json")
     parser.add_argument("--flags", default="", help="further flags of train_jax.py, as one word")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--updates", type=int, default=80, help="of train_jax.py with caches")
+    parser.add_argument("--peer_updates", type=int, default=9, help="of the HF Trainer")
+    parser.add_argument("--json", type=Path, help="write all figures and logs there")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # a part of it, in this process
     args = parser.parse_args()
     if args.only:
         started = time.monotonic()
         globals()[args.only](args)
         print(f"{args.only} {time.monotonic() - started:.2f} s")
         return
+    again = [sys.executable, __file__, *sys.argv[1:], "--only"]
     read_files(args)
     size = sum(path.stat().st_size for path in weights(args.model)) / 1e9
-    for name in ("read_files", "load_ours", "load_peer"):
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-        said = subprocess.run(command, capture_output=True, text=True, check=False)
+    for part in ("read_files", "load_ours", "load_peer"):
+        said = subprocess.run([*again, part], capture_output=True, text=True, check=False)
         line = (said.stdout.strip() or said.stderr.strip()).splitlines()[-1]
-        seconds = line.removeprefix(name).removesuffix(" s")
-        rate = f" ({size / float(seconds):.1f} GB/s)" if line.startswith(name) else ""
+        seconds = line.removeprefix(part).removesuffix(" s")
+        rate = f" ({size / float(seconds):.1f} GB/s)" if line.startswith(part) else ""
         print(f"{size:.1f} GB, {line}{rate}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"}
-        paths = [
-            "--model_name_or_path",
-            str(args.model),
-            "--data_path",
-            str(args.data_path),
-            "--output_dir",
-            f"{folder}/out",
+        paths = {"model_name_or_path": args.model, "data_path": args.data_path, "output_dir": f"{folder}/out"}
+        ours = [sys.executable, str(ROOT / "train_jax.py"), *(str(x) for k, v in paths.items() for x in (f"--{k}", v))]
+        ours += [*FLAGS.split(), *args.flags.split()]
+        caches = os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"}
+        results = [
+            run("train_jax.py, empty caches", ours, caches, 1),
+            run("train_jax.py, its caches", ours, caches, args.updates),
+            run("HF Trainer", [*again, "train_peer"], dict(os.environ), args.peer_updates),
         ]
-        seeds = [sys.executable, str(ROOT / "train_jax.py"), *paths, *FLAGS.split(), *args.flags.split()]
-        for caches in ("cold", "warm"):
-            said = first_update(seeds, env, Path(folder) / f"{caches}.log")
-            print(f"train_jax.py, {caches} caches: first update {said}", flush=True)
-        peer = [sys.executable, __file__, *sys.argv[1:], "--only", "train_peer", "--started", str(time.time())]
-        print(f"HF Trainer: first update {first_update(peer, env, Path(folder) / 'peer.log')}", flush=True)
+    _, mine, peer = results
+    n = len(peer["ms"])
+    same = np.mean(mine["ms"][:n])
+    print(f"updates {WARM + 1} to {WARM + n}: {same:,.1f} ms and {np.mean(peer['ms']):,.1f} ms, ", end="")
+    print(f"{np.mean(peer['ms']) / same:.1f} times as fast")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
