@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", default=["alpaca"], help="alpaca, or ROWSxLENGTH")
     parser.add_argument("--peers", nargs="*", choices=["trainer", "compiled"], default=["trainer"])
     parser.add_argument("--flags", default="", help="further flags of train_jax.py, as one word")
-    parser.add_argument("--updates", type=int, default=40, help="timed at most, after three that are not and before one")
+    parser.add_argument("--updates", type=int, default=40, help="timed at most, between three and one that are not")
     parser.add_argument("--seconds", type=float, default=20, help="of training in each run, at least six updates")
     parser.add_argument("--data_path", type=Path, help="alpaca_data.json")
     parser.add_argument("--tokenizer", type=Path, help="folder of a LLaMA tokenizer")
