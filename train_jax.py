@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     quiet = args.disable_tqdm or None
     for note in args.notes(platform):
         say(note)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(spec=args.mesh)
     output_dir = Path(args.output_dir).expanduser()
     resume_step = 0
     if not args.explain:
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
         return 0
     say(
         f"{config.num_parameters:,} parameters in {dtype}, {'bfloat16' if args.bf16 else dtype} matmuls, "
-        f"on {len(mesh.devices.flat)} {platform} device(s)"
+        f"on {mesh.size} {platform} device(s), mesh {sharding.describe_mesh(mesh)}"
     )
     say(f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up)")
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read

@@ -139,6 +139,11 @@ class Arguments:
         choices=["sum", "multisteps"],
     )
     use_cpu: bool = _flag(False, "run on the CPU")
+    mesh: str = _flag(
+        "auto",
+        "how the devices are laid out, as data=2,fsdp=4,tensor=2; axes left out are 1, one may be -1; each of data x "
+        "fsdp is a device of the Trainer's; auto: all on fsdp",
+    )
 
     logging_strategy: str = _flag("steps", "when to log", **_STRATEGIES)
     logging_steps: float = _flag(500, "updates between two logs; below 1 a share of all")

@@ -32,6 +32,7 @@ _ORIGIN = {
             "packing",
             "attention",
             "scan_layers",
+            "mesh",
             "explain",
             "show_examples",
             "config",

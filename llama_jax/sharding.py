@@ -7,12 +7,15 @@ Letters: B rows, T tokens, D model, N heads, K kv heads, H head dim, F ffn (or a
 """
 
 import math
+import re
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from llama_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
@@ -33,10 +36,45 @@ ACT_BTKGH = P(BATCH, None, "tensor", None, None)
 HEAD_VD = P("tensor", None)
 
 
-def make_mesh(devices: list[Any] | None = None) -> Mesh:
-    """All devices (or those given) on `fsdp`."""
+def mesh_sizes(spec: str, devices: int) -> dict[str, int]:
+    """The size of each axis for `--mesh spec` on so many devices. Raises InputError.
+
+    "data=2,fsdp=4": axes left out are 1, and one may be -1, which takes the devices that the others leave. "auto" has
+    all devices on `fsdp`: packing gives each of them as many rows, so that rows can always be divided.
+    """
+    sizes: dict[str, int] = {}
+    for part in "fsdp=-1".split(",") if spec == "auto" else spec.split(","):
+        axis, equals, number = (x.strip() for x in part.partition("="))
+        if axis not in AXES:
+            raise InputError(f"--mesh {spec}: {axis!r} is no axis; give auto, or sizes of {', '.join(AXES)}")
+        if axis in sizes:
+            raise InputError(f"--mesh {spec}: {axis} stands there twice")
+        if not equals or not re.fullmatch("-1|0*[1-9][0-9]*", number):
+            raise InputError(f"--mesh {spec}: the size of {axis} should be a number above 0, or -1, as in {axis}=2")
+        sizes[axis] = int(number)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise InputError(f"--mesh {spec}: {' and '.join(open_axes)} are -1; only one may be")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (not open_axes and fixed != devices):
+        wrong = "do not divide" if open_axes else "are not"
+        raise InputError(
+            f"--mesh {spec}: {fixed} device(s) {wrong} the {devices} that are there; let one axis be -1, or give auto"
+        )
+    sizes |= dict.fromkeys(open_axes, devices // fixed)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
+    """The mesh of all devices (or of those given) by `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((1, len(devices), 1), AXES, (AxisType.Explicit,) * 3, devices=devices)
+    sizes = mesh_sizes(spec, len(devices))
+    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The axes that divide anything, as `--mesh` takes them."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "fsdp=1"
 
 
 def batch_ways(mesh: Mesh) -> int:
