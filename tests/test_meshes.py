@@ -4,15 +4,20 @@ All runs are made in a process of its own that has eight simulated devices, and 
 """
 
 import contextlib
+import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file
 from test_training import GOLDEN, golden_flags, worst
@@ -21,8 +26,14 @@ from tiny import ALPACA, CONFIG, ROOT, environment, make_records, run, write_jso
 import llama_jax.job
 import train_jax
 from llama_jax import sharding
+from llama_jax.checkpoint import tree_bytes
+from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batches
+from llama_jax.hf.load import abstract_params
+from llama_jax.model import RunOptions
+from llama_jax.optimizer import make_optimizer
 from llama_jax.reporting.run_log import RunLog
+from llama_jax.train import Steps, TrainState, abstract_state
 
 ONE = "fsdp=1"
 # 4 heads with 4 kv heads, or 8 with 2: tensor=8 pads both, tensor=4 the second.
@@ -148,3 +159,91 @@ def refused(argv: list[str], said: str) -> None:
         patch.setattr(jax, "devices", lambda: devices[:6])
         outcome = run(train_jax.main, *argv)
     assert outcome.code == 2 and outcome.compiled == 0 and said in outcome.err.splitlines()[-1], outcome.err
+
+
+# -- What lies where, and what is sent --------------------------------------------------------------------------------
+
+# Sizes that tell all tensors apart; 8 heads of 8, so that 8 devices have one each.
+WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 136, "num_attention_heads": 8, "num_key_value_heads": 8}
+WIDE |= {"vocab_size": 384}
+D, F, V, L, B, T = 64, 136, 384, 2, 8, 128
+MATRICES = [D * D] * 4 + [F * D] * 3  # of a layer
+KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+
+
+def compiled_step(spec: str, **options: Any) -> tuple[Any, TrainState, Any]:
+    """The compiled update of a block [B, T], and the types of its state."""
+    mesh, config, run = sharding.make_mesh(spec=spec), LlamaConfig.from_hf(WIDE), RunOptions(**options)
+    tx = make_optimizer(weight_decay=0.1)
+    graphdef, params = abstract_params(config, run, mesh)
+    state = abstract_state(params, tx, run, mesh)
+    steps = Steps(graphdef, tx, run, config.vocab_size)
+    steps.compile(state, (B, T), mesh)
+    return steps._compiled[B, T], state, mesh
+
+
+def sent(program: Any) -> Counter[tuple[str, int]]:
+    """How many collectives there are of each kind and number of elements that it gives; those of one element, sums of
+    squares for the gradient's norm and the like, left out. A collective may combine several of what it is asked for."""
+    found: Counter[tuple[str, int]] = Counter()
+    for given, kind in re.findall(rf"= (\S.*?) ({KINDS})(?:-start)?\(", program.as_text()):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", given):
+            found[kind, math.prod(int(n) for n in shape.split(",") if n)] += 1
+    return Counter({key: n for key, n in found.items() if key[1] > 1})
+
+
+def check_collectives() -> None:
+    # fsdp. Forward, each matrix is gathered; the backward pass of an unrolled layer finds it still there. Its gradient
+    # is summed over the devices, once (the CPU's compiler leaves a device its part of the whole sum, where those of GPU
+    # and TPU scatter it), and so are those of the norms. Nothing else is sent: no activation, no moment.
+    gathered = Counter({("all-gather", n): L * MATRICES.count(n) for n in MATRICES}) + Counter(
+        {("all-gather", V * D): 2}
+    )
+    summed = Counter({("all-reduce", n): k for (_, n), k in gathered.items()}) + Counter({("all-reduce", D): 2 * L + 1})
+    assert sent(compiled_step("fsdp=8")[0]) == gathered + summed
+    # With recomputation, and where layers are scanned (one body for all of them, forward and backward), a layer's
+    # matrices are let go and gathered again.
+    again = Counter({("all-gather", n): L * MATRICES.count(n) for n in MATRICES})
+    assert sent(compiled_step("fsdp=8", remat="full")[0]) == gathered + again + summed
+    bodies = Counter({("all-gather", n): 2 * MATRICES.count(n) for n in MATRICES}) + Counter({("all-gather", V * D): 2})
+    sums = Counter({("all-reduce", n): MATRICES.count(n) for n in MATRICES}) + Counter(
+        {("all-reduce", V * D): 2, ("all-reduce", D): 3}
+    )
+    assert sent(compiled_step("fsdp=8", scan_layers=True)[0]) == bodies + sums
+    # tensor. Gathered are the features of the embedded tokens. Summed are activations: of a layer o and down forward,
+    # and the gradients by the inputs of q, k, v, gate and up backward; and that by the last hidden states. Of each
+    # token the largest logit, the sum of exponentials, and the target's logit. No parameter is sent.
+    activations = Counter({("all-gather", B * T * D): 1, ("all-reduce", B * T * D): L * (2 + 5) + 1})
+    assert sent(compiled_step("tensor=8")[0]) == activations + Counter({("all-reduce", B * T): 3})
+
+
+def check_placement() -> None:
+    for spec in ("fsdp=8", "data=2,fsdp=2,tensor=2"):
+        mesh = sharding.make_mesh(spec=spec)
+        ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        for scan in (False, True):
+            program, state, _ = compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16)
+            specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
+            adam = optax.tree_utils.tree_get(state.opt_state, "mu"), optax.tree_utils.tree_get(state.opt_state, "nu")
+            for moments in adam:
+                assert jax.tree.map(lambda x: x.sharding.spec, moments) == specs
+            # What the compiler was given is what it gives back.
+            placed = jax.tree.map(lambda x: x.sharding, state)
+            same = jax.tree.map(
+                lambda x, a, b: a.is_equivalent_to(b, x.ndim), state, placed, program.output_shardings[0]
+            )
+            assert all(jax.tree.leaves(same))
+            for tree in (state.params, *adam):
+                vectors, matrices = [], []
+                for path, x in jax.tree_util.tree_leaves_with_path(tree):
+                    (vectors if "norm" in str(path) else matrices).append(x)
+                assert sharding.bytes_on_device(matrices) * ways == tree_bytes(matrices), spec
+                assert sharding.bytes_on_device(vectors) == tree_bytes(vectors)
+
+
+def test_collectives() -> None:
+    on_eight_devices("check_collectives()")
+
+
+def test_placement() -> None:
+    on_eight_devices("check_placement()")
