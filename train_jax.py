@@ -2,6 +2,8 @@
 """Fine-tune a LLaMA: the HF Trainer's command line in, an HF folder out. `--help` lists the flags."""
 
 import copy
+import dataclasses
+import json
 import signal
 import sys
 import time
@@ -12,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from llama_jax.arguments import Arguments, parse_arguments
+from llama_jax.config import LlamaConfig
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.errors import InputError, run_command
 from llama_jax.files import make_output_dir
 from llama_jax.job import Job, make_job
-from llama_jax.reporting.progress import byte_bar, say, update_bar
+from llama_jax.reporting.progress import byte_bar, say, show, silence, update_bar
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 
@@ -29,7 +32,7 @@ def main(argv: list[str]) -> int:
     # JAX is imported once the flags are good: its platform may be one of them.
     import jax
 
-    from llama_jax import sharding
+    from llama_jax import processes, sharding
     from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
     from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.hf.load import resize_vocabulary
@@ -38,48 +41,55 @@ def main(argv: list[str]) -> int:
     from llama_jax.platform import memory_limit, peak_memory, set_up_jax
     from llama_jax.train import TrainState, complete, fit, init_state, make_loss_step, token_losses
 
+    processes.join(args.coordinator_address, args.num_processes, args.process_id)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
+    if not processes.is_first():
+        silence()
     quiet = args.disable_tqdm or None
     for note in args.notes(platform):
         say(note)
-    mesh = sharding.make_mesh()
     output_dir = Path(args.output_dir).expanduser()
     resume_step = 0
-    if not args.explain:
-        make_output_dir(output_dir)
-        resume_step = _resume_step(args, output_dir, find_steps(output_dir))
+    with processes.agreed():
+        mesh = sharding.make_mesh(spec=args.mesh)
+        if not args.explain:
+            make_output_dir(output_dir)
+            resume_step = _resume_step(args, output_dir, find_steps(output_dir))
 
-    source = Source(Path(args.model_name_or_path), args.allow_pickle)
-    job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
-    config, order, schedule = job.config, job.order, job.schedule
+        source = Source(Path(args.model_name_or_path), args.allow_pickle)
+        job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
+        config, order, schedule = job.config, job.order, job.schedule
 
-    dtype = args.dtype or training_dtype(source, args.hf_compat)
-    facts: dict[str, Any] = {
-        "dtype": dtype,
-        "optim": args.optim,
-        "order": order.facts(),
-        "scan_layers": choose_scan(args, config, platform),
-    }
-    saved = read_run(output_dir, resume_step) if resume_step else {}
-    if saved:
-        compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
-        facts["scan_layers"] = saved["scan_layers"]
-    planner = Planner(job, mesh, platform, dtype, facts["scan_layers"])
-    if args.show_examples:
+        dtype = args.dtype or training_dtype(source, args.hf_compat)
+        facts: dict[str, Any] = {
+            "dtype": dtype,
+            "optim": args.optim,
+            "order": order.facts(),
+            "scan_layers": choose_scan(args, config, platform),
+            "model": as_json_values(config),
+        }
+        saved = read_run(output_dir, resume_step) if resume_step else {}
+        if saved:
+            compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
+            facts["scan_layers"] = saved["scan_layers"]
+        planner = Planner(job, mesh, platform, dtype, facts["scan_layers"])
+    if args.show_examples and processes.is_first():
         out = sys.stderr if args.explain == "json" else sys.stdout
         print(show_examples(job, args.show_examples, wants_colour(out)), file=out)
+    limit = processes.least(memory_limit())
     if args.explain:
-        plan = planner.make(planner.options(memory_limit())[0])
+        plan = planner.make(planner.options(limit)[0])
         described = explain(job, plan.batches, plan.abstract, dtype)
-        print(as_json(described) if args.explain == "json" else as_text(described))
+        show(as_json(described) if args.explain == "json" else as_text(described))
         return 0
     say(
         f"{config.num_parameters:,} parameters in {dtype}, {'bfloat16' if args.bf16 else dtype} matmuls, "
-        f"on {len(mesh.devices.flat)} {platform} device(s)"
+        f"on {mesh.size} {platform} device(s) of {jax.process_count()} process(es), "
+        f"mesh {sharding.describe_mesh(mesh)}"
     )
     say(f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up)")
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
-        planning = background.submit(planner.settle, memory_limit())
+        planning = background.submit(planner.settle, limit)
         if resume_step:
             checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
             restored = checkpoints.restore_state(resume_step, planner.state.saved)
@@ -89,6 +99,8 @@ def main(argv: list[str]) -> int:
             if config.vocab_size != source.config.vocab_size:
                 params = resize_vocabulary(params, source.config, config, mesh)
         plan = planning.result()
+    if len({*processes.exchange(repr(plan.option))}) > 1:
+        raise RuntimeError("the processes' compilers came to different block sizes: give --max_tokens_per_device")
     batches, run = plan.batches, plan.run
     shapes = ", ".join(f"{r}x{t}" for r, t in batches.shapes)
     say(f"at most {batches.block_counts.max()} block(s) an update of {shapes} tokens; --remat {run.remat}")
@@ -102,7 +114,9 @@ def main(argv: list[str]) -> int:
         del restored
         say(f"resumed from {output_dir / f'checkpoint-{resume_step}'}")
     else:
-        remove_steps(output_dir)
+        if processes.is_first():
+            remove_steps(output_dir)
+        processes.exchange("removed")
         checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
         state = init_state(params, plan.tx, run, mesh)
         del params
@@ -111,7 +125,7 @@ def main(argv: list[str]) -> int:
     log_step = job.log_at
     if args.logging_strategy == "epoch":  # written at the epoch's end, after what is due by steps
         log_step = lambda step: args.logging_first_step and step == 1  # noqa: E731
-    stop = _stop_on_sigterm()
+    stop = _stop_on_sigterm() if jax.process_count() == 1 else _stop_together()
     with update_bar(order.updates, resume_step, quiet) as bar:
         flops = 6.0 * config.num_non_embedding_parameters
         run_log = RunLog(
@@ -149,7 +163,7 @@ def main(argv: list[str]) -> int:
         def tail_losses(step: int, state: TrainState) -> np.ndarray:
             tail = order.tail(step)
             losses = token_losses(state.weights, loss_step, batches, mesh, step) if tail else []
-            return batches.micro_losses(step, jax.device_get(losses))[:tail] if tail else np.zeros((0, order.ranks))
+            return batches.micro_losses(step, sharding.read(losses))[:tail] if tail else np.zeros((0, order.ranks))
 
         def on_due(step: int, state: TrainState, stopping: bool) -> None:
             """As the Trainer does it: log, evaluate, save; first what is due by steps, then at an epoch's end."""
@@ -204,7 +218,9 @@ def main(argv: list[str]) -> int:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()
     _export(output_dir, source, job, params, np.dtype(run.param_dtype), quiet)
-    log.save(output_dir)
+    if processes.is_first():
+        log.save(output_dir)
+    processes.exchange("exported")
     say(f"the HF folder is in {output_dir}")
     return 0
 
@@ -248,11 +264,14 @@ def _make_log(job: Job) -> TrainerState:
 
 def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtype, quiet: bool | None) -> None:
     """The HF folder: weights, config, tokenizer."""
+    from llama_jax import processes
     from llama_jax.hf.names import name_table
     from llama_jax.hf.writer import write_config, write_weights
 
     with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, quiet) as bar:
         write_weights(output_dir, params, job.config, dict.fromkeys(name_table(job.config), dtype), bar.update)
+    if not processes.is_first():
+        return
     write_config(output_dir, source.folder, source.raw, job.config, dtype)
     if job.tokenizer is not None:
         job.tokenizer.save(output_dir)
@@ -260,11 +279,20 @@ def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtyp
         copy_tokenizer(source.tokenizer_folder, output_dir)
 
 
+def as_json_values(config: LlamaConfig) -> dict[str, Any]:
+    """The architecture as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) -> None:
     """Refuse to resume what cannot go on, and say what goes on otherwise than it began."""
     for key, what in (("dtype", "parameters in"), ("optim", "the state of")):
         if saved[key] != facts[key]:
             raise InputError(f"{name} holds {what} {saved[key]}: resume it with --{key} {saved[key]}")
+    for key, value in facts["model"].items():
+        if saved["model"][key] != value:
+            was = f"{key} {saved['model'][key]}, this one {value}"
+            raise InputError(f"{name} holds another model: it has {was}; give --model_name_or_path the same as then")
     updates = facts["order"]["updates"]
     if saved["trainer_state"]["global_step"] > updates:
         raise InputError(f"{name} is past the {updates} updates of this run: raise --num_train_epochs or --max_steps")
@@ -308,6 +336,21 @@ def _stop_on_sigterm():
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     return lambda: bool(received)
+
+
+def _stop_together():
+    """The same for several processes: all are told at the same update when one of them has got a signal."""
+    from llama_jax.processes import stop_together
+
+    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+    stop = stop_together()
+
+    def asked() -> bool:
+        if stopping := stop():
+            say("stopping: the update under way is finished and saved")
+        return stopping
+
+    return asked
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ FLAGS = (
     Flag("optim_target_modules", NEW, str | None, None, REFUSED,
          "only GaLore and APOLLO take it, which are not there; leave it out"),
     Flag("parallelism_config", NEW, str | None, None, REFUSED,
-         "the mesh is made of all devices; leave it out"),
+         "leave it out and give --mesh, which lays out all devices"),
     Flag("past_index", OLD, int, -1, REFUSED, "no state is carried from one batch to the next; leave it out"),
     Flag("per_gpu_eval_batch_size", OLD, int | None, None, ALIAS, "per_device_eval_batch_size"),
     Flag("per_gpu_train_batch_size", OLD, int | None, None, ALIAS, "per_device_train_batch_size"),

@@ -7,15 +7,20 @@ Letters: B rows, T tokens, D model, N heads, K kv heads, H head dim, F ffn (or a
 """
 
 import math
+import re
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llama_jax.errors import InputError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, by HF's [out, in] shapes.
 COLUMN_FD = P("tensor", "fsdp")  # q, k, v, gate, up, lm_head: outputs over tensor
@@ -33,10 +38,78 @@ ACT_BTKGH = P(BATCH, None, "tensor", None, None)
 HEAD_VD = P("tensor", None)
 
 
-def make_mesh(devices: list[Any] | None = None) -> Mesh:
-    """All devices (or those given) on `fsdp`."""
+def mesh_sizes(spec: str, devices: int, slices: int = 1) -> dict[str, int]:
+    """The size of each axis for `--mesh spec` on so many devices. Raises InputError.
+
+    "data=2,fsdp=4": axes left out are 1, and one may be -1, which takes the devices that the others leave. "auto" has
+    all devices of a slice on `fsdp`: packing gives each of them as many rows, so that rows can always be divided.
+    Between TPU slices lies a slow network: only `data` may run there.
+    """
+    sizes: dict[str, int] = {}
+    for part in (f"data={slices},fsdp=-1" if spec == "auto" else spec).split(","):
+        axis, equals, number = (x.strip() for x in part.partition("="))
+        if axis not in AXES:
+            raise InputError(f"--mesh {spec}: {axis!r} is no axis; give auto, or sizes of {', '.join(AXES)}")
+        if axis in sizes:
+            raise InputError(f"--mesh {spec}: {axis} stands there twice")
+        if not equals or not re.fullmatch("-1|0*[1-9][0-9]*", number):
+            raise InputError(f"--mesh {spec}: the size of {axis} should be a number above 0, or -1, as in {axis}=2")
+        sizes[axis] = int(number)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1:
+        raise InputError(f"--mesh {spec}: {' and '.join(open_axes)} are -1; only one may be")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (not open_axes and fixed != devices):
+        wrong = "do not divide" if open_axes else "are not"
+        raise InputError(
+            f"--mesh {spec}: {fixed} device(s) {wrong} the {devices} that are there; let one axis be -1, or give auto"
+        )
+    sizes |= dict.fromkeys(open_axes, devices // fixed)
+    if sizes.get("data", 1) % slices:
+        raise InputError(f"--mesh {spec}: the devices are {slices} TPU slices; {slices} should divide data, as in auto")
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
+    """The mesh of all devices (or of those given) by `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((1, len(devices), 1), AXES, (AxisType.Explicit,) * 3, devices=devices)
+    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    sizes, kinds = mesh_sizes(spec, len(devices), slices), (AxisType.Explicit,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
+    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=kinds)
+
+
+def padded(size: int, *axes: str, multiple: int = 1) -> int:
+    """`size` rounded up so that these axes of the mesh that is set, and `multiple`, divide it.
+
+    What is added inside the model is zero, and stays so: neither its results nor its gradients are anything else.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    multiple = math.lcm(multiple, *(shape[axis] for axis in axes))
+    return -(-size // multiple) * multiple
+
+
+def vocab_rows(vocab_size: int) -> int:
+    """Rows of the embedding and of the head inside the model; those past `vocab_size` are zero and never used."""
+    return padded(vocab_size, "fsdp", "tensor", multiple=VOCAB_MULTIPLE)
+
+
+def check_width(hidden_size: int) -> None:
+    """Raises InputError where the mesh that is set does not divide the residual stream, which cannot be padded."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    fitting = {axis: math.gcd(hidden_size, shape[axis]) for axis in ("fsdp", "tensor")}
+    fitting["data"] = math.prod(shape.values()) // math.prod(fitting.values())
+    for axis in ("fsdp", "tensor"):
+        if hidden_size % shape[axis]:
+            mend = ",".join(f"{axis}={fitting[axis]}" for axis in AXES)
+            raise InputError(f"--mesh: {axis}={shape[axis]} does not divide hidden_size {hidden_size}; use {mend}")
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The axes that divide anything, as `--mesh` takes them."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "fsdp=1"
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -49,9 +122,43 @@ def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH, *[None] * (ndim - 1)))
 
 
-def put(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """A host array of rows [B, ...] onto the devices, rows divided."""
-    return jax.device_put(array, row_sharding(mesh, array.ndim))
+def local_rows(mesh: Mesh, count: int) -> range:
+    """Those of `count` rows that the devices of this process hold."""
+    places = row_sharding(mesh, 1).addressable_devices_indices_map((count,)).values()
+    bounds = [index[0].indices(count) for index in places if index is not None]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def put(mesh: Mesh, array: np.ndarray, count: int | None = None) -> jax.Array:
+    """A host array of rows [B, ...] onto the devices, rows divided; with `count` it has the `local_rows` of so many."""
+    first = 0 if count is None else local_rows(mesh, count).start
+    shape = (array.shape[0] if count is None else count, *array.shape[1:])
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[0].indices(shape[0])
+        return array[start - first : stop - first]
+
+    return jax.make_array_from_callback(shape, row_sharding(mesh, array.ndim), part)
+
+
+def put_scalar(mesh: Mesh, value: np.number) -> jax.Array:
+    """The same number on all devices."""
+    return jax.make_array_from_callback((), replicated(mesh), lambda _: np.asarray(value))
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """The array as each process can read it: what lies on devices of others is gathered onto its own, which all
+    processes have to ask for."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    assert isinstance(array.sharding, NamedSharding)
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, P()))(array)
+
+
+def read(tree: Any) -> Any:
+    """Host copies of a tree of arrays, by `whole`."""
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def shape_on_device(array: jax.Array) -> tuple[int, ...]:

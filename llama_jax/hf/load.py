@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
@@ -76,23 +76,27 @@ def load_params(
     _, placed = abstract_params(config, unstacked, mesh)
     names = {path: name for name, (path, _) in name_table(config).items()}
 
+    def stacks(path: tuple) -> bool:
+        return run.scan_layers and path[0] == "layers"
+
     def load_one(path: tuple) -> jax.Array:
         tensor, target = tensors[names[path]], _at(placed, path)
         array = _place(tensor, target)
         progress(int(np.prod(tensor.shape)) * tensor.dtype.itemsize)
         return array
 
-    def load_leaf(leaf: tuple[tuple, jax.ShapeDtypeStruct]) -> jax.Array:
-        path, target = tuple(k.key for k in leaf[0]), leaf[1]
-        with jax.set_mesh(mesh):  # for this thread
-            if run.scan_layers and path[0] == "layers":
-                layers = [load_one(("layers", i, *path[1:])) for i in range(config.num_hidden_layers)]
-                return _stack(layers, target.dtype)
-            return _cast(load_one(path), target.dtype)
+    def load_leaf(path: tuple) -> list[jax.Array]:
+        layers = range(config.num_hidden_layers)
+        return [load_one(p) for p in ([(path[0], i, *path[1:]) for i in layers] if stacks(path) else [path])]
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    with ThreadPoolExecutor(READERS) as pool:
-        return jax.tree.unflatten(treedef, list(pool.map(load_leaf, leaves)))
+    paths = [tuple(k.key for k in path) for path, _ in leaves]
+    result = []
+    with ThreadPoolExecutor(READERS) as pool, jax.set_mesh(mesh):
+        # Programs are started here, not in the threads: several processes have to start them in the same order.
+        for path, arrays, (_, target) in zip(paths, pool.map(load_leaf, paths), leaves, strict=True):
+            result.append(_stack(arrays, target.dtype) if stacks(path) else _cast(arrays.pop(), target.dtype))
+    return jax.tree.unflatten(treedef, result)
 
 
 @jax.jit(static_argnums=1, donate_argnums=0)
@@ -106,13 +110,14 @@ def _stack(layers: list[jax.Array], dtype: Any) -> jax.Array:
 
 
 def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """The tensor in its own type on the target's devices; rows past the file's (a padded vocabulary) are zero."""
+    """The tensor in its own type on the target's devices; what pads it there is zero."""
 
     def read(index: Index | None) -> np.ndarray:
         assert index is not None
         bounds = [s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True)]
         inside = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(bounds, tensor.shape, strict=True))
-        part = tensor.read(inside)
+        empty = any(s.start == s.stop for s in inside)
+        part = np.zeros([s.stop - s.start for s in inside], dtype) if empty else tensor.read(inside)
         missing = [(0, b - a - n) for (a, b), n in zip(bounds, part.shape, strict=True)]
         return (np.pad(part, missing) if any(m for _, m in missing) else part).astype(dtype, copy=False)
 
@@ -129,21 +134,20 @@ def _at(tree: Any, path: tuple) -> Any:
 def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, mesh: Mesh) -> Params:
     """stanford_alpaca's resize: rows past the old vocabulary become the mean of the old rows, in each matrix."""
 
-    def resize(weight: jax.Array) -> jax.Array:
-        V, D = new.padded_vocab_size, weight.shape[1]
+    def resize(weight: jax.Array, spec: sharding.P) -> jax.Array:
+        weight = jax.sharding.reshard(weight, sharding.P(None, "fsdp"))  # whole columns: no device has it all
+        V, D = sharding.vocab_rows(new.vocab_size), weight.shape[1]
         kept = min(old.vocab_size, new.vocab_size)
         rows = jnp.arange(V)[:, None]
         mean = jnp.mean(weight[: old.vocab_size].astype(jnp.float32), axis=0).astype(weight.dtype)
-        weight = weight[:kept] if kept < weight.shape[0] else weight
+        weight = weight[:kept]
         body = jnp.pad(weight, ((0, V - weight.shape[0]), (0, 0)))
         filled = jnp.where(rows < kept, body, jnp.broadcast_to(mean, (V, D)))
-        return jnp.where(rows < new.vocab_size, filled, 0)
+        return jax.sharding.reshard(jnp.where(rows < new.vocab_size, filled, 0), spec)
 
     result = dict(params)
     with jax.set_mesh(mesh):
         for name, spec in (("embed_tokens", sharding.EMBED_VD), ("lm_head", sharding.COLUMN_FD)):
             if name in params:
-                replicated = jax.device_put(params[name]["weight"], NamedSharding(mesh, sharding.P()))
-                resized = jax.jit(resize, out_shardings=NamedSharding(mesh, sharding.P()))(replicated)
-                result[name] = {"weight": jax.device_put(resized, NamedSharding(mesh, spec))}
+                result[name] = {"weight": jax.jit(resize, static_argnums=1)(params[name]["weight"], spec)}
     return result

@@ -1,0 +1,115 @@
+"""The mesh that `--mesh` asks for."""
+
+import itertools
+import math
+from pathlib import Path
+
+import jax
+import pytest
+from tiny import make_records, run, write_json, write_model
+
+import train_jax
+from llama_jax import sharding
+from llama_jax.errors import InputError
+from llama_jax.sharding import mesh_sizes
+
+
+def test_every_layout_by_its_name() -> None:
+    """All three sizes given, one left out where it is 1, or one of them -1: the same mesh."""
+    for devices in (1, 2, 6, 8, 256):
+        divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+        for sizes in itertools.product(divisors, repeat=3):
+            if math.prod(sizes) != devices:
+                continue
+            named = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+            short = {axis: size for axis, size in named.items() if size > 1} or {"data": 1}
+            spellings = [named, short, *({**named, axis: -1} for axis in named)]
+            for spelling in spellings:
+                spec = ",".join(f"{axis}={size}" for axis, size in spelling.items())
+                assert mesh_sizes(spec, devices) == named, spec
+    assert mesh_sizes("auto", 8) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert mesh_sizes(" tensor = 2 , data=-1", 8) == {"data": 4, "fsdp": 1, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("", "'' is no axis"),
+        ("8", "'8' is no axis"),
+        ("model=8", "'model' is no axis; give auto, or sizes of data, fsdp, tensor"),
+        ("fsdp", "the size of fsdp should be a number above 0, or -1, as in fsdp=2"),
+        ("fsdp=", "the size of fsdp"),
+        ("fsdp=0", "the size of fsdp"),
+        ("fsdp=-2", "the size of fsdp"),
+        ("fsdp=4.0", "the size of fsdp"),
+        ("fsdp=8,", "'' is no axis"),
+        ("auto,fsdp=8", "'auto' is no axis"),
+        ("fsdp=2,fsdp=4", "fsdp stands there twice"),
+        ("data=-1,fsdp=-1", "data and fsdp are -1; only one may be"),
+        ("data=2,fsdp=2", "4 device(s) are not the 8 that are there"),
+        ("fsdp=16", "16 device(s) are not the 8"),
+        ("tensor=3,fsdp=-1", "3 device(s) do not divide the 8"),
+    ],
+)
+def test_a_mesh_that_is_none(spec: str, said: str) -> None:
+    with pytest.raises(InputError, match="--mesh") as caught:
+        mesh_sizes(spec, 8)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Chip:
+    """As much of a TPU's device as a mesh asks for: one of 2 x 2 x 1 in each of three slices."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5p", 0, 0
+
+    def __init__(self, number: int):
+        self.id, self.slice_index = number, number // 4
+        self.coords = (number % 2, number // 2 % 2, 0)
+
+
+def test_between_slices_runs_data() -> None:
+    chips = [Chip(i) for i in range(12)]
+    for spec, sizes in (
+        ("auto", {"data": 3, "fsdp": 4, "tensor": 1}),
+        ("data=-1,tensor=2", {"data": 6, "fsdp": 1, "tensor": 2}),
+        ("data=3,fsdp=2,tensor=2", {"data": 3, "fsdp": 2, "tensor": 2}),
+    ):
+        mesh = sharding.make_mesh(chips, spec)
+        assert dict(mesh.shape) == sizes
+        per_slice = mesh.devices.reshape(3, 4)  # data comes first
+        assert [{chip.slice_index for chip in row} for row in per_slice] == [{0}, {1}, {2}]
+    with pytest.raises(InputError, match="--mesh fsdp=12: the devices are 3 TPU slices; 3 should divide data"):
+        sharding.make_mesh(chips, "fsdp=12")
+
+
+def test_the_mesh_is_explicit() -> None:
+    mesh = sharding.make_mesh(jax.devices()[:1], "data=-1")
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
+
+
+def test_a_mistake_stops_the_command_first(tmp_path: Path) -> None:
+    flags = ("--model_name_or_path", tmp_path / "model", "--data_path", tmp_path / "data.json", "--use_cpu", True)
+    outcome = run(train_jax.main, *flags, "--output_dir", tmp_path / "out", "--mesh", "fsdp=2")
+    assert outcome.code == 2 and outcome.compiled == 0
+    assert outcome.err.splitlines()[-1].startswith("error: --mesh fsdp=2: 2 device(s) are not the 1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_start_says_the_mesh(tmp_path: Path) -> None:
+    model, data = write_model(tmp_path / "model"), write_json(tmp_path / "data.json", make_records(4))
+    flags = ("--model_name_or_path", model, "--data_path", data, "--output_dir", tmp_path / "out", "--use_cpu", True)
+    outcome = run(train_jax.main, *flags, "--max_steps", 1, "--save_strategy", "no", "--mesh", "tensor=1")
+    assert outcome.code == 0, outcome.err
+    assert "on 1 cpu device(s) of 1 process(es), mesh fsdp=1" in outcome.err
+
+
+def test_rows_of_the_vocabulary() -> None:
+    """A multiple of 128 and of what divides the matrices that holds the vocabulary."""
+    for vocab_size, rows in ((1, 128), (128, 128), (129, 256), (32000, 32000), (32001, 32128)):
+        with jax.set_mesh(sharding.make_mesh(jax.devices()[:1])):
+            assert sharding.vocab_rows(vocab_size) == rows
+    for fsdp, tensor, rows in ((8, 1, 32128), (256, 1, 32256), (3, 2, 32256), (1, 5, 32640)):
+        abstract = jax.sharding.AbstractMesh((1, fsdp, tensor), sharding.AXES)
+        with jax.sharding.use_abstract_mesh(abstract):
+            assert sharding.vocab_rows(32001) == rows
