@@ -30,6 +30,8 @@ FLOORS = {
     "llama_jax.arguments": 1,
     "llama_jax.sharding": 1,
     "llama_jax.schedule": 1,
+    "llama_jax.topology": 1,
+    "llama_jax.hlo": 1,
     "llama_jax.platform": 1,
     "llama_jax.files": 0,
     "llama_jax.flags": 0,
