@@ -34,6 +34,8 @@ _ORIGIN = {
             "scan_layers",
             "mesh",
             "explain",
+            "dry_run",
+            "dry_run_effort",
             "show_examples",
             "config",
         ),
