@@ -11,9 +11,6 @@ from llama_jax.errors import InputError
 
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
-# Padding of the vocabulary inside the model: it divides over up to 128 devices and keeps matmuls aligned.
-VOCAB_MULTIPLE = 128
-
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 # Keys without effect on the forward pass: bookkeeping, generation defaults, and leftovers of PretrainedConfig.
@@ -105,11 +102,6 @@ class LlamaConfig:
     pad_token_id: int | None = None
     """The row of the input embedding that gets no gradient: torch's `padding_idx`."""
     rope: RopeConfig = field(default_factory=RopeConfig)
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the head inside the model; those past `vocab_size` are zero and never used."""
-        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def num_parameters(self) -> int:

@@ -2,7 +2,8 @@
 
 NNX defines, JAX transforms: `split` gives a graph definition and a pure dict of arrays; everything else is `jax.jit`.
 
-Letters: B rows, T query, S key, D model, N heads, K kv heads, H head dim, F ffn, V vocab (padded), L layers.
+Letters: B rows, T query, S key, D model, N heads, K kv heads, H head dim, F ffn, V vocab, L layers. N, K, F and V are
+padded to what the mesh divides.
 """
 
 from collections.abc import Callable
@@ -103,7 +104,8 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
         D, H = config.hidden_size, config.head_dim
-        q_dim, kv_dim = config.num_attention_heads * H, config.num_key_value_heads * H
+        kv_dim = sharding.padded(config.num_key_value_heads, "tensor") * H
+        q_dim = kv_dim * (config.num_attention_heads // config.num_key_value_heads)
         linear = partial(Linear, bias=config.attention_bias, config=config, run=run, rngs=rngs)
         self.q_proj = linear((q_dim, D), sharding.COLUMN_FD)
         self.k_proj = linear((kv_dim, D), sharding.COLUMN_FD)
@@ -141,7 +143,7 @@ class Attention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
-        D, F = config.hidden_size, config.intermediate_size
+        D, F = config.hidden_size, sharding.padded(config.intermediate_size, "tensor")
         linear = partial(Linear, bias=config.mlp_bias, config=config, run=run, rngs=rngs)
         self.gate_proj = linear((F, D), sharding.COLUMN_FD)
         self.up_proj = linear((F, D), sharding.COLUMN_FD)
@@ -170,7 +172,9 @@ class Block(nnx.Module):
 class Embedding(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, spec: P, rngs):
         init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
-        self.weight = nnx.Param(init(rngs.params(), (config.padded_vocab_size, config.hidden_size), run.param_dtype))
+        self.weight = nnx.Param(
+            init(rngs.params(), (sharding.vocab_rows(config.vocab_size), config.hidden_size), run.param_dtype)
+        )
         self.padding_idx = config.pad_token_id
 
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -184,6 +188,7 @@ class Llama(nnx.Module):
     """`LlamaForCausalLM`: token ids to final hidden states; `head` gives the weights that make logits of them."""
 
     def __init__(self, config: LlamaConfig, run: RunOptions = RunOptions(), *, rngs: nnx.Rngs):
+        sharding.check_width(config.hidden_size)
         self.config, self.run = config, run
         self.embed_tokens = Embedding(config, run, sharding.EMBED_VD, rngs)
         blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
@@ -298,7 +303,7 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> Any:
     """Empty keys and values for `slots` positions of each row."""
-    shape = (rows, slots, config.num_key_value_heads, config.head_dim)
+    shape = (rows, slots, sharding.padded(config.num_key_value_heads, "tensor"), config.head_dim)
     dtype = run.compute_dtype or run.param_dtype
 
     def empty(*lead: int, spec: P = sharding.ACT_BTNH) -> KVCache:

@@ -1,5 +1,7 @@
 """The HF Trainer's optimizers, made of optax: clipping, decay groups, the update's rate, accumulation."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -63,12 +65,12 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _clip_by_rms(vocab_size: int | None) -> optax.GradientTransformation:
-    """Each leaf's root mean square to at most 1. Rows that pad the vocabulary, whose updates are 0, do not count."""
+def _clip_by_rms(sizes: Mapping[tuple, int]) -> optax.GradientTransformation:
+    """Each leaf's root mean square to at most 1, over the elements that `sizes` tells by its path: the updates of those
+    that pad it are 0 and do not count."""
 
     def clip(path, u):
-        padded = vocab_size is not None and {"embed_tokens", "lm_head"} & {str(k.key) for k in path}
-        size = u.size // u.shape[0] * vocab_size if padded else u.size
+        size = sizes.get(tuple(k.key for k in path), u.size)
         return u / jnp.maximum(1.0, jnp.sqrt(jnp.sum(u * u) / size))
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clip, updates))
@@ -83,7 +85,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     blocks: np.ndarray | None = None,
-    vocab_size: int | None = None,
+    sizes: Mapping[tuple, int] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
     """Clip, then what the Trainer makes of `--optim name`, at the rate given to the update.
 
@@ -93,7 +95,8 @@ def make_optimizer(
     - `sgd`: torch's SGD without momentum; the decay is added to the (clipped) gradient.
     - `adafactor`: transformers' Adafactor with `scale_parameter=False, relative_step=False`; betas and eps are not its
       own. It takes a leaf of two axes for one matrix and clips each leaf's update by its own RMS: right for layers that
-      are leaves of their own, wrong for layers stacked on a leading axis. `vocab_size` is that of padded embeddings.
+      are leaves of their own, wrong for layers stacked on a leading axis. `sizes` are the elements of padded leaves,
+      padding left out, by their paths.
     - `lion_32bit`: Lion (Chen et al. 2023) with decoupled decay, as in bitsandbytes' main branch. Its releases up to
       0.49.2 put the decay into the gradient in 32 bits, a bug by its issue 1992.
 
@@ -109,7 +112,7 @@ def make_optimizer(
         rules = decay
     elif name == "adafactor":
         rms = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=1, epsilon=1e-30)
-        rules = [_in_float32(optax.chain(rms, _clip_by_rms(vocab_size), *decay))]
+        rules = [_in_float32(optax.chain(rms, _clip_by_rms(sizes), *decay))]
     elif name == "lion_32bit":
         rules = [_in_float32(optax.chain(optax.scale_by_lion(b1, b2), *decay))]
     else:

@@ -28,6 +28,7 @@ from llama_jax.data.packing import Shape
 from llama_jax.errors import InputError
 from llama_jax.files import cache_folder, write_json
 from llama_jax.hf.load import abstract_params
+from llama_jax.hf.names import name_table
 from llama_jax.job import Job
 from llama_jax.model import RunOptions
 from llama_jax.optimizer import make_optimizer
@@ -119,7 +120,7 @@ class Planner:
             weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm,
             blocks=blocks,
-            vocab_size=self.job.config.vocab_size,
+            sizes={path: math.prod(shape) for path, shape in name_table(self.job.config).values()},
         )
 
     def options(self, limit: int | None) -> list[Option]:
@@ -202,8 +203,8 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
     """Bytes that a token leaves on its device for the backward pass, over all layers."""
     compute, stream = (jnp.dtype(t).itemsize for t in (run.compute_dtype or run.param_dtype, run.param_dtype))
     ways, D, H = mesh.shape["tensor"], config.hidden_size, config.head_dim
-    heads, kv_heads = config.num_attention_heads * H // ways, config.num_key_value_heads * H // ways
-    ffn = config.intermediate_size // ways
+    kv_heads, ffn = -(-config.num_key_value_heads // ways) * H, -(-config.intermediate_size // ways)
+    heads = kv_heads * (config.num_attention_heads // config.num_key_value_heads)
     a_layer = stream * D  # its input
     if remat != "full":
         a_layer += compute * heads  # what attention gives

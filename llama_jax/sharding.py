@@ -19,6 +19,7 @@ from llama_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
+VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, by HF's [out, in] shapes.
 COLUMN_FD = P("tensor", "fsdp")  # q, k, v, gate, up, lm_head: outputs over tensor
@@ -70,6 +71,32 @@ def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(spec, len(devices))
     return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def padded(size: int, *axes: str, multiple: int = 1) -> int:
+    """`size` rounded up so that these axes of the mesh that is set, and `multiple`, divide it.
+
+    What is added inside the model is zero, and stays so: neither its results nor its gradients are anything else.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    multiple = math.lcm(multiple, *(shape[axis] for axis in axes))
+    return -(-size // multiple) * multiple
+
+
+def vocab_rows(vocab_size: int) -> int:
+    """Rows of the embedding and of the head inside the model; those past `vocab_size` are zero and never used."""
+    return padded(vocab_size, "fsdp", "tensor", multiple=VOCAB_MULTIPLE)
+
+
+def check_width(hidden_size: int) -> None:
+    """Raises InputError where the mesh that is set does not divide the residual stream, which cannot be padded."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    fitting = {axis: math.gcd(hidden_size, shape[axis]) for axis in ("fsdp", "tensor")}
+    fitting["data"] = math.prod(shape.values()) // math.prod(fitting.values())
+    for axis in ("fsdp", "tensor"):
+        if hidden_size % shape[axis]:
+            mend = ",".join(f"{axis}={fitting[axis]}" for axis in AXES)
+            raise InputError(f"--mesh: {axis}={shape[axis]} does not divide hidden_size {hidden_size}; use {mend}")
 
 
 def describe_mesh(mesh: Mesh) -> str:

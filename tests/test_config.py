@@ -301,9 +301,3 @@ def test_any_rope_holder(value: Any) -> None:
             LlamaConfig.from_hf(SMALL | {holder: value})
         except InputError:
             refusal(SMALL | {holder: value})
-
-
-def test_padded_vocabulary() -> None:
-    """A multiple of 128 that holds the vocabulary."""
-    for vocab_size, padded in ((1, 128), (128, 128), (129, 256), (32000, 32000), (32001, 32128)):
-        assert LlamaConfig.from_hf(SMALL | {"vocab_size": vocab_size}).padded_vocab_size == padded

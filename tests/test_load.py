@@ -84,7 +84,7 @@ def make_arrays(raw: dict[str, Any], dtype: Any, seed: int = 0) -> Arrays:
 
 
 def load(folder: Path, run: RunOptions, mesh: Mesh, **options: Any) -> Arrays:
-    """The loaded parameters under HF's names, the vocabulary's padding checked and cut off."""
+    """The loaded parameters under HF's names, padding checked and cut off."""
     checkpoint = open_checkpoint(folder, **options)
     config = LlamaConfig.from_hf(checkpoint.config)
     tensors = check_tensors(checkpoint.tensors, config, str(folder))
@@ -99,8 +99,10 @@ def load(folder: Path, run: RunOptions, mesh: Mesh, **options: Any) -> Arrays:
             value = value[key]
         value = np.asarray(value)
         value = value if keys == path else value[path[1]]
-        assert not value[shape[0] :].any(), f"{name}: rows that pad the vocabulary are not zero"
-        result[name] = value[: shape[0]]
+        inside = tuple(map(slice, shape))
+        result[name], rest = value[inside], value.copy()
+        rest[inside] = 0
+        assert not rest.any(), f"{name}: what pads it is not zero"
     assert len(jax.tree.leaves(params)) == len(
         {p[2:] if run.scan_layers and p[0] == "layers" else p for p in paths(config)}
     )
@@ -509,12 +511,12 @@ def test_resized_vocabulary(old: int, new: int, tied: bool, tmp_path: Path, mesh
     write_folder(tmp_path, raw, [arrays])
     params = load_params(check_tensors(open_checkpoint(tmp_path).tensors, config, ""), config, RunOptions(), mesh)
     result = resize_vocabulary(params, config, resized, mesh)
-    assert params["embed_tokens"]["weight"].shape[0] == config.padded_vocab_size  # the argument is left as it was
+    assert params["embed_tokens"]["weight"].shape[0] == sharding.vocab_rows(old)  # the argument is left as it was
     assert ("lm_head" in result) == (not tied)
     theirs = {"embed_tokens": hf.get_input_embeddings().weight, "lm_head": hf.get_output_embeddings().weight}
     for name in result.keys() & theirs.keys():
         ours, expected = np.asarray(result[name]["weight"]), theirs[name].detach().numpy()
-        assert ours.shape == (resized.padded_vocab_size, config.hidden_size)
+        assert ours.shape == (sharding.vocab_rows(new), config.hidden_size)
         assert result[name]["weight"].sharding.spec == params[name]["weight"].sharding.spec
         kept = min(old, new)
         np.testing.assert_array_equal(ours[:kept], expected[:kept])

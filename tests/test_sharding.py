@@ -77,3 +77,14 @@ def test_the_start_says_the_mesh(tmp_path: Path) -> None:
     outcome = run(train_jax.main, *flags, "--max_steps", 1, "--save_strategy", "no", "--mesh", "tensor=1")
     assert outcome.code == 0, outcome.err
     assert "on 1 cpu device(s), mesh fsdp=1" in outcome.err
+
+
+def test_rows_of_the_vocabulary() -> None:
+    """A multiple of 128 and of what divides the matrices that holds the vocabulary."""
+    for vocab_size, rows in ((1, 128), (128, 128), (129, 256), (32000, 32000), (32001, 32128)):
+        with jax.set_mesh(sharding.make_mesh(jax.devices()[:1])):
+            assert sharding.vocab_rows(vocab_size) == rows
+    for fsdp, tensor, rows in ((8, 1, 32128), (256, 1, 32256), (3, 2, 32256), (1, 5, 32640)):
+        abstract = jax.sharding.AbstractMesh((1, fsdp, tensor), sharding.AXES)
+        with jax.sharding.use_abstract_mesh(abstract):
+            assert sharding.vocab_rows(32001) == rows

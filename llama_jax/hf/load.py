@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
@@ -106,13 +106,14 @@ def _stack(layers: list[jax.Array], dtype: Any) -> jax.Array:
 
 
 def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """The tensor in its own type on the target's devices; rows past the file's (a padded vocabulary) are zero."""
+    """The tensor in its own type on the target's devices; what pads it there is zero."""
 
     def read(index: Index | None) -> np.ndarray:
         assert index is not None
         bounds = [s.indices(n)[:2] for s, n in zip(index, target.shape, strict=True)]
         inside = tuple(slice(min(a, n), min(b, n)) for (a, b), n in zip(bounds, tensor.shape, strict=True))
-        part = tensor.read(inside)
+        empty = any(s.start == s.stop for s in inside)
+        part = np.zeros([s.stop - s.start for s in inside], dtype) if empty else tensor.read(inside)
         missing = [(0, b - a - n) for (a, b), n in zip(bounds, part.shape, strict=True)]
         return (np.pad(part, missing) if any(m for _, m in missing) else part).astype(dtype, copy=False)
 
@@ -129,21 +130,20 @@ def _at(tree: Any, path: tuple) -> Any:
 def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, mesh: Mesh) -> Params:
     """stanford_alpaca's resize: rows past the old vocabulary become the mean of the old rows, in each matrix."""
 
-    def resize(weight: jax.Array) -> jax.Array:
-        V, D = new.padded_vocab_size, weight.shape[1]
+    def resize(weight: jax.Array, spec: sharding.P) -> jax.Array:
+        weight = jax.sharding.reshard(weight, sharding.P(None, "fsdp"))  # whole columns: no device has it all
+        V, D = sharding.vocab_rows(new.vocab_size), weight.shape[1]
         kept = min(old.vocab_size, new.vocab_size)
         rows = jnp.arange(V)[:, None]
         mean = jnp.mean(weight[: old.vocab_size].astype(jnp.float32), axis=0).astype(weight.dtype)
-        weight = weight[:kept] if kept < weight.shape[0] else weight
+        weight = weight[:kept]
         body = jnp.pad(weight, ((0, V - weight.shape[0]), (0, 0)))
         filled = jnp.where(rows < kept, body, jnp.broadcast_to(mean, (V, D)))
-        return jnp.where(rows < new.vocab_size, filled, 0)
+        return jax.sharding.reshard(jnp.where(rows < new.vocab_size, filled, 0), spec)
 
     result = dict(params)
     with jax.set_mesh(mesh):
         for name, spec in (("embed_tokens", sharding.EMBED_VD), ("lm_head", sharding.COLUMN_FD)):
             if name in params:
-                replicated = jax.device_put(params[name]["weight"], NamedSharding(mesh, sharding.P()))
-                resized = jax.jit(resize, out_shardings=NamedSharding(mesh, sharding.P()))(replicated)
-                result[name] = {"weight": jax.device_put(resized, NamedSharding(mesh, spec))}
+                result[name] = {"weight": jax.jit(resize, static_argnums=1)(params[name]["weight"], spec)}
     return result

@@ -21,7 +21,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 def hf_tensors(params: dict[str, Any], config: LlamaConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """HF names and host arrays, one at a time; rows that pad the vocabulary are stripped, stacked layers unstacked."""
+    """HF names and host arrays, one at a time; padding is stripped, stacked layers are unstacked."""
     stacked = "self_attn" in params["layers"]
     for name, (path, shape) in name_table(config).items():
         leaf: Any = params
@@ -29,7 +29,7 @@ def hf_tensors(params: dict[str, Any], config: LlamaConfig) -> Iterator[tuple[st
         for key in path:
             leaf = leaf if key is layer else leaf[key]
         array = leaf if layer is None else leaf[layer]
-        yield name, np.asarray(jax.device_get(array))[: shape[0]]
+        yield name, np.asarray(jax.device_get(array))[tuple(map(slice, shape))]
 
 
 def write_weights(

@@ -1,0 +1,249 @@
+"""The same run on every mesh: losses, norms and final weights of one device, whatever the axes and their sizes.
+
+All runs are made in a process of its own that has eight simulated devices, and compared there.
+"""
+
+import contextlib
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+from test_training import GOLDEN, golden_flags, worst
+from tiny import ALPACA, CONFIG, ROOT, environment, make_records, run, write_json, write_model, write_tokenizer
+
+import llama_jax.job
+import train_jax
+from llama_jax import sharding
+from llama_jax.checkpoint import tree_bytes
+from llama_jax.config import LlamaConfig
+from llama_jax.data.batches import Batches
+from llama_jax.hf.load import abstract_params
+from llama_jax.model import RunOptions
+from llama_jax.optimizer import make_optimizer
+from llama_jax.reporting.run_log import RunLog
+from llama_jax.train import Steps, TrainState, abstract_state
+
+ONE = "fsdp=1"
+# 4 heads with 4 kv heads, or 8 with 2: tensor=8 pads both, tensor=4 the second.
+MESHES = ["fsdp=2", "tensor=2", "data=2", "fsdp=4", "tensor=4", "data=2,tensor=2", "fsdp=8", "tensor=8", "data=8",
+          "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4"]  # fmt: skip
+
+
+def on_eight_devices(call: str) -> str:
+    """What a function of this file prints in a process with eight devices."""
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", f"import test_meshes; test_meshes.{call}"]
+    result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    print(result.stdout)
+    return result.stdout
+
+
+@contextlib.contextmanager
+def laid_out(spec: str) -> Iterator[list[tuple[float, float]]]:
+    """Commands run on as many devices as the mesh has. They count as one of the Trainer's, so that an update keeps its
+    examples: only their rows are divided. Yields each update's loss and norm."""
+    seen: list[tuple[float, float]] = []
+    sizes = [int(part.partition("=")[2]) for part in spec.split(",")]
+    mesh = sharding.make_mesh(jax.devices()[: int(np.prod(sizes))], spec)
+    ways, original = sharding.batch_ways(mesh), RunLog.on_update
+
+    def divided(examples: Any, order: Any, normalise: Any, _: int, *rest: Any, **options: Any) -> Batches:
+        return Batches(examples, order, normalise, ways, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda spec: mesh)
+        patch.setattr(sharding, "batch_ways", lambda mesh: 1)
+        patch.setattr(llama_jax.job, "Batches", divided)
+        patch.setattr(RunLog, "on_update", lambda self, m: (seen.append((m.loss, m.grad_norm)), original(self, m))[1])
+        yield seen
+
+
+def differences(argv: list[str], meshes: list[str], out: Path) -> Iterator[tuple[str, float, float, float]]:
+    """Of each mesh against one device: the largest relative difference of a loss and of a norm, and the largest
+    difference of a final weight."""
+    results = []
+    for spec in [ONE, *meshes]:
+        folder = out / spec
+        with laid_out(spec) as seen:
+            outcome = run(train_jax.main, *argv, "--output_dir", folder)
+        assert outcome.code == 0, outcome.err
+        assert f"mesh {spec}\n" in outcome.err
+        results.append((np.asarray(seen), load_file(folder / "model.safetensors")))
+    one, weights = results[0]
+    for spec, (values, others) in zip(meshes, results[1:], strict=True):
+        loss, norm = np.abs(values / one - 1).max(axis=0)
+        yield spec, float(loss), float(norm), worst(others, weights)
+
+
+# -- The Trainer's golden runs ----------------------------------------------------------------------------------------
+
+
+def golden_on_meshes(folder: str, out: str, meshes: list[str]) -> None:
+    case = Path(folder)
+    flags = golden_flags(case, Path(out))
+    for spec, loss, norm, weight in differences(flags, meshes, Path(out)):
+        print(f"{case.name} {spec}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
+        # One device is held to the Trainer's values by the same bounds in test_training.py, which derives them.
+        bf16 = "bf16" in case.name
+        assert loss <= (6e-3 if bf16 else 1e-5)
+        assert norm <= (2 * 1.7e-2 / 4 if bf16 else 1e-4)
+        assert weight <= (4e-3 if bf16 else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name: str, shared: Path, tmp_path: Path) -> None:
+    on_eight_devices(f"golden_on_meshes({str(shared / 'golden' / name)!r}, {str(tmp_path)!r}, {MESHES})")
+
+
+# -- A live run, on meshes that divide none of its sizes --------------------------------------------------------------
+
+# Three devices or six want 3 or 6 kv heads, 6 or 12 heads, 42 of F and 384 rows of the vocabulary.
+RAW = {**CONFIG, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+LIVE: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "unrolled": (["tensor=3"], {}),
+    "scanned": (["fsdp=2,tensor=3"], {"scan_layers": True, "remat": "attention", "label_smoothing_factor": 0.1}),
+    "summed": (["data=2,fsdp=3"], {"max_tokens_per_device": 128, "per_device_train_batch_size": 4}),
+    "adafactor": (["tensor=3", "fsdp=6"], {"optim": "adafactor"}),
+}
+
+
+def live_on_meshes(folder: str, names: list[str]) -> None:
+    for name in names:
+        meshes, changes = LIVE[name]
+        flags = {
+            **{"model_name_or_path": Path(folder) / name, "data_path": Path(folder) / "data.json", "use_cpu": True},
+            **{"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "hf_compat": "5"},
+            **{"learning_rate": 1e-3, "weight_decay": 0.1, "adam_epsilon": 1e-4, "save_strategy": "no", **changes},
+        }
+        argv = [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+        for spec, loss, norm, weight in differences(argv, meshes, Path(folder) / f"{name}-out"):
+            print(f"{name} {spec}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
+            # As derived in test_training.py's test_any_run_is_torchs.
+            assert loss <= 1e-5 and norm <= 1e-4 and weight <= 1e-5
+
+
+def test_live(tmp_path: Path) -> None:
+    """The tokenizer adds a row to the vocabulary; biases are padded too."""
+    for name in LIVE:
+        raw = {**RAW, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": name == "scanned"}
+        write_tokenizer(write_model(tmp_path / name, raw), pad_token=None)
+    write_json(tmp_path / "data.json", ALPACA * 3)
+    on_eight_devices(f"live_on_meshes({str(tmp_path)!r}, {list(LIVE)})")
+
+
+def test_a_width_that_cannot_be_divided(tmp_path: Path) -> None:
+    model, data = write_model(tmp_path / "model"), write_json(tmp_path / "data.json", make_records(4))
+    flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
+    mend = "--mesh: fsdp=6 does not divide hidden_size 32; use data=3,fsdp=2,tensor=1"
+    on_eight_devices(f"refused({[*flags, '--mesh', 'fsdp=6']}, {mend!r})")
+
+
+def refused(argv: list[str], said: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()
+        patch.setattr(jax, "devices", lambda: devices[:6])
+        outcome = run(train_jax.main, *argv)
+    assert outcome.code == 2 and outcome.compiled == 0 and said in outcome.err.splitlines()[-1], outcome.err
+
+
+# -- What lies where, and what is sent --------------------------------------------------------------------------------
+
+# Sizes that tell all tensors apart; 8 heads of 8, so that 8 devices have one each.
+WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 136, "num_attention_heads": 8, "num_key_value_heads": 8}
+WIDE |= {"vocab_size": 384}
+D, F, V, L, B, T = 64, 136, 384, 2, 8, 128
+MATRICES = [D * D] * 4 + [F * D] * 3  # of a layer
+KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+
+
+def compiled_step(spec: str, **options: Any) -> tuple[Any, TrainState, Any]:
+    """The compiled update of a block [B, T], and the types of its state."""
+    mesh, config, run = sharding.make_mesh(spec=spec), LlamaConfig.from_hf(WIDE), RunOptions(**options)
+    tx = make_optimizer(weight_decay=0.1)
+    graphdef, params = abstract_params(config, run, mesh)
+    state = abstract_state(params, tx, run, mesh)
+    steps = Steps(graphdef, tx, run, config.vocab_size)
+    steps.compile(state, (B, T), mesh)
+    return steps._compiled[B, T], state, mesh
+
+
+def sent(program: Any) -> Counter[tuple[str, int]]:
+    """How many collectives there are of each kind and number of elements that it gives; those of one element, sums of
+    squares for the gradient's norm and the like, left out. A collective may combine several of what it is asked for."""
+    found: Counter[tuple[str, int]] = Counter()
+    for given, kind in re.findall(rf"= (\S.*?) ({KINDS})(?:-start)?\(", program.as_text()):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", given):
+            found[kind, math.prod(int(n) for n in shape.split(",") if n)] += 1
+    return Counter({key: n for key, n in found.items() if key[1] > 1})
+
+
+def check_collectives() -> None:
+    # fsdp. Forward, each matrix is gathered; the backward pass of an unrolled layer finds it still there. Its gradient
+    # is summed over the devices, once (the CPU's compiler leaves a device its part of the whole sum, where those of GPU
+    # and TPU scatter it), and so are those of the norms. Nothing else is sent: no activation, no moment.
+    gathered = Counter({("all-gather", n): L * MATRICES.count(n) for n in MATRICES}) + Counter(
+        {("all-gather", V * D): 2}
+    )
+    summed = Counter({("all-reduce", n): k for (_, n), k in gathered.items()}) + Counter({("all-reduce", D): 2 * L + 1})
+    assert sent(compiled_step("fsdp=8")[0]) == gathered + summed
+    # With recomputation, and where layers are scanned (one body for all of them, forward and backward), a layer's
+    # matrices are let go and gathered again.
+    again = Counter({("all-gather", n): L * MATRICES.count(n) for n in MATRICES})
+    assert sent(compiled_step("fsdp=8", remat="full")[0]) == gathered + again + summed
+    bodies = Counter({("all-gather", n): 2 * MATRICES.count(n) for n in MATRICES}) + Counter({("all-gather", V * D): 2})
+    sums = Counter({("all-reduce", n): MATRICES.count(n) for n in MATRICES}) + Counter(
+        {("all-reduce", V * D): 2, ("all-reduce", D): 3}
+    )
+    assert sent(compiled_step("fsdp=8", scan_layers=True)[0]) == bodies + sums
+    # tensor. Gathered are the features of the embedded tokens. Summed are activations: of a layer o and down forward,
+    # and the gradients by the inputs of q, k, v, gate and up backward; and that by the last hidden states. Of each
+    # token the largest logit, the sum of exponentials, and the target's logit. No parameter is sent.
+    activations = Counter({("all-gather", B * T * D): 1, ("all-reduce", B * T * D): L * (2 + 5) + 1})
+    assert sent(compiled_step("tensor=8")[0]) == activations + Counter({("all-reduce", B * T): 3})
+
+
+def check_placement() -> None:
+    for spec in ("fsdp=8", "data=2,fsdp=2,tensor=2"):
+        mesh = sharding.make_mesh(spec=spec)
+        ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        for scan in (False, True):
+            program, state, _ = compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16)
+            specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
+            adam = optax.tree_utils.tree_get(state.opt_state, "mu"), optax.tree_utils.tree_get(state.opt_state, "nu")
+            for moments in adam:
+                assert jax.tree.map(lambda x: x.sharding.spec, moments) == specs
+            # What the compiler was given is what it gives back.
+            placed = jax.tree.map(lambda x: x.sharding, state)
+            same = jax.tree.map(
+                lambda x, a, b: a.is_equivalent_to(b, x.ndim), state, placed, program.output_shardings[0]
+            )
+            assert all(jax.tree.leaves(same))
+            for tree in (state.params, *adam):
+                vectors, matrices = [], []
+                for path, x in jax.tree_util.tree_leaves_with_path(tree):
+                    (vectors if "norm" in str(path) else matrices).append(x)
+                assert sharding.bytes_on_device(matrices) * ways == tree_bytes(matrices), spec
+                assert sharding.bytes_on_device(vectors) == tree_bytes(vectors)
+
+
+def test_collectives() -> None:
+    on_eight_devices("check_collectives()")
+
+
+def test_placement() -> None:
+    on_eight_devices("check_placement()")
