@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.errors import JaxRuntimeError
 
 from llama_jax import sharding
 from llama_jax.arguments import Arguments
@@ -61,7 +60,7 @@ def dry_run(args: Arguments) -> int:
     try:
         source = Source(Path(args.model_name_or_path), args.allow_pickle, weights=False)
         devices = topology.devices()
-        planner = _planner(args, source, topology, devices, quiet)
+        planner = make_planner(args, source, topology, devices, quiet)
         limit = int(SHARE * chip.memory)
         outcome = _plan(planner, chip, limit, fast, quiet)
         print("\n".join(_report(outcome, topology, fast)), flush=True)
@@ -75,7 +74,9 @@ def dry_run(args: Arguments) -> int:
             jax.config.update(name, value)
 
 
-def _planner(args: Arguments, source: Source, topology: Topology, devices: list[Any], quiet: bool | None) -> Planner:
+def make_planner(
+    args: Arguments, source: Source, topology: Topology, devices: list[Any], quiet: bool | None
+) -> Planner:
     """What plans the run of these flags on the devices, as train_jax.py makes it."""
     mesh = sharding.make_mesh(devices, args.mesh)
     job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
@@ -98,18 +99,10 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool, quiet: bool | No
             bar.set_description(line)
             say(line)
 
-        if not fast:
-            plan, needed = planner.choose(limit, told)
-            return Outcome(planner, plan, needed, time.monotonic() - started)
-        plan = planner.make(first)
-        told("compiling at low effort, a block of {:,} x {:,} tokens".format(*plan.largest_block))
-        try:
-            plan.compile(plan.largest_block, planner.mesh)
-        except JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            return Outcome(planner, plan, math.inf, time.monotonic() - started)
-        return Outcome(planner, plan, None, time.monotonic() - started)
+        plan, needed = planner.choose(limit, told, remember=not fast)
+    # What low effort lets pass may not fit; what it refuses, full effort would have to save.
+    unknown = fast and needed <= limit
+    return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started)
 
 
 def _estimate(planner: Planner, option: Option) -> int:
@@ -300,7 +293,7 @@ def _nearest(
         for name, value in changes.items():
             setattr(changed, name, value)
         try:
-            other = _planner(changed, source, topology, devices, quiet)
+            other = make_planner(changed, source, topology, devices, quiet)
         except InputError:
             continue
         if other.least_bytes(other.options(limit)[0]) > limit:
@@ -313,7 +306,7 @@ def _nearest(
             return f"what fits, with the same examples in an update: {told}"
     for larger in topology.larger:
         changed = _same_batch(args, planner, larger)
-        other = _planner(changed, source, larger, larger.devices(), quiet)
+        other = make_planner(changed, source, larger, larger.devices(), quiet)
         if other.least_bytes(other.options(limit)[0]) <= limit:
             return (
                 "no --remat, --max_tokens_per_device or --mesh fits; by arithmetic, the smallest that has room is "

@@ -151,9 +151,12 @@ class Planner:
         kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
         return held + (option.max_tokens < self._largest_update) * params + max(kept, grads)
 
-    def choose(self, limit: int | None, told: Callable[[str], None] = lambda line: None) -> tuple[Plan, float]:
+    def choose(
+        self, limit: int | None, told: Callable[[str], None] = lambda line: None, remember: bool = True
+    ) -> tuple[Plan, float]:
         """The first of the options that fits `limit` bytes a device (None: the first), or the last, the program of its
-        largest block compiled; and the bytes that it needs, infinite where the compiler refuses it."""
+        largest block compiled; and the bytes that it needs, infinite where the compiler refuses it. What is found is
+        remembered for the next such run, where the compiler's effort was the run's."""
         options = self.options(limit)
         found_before = self._found_before(limit)
         with contextlib.suppress(OSError, ValueError, TypeError):  # also where it is no longer among them
@@ -170,7 +173,7 @@ class Planner:
                 needed = math.inf
             if limit is None or needed <= limit:
                 break
-        if limit is not None and needed <= limit:
+        if remember and limit is not None and needed <= limit:
             found_before.parent.mkdir(parents=True, exist_ok=True)
             write_json(found_before, option._asdict())
         return plan, needed

@@ -10,9 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CONFIG, ROOT, Outcome, hf_shapes, make_records, run, use_libtpu, write_json, write_model
+from tiny import CONFIG, ROOT, Outcome, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
+from llama_jax.arguments import parse_arguments
+from llama_jax.dry_run import make_planner
+from llama_jax.hf.source import Source
+from llama_jax.hlo import Program
+from llama_jax.plan import Option
+from llama_jax.topology import find_topology
 
 FLAGS = ["--bf16", "True", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
 MODELS = {  # of configs/, by the beginnings of their names
@@ -110,11 +116,6 @@ def test_a_whole_folder_and_a_real_run_still_need_weights(tmp_path: Path) -> Non
     assert run(train_jax.main, *flags, "--dry_run", "h200:1").code == 0
 
 
-@pytest.fixture
-def libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_libtpu(monkeypatch)
-
-
 def test_a_tiny_model_on_a_tpu(libtpu: None, tmp_path: Path) -> None:
     """Compiled for the slice with its kernel; no verdict at low effort."""
     raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -123,9 +124,37 @@ def test_a_tiny_model_on_a_tpu(libtpu: None, tmp_path: Path) -> None:
     for wanted in ("attention by splash", "4 x TPU v5 lite", "over fsdp", "gives no verdict on memory"):
         assert wanted in outcome.out, outcome.out
     assert "peak" not in outcome.out
+
+
+@pytest.mark.slow
+def test_a_tiny_model_at_full_effort(libtpu: None, tmp_path: Path) -> None:
+    raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
     full = dry_run(tmp_path, raw, "--dry_run", "v5e-4")
     assert full.code == 0 and re.search(r"v5e-4: fits: [\d.]+ of 15.43 GiB", full.out), full.out
     assert row(full.out, "peak") < 0.2 and "the compiler's estimate" in full.out
+
+
+@pytest.mark.slow
+def test_what_a_tpu_sends(libtpu: None, tmp_path: Path) -> None:
+    """With all devices on fsdp, weights and gradients and the norm's sums: nothing that has a place for each token."""
+    raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 12}
+    flags = write_case(tmp_path, raw)
+    args = parse_arguments([*flags, *FLAGS])
+    topology = find_topology("v5e-4")
+    source = Source(tmp_path / "model", weights=False)
+    planner = make_planner(args, source, topology, topology.devices(), True)
+    plan = planner.make(Option(2048, "full"))
+    plan.compile(plan.largest_block, planner.mesh)
+    program = Program(plan.steps.programs[plan.largest_block].as_text())
+    found = program.collectives(planner.mesh.shape)
+    assert {c.axes for c in found} == {("fsdp",)}
+    B, T = plan.largest_block
+    activations = {f"{B},{T},256", f"{B // 4},{T},256", f"{B * T},256"}
+    assert not [c for c in found if re.search(r"\[(.*)\]", c.result)[1] in activations], found  # type: ignore[index]
+    layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
+    # Gathered forward and backward in bfloat16, scattered once; the rings' first and last steps on top.
+    of_layers = sum(c.sent * c.times for c in found if c.times >= 12)
+    assert 0.75 * 3 * 2 * layers <= of_layers <= 1.5 * 3 * 2 * layers
 
 
 def test_refused(libtpu: None, tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import use_libtpu
 
 from llama_jax import sharding, topology
 from llama_jax.attention import Kernel, packed_attention
@@ -62,13 +60,6 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(find_topology("h200:8").devices()) == 8
 
 
-@pytest.fixture
-def libtpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_libtpu(monkeypatch)
-    with jax.default_matmul_precision("highest"):  # as every run has it
-        yield
-
-
 def test_the_compilers_devices(libtpu: None) -> None:
     for one in all_topologies():
         devices = one.devices()
@@ -102,6 +93,6 @@ def test_splash_compiles(
     def loss(q, k, v, ids):
         return jnp.sum(packed_attention(Kernel("splash"), q, k, v, ids, ids).astype(jnp.float32))
 
-    with jax.set_mesh(mesh), jax.enable_compilation_cache(False):
+    with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v, ids).compile()
     assert compiled.as_text().count("custom-call(") >= 3  # forward, dq, dk and dv

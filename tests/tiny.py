@@ -4,7 +4,6 @@ The folders are written here without the code under test: names and shapes are H
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
 from llama_jax.errors import run_command
@@ -210,15 +208,6 @@ def environment() -> dict[str, str]:
     cache["XDG_CACHE_HOME"] = CACHE.name
     return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
         p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}  # fmt: skip
-
-
-def use_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The TPU compiler, from the environment or from the folder beside it that the Makefile fills."""
-    folder = Path(sys.prefix) / "libtpu"
-    if folder.is_dir():
-        monkeypatch.syspath_prepend(folder)
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu, which `make test` installs")
 
 
 def log_entries(folder: Path) -> list[dict[str, Any]]:
