@@ -44,7 +44,7 @@ def parts(topology: Topology, config: LlamaConfig, rows: int, tokens: int, spec:
     run = RunOptions(
         jnp.float32, jnp.bfloat16, jnp.bfloat16, scan_layers=True, remat="full", attention=Kernel("splash")
     )
-    tx = make_optimizer(vocab_size=config.vocab_size)
+    tx = make_optimizer()
     graphdef, params = abstract_params(config, run, mesh)
     state = abstract_state(params, tx, run, mesh)
     steps, block = Steps(graphdef, tx, run, config.vocab_size), (rows * sharding.batch_ways(mesh), tokens)

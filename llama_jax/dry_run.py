@@ -332,7 +332,7 @@ def _changes(args: Arguments, planner: Planner) -> Iterator[dict[str, Any]]:
     ways, size = sharding.batch_ways(planner.mesh), planner.mesh.size
     for tensor in (1, 2, 4, 8):
         batches = args.gradient_accumulation_steps * ways * tensor
-        mesh = f"fsdp={size // tensor},tensor={tensor}"
+        mesh = f"fsdp={size // tensor}" + (f",tensor={tensor}" if tensor > 1 else "")
         other = size % tensor == 0 and planner.mesh.shape["fsdp"] != size // tensor
         if other and batches % size == 0:
             yield {**free, "mesh": mesh, "gradient_accumulation_steps": batches // size}
