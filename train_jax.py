@@ -16,7 +16,7 @@ from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.errors import InputError, run_command
 from llama_jax.files import make_output_dir
 from llama_jax.job import Job, make_job
-from llama_jax.reporting.progress import byte_bar, say, update_bar
+from llama_jax.reporting.progress import byte_bar, say, show, silence, update_bar
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         return dry_run(args)
     import jax
 
-    from llama_jax import sharding
+    from llama_jax import processes, sharding
     from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
     from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.hf.load import resize_vocabulary
@@ -42,48 +42,54 @@ def main(argv: list[str]) -> int:
     from llama_jax.platform import memory_limit, peak_memory, set_up_jax
     from llama_jax.train import TrainState, complete, fit, init_state, make_loss_step, token_losses
 
+    processes.join(args.coordinator_address, args.num_processes, args.process_id)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
+    if not processes.is_first():
+        silence()
     quiet = args.disable_tqdm or None
     for note in args.notes(platform):
         say(note)
-    mesh = sharding.make_mesh(spec=args.mesh)
     output_dir = Path(args.output_dir).expanduser()
     resume_step = 0
-    if not args.explain:
-        make_output_dir(output_dir)
-        resume_step = _resume_step(args, output_dir, find_steps(output_dir))
+    with processes.agreed():
+        mesh = sharding.make_mesh(spec=args.mesh)
+        if not args.explain:
+            make_output_dir(output_dir)
+            resume_step = _resume_step(args, output_dir, find_steps(output_dir))
 
-    source = Source(Path(args.model_name_or_path), args.allow_pickle)
-    job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
-    config, order, schedule = job.config, job.order, job.schedule
+        source = Source(Path(args.model_name_or_path), args.allow_pickle)
+        job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
+        config, order, schedule = job.config, job.order, job.schedule
 
-    dtype = args.dtype or training_dtype(source, args.hf_compat)
-    facts: dict[str, Any] = {
-        "dtype": dtype,
-        "optim": args.optim,
-        "order": order.facts(),
-        "scan_layers": choose_scan(args, config, platform),
-    }
-    saved = read_run(output_dir, resume_step) if resume_step else {}
-    if saved:
-        compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
-        facts["scan_layers"] = saved["scan_layers"]
-    planner = Planner(job, mesh, platform, dtype, facts["scan_layers"])
-    if args.show_examples:
+        dtype = args.dtype or training_dtype(source, args.hf_compat)
+        facts: dict[str, Any] = {
+            "dtype": dtype,
+            "optim": args.optim,
+            "order": order.facts(),
+            "scan_layers": choose_scan(args, config, platform),
+        }
+        saved = read_run(output_dir, resume_step) if resume_step else {}
+        if saved:
+            compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
+            facts["scan_layers"] = saved["scan_layers"]
+        planner = Planner(job, mesh, platform, dtype, facts["scan_layers"])
+    if args.show_examples and processes.is_first():
         out = sys.stderr if args.explain == "json" else sys.stdout
         print(show_examples(job, args.show_examples, wants_colour(out)), file=out)
+    limit = processes.least(memory_limit())
     if args.explain:
-        plan = planner.make(planner.options(memory_limit())[0])
+        plan = planner.make(planner.options(limit)[0])
         described = explain(job, plan.batches, plan.abstract, dtype)
-        print(as_json(described) if args.explain == "json" else as_text(described))
+        show(as_json(described) if args.explain == "json" else as_text(described))
         return 0
     say(
         f"{config.num_parameters:,} parameters in {dtype}, {'bfloat16' if args.bf16 else dtype} matmuls, "
-        f"on {mesh.size} {platform} device(s), mesh {sharding.describe_mesh(mesh)}"
+        f"on {mesh.size} {platform} device(s) of {jax.process_count()} process(es), "
+        f"mesh {sharding.describe_mesh(mesh)}"
     )
     say(f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up)")
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
-        planning = background.submit(planner.settle, memory_limit())
+        planning = background.submit(planner.settle, limit)
         if resume_step:
             checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
             restored = checkpoints.restore_state(resume_step, planner.state.saved)
@@ -93,6 +99,8 @@ def main(argv: list[str]) -> int:
             if config.vocab_size != source.config.vocab_size:
                 params = resize_vocabulary(params, source.config, config, mesh)
         plan = planning.result()
+    if len({*processes.exchange(repr(plan.option))}) > 1:
+        raise RuntimeError("the processes' compilers came to different block sizes: give --max_tokens_per_device")
     batches, run = plan.batches, plan.run
     shapes = ", ".join(f"{r}x{t}" for r, t in batches.shapes)
     say(f"at most {batches.block_counts.max()} block(s) an update of {shapes} tokens; --remat {run.remat}")
@@ -106,7 +114,9 @@ def main(argv: list[str]) -> int:
         del restored
         say(f"resumed from {output_dir / f'checkpoint-{resume_step}'}")
     else:
-        remove_steps(output_dir)
+        if processes.is_first():
+            remove_steps(output_dir)
+        processes.exchange("removed")
         checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
         state = init_state(params, plan.tx, run, mesh)
         del params
@@ -115,7 +125,7 @@ def main(argv: list[str]) -> int:
     log_step = job.log_at
     if args.logging_strategy == "epoch":  # written at the epoch's end, after what is due by steps
         log_step = lambda step: args.logging_first_step and step == 1  # noqa: E731
-    stop = _stop_on_sigterm()
+    stop = _stop_on_sigterm() if jax.process_count() == 1 else _stop_together()
     with update_bar(order.updates, resume_step, quiet) as bar:
         flops = 6.0 * config.num_non_embedding_parameters
         run_log = RunLog(
@@ -153,7 +163,7 @@ def main(argv: list[str]) -> int:
         def tail_losses(step: int, state: TrainState) -> np.ndarray:
             tail = order.tail(step)
             losses = token_losses(state.weights, loss_step, batches, mesh, step) if tail else []
-            return batches.micro_losses(step, jax.device_get(losses))[:tail] if tail else np.zeros((0, order.ranks))
+            return batches.micro_losses(step, sharding.read(losses))[:tail] if tail else np.zeros((0, order.ranks))
 
         def on_due(step: int, state: TrainState, stopping: bool) -> None:
             """As the Trainer does it: log, evaluate, save; first what is due by steps, then at an epoch's end."""
@@ -208,7 +218,9 @@ def main(argv: list[str]) -> int:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()
     _export(output_dir, source, job, params, np.dtype(run.param_dtype), quiet)
-    log.save(output_dir)
+    if processes.is_first():
+        log.save(output_dir)
+    processes.exchange("exported")
     say(f"the HF folder is in {output_dir}")
     return 0
 
@@ -252,11 +264,14 @@ def _make_log(job: Job) -> TrainerState:
 
 def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtype, quiet: bool | None) -> None:
     """The HF folder: weights, config, tokenizer."""
+    from llama_jax import processes
     from llama_jax.hf.names import name_table
     from llama_jax.hf.writer import write_config, write_weights
 
     with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, quiet) as bar:
         write_weights(output_dir, params, job.config, dict.fromkeys(name_table(job.config), dtype), bar.update)
+    if not processes.is_first():
+        return
     write_config(output_dir, source.folder, source.raw, job.config, dtype)
     if job.tokenizer is not None:
         job.tokenizer.save(output_dir)
@@ -312,6 +327,21 @@ def _stop_on_sigterm():
     signal.signal(signal.SIGTERM, handle)
     signal.signal(signal.SIGINT, handle)
     return lambda: bool(received)
+
+
+def _stop_together():
+    """The same for several processes: all are told at the same update when one of them has got a signal."""
+    from llama_jax.processes import stop_together
+
+    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+    stop = stop_together()
+
+    def asked() -> bool:
+        if stopping := stop():
+            say("stopping: the update under way is finished and saved")
+        return stopping
+
+    return asked
 
 
 if __name__ == "__main__":

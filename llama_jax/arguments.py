@@ -154,6 +154,11 @@ class Arguments:
         "how the devices are laid out, as data=2,fsdp=4,tensor=2; axes left out are 1, one may be -1; each of data x "
         "fsdp is a device of the Trainer's; auto: all on fsdp",
     )
+    coordinator_address: str | None = _flag(
+        None, "HOST:PORT of the first of several processes; TPU slices, SLURM and Open MPI need no address"
+    )
+    num_processes: int | None = _flag(None, "how many processes there are, where only --coordinator_address tells")
+    process_id: int | None = _flag(None, "the number of this one of them, from 0")
 
     logging_strategy: str = _flag("steps", "when to log", **_STRATEGIES)
     logging_steps: float = _flag(500, "updates between two logs; below 1 a share of all")

@@ -1,6 +1,7 @@
 """The one exception that is the user's to mend, and what a command does with it."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -26,5 +27,14 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        if _speaks(sys.argv):
+            print(f"error: {e}", file=sys.stderr)
         return 2
+
+
+def _speaks(argv: list[str]) -> bool:
+    """Whether this is the first of several processes, by what launched it. All of them make the same mistake."""
+    given = dict(re.findall(r"--(process_id|num_processes)[= ](\d+)", " ".join(argv)))
+    ranks = (given.get("process_id"), os.environ.get("SLURM_PROCID"), os.environ.get("OMPI_COMM_WORLD_RANK"), "0")
+    rank = next(int(rank) for rank in ranks if rank)
+    return rank == 0 or rank >= int(given.get("num_processes", rank + 1))

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax import sharding
 from llama_jax.data.batches import Batches
 from llama_jax.data.examples import Examples
 from llama_jax.data.normalisation import evaluation_loss, evaluation_shares
 from llama_jax.data.order import Order
 from llama_jax.reporting.progress import count_bar
-from llama_jax.sharding import batch_ways
 from llama_jax.train import LossStep, token_losses
 
 FILL = 0.9  # of the tokens that a device takes at once, what a group of batches is planned to have
@@ -40,7 +40,7 @@ class Evaluation:
         disable_bar: bool | None = None,
     ):
         self._step, self._mesh, self._disable_bar = loss_step, mesh, disable_bar
-        ranks = batch_ways(mesh)
+        ranks = sharding.batch_ways(mesh)
         tokens_of_a_batch = float(examples.lengths.mean()) * batch_size * ranks
         together = max(1, int(FILL * max_tokens * ranks / tokens_of_a_batch))
         order = Order(
@@ -70,7 +70,7 @@ class Evaluation:
             for k in range(groups):
                 losses += [x.sum() for x in token_losses(params, self._step, self.batches, self._mesh, k)]
                 bar.update(1)
-            loss = sum(float(x) for x in jax.device_get(losses)) / self._examples
+            loss = sum(float(x) for x in sharding.read(losses)) / self._examples
         seconds = time.monotonic() - started
         return {
             "eval_loss": loss,

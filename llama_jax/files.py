@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def make_output_dir(path: Path) -> Path:
     """Create the folder and prove that files can be written to it. Raises InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{os.getpid()}"
+        probe = path / f".write-test-{platform.node()}-{os.getpid()}"  # of this process, wherever it runs
         probe.touch()
         probe.unlink()
     except OSError as e:

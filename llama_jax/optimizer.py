@@ -120,6 +120,9 @@ def make_optimizer(
     tx = optax.chain(clip_by_global_norm(max_grad_norm), *rules, _scale_by_rate())
     if blocks is None or blocks.max() == 1:
         return tx
-    counts = jnp.asarray(blocks)
-    multi = optax.MultiSteps(tx, lambda update: counts[jnp.minimum(update, len(counts) - 1)], use_grad_mean=False)
+
+    def count(update: jax.Array) -> jax.Array:
+        return jnp.asarray(blocks)[jnp.minimum(update, len(blocks) - 1)]
+
+    multi = optax.MultiSteps(tx, count, use_grad_mean=False)
     return optax.GradientTransformationExtraArgs(multi.init, multi.update)

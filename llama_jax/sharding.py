@@ -115,9 +115,43 @@ def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH, *[None] * (ndim - 1)))
 
 
-def put(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """A host array of rows [B, ...] onto the devices, rows divided."""
-    return jax.device_put(array, row_sharding(mesh, array.ndim))
+def local_rows(mesh: Mesh, count: int) -> range:
+    """Those of `count` rows that the devices of this process hold."""
+    places = row_sharding(mesh, 1).addressable_devices_indices_map((count,)).values()
+    bounds = [index[0].indices(count) for index in places if index is not None]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def put(mesh: Mesh, array: np.ndarray, count: int | None = None) -> jax.Array:
+    """A host array of rows [B, ...] onto the devices, rows divided; with `count` it has the `local_rows` of so many."""
+    first = 0 if count is None else local_rows(mesh, count).start
+    shape = (array.shape[0] if count is None else count, *array.shape[1:])
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        start, stop, _ = index[0].indices(shape[0])
+        return array[start - first : stop - first]
+
+    return jax.make_array_from_callback(shape, row_sharding(mesh, array.ndim), part)
+
+
+def put_scalar(mesh: Mesh, value: np.number) -> jax.Array:
+    """The same number on all devices."""
+    return jax.make_array_from_callback((), replicated(mesh), lambda _: np.asarray(value))
+
+
+def whole(array: jax.Array) -> jax.Array:
+    """The array as each process can read it: what lies on devices of others is gathered onto its own, which all
+    processes have to ask for."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    assert isinstance(array.sharding, NamedSharding)
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, P()))(array)
+
+
+def read(tree: Any) -> Any:
+    """Host copies of a tree of arrays, by `whole`."""
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def shape_on_device(array: jax.Array) -> tuple[int, ...]:

@@ -53,7 +53,9 @@ _make_copy = jax.jit(compute_copy, static_argnums=1)
 def init_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
     """A fresh state around the parameters, which it takes over; moments are placed like them."""
     with jax.set_mesh(mesh):
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params), _make_copy(params, run))
+        return TrainState(
+            sharding.put_scalar(mesh, np.int32(0)), params, jax.jit(tx.init)(params), _make_copy(params, run)
+        )
 
 
 def complete(saved: TrainState, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
@@ -62,7 +64,7 @@ def complete(saved: TrainState, tx: optax.GradientTransformation, run: RunOption
     with jax.set_mesh(mesh):
         if isinstance(jax.eval_shape(tx.init, saved.params), optax.MultiStepsState):
             zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))(saved.params)
-            opt_state = optax.MultiStepsState(jnp.zeros((), jnp.int32), saved.step + 0, opt_state, zeros)
+            opt_state = optax.MultiStepsState(sharding.put_scalar(mesh, np.int32(0)), saved.step + 0, opt_state, zeros)
         return saved._replace(opt_state=opt_state, copy=_make_copy(saved.params, run))
 
 
@@ -192,12 +194,22 @@ def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: flo
 def token_losses(params: Any, loss_step: LossStep, batches: Batches, mesh: Mesh, k: int) -> list[jax.Array]:
     """The weighted losses of the blocks of update k, [B, T] each, without training on them."""
     with jax.set_mesh(mesh):
-        return [loss_step(params, put_batch(mesh, block)) for block in batches.update(k)]
+        return [loss_step(params, block) for block in put_update(mesh, batches, k, make_update(mesh, batches, k))]
 
 
-def put_batch(mesh: Mesh, block: Batch) -> Batch:
-    """A block of the host on the devices."""
-    return Batch(*(sharding.put(mesh, a) for a in block))
+def put_batch(mesh: Mesh, block: Batch, rows: int | None = None) -> Batch:
+    """A block of the host on the devices; with `rows` it holds this process' share of so many."""
+    return Batch(*(sharding.put(mesh, a, rows) for a in block))
+
+
+def make_update(mesh: Mesh, batches: Batches, k: int) -> list[Batch]:
+    """The rows of update k that this process' devices hold, as blocks of the host."""
+    return batches.update(k, partial(sharding.local_rows, mesh))
+
+
+def put_update(mesh: Mesh, batches: Batches, k: int, blocks: list[Batch]) -> list[Batch]:
+    """What `make_update` made, on the devices."""
+    return [put_batch(mesh, block, rows) for block, (rows, _) in zip(blocks, batches.shapes_of(k), strict=True)]
 
 
 def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:
@@ -226,14 +238,13 @@ def fit(
     update late, so that the device never waits for the host. After an update for whose number (from 1) `due` is true,
     and when `stop` becomes true, `on_due` gets the state and whether to stop, all metrics read; then a stop returns.
     """
-    rates = sharding.replicated(mesh)
 
     def prepare(k: int) -> tuple[list[Batch], np.float32, jax.Array, float]:
         """Blocks and rate of update k on the devices, and the seconds that the host took to make the blocks."""
         started = time.monotonic()
-        blocks = batches.update(k)
+        blocks = make_update(mesh, batches, k)
         made_in, rate = time.monotonic() - started, np.float32(learning_rate(k))
-        return [put_batch(mesh, block) for block in blocks], rate, jax.device_put(rate, rates), made_in
+        return put_update(mesh, batches, k, blocks), rate, sharding.put_scalar(mesh, rate), made_in
 
     pending: Callable[[], UpdateMetrics] | None = None
     ahead = prepare(updates[0]) if updates else None
@@ -243,7 +254,7 @@ def fit(
         # A transfer waits for all that the devices were told before: told first, it waits for the last update only.
         ahead = prepare(k + 1) if k + 1 in updates else None
         if (now := np.float32(learning_rate(k))) != rate:  # a schedule that listened to an evaluation meanwhile
-            placed_rate = jax.device_put(now, rates)
+            placed_rate = sharding.put_scalar(mesh, now)
         state, outputs = steps.update(state, blocks, placed_rate, mesh)
         if pending is not None:
             on_update(pending())
@@ -261,9 +272,9 @@ def fit(
 
 
 def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], made_in: float) -> UpdateMetrics:
-    of_blocks, norm = jax.device_get(([o["loss"] for o in outputs], outputs[-1]["grad_norm"]))
+    of_blocks, norm = sharding.read(([o["loss"] for o in outputs], outputs[-1]["grad_norm"]))
     loss, norm = sum(map(float, of_blocks)), float(norm)
     losses = [o["losses"] for o in outputs]
     return UpdateMetrics(
-        k + 1, loss, norm, batches.tokens(k), made_in, lambda: batches.micro_losses(k, jax.device_get(losses))
+        k + 1, loss, norm, batches.tokens(k), made_in, lambda: batches.micro_losses(k, sharding.read(losses))
     )

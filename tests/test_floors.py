@@ -30,6 +30,7 @@ FLOORS = {
     "llama_jax.config": 1,
     "llama_jax.arguments": 1,
     "llama_jax.sharding": 1,
+    "llama_jax.processes": 1,
     "llama_jax.schedule": 1,
     "llama_jax.topology": 1,
     "llama_jax.hlo": 1,

@@ -191,9 +191,12 @@ class Batches:
         lengths = self.examples.lengths
         return sum(len(rank) * int(lengths[rank].max()) for micro in self.order.update(k)[:until] for rank in micro)
 
-    def update(self, k: int) -> list[Batch]:
-        """The blocks of update k, to be summed."""
-        return [self._fill(rows, length) for rows, length in self._placed(k)]
+    def update(self, k: int, share: Callable[[int], range] = range) -> list[Batch]:
+        """The blocks of update k, to be summed; of so many rows only the `share`."""
+        return [
+            self._fill([rows[r] for r in share(len(rows))], length)  # the placement is the same for all shares
+            for rows, length in self._placed(k)
+        ]
 
     def _placed(self, k: int) -> list[tuple[list[list[Piece]], int]]:
         """Each block of update k as the pieces of its rows, and the rows' length."""

@@ -76,23 +76,27 @@ def load_params(
     _, placed = abstract_params(config, unstacked, mesh)
     names = {path: name for name, (path, _) in name_table(config).items()}
 
+    def stacks(path: tuple) -> bool:
+        return run.scan_layers and path[0] == "layers"
+
     def load_one(path: tuple) -> jax.Array:
         tensor, target = tensors[names[path]], _at(placed, path)
         array = _place(tensor, target)
         progress(int(np.prod(tensor.shape)) * tensor.dtype.itemsize)
         return array
 
-    def load_leaf(leaf: tuple[tuple, jax.ShapeDtypeStruct]) -> jax.Array:
-        path, target = tuple(k.key for k in leaf[0]), leaf[1]
-        with jax.set_mesh(mesh):  # for this thread
-            if run.scan_layers and path[0] == "layers":
-                layers = [load_one(("layers", i, *path[1:])) for i in range(config.num_hidden_layers)]
-                return _stack(layers, target.dtype)
-            return _cast(load_one(path), target.dtype)
+    def load_leaf(path: tuple) -> list[jax.Array]:
+        layers = range(config.num_hidden_layers)
+        return [load_one(p) for p in ([(path[0], i, *path[1:]) for i in layers] if stacks(path) else [path])]
 
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    with ThreadPoolExecutor(READERS) as pool:
-        return jax.tree.unflatten(treedef, list(pool.map(load_leaf, leaves)))
+    paths = [tuple(k.key for k in path) for path, _ in leaves]
+    result = []
+    with ThreadPoolExecutor(READERS) as pool, jax.set_mesh(mesh):
+        # Programs are started here, not in the threads: several processes have to start them in the same order.
+        for path, arrays, (_, target) in zip(paths, pool.map(load_leaf, paths), leaves, strict=True):
+            result.append(_stack(arrays, target.dtype) if stacks(path) else _cast(arrays.pop(), target.dtype))
+    return jax.tree.unflatten(treedef, result)
 
 
 @jax.jit(static_argnums=1, donate_argnums=0)

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,24 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.files import write_json
 from llama_jax.hf.names import name_table
+from llama_jax.processes import exchange, is_first
 
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _INDEX = "model.safetensors.index.json"
 
 
-def hf_tensors(params: dict[str, Any], config: LlamaConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """HF names and host arrays, one at a time; padding is stripped, stacked layers are unstacked."""
+def hf_tensors(
+    params: dict[str, Any], config: LlamaConfig, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, np.ndarray]]:
+    """HF names and host arrays of the tensors wanted, one at a time; padding is stripped, stacked layers are unstacked.
+
+    With several processes, each gathers all tensors onto its devices, and has those on the host that it wants.
+    """
     stacked = "self_attn" in params["layers"]
     for name, (path, shape) in name_table(config).items():
         leaf: Any = params
@@ -29,7 +37,9 @@ def hf_tensors(params: dict[str, Any], config: LlamaConfig) -> Iterator[tuple[st
         for key in path:
             leaf = leaf if key is layer else leaf[key]
         array = leaf if layer is None else leaf[layer]
-        yield name, np.asarray(jax.device_get(array))[tuple(map(slice, shape))]
+        array = jax.block_until_ready(sharding.whole(array))
+        if wanted(name):
+            yield name, np.asarray(array)[tuple(map(slice, shape))]
 
 
 def write_weights(
@@ -43,16 +53,19 @@ def write_weights(
     """`model.safetensors`, or shards of at most `shard_bytes` with an index; `dtypes` by name.
 
     Files get their names when all are whole; those of an earlier export that are not written again are removed.
-    The host holds one shard at a time.
+    Processes deal the shards among themselves, and each holds one at a time.
     """
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(config).items()}
     files = plan_shards(sizes, shard_bytes)
     try:
-        _write_shards(folder, files, hf_tensors(params, config), dtypes, progress)
+        _write_shards(folder, files, params, config, dtypes, progress)
     except BaseException:
         for file in files:
             (folder / f"{file}.tmp").unlink(missing_ok=True)
         raise
+    exchange("written")
+    if not is_first():
+        return
     for old in folder.glob("model*.safetensors"):
         if _WEIGHTS.fullmatch(old.name) and old.name not in files:
             old.unlink()
@@ -86,16 +99,26 @@ def write_index(folder: Path, files: dict[str, list[str]], total_size: int) -> N
     write_json(folder / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def _write_shards(folder: Path, files: dict[str, list[str]], source, dtypes, progress) -> None:
-    for file, names in files.items():
-        shard = {}
-        for expected, (name, array) in zip(names, source, strict=False):
-            assert name == expected
-            shard[name] = np.ascontiguousarray(array.astype(dtypes[name], copy=False))
-            if len(shard) == len(names):
-                break
+def _write_shards(folder: Path, files: dict[str, list[str]], params, config: LlamaConfig, dtypes, progress) -> None:
+    mine = [*files][jax.process_index() :: jax.process_count()]
+    file_of = {name: file for file in mine for name in files[file]}
+    shard: dict[str, np.ndarray] = {}
+    writing: Future | None = None
+
+    def write(file: str, shard: dict[str, np.ndarray]) -> None:
         save_file(shard, folder / f"{file}.tmp", metadata={"format": "pt"})
         progress(sum(a.nbytes for a in shard.values()))
+
+    with ThreadPoolExecutor(1) as pool:  # the others' tensors are gathered meanwhile
+        for name, array in hf_tensors(params, config, file_of.__contains__):
+            if writing is not None:
+                writing.result()
+                writing = None
+            shard[name] = np.ascontiguousarray(array.astype(dtypes[name], copy=False))
+            if len(shard) == len(files[file_of[name]]):
+                writing, shard = pool.submit(write, file_of[name], shard), {}
+        if writing is not None:
+            writing.result()
 
 
 def write_config(folder: Path, source: Path, raw: dict[str, Any], config: LlamaConfig, dtype: np.dtype) -> None:

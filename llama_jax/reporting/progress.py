@@ -1,4 +1,4 @@
-"""Progress bars on the standard error stream."""
+"""What is said while a run goes on: lines, and bars on the standard error stream."""
 
 import contextlib
 import sys
@@ -8,30 +8,49 @@ from typing import Any
 
 from tqdm import tqdm
 
+_silent = False
+
+
+def silence() -> None:
+    """Say and show nothing from now on: another process speaks."""
+    global _silent
+    _silent = True
+
 
 def say(line: str) -> None:
     """One line for the user, above any bar."""
-    tqdm.write(line, file=sys.stderr)
+    if not _silent:
+        tqdm.write(line, file=sys.stderr)
+
+
+def show(line: str) -> None:
+    """One line of the result, on the standard output."""
+    if not _silent:
+        tqdm.write(line)
+
+
+def _bar(disable: bool | None, **options: Any) -> Any:
+    return tqdm(disable=True if _silent else disable, **options)
 
 
 def byte_bar(what: str, total: int, disable: bool | None = None) -> Any:
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000, disable=disable, leave=False)
+    return _bar(disable, desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000, leave=False)
 
 
 def count_bar(what: str, total: int, unit: str, disable: bool | None = None) -> Any:
-    return tqdm(desc=what, total=total, unit=unit, disable=disable, leave=False)
+    return _bar(disable, desc=what, total=total, unit=unit, leave=False)
 
 
 def update_bar(total: int, initial: int, disable: bool | None = None) -> Any:
     """The bar of a training run: updates done, time left, and what `set_postfix` is told."""
-    return tqdm(total=total, initial=initial, unit="update", dynamic_ncols=True, smoothing=0.05, disable=disable)
+    return _bar(disable, total=total, initial=initial, unit="update", dynamic_ncols=True, smoothing=0.05)
 
 
 @contextlib.contextmanager
 def waiting(what: str, disable: bool | None = None) -> Iterator[Any]:
     """A line that counts the seconds of work that tells nothing until it is done; `set_description` renames it."""
     done = threading.Event()
-    with tqdm(desc=what, bar_format="{desc}: {elapsed}", disable=disable, leave=False) as bar:
+    with _bar(disable, desc=what, bar_format="{desc}: {elapsed}", leave=False) as bar:
 
         def tick() -> None:
             while not done.wait(1):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from llama_jax.data.batches import Batches
+from llama_jax.reporting.progress import show
 from llama_jax.reporting.trainer_state import TrainerState
 
 
@@ -100,7 +100,7 @@ class RunLog:
             seconds = time.monotonic() - self.started
             speed = (self._tokens - self._first_tokens) / seconds
             more |= {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(speed, 3)}
-        tqdm.write(str(self.state.log({"loss": self._window_loss / self._window, **self._now}, more)))
+        show(str(self.state.log({"loss": self._window_loss / self._window, **self._now}, more)))
         self._total_loss += self._window_loss
         self._window_loss -= self._window_loss  # as the Trainer resets it: NaN stays NaN
         self._window = 0
@@ -126,7 +126,7 @@ class RunLog:
 
     def on_evaluation(self, metrics: dict[str, float]) -> None:
         """An evaluation after the last update is done."""
-        tqdm.write(str(self.state.log(metrics, self._seen())))
+        show(str(self.state.log(metrics, self._seen())))
 
     def _seen(self) -> dict[str, float]:
         return {} if self.tokens_seen == "no" else {"num_input_tokens_seen": self._tokens + self._tokens_ahead}
@@ -163,4 +163,4 @@ class RunLog:
             "train_loss": (self._total_loss + self._window_loss) / max(updates if order.compat == "5" else step, 1),
         }
         entry = self.state.log(values, self._seen())
-        tqdm.write(str({k: v for k, v in entry.items() if k != "total_flos"}))
+        show(str({k: v for k, v in entry.items() if k != "total_flos"}))

@@ -1,0 +1,216 @@
+"""Several real processes are one run: the curve and the folder of one process that has all their devices.
+
+They meet on this machine by gloo, as hosts do over a network.
+"""
+
+import json
+import math
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_training import CLOCK, EPSILON, Job, checkpoints, worst
+from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, write_json, write_model
+
+import train_jax
+
+# The command, which tells what it read of the weights, and whose shards are small.
+COUNTED = """
+import dataclasses, functools, sys
+sys.path.insert(0, {root!r})
+from llama_jax.hf import source, writer
+import train_jax
+from llama_jax.errors import run_command
+
+read = 0
+load_params, plan_shards = source.load_params, writer.plan_shards
+
+def counted(tensor):
+    def part(index):
+        global read
+        array = tensor.read(index)
+        read += array.nbytes
+        return array
+    return dataclasses.replace(tensor, read=part)
+
+source.load_params = lambda tensors, *rest: load_params({{n: counted(t) for n, t in tensors.items()}}, *rest)
+writer.plan_shards = lambda sizes, limit: plan_shards(sizes, {shard_bytes})
+code = run_command(train_jax.main)
+if code == 0:
+    print("bytes read:", read, file=sys.stderr)
+sys.exit(code)
+"""
+SHARD_BYTES = 20_000
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start(argvs: list[list[str]], devices: int) -> list[subprocess.Popen]:
+    """A process for each command line, with so many devices each."""
+    env = environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-c", COUNTED.format(root=str(ROOT), shard_bytes=SHARD_BYTES)]
+    meeting = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(len(argvs)), "--process_id"]
+    return [
+        subprocess.Popen(
+            [*command, *argv, *([*meeting, str(i)] if len(argvs) > 1 else [])],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, argv in enumerate(argvs)
+    ]
+
+
+class Told(NamedTuple):
+    out: str
+    err: list[str]
+    bytes_read: int
+
+
+def finish(processes: list[subprocess.Popen], code: int = 0) -> list[Told]:
+    """What each printed and said; all have ended with this code."""
+    try:
+        told = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code] * len(processes), [err[-3000:] for _, err in told]
+    result = []
+    for out, err in told:
+        lines = err.splitlines()
+        read = [int(line.split()[-1]) for line in lines if line.startswith("bytes read:")]
+        printed = "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]"))
+        result.append(Told(printed, [line for line in lines if not line.startswith("bytes read:")], sum(read)))
+    return result
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"][:-1]
+    return [{k: v for k, v in e.items() if k not in CLOCK} for e in history]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The same files; in them the same numbers, but for the order in which the devices' shares are summed. Bounds as in
+    test_training.py, derived at test_any_run_is_torchs for this epsilon."""
+    files = [{p.name: p for p in folder.iterdir() if p.name != "trainer_state.json"} for folder in (a, b)]
+    assert files[0].keys() == files[1].keys()
+    for name, path in files[0].items():
+        if path.suffix == ".safetensors":
+            assert worst(load_file(files[1][name]), load_file(path)) <= 1e-5, name
+        elif path.is_file():
+            assert files[1][name].read_bytes() == path.read_bytes(), name
+    logs = [log_of(folder) for folder in (a, b)]
+    assert [list(entry) for entry in logs[0]] == [list(entry) for entry in logs[1]]
+    for first, second in zip(*logs, strict=True):
+        for key, value in first.items():
+            # 4.37 rounds a loss to four decimals, which may differ by one digit.
+            rtol, atol = (1e-4, 0.0) if key == "grad_norm" else (1e-5, 1.01e-4 if key == "loss" else 0.0)
+            np.testing.assert_allclose(second[key], value, rtol=rtol, atol=atol, err_msg=key)
+
+
+def matrices_read(raw: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of all matrices and of all vectors."""
+    sizes = [(len(shape), 4 * math.prod(shape)) for shape in hf_shapes(raw).values()]
+    return sum(n for axes, n in sizes if axes == 2), sum(n for axes, n in sizes if axes == 1)
+
+
+# Evaluated, one example without a label (the Trainer's loss of it is NaN), and logged at an epoch's end, where 4.37 has
+# begun the next update: what is read from the devices token by token.
+TOKEN_LOSSES = {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "flags"),
+    [
+        (2, {"hf_compat": "5", "max_steps": 4, "save_steps": 3, "max_tokens_per_device": 128}),
+        (4, {"mesh": "data=2,fsdp=2,tensor=2", "scan_layers": True, "save_strategy": "no", **TOKEN_LOSSES}),
+    ],
+    ids=["two", "four"],
+)
+def test_as_one_process(count: int, flags: dict[str, Any], tmp_path: Path) -> None:
+    raw = {**CONFIG, "vocab_size": 384}  # as many rows on each device
+    per_device, accumulated = (4, 1) if count == 2 else (1, 2)
+    flags = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated, **flags}
+    job = Job(tmp_path, adam_epsilon=EPSILON, **flags)
+    write_model(tmp_path / "model", raw, shards=3)
+    records = make_records(30)
+    records[0]["labels"] = [-100] * len(records[0]["labels"])
+    write_json(tmp_path / "data.json", records)
+    write_json(tmp_path / "eval.json", make_records(9, seed=1))
+    job.flags["eval_data_path"] = tmp_path / "eval.json"
+    (one,) = finish(start([job.argv("one")], 2 * count))
+    several = finish(start([job.argv("several")] * count, 2))
+    assert_same_run(tmp_path / "one", tmp_path / "several")
+    assert len(list((tmp_path / "several").glob("model-*.safetensors"))) > count  # each wrote one, some two
+    assert any(f"on {2 * count} cpu device(s) of {count} process(es)" in line for line in several[0].err)
+    assert several[0].out.count("'loss'") == one.out.count("'loss'") > 0
+    assert [told.out for told in several[1:]] == [""] * (count - 1)  # one log
+    assert [told.err for told in several[1:]] == [[]] * (count - 1)
+    matrices, vectors = matrices_read(raw)
+    # Two processes: half of each matrix. Four, as two replicas: half of each too. Vectors lie on every device.
+    print([told.bytes_read for told in (one, *several)], matrices, vectors)
+    for told in several:
+        assert told.bytes_read == matrices // 2 + vectors
+    assert one.bytes_read == matrices * (2 if count == 4 else 1) + vectors
+
+
+@pytest.mark.slow
+def test_sigterm_to_one(tmp_path: Path) -> None:
+    """All stop after the same update; one process with another mesh goes on, as a run that was not stopped."""
+    job = Job(tmp_path, hf_compat="5", per_device_train_batch_size=1, max_steps=200, save_steps=1000)
+    processes = start([job.argv("stopped")] * 2, 2)
+    assert processes[0].stdout
+    lines: list[str] = []
+    while sum("'loss'" in line for line in lines) < 3 and (line := processes[0].stdout.readline()):
+        lines.append(line)
+    processes[1].send_signal(signal.SIGTERM)
+    told = finish(processes, code=143)
+    (name,) = checkpoints(tmp_path / "stopped")
+    step = int(name.removeprefix("checkpoint-"))
+    assert 3 <= step < 200 and any(f"stopped after update {step}" in line for line in told[0].err)
+    finish(start([job.argv("stopped", resume_from_checkpoint=True, mesh="data=2,fsdp=2")], 4))
+    finish(start([job.argv("whole")], 4))
+    values = [[e["loss"] for e in log_of(tmp_path / out) if "loss" in e] for out in ("stopped", "whole")]
+    # Sums of the same numbers in another order, as for the golden runs.
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([{"learning_rate": -1}] * 2, "--learning_rate -1.0: should not be below 0"),
+        ([{"mesh": "fsdp=3"}] * 2, "--mesh fsdp=3: 3 device(s) are not the 2 that are there"),
+        ([{}, {"data_path": "nowhere.json"}], "process 1: nowhere.json: no such data file"),
+    ],
+    ids=["a flag", "the mesh", "a file of one host"],
+)
+def test_a_mistake_is_said_once(changes: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    first, second = finish(start([job.argv("out", **change) for change in changes], 1), code=2)
+    assert [line[: len(said) + 7] for line in first.err if line.startswith("error:")] == [f"error: {said}"]
+    assert second.err == [] and first.out == second.out == ""
+
+
+def test_half_a_meeting(tmp_path: Path) -> None:
+    for flags, said in (
+        ({"num_processes": 2}, "--num_processes and --process_id: give both"),
+        ({"num_processes": 2, "process_id": 0}, "and --coordinator_address"),
+        ({"coordinator_address": "localhost:1"}, "give --num_processes and --process_id too"),
+        ({"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2}, "below --num_processes 2"),
+    ):
+        outcome = run(train_jax.main, *Job(tmp_path).argv("out", **flags))
+        assert outcome.code == 2, outcome.err
+        (line,) = outcome.err.splitlines()
+        assert said in line
