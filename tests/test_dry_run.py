@@ -192,8 +192,9 @@ def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> Non
     sent = sum(float(x.replace(",", "")) for x in re.findall(r"^ +([\d.,]+)  [a-z-]+ over fsdp,", outcome.out, re.M))
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
     layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
-    least = 3 * 2 * layers / 1e6
-    assert 0.9 * least < sent < 1.5 * least, (sent, least)
+    devices = find_topology(topology).count
+    least = 3 * 2 * layers * (devices - 1) / devices / 1e6
+    assert 0.98 * least < sent < 1.5 * least, (sent, least)
 
 
 @pytest.mark.slow
