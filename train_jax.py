@@ -2,6 +2,8 @@
 """Fine-tune a LLaMA: the HF Trainer's command line in, an HF folder out. `--help` lists the flags."""
 
 import copy
+import dataclasses
+import json
 import signal
 import sys
 import time
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.arguments import Arguments, parse_arguments
+from llama_jax.config import LlamaConfig
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.errors import InputError, run_command
 from llama_jax.files import make_output_dir
@@ -67,6 +70,7 @@ def main(argv: list[str]) -> int:
             "optim": args.optim,
             "order": order.facts(),
             "scan_layers": choose_scan(args, config, platform),
+            "model": as_json_values(config),
         }
         saved = read_run(output_dir, resume_step) if resume_step else {}
         if saved:
@@ -279,11 +283,20 @@ def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtyp
         copy_tokenizer(source.tokenizer_folder, output_dir)
 
 
+def as_json_values(config: LlamaConfig) -> dict[str, Any]:
+    """The architecture as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) -> None:
     """Refuse to resume what cannot go on, and say what goes on otherwise than it began."""
     for key, what in (("dtype", "parameters in"), ("optim", "the state of")):
         if saved[key] != facts[key]:
             raise InputError(f"{name} holds {what} {saved[key]}: resume it with --{key} {saved[key]}")
+    for key, value in facts["model"].items():
+        if saved["model"][key] != value:
+            was = f"{key} {saved['model'][key]}, this one {value}"
+            raise InputError(f"{name} holds another model: it has {was}; give --model_name_or_path the same as then")
     updates = facts["order"]["updates"]
     if saved["trainer_state"]["global_step"] > updates:
         raise InputError(f"{name} is past the {updates} updates of this run: raise --num_train_epochs or --max_steps")

@@ -84,7 +84,11 @@ class Checkpoints:
             self.wait()
 
     def restore_state(self, step: int, abstract: Any) -> Any:
-        """The state of a step into the types and placements of `abstract` (a pytree of ShapeDtypeStruct)."""
+        """The state of a step into the types and placements of `abstract` (a pytree of ShapeDtypeStruct).
+
+        The model has to be that of the checkpoint: where a leaf is longer or shorter there, that is taken for what
+        another mesh pads.
+        """
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=_restore_args(abstract)))["state"]
         except (ValueError, KeyError, FileNotFoundError) as e:
@@ -153,7 +157,9 @@ def _handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
 
 
 def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
-    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+    return ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract, strict=False)
+    )
 
 
 def save_params(folder: Path, params: Any) -> None:
@@ -162,8 +168,18 @@ def save_params(folder: Path, params: Any) -> None:
         checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
 
 
+def saved_shapes(folder: Path) -> Any:
+    """The shapes of the `params` of a Flax folder, as a tree whose keys are strings. Raises InputError."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            metadata = checkpointer.metadata(folder.absolute() / PARAMS_DIR).item_metadata
+            return jax.tree.map(lambda leaf: leaf.shape, metadata.tree)
+    except (AttributeError, ValueError, KeyError, FileNotFoundError) as e:
+        raise InputError(f"{folder / PARAMS_DIR}: is not a whole checkpoint: {str(e).splitlines()[0][:200]}") from None
+
+
 def load_params(folder: Path, abstract: Any) -> Any:
-    """Read the `params` of a Flax folder into the types and placements of `abstract`."""
+    """Read the `params` of a Flax folder into the types and placements of `abstract`, longer or shorter by padding."""
     try:
         with ocp.Checkpointer(_handler(abstract)) as checkpointer:
             return checkpointer.restore(folder.absolute() / PARAMS_DIR, args=_restore_args(abstract))

@@ -119,13 +119,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--mesh", help="how all devices are laid out, as tensor=4; by default one device is used")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise InputError("--max_new_tokens should be above 0, --temperature not below")
     set_up_jax(args.use_cpu)
     source = Source(Path(args.model_name_or_path))
     tokenizer = open_tokenizer(source.tokenizer_folder)
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(None if args.mesh else jax.devices()[:1], args.mesh or "auto")
+    if sharding.batch_ways(mesh) > 1:
+        raise InputError(f"--mesh {args.mesh}: one prompt has one row, which only tensor divides; as tensor=-1")
     dtype = jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32)
     run = RunOptions(param_dtype=dtype, scan_layers=source.config.num_hidden_layers > 8)
     prompt = tokenizer.encode_batch([alpaca_prompt({"instruction": args.instruction, "input": args.input})])[0]

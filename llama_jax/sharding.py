@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -38,14 +39,15 @@ ACT_BTKGH = P(BATCH, None, "tensor", None, None)
 HEAD_VD = P("tensor", None)
 
 
-def mesh_sizes(spec: str, devices: int) -> dict[str, int]:
+def mesh_sizes(spec: str, devices: int, slices: int = 1) -> dict[str, int]:
     """The size of each axis for `--mesh spec` on so many devices. Raises InputError.
 
     "data=2,fsdp=4": axes left out are 1, and one may be -1, which takes the devices that the others leave. "auto" has
-    all devices on `fsdp`: packing gives each of them as many rows, so that rows can always be divided.
+    all devices of a slice on `fsdp`: packing gives each of them as many rows, so that rows can always be divided.
+    Between TPU slices lies a slow network: only `data` may run there.
     """
     sizes: dict[str, int] = {}
-    for part in "fsdp=-1".split(",") if spec == "auto" else spec.split(","):
+    for part in (f"data={slices},fsdp=-1" if spec == "auto" else spec).split(","):
         axis, equals, number = (x.strip() for x in part.partition("="))
         if axis not in AXES:
             raise InputError(f"--mesh {spec}: {axis!r} is no axis; give auto, or sizes of {', '.join(AXES)}")
@@ -64,14 +66,20 @@ def mesh_sizes(spec: str, devices: int) -> dict[str, int]:
             f"--mesh {spec}: {fixed} device(s) {wrong} the {devices} that are there; let one axis be -1, or give auto"
         )
     sizes |= dict.fromkeys(open_axes, devices // fixed)
+    if sizes.get("data", 1) % slices:
+        raise InputError(f"--mesh {spec}: the devices are {slices} TPU slices; {slices} should divide data, as in auto")
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
 def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
     """The mesh of all devices (or of those given) by `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(spec, len(devices))
-    return jax.make_mesh(tuple(sizes.values()), AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    sizes, kinds = mesh_sizes(spec, len(devices), slices), (AxisType.Explicit,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
+    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=kinds)
 
 
 def padded(size: int, *axes: str, multiple: int = 1) -> int:

@@ -23,9 +23,10 @@ from safetensors.numpy import load_file
 from test_training import GOLDEN, golden_flags, worst
 from tiny import ALPACA, CONFIG, ROOT, environment, make_records, run, write_json, write_model, write_tokenizer
 
+import convert_torch_to_flax
 import llama_jax.job
 import train_jax
-from llama_jax import sharding
+from llama_jax import generate, sharding
 from llama_jax.checkpoint import tree_bytes
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batches
@@ -247,3 +248,54 @@ def test_collectives() -> None:
 
 def test_placement() -> None:
     on_eight_devices("check_placement()")
+
+
+# -- From one mesh to another -----------------------------------------------------------------------------------------
+
+
+def moved(folder: str) -> None:
+    """Begun on three devices, from a Flax folder, with more heads, F and rows of the vocabulary than the model has;
+    gone on with on two, and on one."""
+    out = Path(folder) / "out"
+    flags = {
+        **{"model_name_or_path": Path(folder) / "flax", "data_path": Path(folder) / "data.json", "use_cpu": True},
+        **{"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "adam_epsilon": 1e-4},
+        **{"save_steps": 1, "hf_compat": "5", "lr_scheduler_type": "constant"},
+    }
+    argv = [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+    with laid_out(ONE):
+        assert run(train_jax.main, *argv, "--output_dir", Path(folder) / "whole").code == 0
+    for spec, last in (("tensor=3", 1), ("fsdp=2", 2), (ONE, 3)):
+        with laid_out(spec):
+            more = ["--resume_from_checkpoint", "True"] if last > 1 else []
+            outcome = run(train_jax.main, *argv, "--output_dir", out, *more, "--max_steps", last)
+            assert outcome.code == 0, outcome.err
+            assert f"mesh {spec}" in outcome.err
+    weights = [load_file(path / "model.safetensors") for path in (out, Path(folder) / "whole")]
+    assert worst(*weights) <= 1e-5  # as derived in test_training.py's test_any_run_is_torchs
+
+
+def test_another_mesh(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", {**RAW, "attention_bias": True})
+    outcome = run(convert_torch_to_flax.main, "--model_name_or_path", model, "--output_dir", tmp_path / "flax")
+    assert outcome.code == 0, outcome.err
+    write_json(tmp_path / "data.json", make_records(12))
+    on_eight_devices(f"moved({str(tmp_path)!r})")
+
+
+# -- Answers ----------------------------------------------------------------------------------------------------------
+
+
+def answers(folder: str) -> None:
+    flags = ["--model_name_or_path", folder, "--instruction", "Name three fish.", "--max_new_tokens", "24", "--use_cpu"]
+    one, eight, refused = (
+        run(generate.main, *flags, *mesh) for mesh in ([], ["--mesh", "tensor=-1"], ["--mesh", "fsdp=4,tensor=2"])
+    )
+    assert one.code == eight.code == 0, eight.err
+    assert one.out == eight.out and len(one.out) > 10
+    assert refused.code == 2 and "only tensor divides" in refused.err.splitlines()[-1]
+
+
+def test_answers_of_eight_devices(tmp_path: Path) -> None:
+    folder = write_tokenizer(write_model(tmp_path / "model"))
+    on_eight_devices(f"answers({str(folder)!r})")

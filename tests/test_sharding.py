@@ -57,6 +57,31 @@ def test_a_mesh_that_is_none(spec: str, said: str) -> None:
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+class Chip:
+    """As much of a TPU's device as a mesh asks for: one of 2 x 2 x 1 in each of three slices."""
+
+    platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5p", 0, 0
+
+    def __init__(self, number: int):
+        self.id, self.slice_index = number, number // 4
+        self.coords = (number % 2, number // 2 % 2, 0)
+
+
+def test_between_slices_runs_data() -> None:
+    chips = [Chip(i) for i in range(12)]
+    for spec, sizes in (
+        ("auto", {"data": 3, "fsdp": 4, "tensor": 1}),
+        ("data=-1,tensor=2", {"data": 6, "fsdp": 1, "tensor": 2}),
+        ("data=3,fsdp=2,tensor=2", {"data": 3, "fsdp": 2, "tensor": 2}),
+    ):
+        mesh = sharding.make_mesh(chips, spec)
+        assert dict(mesh.shape) == sizes
+        per_slice = mesh.devices.reshape(3, 4)  # data comes first
+        assert [{chip.slice_index for chip in row} for row in per_slice] == [{0}, {1}, {2}]
+    with pytest.raises(InputError, match="--mesh fsdp=12: the devices are 3 TPU slices; 3 should divide data"):
+        sharding.make_mesh(chips, "fsdp=12")
+
+
 def test_the_mesh_is_explicit() -> None:
     mesh = sharding.make_mesh(jax.devices()[:1], "data=-1")
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}

@@ -74,10 +74,25 @@ class Source:
         """The parameters on the mesh, in the layout and type of `run`."""
         if not self.is_flax:
             return load_params(self.tensors, self.config, run, mesh, progress)
+        self._check_shapes()
         _, abstract = abstract_params(self.config, RunOptions(param_dtype=run.param_dtype), mesh)
         params = checkpoint.load_params(self.folder, abstract)
         with jax.set_mesh(mesh):
             return stack_layers(params) if run.scan_layers else params
+
+    def _check_shapes(self) -> None:
+        """Only the vocabulary's rows may be more in a Flax folder than config.json says. Raises InputError."""
+        saved = checkpoint.saved_shapes(self.folder)
+        for name, (path, shape) in name_table(self.config).items():
+            found: Any = saved
+            for key in path:
+                found = found.get(str(key), {})
+            in_vocabulary = path[0] in ("embed_tokens", "lm_head")
+            more = found and in_vocabulary and found[0] > shape[0]
+            if found != shape and not (more and found[1:] == shape[1:]):
+                raise InputError(
+                    f"{self.folder}: {name!r} has shape {list(found) or 'none'}, config.json means {list(shape)}"
+                )
 
 
 def training_dtype(source: Source, compat: str) -> str:
