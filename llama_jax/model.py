@@ -178,12 +178,7 @@ class Embedding(nnx.Module):
         self.padding_idx = config.pad_token_id
 
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        weight = self.weight[...]
-        if input_ids.size > weight.shape[0]:
-            # Left to itself, a TPU's partitioner sums every token's row over the devices, on each of them: more than
-            # the whole table where there are more tokens than rows.
-            weight = jax.sharding.reshard(weight, sharding.TABLE_VD)
-        x = weight.at[input_ids].get(out_sharding=sharding.ACT_BTD)
+        x = self.weight[...].at[input_ids].get(out_sharding=sharding.ACT_BTD)
         if self.padding_idx is None:
             return x
         return jnp.where((input_ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)

@@ -26,7 +26,6 @@ VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps mat
 COLUMN_FD = P("tensor", "fsdp")  # q, k, v, gate, up, lm_head: outputs over tensor
 ROW_DF = P("fsdp", "tensor")  # o, down: inputs over tensor
 EMBED_VD = P("fsdp", "tensor")  # gathered by row: a feature axis on fsdp would be gathered whole
-TABLE_VD = P(None, "tensor")  # the same, each device with all rows
 COLUMN_BIAS = P("tensor")
 REPLICATED = P(None)
 
