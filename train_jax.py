@@ -30,6 +30,10 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     args = parse_arguments(argv)
     # JAX is imported once the flags are good: its platform may be one of them.
+    if args.dry_run:
+        from llama_jax.dry_run import dry_run
+
+        return dry_run(args)
     import jax
 
     from llama_jax import processes, sharding

@@ -78,6 +78,16 @@ class Arguments:
         const="text",
         choices=["text", "json"],
     )
+    dry_run: str | None = _flag(
+        None,
+        "compile the run for devices that need not be there, v5e-16, v5p-128 or h200:8, tell whether it fits them, and "
+        "end: exit code 0 where it does, 3 where not; the model may be a folder with config.json alone",
+    )
+    dry_run_effort: str = _flag(
+        "full",
+        "fast compiles several times faster, for shapes, kernels and collectives, and gives no verdict on memory",
+        choices=["full", "fast"],
+    )
 
     num_train_epochs: float = _flag(3.0, "epochs, fractions allowed")
     max_steps: int = _flag(-1, "updates; above 0 it overrides the epochs")

@@ -140,6 +140,13 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
     )
 
 
+def splash_block(T: int, dtype: Any) -> int:
+    """The tokens of Splash's blocks: large ones keep the matrix units busy. Of 32-bit operands, which it multiplies in
+    parts, blocks of 1,024 exceed a TPU v5e's fast memory (found by its compiler)."""
+    most = 1024 if jnp.dtype(dtype).itemsize == 2 else 512
+    return max(block for block in range(128, most + 1, 128) if T % block == 0)
+
+
 def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
     """jax's Splash attention for TPUs: causal blocks only, segments told apart inside them."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -147,11 +154,13 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
 
     _, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    block = next(b for b in (1024, 512, 256, 128) if T % b == 0)
+    block = splash_block(T, q_BTNH.dtype)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = splash.BlockSizes(**cast(Any, {f"block_{name}": block for name in names}))
     causal = masks.MultiHeadMask([masks.CausalMask((T, T))] * (N // K))
     kernel = splash.make_splash_mqa(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    if q_BTNH.dtype != jnp.float32:
+        kernel = _with_precision("default", kernel)
 
     def row(q_TNH, k_TKH, v_TKH, ids_T):
         q_KGTH = jnp.transpose((q_TNH * H**-0.5).reshape(T, K, N // K, H), (1, 2, 0, 3))
@@ -160,3 +169,24 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
         return jnp.transpose(out_KGTH, (2, 0, 1, 3)).reshape(T, N, H)
 
     return jax.vmap(row)(q_BTNH, k_BTKH, v_BTKH, segment_ids)
+
+
+def _with_precision(precision: str, f: Any) -> Any:
+    """`f`, itself and its gradient traced under a matmul precision: Mosaic refuses bfloat16 operands under the
+    "highest" of the process, which means nothing to them."""
+
+    @jax.custom_vjp
+    def traced(*args):
+        with jax.default_matmul_precision(precision):
+            return f(*args)
+
+    def forward(*args):
+        with jax.default_matmul_precision(precision):
+            return jax.vjp(f, *args)
+
+    def backward(pull, d_out):
+        with jax.default_matmul_precision(precision):
+            return pull(d_out)
+
+    traced.defvjp(forward, backward)
+    return traced

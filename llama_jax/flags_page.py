@@ -37,6 +37,8 @@ _ORIGIN = {
             "num_processes",
             "process_id",
             "explain",
+            "dry_run",
+            "dry_run_effort",
             "show_examples",
             "config",
         ),

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -62,6 +63,10 @@ class Plan:
     graphdef: Any
     abstract: TrainState
     steps: Steps
+
+    @property
+    def largest_block(self) -> Shape:
+        return max(self.batches.shapes, key=math.prod)
 
     def compile(self, shape: Shape, mesh: Mesh) -> int:
         """`Steps.compile`; returns the bytes that a device needs."""
@@ -131,50 +136,61 @@ class Planner:
         if not args.packing:
             sizes = {args.per_device_train_batch_size * longest}
         options = [Option(size, remat) for size, remat in product(sizes, remats)]
-        held, params, grads = map(sharding.bytes_on_device, (self.state, self.state.params, self.state.weights))
 
         def slowness(option: Option) -> tuple[float, int]:
             blocks = math.ceil(update / option.max_tokens)
             return update * TIME[option.remat] + BLOCK * blocks * (blocks > 1), -option.max_tokens
 
-        def least_bytes(option: Option) -> int:
-            kept = option.max_tokens * activation_bytes(job.config, self.run, option.remat, self.mesh)
-            return held + (option.max_tokens < update) * params + max(kept, grads)
+        fitting = [o for o in sorted(options, key=slowness) if self.least_bytes(o) < limit]
+        return fitting or [min(options, key=self.least_bytes)]
 
-        fitting = [o for o in sorted(options, key=slowness) if least_bytes(o) < limit]
-        return fitting or [min(options, key=least_bytes)]
+    def least_bytes(self, option: Option) -> int:
+        """What a device needs at least, by arithmetic: the state, sums of gradients where an update has several blocks,
+        and the larger of what is kept for the backward pass and the gradients."""
+        held, params, grads = map(sharding.bytes_on_device, (self.state, self.state.params, self.state.weights))
+        kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
+        return held + (option.max_tokens < self._largest_update) * params + max(kept, grads)
 
-    def settle(self, limit: int | None) -> Plan:
-        """The first of the options that fits `limit` bytes a device (None: the first), its programs compiled. Raises
-        InputError where none does."""
+    def choose(
+        self, limit: int | None, told: Callable[[str], None] = lambda line: None, remember: bool = True
+    ) -> tuple[Plan, float]:
+        """The first of the options that fits `limit` bytes a device (None: the first), or the last, the program of its
+        largest block compiled; and the bytes that it needs, infinite where the compiler refuses it. What is found is
+        remembered for the next such run, where the compiler's effort was the run's."""
         options = self.options(limit)
         found_before = self._found_before(limit)
         with contextlib.suppress(OSError, ValueError, TypeError):  # also where it is no longer among them
             options = options[options.index(Option(**json.loads(found_before.read_text()))) :]
         for option in options:
             plan = self.make(option)
-            largest, *others = sorted(plan.batches.shapes, key=lambda shape: -math.prod(shape))
+            rows, length = plan.largest_block
+            told(f"compiling a block of {rows:,} x {length:,} tokens, --remat {option.remat}")
             try:
-                needed: float = plan.compile(largest, self.mesh)
+                needed: float = plan.compile(plan.largest_block, self.mesh)
             except JaxRuntimeError as e:
                 if "RESOURCE_EXHAUSTED" not in str(e):
                     raise
                 needed = math.inf
             if limit is None or needed <= limit:
                 break
-        else:
-            assert limit is not None
+        if remember and limit is not None and needed <= limit:
+            found_before.parent.mkdir(parents=True, exist_ok=True)
+            write_json(found_before, option._asdict())
+        return plan, needed
+
+    def settle(self, limit: int | None) -> Plan:
+        """The plan that `choose` finds, all its programs compiled. Raises InputError where none fits."""
+        plan, needed = self.choose(limit)
+        if limit is not None and needed > limit:
             told = f"needs {needed / 2**30:.3g} GiB" if needed < math.inf else "does not fit"
             raise InputError(
                 f"the run {told}, and a device has {limit / 2**30:.3g} GiB for it, even in blocks of "
-                f"{option.max_tokens} tokens with --remat {option.remat}; use more devices, a smaller "
+                f"{plan.option.max_tokens} tokens with --remat {plan.option.remat}; use more devices, a smaller "
                 "--model_max_length, or --dtype bfloat16"
             )
+        others = [shape for shape in plan.batches.shapes if shape != plan.largest_block]
         with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda shape: plan.compile(shape, self.mesh), others))
-        if limit is not None:
-            found_before.parent.mkdir(parents=True, exist_ok=True)
-            write_json(found_before, option._asdict())
         return plan
 
     def _found_before(self, limit: int | None) -> Path:

@@ -73,7 +73,8 @@ def mesh_sizes(spec: str, devices: int, slices: int = 1) -> dict[str, int]:
 def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
     """The mesh of all devices (or of those given) by `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
-    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    # Devices of a dry run are of one slice, and have no number of it.
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     sizes, kinds = mesh_sizes(spec, len(devices), slices), (AxisType.Explicit,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)

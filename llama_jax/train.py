@@ -152,6 +152,11 @@ class Steps:
         platform = mesh.devices.flat[0].platform
         return max(_bytes_needed(program, held, platform) for program in programs.values())
 
+    @property
+    def programs(self) -> dict[Any, Any]:
+        """What has been compiled, by the shape of the block; "apply" gives sums to the optimizer."""
+        return self._compiled
+
     def update(self, state: TrainState, blocks: list[Batch], rate: jax.Array, mesh: Mesh):
         """The state after an update by these blocks, the state given being donated; and of each block {"loss",
         "losses"}, its weighted sum and the sum's parts by token [B, T], and of the last one "grad_norm"."""

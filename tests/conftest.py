@@ -1,6 +1,8 @@
 """What every test needs: the CPU at full precision, compiled programs kept between runs, draws that repeat."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +38,19 @@ def mesh() -> Iterator[jax.sharding.Mesh]:
     mesh = make_mesh()
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture
+def libtpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The TPU compiler, from the environment or the folder that the Makefile fills; what it makes is not cached."""
+    folder = Path(sys.prefix) / "libtpu"
+    if folder.is_dir():
+        monkeypatch.syspath_prepend(folder)
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu, which `make test` installs")
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
 
 from llama_jax import sharding
-from llama_jax.attention import Kernel, choose_kernel, packed_attention
+from llama_jax.attention import Kernel, choose_kernel, packed_attention, splash_block
 from llama_jax.errors import InputError
 
 H200, A100, V5E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite"
@@ -54,16 +54,19 @@ def placed(mesh: Mesh, arrays: list[np.ndarray]) -> list[jax.Array]:
     return [jax.device_put(a, jax.NamedSharding(mesh, specs[a.ndim])) for a in arrays]
 
 
-LENGTHS = [[5, 1, 90, 17], [128], [60, 60]]  # padded ends, a full row, segments across blocks
+LENGTHS = {  # padded ends, a full row, segments across blocks
+    128: [[5, 1, 90, 17], [128], [60, 60]],
+    768: [[300, 200, 1, 250], [768], [384, 10]],
+}
 
 
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
-def test_packed_rows(kernel: str, heads: int, kv_heads: int, mesh: Mesh) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "T"), [(4, 4, 128), (4, 1, 128), (2, 1, 768)])
+def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, mesh: Mesh) -> None:
     """Values; and gradients against the plain one's, whose own are torch's by test_parity.py."""
-    T = 128
-    ids, positions = make_rows(LENGTHS, T)
-    q, k, v = make_inputs(len(LENGTHS), T, heads, kv_heads, 128)
+    lengths = LENGTHS[T]
+    ids, positions = make_rows(lengths, T)
+    q, k, v = make_inputs(len(lengths), T, heads, kv_heads, 128)
     real = (ids > 0)[:, :, None, None]
     weights = np.where(real, np.random.default_rng(0).standard_normal(q.shape, np.float32), 0)
     arrays = placed(mesh, [q, k, v, weights, ids, positions])
@@ -78,10 +81,27 @@ def test_packed_rows(kernel: str, heads: int, kv_heads: int, mesh: Mesh) -> None
     grads, out = both(kernel)
     assert np.isfinite(out).all() and all(np.isfinite(g).all() for g in grads)
     # Scores are sums of 128 products of the size of 1, over sqrt(128); some 1e-6 off. Outputs are means of values of 1.
-    np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, LENGTHS), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, lengths), rtol=0, atol=1e-5)
     for ours, plain in zip(grads, both("xla")[0], strict=True):
         # Sums over up to 128 queries of the same: ten times that.
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
+
+
+def test_splash_blocks() -> None:
+    """Every row length is a multiple of 128; blocks divide it, 384 of 1,152 and not 128."""
+    for dtype, most in (("bfloat16", 1024), ("float32", 512)):
+        for T in range(128, 32768 + 1, 128):
+            block = splash_block(T, dtype)
+            assert T % block == 0 and block % 128 == 0 and block <= most
+    assert [splash_block(T, "bfloat16") for T in (128, 1152, 1408, 1920, 2048, 4096)] == [
+        128,
+        384,
+        128,
+        640,
+        1024,
+        1024,
+    ]
+    assert splash_block(768, "float32") == 384
 
 
 @settings(max_examples=25)

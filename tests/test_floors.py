@@ -14,6 +14,7 @@ FLOORS = {
     "llama_jax.evaluation": 5,
     "llama_jax.explain": 5,
     "llama_jax.plan": 5,
+    "llama_jax.dry_run": 5,
     "llama_jax.train": 4,
     "llama_jax.hf": 4,
     "llama_jax.model": 3,
@@ -31,15 +32,18 @@ FLOORS = {
     "llama_jax.sharding": 1,
     "llama_jax.processes": 1,
     "llama_jax.schedule": 1,
+    "llama_jax.topology": 1,
+    "llama_jax.hlo": 1,
     "llama_jax.platform": 1,
     "llama_jax.files": 0,
     "llama_jax.flags": 0,
     "llama_jax.errors": 0,
 }
-# Rooms of one floor that may look at each other, in this direction only: the log reads what a batch counts, and reading
-# a file or a flag fails as the user's mistake.
+# Rooms of one floor that may look at each other, in this direction only: the log reads what a batch counts, a dry run
+# tells what a plan needs, and reading a file or a flag fails as the user's mistake.
 BESIDE = {
     ("llama_jax.reporting", "llama_jax.data"),
+    ("llama_jax.dry_run", "llama_jax.plan"),
     ("llama_jax.files", "llama_jax.errors"),
     ("llama_jax.flags", "llama_jax.errors"),
 }

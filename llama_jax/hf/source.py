@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from llama_jax import checkpoint
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.files import read_json
+from llama_jax.files import read_json, read_json_object
 from llama_jax.hf.load import Params, abstract_params, check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, open_checkpoint
@@ -25,19 +25,20 @@ FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had
 
 
 class Source:
-    """An opened model: `raw` is its config.json, `config` the architecture. Weights are read by `load`."""
+    """An opened model: `raw` is its config.json, `config` the architecture. Weights are read by `load`; without
+    `weights` there need be none."""
 
-    def __init__(self, path: Path, allow_pickle: bool = False):
+    def __init__(self, path: Path, allow_pickle: bool = False, weights: bool = True):
         path = path.expanduser()
         self.is_flax = (path / FLAX_JSON).is_file()
-        if self.is_flax:
-            self._checkpoint = Checkpoint(path, read_json(path / "config.json"), {})
+        if self.is_flax or (not weights and (path / "config.json").is_file()):
+            self._checkpoint = Checkpoint(path, read_json_object(path / "config.json"), {})
         else:
             self._checkpoint = open_checkpoint(path, allow_pickle)
         self.folder, self.raw = self._checkpoint.folder, self._checkpoint.config
         self.config = LlamaConfig.from_hf(self.raw, str(self._checkpoint.gguf or self.folder / "config.json"))
         self.tensors = {}
-        if not self.is_flax:
+        if self._checkpoint.tensors or (weights and not self.is_flax):
             self.tensors = check_tensors(self._checkpoint.tensors, self.config, str(self.folder))
 
     @cached_property
@@ -101,7 +102,10 @@ def training_dtype(source: Source, compat: str) -> str:
     """
     if compat == "4.37":
         return "float32"
-    dtype = source.raw.get("dtype") or source.raw.get("torch_dtype") or dtype_summary(source.dtypes)["dtype"]
+    dtype = source.raw.get("dtype") or source.raw.get("torch_dtype")
+    if not dtype and not source.dtypes:
+        raise InputError(f"{source.folder}/config.json: names no dtype, and there are no weights: give --dtype")
+    dtype = dtype or dtype_summary(source.dtypes)["dtype"]
     if dtype not in ("float32", "bfloat16"):
         raise InputError(
             f"{source.folder}: transformers 5 would train its {dtype} parameters as they are, losing small updates; "

@@ -1,6 +1,9 @@
 """What is said while a run goes on: lines, and bars on the standard error stream."""
 
+import contextlib
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -41,3 +44,22 @@ def count_bar(what: str, total: int, unit: str, disable: bool | None = None) -> 
 def update_bar(total: int, initial: int, disable: bool | None = None) -> Any:
     """The bar of a training run: updates done, time left, and what `set_postfix` is told."""
     return _bar(disable, total=total, initial=initial, unit="update", dynamic_ncols=True, smoothing=0.05)
+
+
+@contextlib.contextmanager
+def waiting(what: str, disable: bool | None = None) -> Iterator[Any]:
+    """A line that counts the seconds of work that tells nothing until it is done; `set_description` renames it."""
+    done = threading.Event()
+    with _bar(disable, desc=what, bar_format="{desc}: {elapsed}", leave=False) as bar:
+
+        def tick() -> None:
+            while not done.wait(1):
+                bar.refresh()
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield bar
+        finally:
+            done.set()
+            thread.join()

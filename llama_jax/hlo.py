@@ -1,0 +1,239 @@
+"""What a compiled program does, read from its optimized HLO: collectives with their mesh axes, loops multiplied out."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_NOT_NEW = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "constant", "copy-done", "opt-barrier")
+
+
+class Instruction(NamedTuple):
+    """`kind` is its name in HLO, `result` the text of its type, `rest` all that follows the opening bracket."""
+
+    name: str
+    result: str
+    kind: str
+    rest: str
+    root: bool
+
+    def attribute(self, name: str) -> str:
+        """The name that follows `name=`, or ""."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return found[1] if found else ""
+
+    @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
+
+
+class Collective(NamedTuple):
+    """A collective that a step runs `times` times. `sent` are the bytes that a device sends for it each time, by a
+    ring: (n - 1) of n parts of what is gathered or scattered, twice that for an all-reduce."""
+
+    kind: str
+    axes: tuple[str, ...]
+    result: str
+    sent: int
+    times: int
+
+
+class Program:
+    """An HLO module's text, taken apart."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        self.entry = ""
+        lines: list[Instruction] = []
+        for line in text.splitlines():
+            if header := _HEADER.match(line):
+                lines = self.computations.setdefault(header[2], [])
+                self.entry = header[2] if header[1] else self.entry
+            elif found := _LINE.match(line):
+                lines.append(Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
+
+    @cached_property
+    def times(self) -> dict[str, int]:
+        """How often a step runs each computation."""
+        callers: dict[str, list[tuple[str, int]]] = {}
+        for caller, lines in self.computations.items():
+            for line in lines:
+                trips = self._trips(caller, line) if line.kind == "while" else 1
+                for called in _called(line):
+                    callers.setdefault(called, []).append((caller, trips))
+        times: dict[str, int] = {self.entry: 1}
+
+        def count(name: str) -> int:
+            if name not in times:
+                times[name] = sum(count(caller) * trips for caller, trips in callers.get(name, []))
+            return times[name]
+
+        for name in self.computations:
+            count(name)
+        return times
+
+    def _trips(self, caller: str, loop: Instruction) -> int:
+        """How often a counted loop runs: its condition compares a counter with a constant, its body adds a constant.
+        Raises ValueError for a loop of another kind."""
+        told = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
+        if told:
+            return int(told[1])
+        condition = self._by_name(loop.attribute("condition"))
+        body = self._by_name(loop.attribute("body"))
+        compare = next(i for i in condition.values() if i.root)
+        limits = [n for name in compare.operands if (n := _constant(condition[name])) is not None]
+        counters = [condition[n] for n in compare.operands if condition[n].kind == "get-tuple-element"]
+        if len(limits) != 1 or len(counters) != 1 or "direction=LT" not in compare.rest:
+            raise ValueError(f"the loop {loop.name} does not count up to a constant")
+        index = int(counters[0].attribute("index"))
+        start = self._element(self._by_name(caller), loop.operands[0], index)
+        step_of = body[next(i for i in body.values() if i.root).operands[index]]
+        steps = [n for name in step_of.operands if (n := _constant(body[name])) is not None]
+        step = steps[0] if step_of.kind == "add" and steps else 1
+        return math.ceil((limits[0] - start) / step)
+
+    def _element(self, lines: dict[str, Instruction], name: str, index: int) -> int:
+        """The constant that stands in a tuple, 0 where it is none."""
+        made = lines[name]
+        value = lines.get(made.operands[index]) if made.kind == "tuple" else None
+        while value is not None and value.kind in ("copy", "convert", "bitcast"):
+            value = lines.get(value.operands[0])
+        return (_constant(value) if value else None) or 0
+
+    def _by_name(self, computation: str) -> dict[str, Instruction]:
+        return {i.name: i for i in self.computations[computation]}
+
+    def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
+        """All collectives that a step runs on a mesh of these axes, the most bytes first.
+
+        The parts of one that runs beside other work stand in several fusions under one channel, and count once.
+        """
+        found: dict[str, Collective] = {}
+        for computation, lines in self.computations.items():
+            for line in lines:
+                kind = line.kind.removesuffix("-start")
+                times = self.times[computation]
+                if kind not in COLLECTIVES or not times:
+                    continue
+                if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"  # a TPU's is an all-reduce in a fusion that keeps a part
+                axes, size = _axes(line.rest, mesh)
+                arrays = _arrays(line.result)
+                if line.kind != kind and kind != "all-reduce" and len(arrays) > 1:  # a start's: operand, result, ...
+                    arrays = arrays[1:2]
+                bytes_ = sum(n for _, n in arrays)
+                share = (size - 1) / size if size > 1 else 0.0
+                factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "reduce-scatter": share * size}
+                if kind == "reduce-scatter" and line.kind == "all-reduce":
+                    factor["reduce-scatter"] = share
+                sent = int(bytes_ * factor.get(kind, share))
+                channel = line.attribute("channel_id") or f"{computation} {line.name}"
+                one = Collective(kind, axes, ", ".join(text for text, _ in arrays[:2]), sent, times)
+                if channel not in found or found[channel].times < times:
+                    found[channel] = one
+        return sorted(found.values(), key=lambda c: -c.sent * c.times)
+
+    def _run(self) -> Iterator[tuple[str, Instruction]]:
+        """The instructions that are run by themselves, with their computation: those of no fusion."""
+        fused = {c for lines in self.computations.values() for i in lines if i.kind != "while" for c in _called(i)}
+        for name, lines in self.computations.items():
+            if name not in fused and self.times[name]:
+                yield from ((name, line) for line in lines)
+
+    @property
+    def estimated_cycles(self) -> int:
+        """The sum of the cycles that a TPU's compiler estimates for each fusion, as if none ran beside another."""
+        told = re.compile(r'"estimated_cycles":"(\d+)"')
+        return sum(self.times[c] * int(found[1]) for c, i in self._run() if (found := told.search(i.rest)))
+
+    def largest(self, count: int) -> list[tuple[str, int, str]]:
+        """The largest arrays that a step makes: type and shape, bytes, and the operation that they come from."""
+        sizes: dict[str, tuple[int, str]] = {}
+        for _, line in self._run():
+            if line.kind in _NOT_NEW or line.kind.endswith(("-start", "-done")):
+                continue
+            name = re.search(r'op_name="([^"]*)"', line.rest)
+            for text, size in _arrays(line.result):
+                if text not in sizes or not sizes[text][1]:
+                    sizes[text] = (size, name[1] if name else "")
+        ordered = sorted(sizes.items(), key=lambda item: -item[1][0])
+        return [(text, size, name) for text, (size, name) in ordered[:count]]
+
+
+def _called(line: Instruction) -> list[str]:
+    """The computations that an instruction runs; what it reduces by does not count."""
+    if line.kind == "while":
+        return [line.attribute("body")]
+    names = [line.attribute("calls")] if "calls=" in line.rest else []
+    if line.kind == "call":
+        names.append(line.attribute("to_apply"))
+    for key in ("branch_computations", "called_computations"):
+        if found := re.search(rf"{key}=\{{([^}}]*)\}}", line.rest):
+            names += re.findall(r"%([\w.\-]+)", found[1])
+    return [name for name in names if name]
+
+
+def _constant(line: Instruction) -> int | None:
+    found = re.match(r"(-?\d+)\)", line.rest) if line.kind == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _arrays(result: str) -> list[tuple[str, int]]:
+    """The arrays of a type, as text, with their bytes."""
+    found = []
+    for kind, shape in _ARRAY.findall(result):
+        if kind in _BYTES:
+            size = _BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
+            found.append((f"{kind}[{shape}]", size))
+    return found
+
+
+def _axes(rest: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that a collective runs over, and the devices of one group."""
+    groups = _groups(rest, math.prod(mesh.values()))
+    coordinates = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, members]
+    moves = (coordinates != coordinates[:, :, :1]).any(axis=(1, 2))
+    return tuple(axis for axis, moving in zip(mesh, moves, strict=True) if moving), groups.shape[1]
+
+
+def _groups(rest: str, devices: int) -> np.ndarray:
+    """The groups of devices, [groups, members], in any of HLO's four ways to write them."""
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
+        return np.array([[int(n) for n in p.split(",")] for p in re.findall(r"\{([\d,]+)\}", pairs[1])])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        return _named_groups(named[1], named[2])
+    if counted := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape, source = ([int(n) for n in counted[i].split(",")] for i in (1, 2))
+        ids = np.arange(math.prod(source)).reshape(source)
+        if counted[3]:
+            ids = ids.transpose([int(n) for n in counted[3].split(",")])
+        return ids.reshape(shape)
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
+        return np.array([[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])])
+    return np.arange(devices)[None]
+
+
+def _named_groups(mesh: str, axes: str) -> np.ndarray:
+    """Groups along axes of a mesh of the compiler's own: `'axis_0'=16,'axis_1'=1` along `'axis_0'`, or along a part of
+    an axis, `'axis_0':(2)4`, the 4 that come after its first 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    along: dict[str, tuple[int, int]] = {}
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
+        along[name] = (int(before), int(size)) if size else (1, sizes[name])
+    shape: list[int] = []
+    moving: list[int] = []
+    for name, size in sizes.items():
+        before, inside = along.get(name, (size, 1))
+        moving += [len(shape) + 1] if name in along else []
+        shape += [before, inside, size // (before * inside)]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    still = [i for i in range(len(shape)) if i not in moving]
+    return ids.transpose([*still, *moving]).reshape(-1, math.prod(shape[i] for i in moving))

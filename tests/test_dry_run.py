@@ -1,0 +1,205 @@
+"""`--dry_run`: what it says of state and traffic against sums of our own, and its verdicts."""
+
+import importlib.util
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import CONFIG, ROOT, Outcome, hf_shapes, make_records, run, write_json, write_model
+
+import train_jax
+from llama_jax.arguments import parse_arguments
+from llama_jax.dry_run import make_planner
+from llama_jax.hf.source import Source
+from llama_jax.hlo import Program
+from llama_jax.plan import Option
+from llama_jax.topology import find_topology
+
+FLAGS = ["--bf16", "True", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
+MODELS = {  # of configs/, by the beginnings of their names
+    "alpaca_7b": "llama-7b",
+    "alpaca_13b": "llama-13b",
+    "alpaca_70b": "llama-2-70b",
+    "llama3_8b": "llama-3-8b",
+}
+
+
+def raw_config(shape: str) -> dict[str, Any]:
+    spec = importlib.util.spec_from_file_location("make_model", ROOT / "benchmarks" / "make_model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.raw_config(shape)
+
+
+def write_case(folder: Path, raw: dict[str, Any], count: int = 600) -> list[str]:
+    """A model of which only the config is there, and records as long as Alpaca's; returns the flags."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    write_json(model / "config.json", raw)
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(math.log(100), 0.6, count), 20, 512).astype(int)
+    records = [{"input_ids": [7] * n, "labels": [-100] * (n // 2) + [7] * (n - n // 2)} for n in map(int, lengths)]
+    data = write_json(folder / "data.json", records)
+    paths = ("--model_name_or_path", model, "--data_path", data, "--output_dir", folder / "out")
+    return [str(part) for part in paths]
+
+
+def dry_run(folder: Path, raw: dict[str, Any], *flags: Any) -> Outcome:
+    outcome = run(train_jax.main, *write_case(folder, raw), *FLAGS, *flags)
+    assert not (folder / "out").exists()
+    return outcome
+
+
+def row(text: str, name: str) -> float:
+    found = re.search(rf"^ +{re.escape(name)} +([\d.,]+)", text, re.M)
+    assert found, (name, text)
+    return float(found[1].replace(",", ""))
+
+
+def test_gpus_by_arithmetic(tmp_path: Path) -> None:
+    """Only config.json is there, nothing is compiled or written, and what a device holds is an eighth."""
+    raw = raw_config("llama-7b")
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h200:8")
+    assert outcome.code == 0 and outcome.compiled == 0, outcome.err
+    assert "attention by cudnn" in outcome.out and "an estimate by arithmetic, no compiler was asked" in outcome.out
+    parameters = sum(math.prod(shape) for shape in hf_shapes(raw).values())
+    for name, size in (("parameters", 4), ("optimizer's state", 8)):
+        assert row(outcome.out, name) == pytest.approx(parameters * size / 8 / 2**30, abs=0.006), name
+
+
+def test_what_does_not_fit_a_gpu(tmp_path: Path) -> None:
+    """88 GiB of state on 80; the next larger holds it. And flags that ask for too much, beside those that do not."""
+    raw = raw_config("llama-7b")
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h100:1")
+    assert outcome.code == 3 and "h100:1: DOES NOT FIT" in outcome.out and outcome.out.strip().endswith("h100:2")
+    asked = ["--remat", "none", "--max_tokens_per_device", "40000", "--gradient_accumulation_steps", "256"]
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h200:1", *asked)
+    assert outcome.code == 3, outcome.out
+    change = re.search(r"what fits, with the same examples in an update: (.*)", outcome.out)
+    assert change, outcome.out
+    changed = dry_run(tmp_path, raw, "--dry_run", "h200:1", *asked, *shlex.split(change[1]))
+    assert changed.code == 0 and "256 examples" in changed.out, changed.out
+
+
+def test_another_mesh_keeps_the_batch(tmp_path: Path) -> None:
+    raw = raw_config("llama-7b")
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h100:8", "--mesh", "data=8")
+    assert outcome.code == 3 and "64 examples" in outcome.out
+    change = re.search(r"an update: (.*)", outcome.out)
+    assert change and "--mesh fsdp=8 --gradient_accumulation_steps 8" in change[1], outcome.out
+    changed = dry_run(tmp_path, raw, "--dry_run", "h100:8", *shlex.split(change[1]))
+    assert changed.code == 0 and "64 examples" in changed.out
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    outcome = dry_run(tmp_path, CONFIG, "--dry_run", "v5x-4")
+    assert outcome.code == 2 and "no such topology; known are" in outcome.err
+    outcome = dry_run(tmp_path, CONFIG, "--dry_run", "h200:8", "--mesh", "fsdp=3")
+    assert outcome.code == 2 and "--mesh fsdp=3" in outcome.err
+    untyped = {k: v for k, v in CONFIG.items() if k != "torch_dtype"}
+    outcome = dry_run(tmp_path, untyped, "--dry_run", "h200:1", "--hf_compat", "5")
+    assert outcome.code == 2 and "give --dtype" in outcome.err
+
+
+def test_a_whole_folder_and_a_real_run_still_need_weights(tmp_path: Path) -> None:
+    flags = write_case(tmp_path, CONFIG)
+    outcome = run(train_jax.main, *flags)
+    assert outcome.code == 2 and "no model.safetensors" in outcome.err
+    write_model(tmp_path / "model", CONFIG)
+    write_json(tmp_path / "data.json", make_records(20))
+    assert run(train_jax.main, *flags, "--dry_run", "h200:1").code == 0
+
+
+def test_a_tiny_model_on_a_tpu(libtpu: None, tmp_path: Path) -> None:
+    """Compiled for the slice with its kernel; no verdict at low effort."""
+    raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    outcome = dry_run(tmp_path, raw, "--dry_run", "v5e-4", "--dry_run_effort", "fast")
+    assert outcome.code == 0 and outcome.compiled == 1, outcome.err
+    for wanted in ("attention by splash", "4 x TPU v5 lite", "over fsdp", "gives no verdict on memory"):
+        assert wanted in outcome.out, outcome.out
+    assert "peak" not in outcome.out
+
+
+@pytest.mark.slow
+def test_a_tiny_model_at_full_effort(libtpu: None, tmp_path: Path) -> None:
+    raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    full = dry_run(tmp_path, raw, "--dry_run", "v5e-4")
+    assert full.code == 0 and re.search(r"v5e-4: fits: [\d.]+ of 15.43 GiB", full.out), full.out
+    assert row(full.out, "peak") < 0.2 and "the compiler's estimate" in full.out
+
+
+@pytest.mark.slow
+def test_what_a_tpu_sends(libtpu: None, tmp_path: Path) -> None:
+    """With all devices on fsdp, weights and gradients and the norm's sums: nothing that has a place for each token."""
+    raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 12}
+    flags = write_case(tmp_path, raw)
+    args = parse_arguments([*flags, *FLAGS])
+    topology = find_topology("v5e-4")
+    source = Source(tmp_path / "model", weights=False)
+    planner = make_planner(args, source, topology, topology.devices(), True)
+    plan = planner.make(Option(2048, "full"))
+    plan.compile(plan.largest_block, planner.mesh)
+    program = Program(plan.steps.programs[plan.largest_block].as_text())
+    found = program.collectives(planner.mesh.shape)
+    assert {c.axes for c in found} == {("fsdp",)}
+    B, T = plan.largest_block
+    activations = {f"{B},{T},256", f"{B // 4},{T},256", f"{B * T},256"}
+    assert not [c for c in found if re.search(r"\[(.*)\]", c.result)[1] in activations], found  # type: ignore[index]
+    layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
+    # Gathered forward and backward in bfloat16, scattered once; the rings' first and last steps on top.
+    of_layers = sum(c.sent * c.times for c in found if c.times >= 12)
+    assert 0.75 * 3 * 2 * layers <= of_layers <= 1.5 * 3 * 2 * layers
+
+
+def test_refused(libtpu: None, tmp_path: Path) -> None:
+    """7B on four chips of 16 GB: the state alone is more."""
+    outcome = dry_run(tmp_path, raw_config("llama-7b"), "--dry_run", "v5e-4")
+    assert outcome.code == 3 and outcome.compiled == 0, outcome.err
+    assert "v5e-4: DOES NOT FIT" in outcome.out and "the smallest that has room is v5e-8" in outcome.out
+
+
+CONFIGS = [
+    (path, shlex.split(line.lstrip("# "))[-1])
+    for path in sorted((ROOT / "configs").glob("*.yaml"))
+    for line in path.read_text().splitlines()
+    if "--dry_run" in line
+]
+
+
+def dry_run_config(folder: Path, path: Path, topology: str, *flags: str) -> Outcome:
+    model = next(shape for name, shape in MODELS.items() if path.name.startswith(name))
+    paths = write_case(folder, raw_config(model), 4000)
+    return run(train_jax.main, "--config", path, *paths, "--dry_run", topology, *flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "topology"), CONFIGS, ids=[path.stem for path, _ in CONFIGS])
+def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> None:
+    """Each compiles for what its name says. The bytes that FSDP must send: weights gathered forward and backward, and
+    gradients scattered, in bfloat16; the compiler may send up to a half more (rings that run a part twice, gradients
+    that are summed whole where a part would do)."""
+    outcome = dry_run_config(tmp_path, path, topology, "--dry_run_effort", "fast")
+    assert outcome.code == 0, outcome.err
+    assert "128 examples" in outcome.out
+    if topology.startswith("h"):
+        return
+    sent = sum(float(x.replace(",", "")) for x in re.findall(r"^ +([\d.,]+)  [a-z-]+ over fsdp,", outcome.out, re.M))
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
+    devices = find_topology(topology).count
+    least = 3 * 2 * layers * (devices - 1) / devices / 1e6
+    assert 0.98 * least < sent < 1.5 * least, (sent, least)
+
+
+@pytest.mark.slow
+def test_a_config_at_full_effort(libtpu: None, tmp_path: Path) -> None:
+    path = ROOT / "configs" / "alpaca_7b_v5e-16.yaml"
+    outcome = dry_run_config(tmp_path, path, "v5e-16")
+    assert outcome.code == 0, outcome.err
+    assert 5.4 < row(outcome.out, "peak") < 15.43 and "v5e-16: fits" in outcome.out
