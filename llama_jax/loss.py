@@ -52,10 +52,13 @@ def _loss_fwd(vocab_size: int, label_smoothing: float, hidden_BTD, head_VD, targ
         losses, d_logits = _chunk(vocab_size, label_smoothing, head_VD, hidden, targets_BT[:, c], weights_BT[:, c])
         parts.append(losses)
         d_hidden.append(jnp.einsum("BCV,VD->BCD", d_logits, head_VD, out_sharding=sharding.ACT_BTD))
-        here = jnp.einsum("BCV,BCD->VD", d_logits, hidden, out_sharding=sharding.HEAD_VD)
+        kind = sharding.sum_dtype(head_VD.dtype)
+        here = jnp.einsum("BCV,BCD->VD", d_logits, hidden, out_sharding=sharding.HEAD_VD, preferred_element_type=kind)
         d_head = here if d_head is None else d_head + here
     losses = jnp.concatenate(parts, axis=1)
-    return (jnp.sum(losses), losses), (jnp.concatenate(d_hidden, axis=1).astype(hidden_BTD.dtype), d_head)
+    assert d_head is not None
+    d_hidden_BTD = jnp.concatenate(d_hidden, axis=1)
+    return (jnp.sum(losses), losses), (d_hidden_BTD.astype(hidden_BTD.dtype), d_head.astype(head_VD.dtype))
 
 
 def _loss_bwd(vocab_size: int, label_smoothing: float, gradients, cotangents):

@@ -70,6 +70,24 @@ class Tokens(NamedTuple):
     segment_ids: Int[Array, "B T"]
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(out: P, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
+    """x @ weight.T, laid out by `out`; the devices' shares of the weight's gradient are added in `sum_dtype`."""
+    return jnp.einsum("BTI,OI->BTO", x, weight, out_sharding=out)
+
+
+def _project_bwd(out: P, operands: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = operands
+    like_x, like_weight = (jax.typeof(operand).sharding.spec for operand in operands)
+    dx = jnp.einsum("BTO,OI->BTI", dy, weight, out_sharding=like_x)
+    kind = sharding.sum_dtype(weight.dtype)
+    dw = jnp.einsum("BTO,BTI->OI", dy, x, out_sharding=like_weight, preferred_element_type=kind)
+    return dx, dw.astype(weight.dtype)
+
+
+project.defvjp(lambda out, x, weight: (project(out, x, weight), (x, weight)), _project_bwd)
+
+
 class Linear(nnx.Module):
     """x @ weight.T + bias in the compute type."""
 
@@ -84,7 +102,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...].astype(self.dtype)
-        y = jnp.einsum("BTI,OI->BTO", x.astype(self.dtype), weight, out_sharding=self.out)
+        y = project(self.out, x.astype(self.dtype), weight)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -172,6 +172,14 @@ def bytes_on_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def sum_dtype(dtype: Any) -> Any:
+    """The type in which a weight's gradient, in products of `dtype`, is summed: float32 where the mesh that is set has
+    devices with rows of their own, as the Trainer's ranks sum theirs; on one, where only the sum is rounded, `dtype`.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    return np.dtype(np.float32) if math.prod(shape[axis] for axis in BATCH) > 1 else np.dtype(dtype)
+
+
 def stacked(spec: P) -> P:
     """The spec of weights with the layer axis in front."""
     return P(None, *spec)

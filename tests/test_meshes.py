@@ -37,20 +37,20 @@ from llama_jax.reporting.run_log import RunLog
 from llama_jax.train import Steps, TrainState, abstract_state
 
 ONE = "fsdp=1"
+EIGHT = "--xla_force_host_platform_device_count=8"
 # 4 heads with 4 kv heads, or 8 with 2: tensor=8 pads both, tensor=4 the second.
 MESHES = ["fsdp=2", "tensor=2", "data=2", "fsdp=4", "tensor=4", "data=2,tensor=2", "fsdp=8", "tensor=8", "data=8",
           "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4"]  # fmt: skip
 
 
-def on_eight_devices(call: str) -> str:
-    """What a function of this file prints in a process with eight devices."""
+def on_eight_devices(call: str, xla_flags: str = "") -> None:
+    """Call a function of this file in a process with eight devices, and print what it prints."""
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": paths}
+    env = environment() | {"XLA_FLAGS": EIGHT + xla_flags, "PYTHONPATH": paths}
     command = [sys.executable, "-c", f"import test_meshes; test_meshes.{call}"]
     result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     print(result.stdout)
-    return result.stdout
 
 
 @contextlib.contextmanager
@@ -240,6 +240,26 @@ def check_placement() -> None:
                     (vectors if "norm" in str(path) else matrices).append(x)
                 assert sharding.bytes_on_device(matrices) * ways == tree_bytes(matrices), spec
                 assert sharding.bytes_on_device(vectors) == tree_bytes(vectors)
+
+
+def check_types(folder: str) -> None:
+    """As the partitioner leaves the program: the CPU's compiler then has all sums in float32."""
+    jax.config.update("jax_enable_compilation_cache", False)  # what is found there is not dumped
+    for spec, scan in (("fsdp=8", False), ("data=2,fsdp=4", True)):
+        compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16)
+    dumps = list(Path(folder).glob("*jit_update*after_spmd-partitioning*"))
+    assert len(dumps) == 2
+    for dump in dumps:
+        kinds = Counter(re.findall(rf"= (\w+)\[[\d,]*\]\S* ({KINDS})\(", dump.read_text()))
+        # Of each matrix but the embedding the copy in bfloat16 is gathered; no sum over devices is in bfloat16.
+        assert kinds["bf16", "all-gather"] >= len(MATRICES) + 1 and kinds["f32", "all-gather"] == 1, kinds
+        assert not kinds["bf16", "all-reduce"] and kinds["f32", "all-reduce"] >= len(MATRICES) + 2, kinds
+
+
+def test_gradients_are_summed_in_float32(tmp_path: Path) -> None:
+    """As the Trainer's ranks sum them, though matmuls are in bfloat16."""
+    flags = f" --xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd-partitioning"
+    on_eight_devices(f"check_types({str(tmp_path)!r})", flags)
 
 
 def test_collectives() -> None:
