@@ -288,7 +288,8 @@ def _nearest(
 ) -> str:
     """The first change that fits, the global batch being the same: recomputation and blocks, then the mesh; and where
     none does, the fewest devices that hold what arithmetic can count."""
-    for changes in _changes(args, planner):
+    whole = sharding.bytes_on_device(planner.state) * planner.mesh.size // planner.mesh.shape["data"]
+    for changes in _changes(args, planner) if whole < limit * planner.mesh.size else ():
         changed = copy.copy(args)
         for name, value in changes.items():
             setattr(changed, name, value)
@@ -304,7 +305,7 @@ def _nearest(
             flags = {**changes, "remat": option.remat, "max_tokens_per_device": option.max_tokens}
             told = " ".join(f"--{name} {value}" for name, value in flags.items())
             return f"what fits, with the same examples in an update: {told}"
-    for larger in topology.larger:
+    for larger in (t for t in topology.larger if whole < limit * t.count):
         changed = _same_batch(args, planner, larger)
         other = make_planner(changed, source, larger, larger.devices(), quiet)
         if other.least_bytes(other.options(limit)[0]) <= limit:
