@@ -182,8 +182,8 @@ def dry_run_config(folder: Path, path: Path, topology: str, *flags: str) -> Outc
 @pytest.mark.parametrize(("path", "topology"), CONFIGS, ids=[path.stem for path, _ in CONFIGS])
 def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> None:
     """Each compiles for what its name says. The bytes that FSDP must send: weights gathered forward and backward in
-    bfloat16, and gradients scattered in float32; the compiler may send up to a half more (rings that run a part twice,
-    gradients that are summed whole where a part would do)."""
+    bfloat16, and gradients scattered in float32; half more where gradients are summed whole (64 devices of v5p), and
+    the embedding and the head."""
     outcome = dry_run_config(tmp_path, path, topology, "--dry_run_effort", "fast")
     assert outcome.code == 0, outcome.err
     assert "128 examples" in outcome.out
@@ -194,7 +194,7 @@ def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> Non
     layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
     devices = find_topology(topology).count
     least = (2 + 2 + 4) * layers * (devices - 1) / devices / 1e6
-    assert 0.98 * least < sent < 1.5 * least, (sent, least)
+    assert 0.98 * least < sent < 1.6 * least, (sent, least)
 
 
 @pytest.mark.slow
