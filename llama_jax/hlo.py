@@ -114,7 +114,7 @@ class Program:
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
         """All collectives that a step runs on a mesh of these axes, the most bytes first.
 
-        The parts of one that runs beside other work stand in several fusions under one channel, and count once.
+        The parts of one that runs beside other work stand in several fusions, one chain, and count once.
         """
         found: dict[str, Collective] = {}
         for computation, lines in self.computations.items():
@@ -127,18 +127,19 @@ class Program:
                     kind = "reduce-scatter"  # a TPU's is an all-reduce in a fusion that keeps a part
                 axes, size = _axes(line.rest, mesh)
                 arrays = _arrays(line.result)
-                if line.kind != kind and kind != "all-reduce" and len(arrays) > 1:  # a start's: operand, result, ...
-                    arrays = arrays[1:2]
+                if line.kind.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":  # operands, results, ...
+                    arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
                 bytes_ = sum(n for _, n in arrays)
                 share = (size - 1) / size if size > 1 else 0.0
                 factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "reduce-scatter": share * size}
                 if kind == "reduce-scatter" and line.kind == "all-reduce":
                     factor["reduce-scatter"] = share
                 sent = int(bytes_ * factor.get(kind, share))
-                channel = line.attribute("channel_id") or f"{computation} {line.name}"
+                chain = re.search(r'chain_id="(\d+)"', line.rest)
+                key = f"{chain[1]} {line.attribute('channel_id')}" if chain else f"{computation} {line.name}"
                 one = Collective(kind, axes, ", ".join(text for text, _ in arrays[:2]), sent, times)
-                if channel not in found or found[channel].times < times:
-                    found[channel] = one
+                if key not in found or found[key].times < times:
+                    found[key] = one
         return sorted(found.values(), key=lambda c: -c.sent * c.times)
 
     def _run(self) -> Iterator[tuple[str, Instruction]]:

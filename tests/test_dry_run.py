@@ -152,9 +152,9 @@ def test_what_a_tpu_sends(libtpu: None, tmp_path: Path) -> None:
     activations = {f"{B},{T},256", f"{B // 4},{T},256", f"{B * T},256"}
     assert not [c for c in found if re.search(r"\[(.*)\]", c.result)[1] in activations], found  # type: ignore[index]
     layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
-    # Gathered forward and backward in bfloat16, scattered once; the rings' first and last steps on top.
+    # Gathered forward and backward in bfloat16, scattered in float32: three of four parts, and rings' extra steps.
     of_layers = sum(c.sent * c.times for c in found if c.times >= 12)
-    assert 0.75 * 3 * 2 * layers <= of_layers <= 1.5 * 3 * 2 * layers
+    assert 0.74 * (2 + 2 + 4) * layers <= of_layers <= 1.5 * (2 + 2 + 4) * layers
 
 
 def test_refused(libtpu: None, tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def dry_run_config(folder: Path, path: Path, topology: str, *flags: str) -> Outc
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "topology"), CONFIGS, ids=[path.stem for path, _ in CONFIGS])
 def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> None:
-    """Each compiles for what its name says. The bytes that FSDP must send: weights gathered forward and backward, and
-    gradients scattered, in bfloat16; the compiler may send up to a half more (rings that run a part twice, gradients
-    that are summed whole where a part would do)."""
+    """Each compiles for what its name says. The bytes that FSDP must send: weights gathered forward and backward in
+    bfloat16, and gradients scattered in float32; half more where gradients are summed whole (64 devices of v5p), and
+    the embedding and the head."""
     outcome = dry_run_config(tmp_path, path, topology, "--dry_run_effort", "fast")
     assert outcome.code == 0, outcome.err
     assert "128 examples" in outcome.out
@@ -193,8 +193,8 @@ def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> Non
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
     layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
     devices = find_topology(topology).count
-    least = 3 * 2 * layers * (devices - 1) / devices / 1e6
-    assert 0.98 * least < sent < 1.5 * least, (sent, least)
+    least = (2 + 2 + 4) * layers * (devices - 1) / devices / 1e6
+    assert 0.98 * least < sent < 1.6 * least, (sent, least)
 
 
 @pytest.mark.slow

@@ -59,17 +59,17 @@ PROGRAM = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
 %fused_computation.1 (p: bf16[64,8]) -> bf16[64,32] {
   %p = bf16[64,8]{1,0} parameter(0)
-  ROOT %all-gather.1 = bf16[64,32]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={1}
+  ROOT %all-gather.1 = bf16[64,32]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={1}, frontend_attributes={chain_id="0"}
 }
 
 %async_collective_fusion.1 (p.2: bf16[64,8]) -> bf16[64,32] {
   %p.2 = bf16[64,8]{1,0} parameter(0)
-  ROOT %all-gather.2 = bf16[64,32]{1,0:S(1)} all-gather(%p.2), channel_id=7, replica_groups=[1,4]<=[4], dimensions={1}
+  ROOT %all-gather.2 = bf16[64,32]{1,0:S(1)} all-gather(%p.2), channel_id=7, replica_groups=[1,4]<=[4], dimensions={1}, frontend_attributes={chain_id="0"}
 }
 
-%all-reduce-scatter.1 (p.3: f32[128]) -> f32[32] {
+%all-reduce-scatter.1 (p.3: f32[128]) -> (f32[32], f32[16]) {
   %p.3 = f32[128]{0} parameter(0)
-  %all-reduce.3 = f32[128]{0} all-reduce(%p.3), channel_id=9, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all-reduce.3 = (f32[128]{0}, f32[64]{0}) all-reduce(%p.3), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%add
   ROOT %part = f32[32]{0} slice(%all-reduce.3), slice={[0:32]}
 }
 
@@ -134,7 +134,7 @@ def test_a_program() -> None:
         ("all-gather", ("fsdp", "tensor")): (3072, 5),
         ("collective-permute", ("fsdp", "tensor")): (1024, 15),  # 2, 4, 6 below 8; and 5 layers
         ("all-reduce", ("tensor",)): (20, 1),  # twice half of 4 + 16 bytes
-        ("reduce-scatter", ("fsdp", "tensor")): (384, 1),  # 3 of 4 parts of 128 x 4
+        ("reduce-scatter", ("fsdp", "tensor")): (576, 1),  # 3 of 4 parts of (128 + 64) x 4; another's channel again
     }
     assert program.estimated_cycles == 5 * 100 + 7
     assert program.largest(1) == [("f32[1000,1000]", 4_000_000, "jit(step)/made")]
