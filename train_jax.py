@@ -293,9 +293,9 @@ def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) 
     for key, what in (("dtype", "parameters in"), ("optim", "the state of")):
         if saved[key] != facts[key]:
             raise InputError(f"{name} holds {what} {saved[key]}: resume it with --{key} {saved[key]}")
-    for key, value in facts["model"].items():
-        if saved["model"][key] != value:
-            was = f"{key} {saved['model'][key]}, this one {value}"
+    for key, value in saved.get("model", {}).items():  # checkpoints of before 2026-11-25 do not tell
+        if facts["model"][key] != value:
+            was = f"{key} {value}, this one {facts['model'][key]}"
             raise InputError(f"{name} holds another model: it has {was}; give --model_name_or_path the same as then")
     updates = facts["order"]["updates"]
     if saved["trainer_state"]["global_step"] > updates:
