@@ -87,6 +87,7 @@ def test_what_does_not_fit_a_gpu(tmp_path: Path) -> None:
     assert changed.code == 0 and "256 examples" in changed.out, changed.out
 
 
+@pytest.mark.slow
 def test_another_mesh_keeps_the_batch(tmp_path: Path) -> None:
     raw = raw_config("llama-7b")
     outcome = dry_run(tmp_path, raw, "--dry_run", "h100:8", "--mesh", "data=8")

@@ -891,6 +891,7 @@ def compare_meshes() -> None:
             assert_within(name, np.linalg.norm(got.grads[name] - grad), bounds[name])
 
 
+@pytest.mark.slow
 def test_eight_devices() -> None:
     root = Path(__file__).resolve().parent.parent
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
