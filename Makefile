@@ -41,7 +41,7 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow"
 
 slow: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
