@@ -128,34 +128,45 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
     return good
 
 
+def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform: str, updates: int):
+    """The updates of these flags from random weights, on random tokens: the last state, and loss and gradient norm of
+    each update."""
+    rng = np.random.default_rng(2)
+    rows = [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
+    data = Path(folder) / "data.json"
+    write_json(data, [{"input_ids": row, "labels": row} for row in rows])
+    base = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache --max_steps {updates} "
+    base += "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"
+    args = parse_arguments([*base.split(), *flags.split()])
+    job = make_job(args, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
+    plan = Planner(job, mesh, platform, "float32", bool(args.scan_layers)).settle(memory_limit())
+    blocks = f"at most {plan.batches.block_counts.max()} block(s) an update of {plan.batches.shapes}"
+    print(f"{plan.run.attention.name}, --remat {plan.run.remat}, {blocks}", flush=True)
+    _, abstract = abstract_params(config, RunOptions(), mesh)
+    params = random_params(abstract, mesh)
+    curve: list[tuple[float, float]] = []
+    state = fit(
+        init_state(stack_layers(params) if args.scan_layers else params, plan.tx, plan.run, mesh),
+        *(plan.steps, plan.batches, mesh, range(updates)),
+        learning_rate=job.schedule.rate,
+        on_update=lambda m: curve.append((m.loss, m.grad_norm)),
+        due=lambda step: False,
+        on_due=lambda *_: None,
+        stop=lambda: False,
+    )
+    return state, np.asarray(curve)
+
+
 def check_packing(config: LlamaConfig, mesh, platform: str) -> bool:
-    rng = np.random.default_rng(3)
     moments, losses = [], []
     with tempfile.TemporaryDirectory() as folder:
-        rows = [rng.integers(0, config.vocab_size, n).tolist() for n in (61, 127, 250, 93, 142, 38, 201, 89)]
-        data = Path(folder) / "data.json"
-        write_json(data, [{"input_ids": row, "labels": row} for row in rows])
         for flags in ("--packing False --max_tokens_per_device 256", "--packing True --max_tokens_per_device 1152"):
-            base = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache --max_steps 1 "
-            base += "--per_device_train_batch_size 1 --gradient_accumulation_steps 8 --remat matmuls --max_grad_norm 0"
-            args = parse_arguments([*base.split(), *flags.split()])
-            job = make_job(args, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
-            planner = Planner(job, mesh, platform, "float32", True)
-            plan = planner.settle(memory_limit())
-            state = init_state(random_params(planner.state.params, mesh), plan.tx, plan.run, mesh)
-            state = fit(
-                *(state, plan.steps, plan.batches, mesh, range(1)),
-                learning_rate=job.schedule.rate,
-                on_update=lambda m: losses.append(m.loss),
-                due=lambda step: False,
-                on_due=lambda *_: None,
-                stop=lambda: False,
-            )
+            flags += " --remat matmuls --max_grad_norm 0 --scan_layers True"
+            lengths = (61, 127, 250, 93, 142, 38, 201, 89)
+            state, curve = train(folder, flags, lengths, config, mesh, platform, 1)
+            losses.append(curve[0, 0])
             moments.append(jax.device_get(optax.tree_utils.tree_get(state.opt_state, "mu")))
-            print(
-                f"{plan.run.attention.name}, {plan.batches.block_counts[0]} blocks of {plan.batches.shapes}", flush=True
-            )
-            del state, plan, planner
+            del state  # before there is another
     off = abs(losses[1] / losses[0] - 1)
     worst = max(map(distance, *map(jax.tree.leaves, moments[::-1])))
     fine = off < PACKED and worst < PACKED
@@ -168,35 +179,13 @@ def check_packing(config: LlamaConfig, mesh, platform: str) -> bool:
 
 
 def check_curve(config: LlamaConfig, mesh, platform: str) -> bool:
-    rng = np.random.default_rng(2)
+    lengths = np.random.default_rng(2).integers(30, 300, 200)
+    plain = "--attention xla --remat full --accumulation multisteps --max_tokens_per_device 512 --scan_layers True"
     with tempfile.TemporaryDirectory() as folder:
-        rows = [rng.integers(0, config.vocab_size, n).tolist() for n in rng.integers(30, 300, 200)]
-        data = Path(folder) / "data.json"
-        write_json(data, [{"input_ids": row, "labels": row} for row in rows])
-        curves = []
-        plain = "--attention xla --remat full --accumulation multisteps --max_tokens_per_device 512 --scan_layers True"
-        for flags in (plain, ""):
-            base = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache --bf16 True "
-            base += "--max_steps 20 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 "
-            base += "--learning_rate 1e-4"
-            args = parse_arguments([*base.split(), *flags.split()])
-            job = make_job(args, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
-            planner = Planner(job, mesh, platform, "float32", bool(args.scan_layers))
-            plan = planner.settle(memory_limit())
-            _, abstract = abstract_params(config, RunOptions(), mesh)
-            params = random_params(abstract, mesh)
-            state = init_state(stack_layers(params) if args.scan_layers else params, plan.tx, plan.run, mesh)
-            curve: list[tuple[float, float]] = []
-            fit(
-                *(state, plan.steps, plan.batches, mesh, range(20)),
-                learning_rate=job.schedule.rate,
-                on_update=lambda m, curve=curve: curve.append((m.loss, m.grad_norm)),
-                due=lambda step: False,
-                on_due=lambda *_: None,
-                stop=lambda: False,
-            )
-            curves.append(np.asarray(curve))
-            print(f"{plan.run.attention.name}, --remat {plan.run.remat}, blocks {plan.batches.shapes}", flush=True)
+        curves = [
+            train(folder, f"--bf16 True --learning_rate 1e-4 {flags}", lengths, config, mesh, platform, 20)[1]
+            for flags in (plain, "")
+        ]
     off = np.abs(curves[1] / curves[0] - 1).max(axis=0)
     fine = bool(off.max() < CURVE)
     print(f"20 updates: losses off by at most {off[0]:.1e}, norms {off[1]:.1e}{'' if fine else '  WRONG'}")

@@ -14,7 +14,6 @@ TFLOP/s count 6 operations a parameter (input embedding left out) and token, att
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -48,11 +47,10 @@ def lengths_of(args: argparse.Namespace) -> tuple[np.ndarray, int, int]:
 def count_flops(raw: dict, lengths: np.ndarray) -> float:
     """Of forward and backward over examples of these lengths."""
     from llama_jax.config import LlamaConfig
+    from llama_jax.dry_run import operations
 
     config = LlamaConfig.from_hf(raw)
-    dense = 6 * config.num_non_embedding_parameters * lengths.sum()
-    width = config.num_attention_heads * config.head_dim
-    return float(dense + 6 * config.num_hidden_layers * width * (lengths.astype(float) ** 2).sum())
+    return sum(operations(config, n, n, "none")[0] for n in lengths.tolist())
 
 
 def ours(args: argparse.Namespace) -> dict:
@@ -234,7 +232,7 @@ def main() -> None:
     for work in args.work:
         for run in ("ours", *args.peers):
             command = [sys.executable, __file__, *sys.argv[1:], "--work", work, "--only", run]
-            made = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+            made = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = [x for x in made.stdout.splitlines() if x.startswith("RESULT ")]
             if not lines:
                 print(f"| {work} | {run} | failed: {made.stderr.strip().splitlines()[-1][:200]} |", flush=True)
