@@ -20,13 +20,12 @@ from llama_jax.hlo import Collective, Program
 from llama_jax.job import Job, make_job
 from llama_jax.loss import CHUNK
 from llama_jax.plan import Option, Plan, Planner, activation_bytes, choose_scan
-from llama_jax.platform import set_up_jax
+from llama_jax.platform import MEMORY_SHARE, set_up_jax
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.topology import Chip, Topology, find_topology
 
 GIB = 2**30
 DOES_NOT_FIT = 3
-SHARE = 0.98  # of a device's memory, as platform.memory_limit has it
 # Forward passes of the layers that each choice of `RunOptions.remat` makes again, as a share of one.
 AGAIN = {"none": 0.0, "matmuls": 0.0, "attention": 1.0, "full": 1.0}
 
@@ -61,7 +60,7 @@ def dry_run(args: Arguments) -> int:
         source = Source(Path(args.model_name_or_path), args.allow_pickle, weights=False)
         devices = topology.devices()
         planner = make_planner(args, source, topology, devices, quiet)
-        limit = int(SHARE * chip.memory)
+        limit = int(MEMORY_SHARE * chip.memory)
         outcome = _plan(planner, chip, limit, fast, quiet)
         print("\n".join(_report(outcome, topology, fast)), flush=True)
         fits = outcome.needed is None or outcome.needed <= limit

@@ -7,6 +7,8 @@ import jax
 
 from llama_jax.files import cache_folder
 
+MEMORY_SHARE = 0.98  # of a device's, that a program may use: the rest is for what is not counted
+
 
 def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: bool = False) -> str:
     """Choose the platform, exact float32 products (TF32 on request) and a compilation cache; returns the platform.
@@ -36,6 +38,6 @@ def peak_memory() -> int | None:
 
 
 def memory_limit() -> int | None:
-    """Bytes that a program may use on each device, where the platform tells; 2% are left for what is not counted."""
+    """Bytes that a program may use on each device, where the platform tells."""
     stats = jax.local_devices()[0].memory_stats()
-    return int(0.98 * stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
+    return int(MEMORY_SHARE * stats["bytes_limit"]) if stats and "bytes_limit" in stats else None
