@@ -139,7 +139,7 @@ class Attention(nnx.Module):
             shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
             return jnp.reshape(y, shape, out_sharding=sharding.ACT_BTNH)
 
-        q, k, v = (heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         dtype = self.rope_dtype or x.dtype
         cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
         q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.errors import InputError
@@ -113,7 +113,7 @@ def describe_mesh(mesh: Mesh) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "fsdp=1"
 
 
-def batch_ways(mesh: Mesh) -> int:
+def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the rows of a batch are divided into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -176,8 +176,7 @@ def sum_dtype(dtype: Any) -> Any:
     """The type in which a weight's gradient, in products of `dtype`, is summed: float32 where the mesh that is set has
     devices with rows of their own, as the Trainer's ranks sum theirs; on one, where only the sum is rounded, `dtype`.
     """
-    shape = jax.sharding.get_abstract_mesh().shape
-    return np.dtype(np.float32) if math.prod(shape[axis] for axis in BATCH) > 1 else np.dtype(dtype)
+    return np.dtype(np.float32 if batch_ways(jax.sharding.get_abstract_mesh()) > 1 else dtype)
 
 
 def stacked(spec: P) -> P:
