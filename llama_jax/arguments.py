@@ -151,8 +151,8 @@ class Arguments:
     use_cpu: bool = _flag(False, "run on the CPU")
     mesh: str = _flag(
         "auto",
-        "how the devices are laid out, as data=2,fsdp=4,tensor=2; axes left out are 1, one may be -1; each of data x "
-        "fsdp is a device of the Trainer's; auto: all on fsdp",
+        "how the devices are laid out, as data=2,fsdp=4,tensor=2 or fsdp=4,context=2; axes left out are 1, one may be "
+        "-1; each of data x fsdp is a device of the Trainer's, context divides its rows; auto: all on fsdp",
     )
     coordinator_address: str | None = _flag(
         None, "HOST:PORT of the first of several processes; TPU slices, SLURM and Open MPI need no address"

@@ -1,6 +1,7 @@
 """Packed causal attention: every token sees the earlier tokens of its own segment, and nothing else.
 
-Letters: B rows, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim, M segments of a row.
+Letters: B rows, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim, M segments of a row; X
+devices that a row is divided over.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.errors import InputError
-from llama_jax.sharding import ACT_BT, ACT_BTKGH, ACT_BTNH
+from llama_jax.sharding import ACT_BT, ACT_BTNH, axis_size
 
 KERNELS = ("xla", "cudnn", "splash")
 
@@ -68,16 +69,63 @@ def attention(
     Plain XLA, for any device: products in the operands' type, scores and softmax in float32. Every query must have at
     least one key that it may see (itself, in training).
     """
+    return _on_devices(_xla, q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions)
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions):
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = jnp.reshape(q_BTNH, (B, T, K, N // K, H), out_sharding=ACT_BTKGH)
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
     same = q_segments[:, :, None] == kv_segments[:, None, :]
     visible = same & (q_positions[:, :, None] >= kv_positions[:, None, :])
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
-    return jnp.reshape(out, (B, T, N, H), out_sharding=ACT_BTNH)
+    return out.reshape(B, T, N, H)
+
+
+def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: jax.Array) -> jax.Array:
+    """`attend(q, k, v, *tokens)` by each device on rows and heads of its own, the [B, T] arrays of `tokens` whole rows:
+    a kernel is opaque to the compiler's partitioner.
+
+    Devices that have a row together change places first, tokens for heads, and back with what comes out: two
+    all-to-alls (DeepSpeed-Ulysses, arXiv:2309.14509). Each then has whole rows, whatever the kernel, the segments and
+    the mask, and none has more to do than another.
+    """
+    X = axis_size("context")
+
+    def change_places(x, heads_to_tokens: bool):
+        split, concatenated = (1, 2) if heads_to_tokens else (2, 1)
+        return jax.lax.all_to_all(x, "context", split, concatenated, tiled=True)
+
+    def local(q, k, v, *tokens):
+        N, K = q.shape[2], k.shape[2]
+        copies, kv_heads = kv_copies(K, N // K, X)
+        heads = kv_heads * (N // K // copies)
+        k, v = (_pad_heads(jnp.repeat(x, copies, axis=2), kv_heads) for x in (k, v))
+        q, k, v = (change_places(x, False) for x in (_pad_heads(q, heads), k, v))
+        tokens = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in tokens)
+        return change_places(attend(q, k, v, *tokens), True)[:, :, :N]
+
+    specs = (ACT_BTNH, ACT_BTNH, ACT_BTNH, *(ACT_BT for _ in tokens))
+    on_devices = jax.shard_map(local if X > 1 else attend, in_specs=specs, out_specs=ACT_BTNH, check_vma=False)
+    return on_devices(q_BTNH, k_BSKH, v_BSKH, *tokens)
+
+
+def kv_copies(kv_heads: int, group: int, ways: int) -> tuple[int, int]:
+    """How often each kv head, with `group` query heads, is repeated so that so many devices divide them, and how many
+    there are then, with those of zeros that fill up: as few query heads as can be, then as few copies."""
+    options = []
+    for copies in (n for n in range(1, group + 1) if group % n == 0):
+        filled = -(-kv_heads * copies // ways) * ways
+        options.append((filled * group // copies, copies, filled))
+    _, copies, filled = min(options)
+    return copies, filled
+
+
+def _pad_heads(x_BTNH: jax.Array, heads: int) -> jax.Array:
+    return jnp.pad(x_BTNH, ((0, 0), (0, 0), (0, heads - x_BTNH.shape[2]), (0, 0)))
 
 
 def keeps_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -104,11 +152,7 @@ def packed_attention(
     inner = partial(_splash, interpret=interpret)
     if kernel.name == "cudnn":
         inner = partial(_cudnn, segments=kernel.segments)
-    # A kernel is opaque to the compiler's partitioner: each device runs it on its own rows and heads.
-    specs = (ACT_BTNH, ACT_BTNH, ACT_BTNH, ACT_BT)
-    return jax.shard_map(inner, in_specs=specs, out_specs=ACT_BTNH, check_vma=False)(
-        q_BTNH, k_BTKH, v_BTKH, segment_ids
-    )
+    return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids)
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):

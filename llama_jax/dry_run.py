@@ -330,9 +330,11 @@ def _changes(args: Arguments, planner: Planner) -> Iterator[dict[str, Any]]:
     if (args.remat, args.max_tokens_per_device) != ("auto", "auto"):
         yield free
     ways, size = sharding.batch_ways(planner.mesh), planner.mesh.size
-    for tensor in (1, 2, 4, 8):
-        batches = args.gradient_accumulation_steps * ways * tensor
-        mesh = f"fsdp={size // tensor}" + (f",tensor={tensor}" if tensor > 1 else "")
-        other = size % tensor == 0 and planner.mesh.shape["fsdp"] != size // tensor
-        if other and batches % size == 0:
-            yield {**free, "mesh": mesh, "gradient_accumulation_steps": batches // size}
+    for together in (1, 2, 4, 8):
+        batches = args.gradient_accumulation_steps * ways * together
+        if batches % size or size % together:
+            continue
+        for axis in ("tensor", "context")[:together]:
+            mesh = f"fsdp={size // together}" + (f",{axis}={together}" if together > 1 else "")
+            if mesh != sharding.describe_mesh(planner.mesh):
+                yield {**free, "mesh": mesh, "gradient_accumulation_steps": batches // size}

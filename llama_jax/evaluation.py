@@ -40,7 +40,7 @@ class Evaluation:
         disable_bar: bool | None = None,
     ):
         self._step, self._mesh, self._disable_bar = loss_step, mesh, disable_bar
-        ranks = sharding.batch_ways(mesh)
+        ranks, max_tokens = sharding.batch_ways(mesh), max_tokens * sharding.row_ways(mesh)
         tokens_of_a_batch = float(examples.lengths.mean()) * batch_size * ranks
         together = max(1, int(FILL * max_tokens * ranks / tokens_of_a_batch))
         order = Order(

@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
     source = Source(Path(args.model_name_or_path))
     tokenizer = open_tokenizer(source.tokenizer_folder)
     mesh = sharding.make_mesh(None if args.mesh else jax.devices()[:1], args.mesh or "auto")
-    if sharding.batch_ways(mesh) > 1:
+    if sharding.batch_ways(mesh) * sharding.row_ways(mesh) > 1:
         raise InputError(f"--mesh {args.mesh}: one prompt has one row, which only tensor divides; as tensor=-1")
     dtype = jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32)
     run = RunOptions(param_dtype=dtype, scan_layers=source.config.num_hidden_layers > 8)

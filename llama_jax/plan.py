@@ -46,7 +46,8 @@ BLOCK = 227
 
 
 class Option(NamedTuple):
-    """Tokens of a block on a device, where examples are packed, and `RunOptions.remat`."""
+    """Tokens of a block on a device, where examples are packed, and `RunOptions.remat`. Devices that divide rows among
+    them have a multiple of it together."""
 
     max_tokens: int
     remat: str
@@ -84,7 +85,9 @@ class Planner:
         kind = "bfloat16" if args.bf16 else dtype
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, job.config.head_dim, kind)
         say(f"attention by {self.kernel}: {why}")
-        self._largest_update = _largest_update(job)
+        self._row_ways = sharding.row_ways(mesh)
+        self._largest_update = math.ceil(_largest_update(job) / self._row_ways)
+        self._longest = math.ceil(int(job.examples.lengths.max()) / self._row_ways)
         self.run = RunOptions(
             param_dtype=jnp.dtype(dtype),
             compute_dtype=compute,
@@ -96,11 +99,10 @@ class Planner:
 
     def make(self, option: Option) -> Plan:
         """Packing the whole run, and defining its programs; nothing compiles."""
-        args, job = self.job.args, self.job
+        args, job, max_tokens = self.job.args, self.job, option.max_tokens * self._row_ways
         # Attention costs the square of a row where a kernel does not skip other segments.
-        row_limit = option.max_tokens if self.kernel == "cudnn" else ROW_LIMIT
-        batches = job.batches(option.max_tokens, row_limit)
-        kernel = Kernel(self.kernel, _most_segments(job, batches, option.max_tokens))
+        batches = job.batches(max_tokens, max_tokens if self.kernel == "cudnn" else ROW_LIMIT)
+        kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens))
         run = replace(self.run, remat=option.remat, attention=kernel)
         blocks = batches.block_counts.astype(np.int32)
         several = bool(blocks.max() > 1)
@@ -125,12 +127,11 @@ class Planner:
 
     def options(self, limit: int | None) -> list[Option]:
         """What may be tried, the fastest first; of devices with `limit` bytes, without what cannot fit."""
-        args, job = self.job.args, self.job
-        asked = args.max_tokens
+        args, asked = self.job.args, self.job.args.max_tokens
         remats = list(TIME) if args.remat == "auto" else [args.remat]
         if limit is None:
             return [Option(asked or MAX_TOKENS, "matmuls" if args.remat == "auto" else args.remat)]
-        longest, update = int(job.examples.lengths.max()), self._largest_update
+        longest, update = self._longest, self._largest_update
         # An eighth more: rows are not always full, and what is compiled is what the updates take.
         sizes = {asked} if asked else {update * 9 // 8, *(size for size in SIZES if longest <= size < update)}
         if not args.packing:
@@ -219,7 +220,7 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
 
 
 def _largest_update(job: Job) -> int:
-    """Tokens that a device gets of the largest update."""
+    """Tokens that a rank gets of the largest update."""
     lengths, order = job.examples.lengths, job.order
     most = order.reduce(np.add, lengths, order.bounds).max()
     return max(math.ceil(most / order.ranks), int(lengths.max()))

@@ -3,7 +3,8 @@
 One mesh with all axes always present; an axis of size 1 costs nothing, so there is no unsharded branch. The axes are
 explicit: a parameter's spec is part of its type, and gradients and Adam moments get it without being told.
 
-Letters: B rows, T tokens, D model, N heads, K kv heads, H head dim, F ffn (or any output of a projection), V vocab.
+Letters: B rows, T tokens, D model, N heads, K kv heads, H head dim, F ffn (or any output of a projection), V vocab,
+X parts of a row.
 """
 
 import math
@@ -18,23 +19,26 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
+SHARDS = ("fsdp", "context")  # what divides weights: each device of `context` needs all of them, for tokens of its own
+LONGEST_CONTEXT = 128  # devices; rows are multiples of so many tokens
 VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, by HF's [out, in] shapes.
-COLUMN_FD = P("tensor", "fsdp")  # q, k, v, gate, up, lm_head: outputs over tensor
-ROW_DF = P("fsdp", "tensor")  # o, down: inputs over tensor
-EMBED_VD = P("fsdp", "tensor")  # gathered by row: a feature axis on fsdp would be gathered whole
+COLUMN_FD = P("tensor", SHARDS)  # q, k, v, gate, up, lm_head: outputs over tensor
+ROW_DF = P(SHARDS, "tensor")  # o, down: inputs over tensor
+EMBED_VD = P(SHARDS, "tensor")  # gathered by row: a feature axis on SHARDS would be gathered whole
 COLUMN_BIAS = P("tensor")
 REPLICATED = P(None)
 
 # Activations.
-ACT_BT = P(BATCH, None)
-ACT_BTD = P(BATCH, None, None)
-ACT_BTF = P(BATCH, None, "tensor")
-ACT_BTNH = P(BATCH, None, "tensor", None)
-ACT_BTKGH = P(BATCH, None, "tensor", None, None)
+ACT_BT = P(BATCH, "context")
+ACT_BTD = P(BATCH, "context", None)
+ACT_BTF = P(BATCH, "context", "tensor")
+ACT_BTNH = P(BATCH, "context", "tensor", None)
+PARTS_BXTD = P(BATCH, "context", None, None)
+PARTS_BXTV = P(BATCH, "context", None, "tensor")
 HEAD_VD = P("tensor", None)
 
 
@@ -65,6 +69,8 @@ def mesh_sizes(spec: str, devices: int, slices: int = 1) -> dict[str, int]:
             f"--mesh {spec}: {fixed} device(s) {wrong} the {devices} that are there; let one axis be -1, or give auto"
         )
     sizes |= dict.fromkeys(open_axes, devices // fixed)
+    if LONGEST_CONTEXT % (context := sizes.get("context", 1)):
+        raise InputError(f"--mesh {spec}: context={context} should be a power of two, up to {LONGEST_CONTEXT}")
     if sizes.get("data", 1) % slices:
         raise InputError(f"--mesh {spec}: the devices are {slices} TPU slices; {slices} should divide data, as in auto")
     return {axis: sizes.get(axis, 1) for axis in AXES}
@@ -78,34 +84,35 @@ def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
     sizes, kinds = mesh_sizes(spec, len(devices), slices), (AxisType.Explicit,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
-    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    return Mesh(create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES, axis_types=kinds)
+    within, between = (sizes | {"data": sizes["data"] // slices}).values(), (slices, *[1] * (len(AXES) - 1))
+    return Mesh(create_hybrid_device_mesh(tuple(within), between, devices), AXES, axis_types=kinds)
 
 
-def padded(size: int, *axes: str, multiple: int = 1) -> int:
-    """`size` rounded up so that these axes of the mesh that is set, and `multiple`, divide it.
+def padded(size: int, *axes: str | tuple[str, ...], multiple: int = 1) -> int:
+    """`size` rounded up so that these axes of the mesh that is set (or products of some), and `multiple`, divide it.
 
     What is added inside the model is zero, and stays so: neither its results nor its gradients are anything else.
     """
-    shape = jax.sharding.get_abstract_mesh().shape
-    multiple = math.lcm(multiple, *(shape[axis] for axis in axes))
+    multiple = math.lcm(multiple, *map(axis_size, axes))
     return -(-size // multiple) * multiple
 
 
 def vocab_rows(vocab_size: int) -> int:
     """Rows of the embedding and of the head inside the model; those past `vocab_size` are zero and never used."""
-    return padded(vocab_size, "fsdp", "tensor", multiple=VOCAB_MULTIPLE)
+    return padded(vocab_size, SHARDS, "tensor", multiple=VOCAB_MULTIPLE)
 
 
 def check_width(hidden_size: int) -> None:
     """Raises InputError where the mesh that is set does not divide the residual stream, which cannot be padded."""
     shape = jax.sharding.get_abstract_mesh().shape
-    fitting = {axis: math.gcd(hidden_size, shape[axis]) for axis in ("fsdp", "tensor")}
+    fitting = {"context": math.gcd(hidden_size, shape["context"]), "tensor": math.gcd(hidden_size, shape["tensor"])}
+    fitting["fsdp"] = math.gcd(hidden_size // fitting["context"], shape["fsdp"])
     fitting["data"] = math.prod(shape.values()) // math.prod(fitting.values())
-    for axis in ("fsdp", "tensor"):
-        if hidden_size % shape[axis]:
-            mend = ",".join(f"{axis}={fitting[axis]}" for axis in AXES)
-            raise InputError(f"--mesh: {axis}={shape[axis]} does not divide hidden_size {hidden_size}; use {mend}")
+    for axes in (SHARDS, ("tensor",)):
+        if hidden_size % axis_size(axes):
+            wrong = ",".join(f"{axis}={shape[axis]}" for axis in axes if axis == axes[0] or shape[axis] > 1)
+            mend = ",".join(f"{axis}={fitting[axis]}" for axis in AXES if axis != "context" or shape[axis] > 1)
+            raise InputError(f"--mesh: {wrong} does not divide hidden_size {hidden_size}; use {mend}")
 
 
 def describe_mesh(mesh: Mesh) -> str:
@@ -113,34 +120,45 @@ def describe_mesh(mesh: Mesh) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "fsdp=1"
 
 
+def axis_size(axes: str | tuple[str, ...]) -> int:
+    """Of an axis of the mesh that is set, or the product of several."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the rows of a batch are divided into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def row_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Rows [B, ...] divided over the devices."""
-    return NamedSharding(mesh, P(BATCH, *[None] * (ndim - 1)))
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
+    """How many parts a row's tokens are divided into."""
+    return mesh.shape["context"]
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows [B, T] divided over the devices."""
+    return NamedSharding(mesh, ACT_BT)
 
 
 def local_rows(mesh: Mesh, count: int) -> range:
     """Those of `count` rows that the devices of this process hold."""
-    places = row_sharding(mesh, 1).addressable_devices_indices_map((count,)).values()
+    places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,)).values()
     bounds = [index[0].indices(count) for index in places if index is not None]
     return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
 def put(mesh: Mesh, array: np.ndarray, count: int | None = None) -> jax.Array:
-    """A host array of rows [B, ...] onto the devices, rows divided; with `count` it has the `local_rows` of so many."""
+    """A host array of rows [B, T] onto the devices, divided; with `count` it has the `local_rows` of so many."""
     first = 0 if count is None else local_rows(mesh, count).start
-    shape = (array.shape[0] if count is None else count, *array.shape[1:])
+    shape = (array.shape[0] if count is None else count, array.shape[1])
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         start, stop, _ = index[0].indices(shape[0])
-        return array[start - first : stop - first]
+        return array[start - first : stop - first, index[1]]
 
-    return jax.make_array_from_callback(shape, row_sharding(mesh, array.ndim), part)
+    return jax.make_array_from_callback(shape, row_sharding(mesh), part)
 
 
 def put_scalar(mesh: Mesh, value: np.number) -> jax.Array:
@@ -174,9 +192,22 @@ def bytes_on_device(tree: Any) -> int:
 
 def sum_dtype(dtype: Any) -> Any:
     """The type in which a weight's gradient, in products of `dtype`, is summed: float32 where the mesh that is set has
-    devices with rows of their own, as the Trainer's ranks sum theirs; on one, where only the sum is rounded, `dtype`.
+    devices with tokens of their own, as the Trainer's ranks sum theirs; on one, where only the sum is rounded, `dtype`.
     """
-    return np.dtype(np.float32 if batch_ways(jax.sharding.get_abstract_mesh()) > 1 else dtype)
+    return np.dtype(np.float32 if axis_size((*BATCH, "context")) > 1 else dtype)
+
+
+def in_parts(array_BT: jax.Array) -> jax.Array:
+    """Rows [B, T, ...] as [B, X, T / X, ...], X the devices that a row is divided over: the parts of the third axis can
+    be taken one by one, each device having its own."""
+    (B, T, *rest), X = array_BT.shape, axis_size("context")
+    return jax.lax.reshape(array_BT, (B, X, T // X, *rest), out_sharding=P(BATCH, "context", None, *[None] * len(rest)))
+
+
+def in_rows(array_BXT: jax.Array) -> jax.Array:
+    """What `in_parts` took apart."""
+    B, X, T, *rest = array_BXT.shape
+    return jax.lax.reshape(array_BXT, (B, X * T, *rest), out_sharding=P(BATCH, "context", *[None] * len(rest)))
 
 
 def stacked(spec: P) -> P:

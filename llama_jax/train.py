@@ -215,7 +215,7 @@ def put_update(mesh: Mesh, batches: Batches, k: int, blocks: list[Batch]) -> lis
 def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:
     """The types and placements of a block of this shape."""
     kinds = dict.fromkeys(Batch._fields, jnp.int32) | {"weights": jnp.float32}
-    rows = sharding.row_sharding(mesh, len(shape))
+    rows = sharding.row_sharding(mesh)
     return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()})
 
 

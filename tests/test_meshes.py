@@ -40,7 +40,8 @@ ONE = "fsdp=1"
 EIGHT = "--xla_force_host_platform_device_count=8"
 # 4 heads with 4 kv heads, or 8 with 2: tensor=8 pads both, tensor=4 the second.
 MESHES = ["fsdp=2", "tensor=2", "data=2", "fsdp=4", "tensor=4", "data=2,tensor=2", "fsdp=8", "tensor=8", "data=8",
-          "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4"]  # fmt: skip
+          "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "context=2", "context=8", "fsdp=2,context=2", "data=2,context=4",
+          "context=2,tensor=4", "fsdp=2,context=2,tensor=2"]  # fmt: skip
 
 
 def on_eight_devices(call: str, xla_flags: str = "") -> None:

@@ -135,7 +135,7 @@ def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, mesh: 
     """stanford_alpaca's resize: rows past the old vocabulary become the mean of the old rows, in each matrix."""
 
     def resize(weight: jax.Array, spec: sharding.P) -> jax.Array:
-        weight = jax.sharding.reshard(weight, sharding.P(None, "fsdp"))  # whole columns: no device has it all
+        weight = jax.sharding.reshard(weight, sharding.P(None, sharding.SHARDS))  # whole columns: no device has it all
         V, D = sharding.vocab_rows(new.vocab_size), weight.shape[1]
         kept = min(old.vocab_size, new.vocab_size)
         rows = jnp.arange(V)[:, None]
