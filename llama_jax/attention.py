@@ -110,7 +110,7 @@ def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.A
 
     specs = (ACT_BTNH, ACT_BTNH, ACT_BTNH, *(ACT_BT for _ in tokens))
     on_devices = jax.shard_map(local if X > 1 else attend, in_specs=specs, out_specs=ACT_BTNH, check_vma=False)
-    return on_devices(q_BTNH, k_BSKH, v_BSKH, *tokens)
+    return on_devices(q_BTNH, k_BSKH, v_BSKH, *(jax.sharding.reshard(x, ACT_BT) for x in tokens))
 
 
 def kv_copies(kv_heads: int, group: int, ways: int) -> tuple[int, int]:

@@ -136,29 +136,29 @@ def row_ways(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["context"]
 
 
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows [B, T] divided over the devices."""
-    return NamedSharding(mesh, ACT_BT)
+def row_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Rows [B, T], or [B], divided over the devices."""
+    return NamedSharding(mesh, P(*ACT_BT[:ndim]))
 
 
 def local_rows(mesh: Mesh, count: int) -> range:
     """Those of `count` rows that the devices of this process hold."""
-    places = NamedSharding(mesh, P(BATCH)).addressable_devices_indices_map((count,)).values()
+    places = row_sharding(mesh, 1).addressable_devices_indices_map((count,)).values()
     bounds = [index[0].indices(count) for index in places if index is not None]
     return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
 def put(mesh: Mesh, array: np.ndarray, count: int | None = None) -> jax.Array:
-    """A host array of rows [B, T] onto the devices, divided; with `count` it has the `local_rows` of so many."""
+    """A host array of rows [B, T] or [B] onto the devices, divided; with `count` it has the `local_rows` of so many."""
     first = 0 if count is None else local_rows(mesh, count).start
-    shape = (array.shape[0] if count is None else count, array.shape[1])
+    shape = (array.shape[0] if count is None else count, *array.shape[1:])
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
         start, stop, _ = index[0].indices(shape[0])
-        return array[start - first : stop - first, index[1]]
+        return array[start - first : stop - first, *index[1:]]
 
-    return jax.make_array_from_callback(shape, row_sharding(mesh), part)
+    return jax.make_array_from_callback(shape, row_sharding(mesh, array.ndim), part)
 
 
 def put_scalar(mesh: Mesh, value: np.number) -> jax.Array:

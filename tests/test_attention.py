@@ -1,5 +1,9 @@
 """Kernels against a float64 loop over segments; which kernel a run takes. cuDNN itself runs in benchmarks/ on a GPU."""
 
+import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -10,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
+from tiny import ROOT, environment
 
 from llama_jax import sharding
-from llama_jax.attention import Kernel, choose_kernel, packed_attention, splash_block
+from llama_jax.attention import Kernel, choose_kernel, kv_copies, packed_attention, splash_block
 from llama_jax.errors import InputError
 
 H200, A100, V5E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite"
@@ -85,6 +90,61 @@ def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, mesh: Mesh)
     for ours, plain in zip(grads, both("xla")[0], strict=True):
         # Sums over up to 128 queries of the same: ten times that.
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
+
+
+def on_meshes() -> None:
+    """Rows divided over devices, heads that these divide and do not: values, and gradients of one device; run where
+    there are eight."""
+    T, lengths = 256, [[100, 3, 150], [256], [30, 30, 30]]
+    ids, positions = make_rows(lengths, T)
+    one = sharding.make_mesh(jax.devices()[:1])
+    for heads, kv_heads, kernel in ((8, 2, "xla"), (4, 4, "xla"), (6, 2, "xla"), (3, 1, "xla"), (4, 2, "splash")):
+        q, k, v = make_inputs(len(lengths), T, heads, kv_heads, 128)
+        weights = np.random.default_rng(0).standard_normal(q.shape, np.float32) * (ids > 0)[:, :, None, None]
+
+        def loss(q, k, v, weights, ids, positions, kernel=kernel):
+            out = packed_attention(Kernel(kernel), q, k, v, ids, positions, interpret=True)
+            return jnp.sum(out * weights), out
+
+        def both(mesh: Mesh, loss: Any = loss, arrays: tuple = (q, k, v, weights, ids, positions)) -> Any:
+            with jax.set_mesh(mesh):
+                step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+                return jax.tree.map(np.asarray, step(*placed(mesh, list(arrays))))
+
+        expected, _ = both(one)
+        for spec in ("context=2", "context=8", "context=4,tensor=2") if kernel == "xla" else ("context=4",):
+            if kv_heads % (2 if "tensor" in spec else 1):
+                continue  # the model pads the heads for tensor itself
+            size = 2 if spec == "context=2" else 4 if kernel == "splash" else 8
+            grads, out = both(sharding.make_mesh(jax.devices()[:size], spec))
+            real = (ids > 0)[:, :, None, None]
+            # Bounds of test_packed_rows.
+            np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, lengths), rtol=0, atol=1e-5)
+            for ours, plain in zip(grads, expected, strict=True):
+                np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4, err_msg=f"{heads} {kv_heads} {spec}")
+
+
+def test_rows_divided_over_devices() -> None:
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", "import test_attention; test_attention.on_meshes()"]
+    result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+@given(kv_heads=st.integers(1, 12), group=st.integers(1, 12), ways=st.sampled_from([1, 2, 4, 8, 16, 32]))
+def test_copies_of_kv_heads(kv_heads: int, group: int, ways: int) -> None:
+    """No other number of copies needs fewer query heads; none is made where the devices divide the kv heads."""
+    copies, filled = kv_copies(kv_heads, group, ways)
+    assert group % copies == 0 and filled % ways == 0 and filled >= kv_heads * copies
+    heads = filled * (group // copies)
+    for other in range(1, group + 1):
+        if group % other == 0:
+            assert heads <= math.ceil(kv_heads * other / ways) * ways * (group // other)
+    if kv_heads % ways == 0:
+        assert (copies, filled) == (1, kv_heads)
+    elif kv_heads * group % ways == 0 and ways % kv_heads == 0:
+        assert heads == kv_heads * group  # as with 8 kv heads of 32 on 16 devices
 
 
 def test_splash_blocks() -> None:

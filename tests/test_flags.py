@@ -69,7 +69,7 @@ def shown(value: Any) -> str:
 
 
 def test_page_is_the_generated_one() -> None:
-    """Else: python -m llama_jax.arguments > docs/flags.md"""
+    """Else: python -m llama_jax.flags_page > docs/flags.md"""
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags_page()
 
 

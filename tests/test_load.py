@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
@@ -180,7 +180,7 @@ def test_types_may_differ_between_tensors(tmp_path: Path, mesh: Mesh) -> None:
 
 def load_on_eight_devices(folder: str) -> None:
     """Each device reads its own part of each tensor; run where there are eight."""
-    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, (AxisType.Explicit,) * 3)
+    mesh = sharding.make_mesh(spec="fsdp=2,context=2,tensor=2")
     arrays = make_arrays(RAW | {"attention_bias": True}, ml_dtypes.bfloat16)
     for scan_layers in (False, True):
         assert_same_bits(load(Path(folder), RunOptions(scan_layers=scan_layers), mesh), arrays, np.float32)

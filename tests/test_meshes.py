@@ -122,6 +122,7 @@ LIVE: dict[str, tuple[list[str], dict[str, Any]]] = {
     "scanned": (["fsdp=2,tensor=3"], {"scan_layers": True, "remat": "attention", "label_smoothing_factor": 0.1}),
     "summed": (["data=2,fsdp=3"], {"max_tokens_per_device": 128, "per_device_train_batch_size": 4}),
     "adafactor": (["tensor=3", "fsdp=6"], {"optim": "adafactor"}),
+    "long": (["context=2,tensor=3", "fsdp=3,context=2"], {"max_tokens_per_device": 64, "remat": "matmuls"}),
 }
 
 
@@ -219,12 +220,16 @@ def check_collectives() -> None:
     # token the largest logit, the sum of exponentials, and the target's logit. No parameter is sent.
     activations = Counter({("all-gather", B * T * D): 1, ("all-reduce", B * T * D): L * (2 + 5) + 1})
     assert sent(compiled_step("tensor=8")[0]) == activations + Counter({("all-reduce", B * T): 3})
+    # context. What fsdp sends, and around attention, forward and backward: q, k, v and its result as parts for each of
+    # the others, and once the segments and positions of whole rows.
+    around = Counter({("all-to-all", B * T * D // 8 // 8): L * 8 * 8, ("all-gather", B * T): 2})
+    assert sent(compiled_step("context=8")[0]) == gathered + summed + around
 
 
 def check_placement() -> None:
-    for spec in ("fsdp=8", "data=2,fsdp=2,tensor=2"):
+    for spec in ("fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"):
         mesh = sharding.make_mesh(spec=spec)
-        ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        ways = mesh.size // mesh.shape["data"]
         for scan in (False, True):
             program, state, _ = compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16)
             specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
@@ -314,12 +319,14 @@ def test_another_mesh(tmp_path: Path) -> None:
 
 def answers(folder: str) -> None:
     flags = ["--model_name_or_path", folder, "--instruction", "Name three fish.", "--max_new_tokens", "24", "--use_cpu"]
-    one, eight, refused = (
-        run(generate.main, *flags, *mesh) for mesh in ([], ["--mesh", "tensor=-1"], ["--mesh", "fsdp=4,tensor=2"])
+    one, eight, *refused = (
+        run(generate.main, *flags, *(("--mesh", mesh) if mesh else ()))
+        for mesh in ("", "tensor=-1", "fsdp=4,tensor=2", "context=2,tensor=4")
     )
     assert one.code == eight.code == 0, eight.err
     assert one.out == eight.out and len(one.out) > 10
-    assert refused.code == 2 and "only tensor divides" in refused.err.splitlines()[-1]
+    for outcome in refused:
+        assert outcome.code == 2 and "only tensor divides" in outcome.err.splitlines()[-1]
 
 
 def test_answers_of_eight_devices(tmp_path: Path) -> None:

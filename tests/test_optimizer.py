@@ -373,8 +373,8 @@ def update_on_two_devices() -> None:
             return params, first, state
 
         expected, _, _ = jax.jit(run)(params, grads)
-        for shape in ((1, 2, 1), (1, 1, 2)) if optim == "adafactor" else ((1, 2, 1),):
-            mesh = jax.make_mesh(shape, sharding.AXES, (sharding.AxisType.Explicit,) * 3)
+        for shape in ((1, 2, 1, 1), (1, 1, 1, 2)) if optim == "adafactor" else ((1, 2, 1, 1),):
+            mesh = jax.make_mesh(shape, sharding.AXES, (sharding.AxisType.Explicit,) * 4)
             with jax.set_mesh(mesh):
                 placed = put(params, mesh)
                 actual, before, after = jax.jit(run)(placed, [put(g, mesh) for g in grads])

@@ -136,8 +136,9 @@ TOKEN_LOSSES = {"logging_strategy": "epoch", "eval_strategy": "steps", "eval_ste
     [
         (2, {"hf_compat": "5", "max_steps": 4, "save_steps": 3, "max_tokens_per_device": 128}),
         (4, {"mesh": "data=2,fsdp=2,tensor=2", "scan_layers": True, "save_strategy": "no", **TOKEN_LOSSES}),
+        (2, {"mesh": "context=4", "hf_compat": "5", "save_strategy": "no", **TOKEN_LOSSES}),
     ],
-    ids=["two", "four"],
+    ids=["two", "four", "context"],
 )
 def test_as_one_process(count: int, flags: dict[str, Any], tmp_path: Path) -> None:
     raw = {**CONFIG, "vocab_size": 384}  # as many rows on each device

@@ -15,20 +15,20 @@ from llama_jax.sharding import mesh_sizes
 
 
 def test_every_layout_by_its_name() -> None:
-    """All three sizes given, one left out where it is 1, or one of them -1: the same mesh."""
+    """All sizes given, one left out where it is 1, or one of them -1: the same mesh."""
     for devices in (1, 2, 6, 8, 256):
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-        for sizes in itertools.product(divisors, repeat=3):
-            if math.prod(sizes) != devices:
+        for sizes in itertools.product(divisors, repeat=4):
+            if math.prod(sizes) != devices or sizes[2] not in (1, 2, 4, 8, 16, 32, 64, 128):
                 continue
-            named = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+            named = dict(zip(("data", "fsdp", "context", "tensor"), sizes, strict=True))
             short = {axis: size for axis, size in named.items() if size > 1} or {"data": 1}
             spellings = [named, short, *({**named, axis: -1} for axis in named)]
             for spelling in spellings:
                 spec = ",".join(f"{axis}={size}" for axis, size in spelling.items())
                 assert mesh_sizes(spec, devices) == named, spec
-    assert mesh_sizes("auto", 8) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert mesh_sizes(" tensor = 2 , data=-1", 8) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert mesh_sizes("auto", 8) == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
+    assert mesh_sizes(" tensor = 2 , data=-1", 8) == {"data": 4, "fsdp": 1, "context": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_every_layout_by_its_name() -> None:
     [
         ("", "'' is no axis"),
         ("8", "'8' is no axis"),
-        ("model=8", "'model' is no axis; give auto, or sizes of data, fsdp, tensor"),
+        ("model=8", "'model' is no axis; give auto, or sizes of data, fsdp, context, tensor"),
         ("fsdp", "the size of fsdp should be a number above 0, or -1, as in fsdp=2"),
         ("fsdp=", "the size of fsdp"),
         ("fsdp=0", "the size of fsdp"),
@@ -49,11 +49,13 @@ def test_every_layout_by_its_name() -> None:
         ("data=2,fsdp=2", "4 device(s) are not the 8 that are there"),
         ("fsdp=16", "16 device(s) are not the 8"),
         ("tensor=3,fsdp=-1", "3 device(s) do not divide the 8"),
+        ("context=6", "context=6 should be a power of two, up to 128"),
+        ("context=256", "context=256 should be a power of two, up to 128"),
     ],
 )
 def test_a_mesh_that_is_none(spec: str, said: str) -> None:
     with pytest.raises(InputError, match="--mesh") as caught:
-        mesh_sizes(spec, 8)
+        mesh_sizes(spec, {"context=6": 6, "context=256": 256}.get(spec, 8))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -70,9 +72,9 @@ class Chip:
 def test_between_slices_runs_data() -> None:
     chips = [Chip(i) for i in range(12)]
     for spec, sizes in (
-        ("auto", {"data": 3, "fsdp": 4, "tensor": 1}),
-        ("data=-1,tensor=2", {"data": 6, "fsdp": 1, "tensor": 2}),
-        ("data=3,fsdp=2,tensor=2", {"data": 3, "fsdp": 2, "tensor": 2}),
+        ("auto", {"data": 3, "fsdp": 4, "context": 1, "tensor": 1}),
+        ("data=-1,tensor=2", {"data": 6, "fsdp": 1, "context": 1, "tensor": 2}),
+        ("data=3,context=2,tensor=2", {"data": 3, "fsdp": 1, "context": 2, "tensor": 2}),
     ):
         mesh = sharding.make_mesh(chips, spec)
         assert dict(mesh.shape) == sizes
@@ -84,7 +86,7 @@ def test_between_slices_runs_data() -> None:
 
 def test_the_mesh_is_explicit() -> None:
     mesh = sharding.make_mesh(jax.devices()[:1], "data=-1")
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
     assert all(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types)
 
 
@@ -109,7 +111,7 @@ def test_rows_of_the_vocabulary() -> None:
     for vocab_size, rows in ((1, 128), (128, 128), (129, 256), (32000, 32000), (32001, 32128)):
         with jax.set_mesh(sharding.make_mesh(jax.devices()[:1])):
             assert sharding.vocab_rows(vocab_size) == rows
-    for fsdp, tensor, rows in ((8, 1, 32128), (256, 1, 32256), (3, 2, 32256), (1, 5, 32640)):
-        abstract = jax.sharding.AbstractMesh((1, fsdp, tensor), sharding.AXES)
+    for *sizes, rows in ((8, 1, 1, 32128), (256, 1, 1, 32256), (64, 4, 1, 32256), (3, 1, 2, 32256), (1, 1, 5, 32640)):
+        abstract = jax.sharding.AbstractMesh((1, *sizes), sharding.AXES)
         with jax.sharding.use_abstract_mesh(abstract):
             assert sharding.vocab_rows(32001) == rows
