@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,11 +81,14 @@ def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
     devices = jax.devices() if devices is None else devices
     # Devices of a dry run are of one slice, and have no number of it.
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
-    sizes, kinds = mesh_sizes(spec, len(devices), slices), (AxisType.Explicit,) * len(AXES)
+    sizes = mesh_sizes(spec, len(devices), slices)
+    # A side of a TPU slice may hold parts of two axes: fsdp=8 of a slice of 4 x 4 x 4.
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, kinds, devices=devices)
-    within, between = (sizes | {"data": sizes["data"] // slices}).values(), (slices, *[1] * (len(AXES) - 1))
-    return Mesh(create_hybrid_device_mesh(tuple(within), between, devices), AXES, axis_types=kinds)
+        placed = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    else:
+        within, between = (sizes | {"data": sizes["data"] // slices}).values(), (slices, *[1] * (len(AXES) - 1))
+        placed = create_hybrid_device_mesh(tuple(within), between, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def padded(size: int, *axes: str | tuple[str, ...], multiple: int = 1) -> int:
