@@ -37,13 +37,14 @@ def raw_config(shape: str) -> dict[str, Any]:
     return module.raw_config(shape)
 
 
-def write_case(folder: Path, raw: dict[str, Any], count: int = 600) -> list[str]:
-    """A model of which only the config is there, and records as long as Alpaca's; returns the flags."""
+def write_case(folder: Path, raw: dict[str, Any], count: int = 600, length: int | None = None) -> list[str]:
+    """A model of which only the config is there, and records as long as Alpaca's, or of `length`; returns the flags."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
     write_json(model / "config.json", raw)
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(math.log(100), 0.6, count), 20, 512).astype(int)
+    drawn = np.clip(rng.lognormal(math.log(100), 0.6, count), 20, 512).astype(int)
+    lengths = drawn if length is None else np.full(count, length)
     records = [{"input_ids": [7] * n, "labels": [-100] * (n // 2) + [7] * (n - n // 2)} for n in map(int, lengths)]
     data = write_json(folder / "data.json", records)
     paths = ("--model_name_or_path", model, "--data_path", data, "--output_dir", folder / "out")
@@ -171,11 +172,13 @@ CONFIGS = [
     for line in path.read_text().splitlines()
     if "--dry_run" in line
 ]
+LONG = ROOT / "configs" / "llama3_8b_128k_v5p-128.yaml"
 
 
 def dry_run_config(folder: Path, path: Path, topology: str, *flags: str) -> Outcome:
     model = next(shape for name, shape in MODELS.items() if path.name.startswith(name))
-    paths = write_case(folder, raw_config(model), 4000)
+    documents = (16, 131072) if path == LONG else (4000, None)
+    paths = write_case(folder, raw_config(model), *documents)
     return run(train_jax.main, "--config", path, *paths, "--dry_run", topology, *flags)
 
 
@@ -187,10 +190,22 @@ def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> Non
     the embedding and the head."""
     outcome = dry_run_config(tmp_path, path, topology, "--dry_run_effort", "fast")
     assert outcome.code == 0, outcome.err
-    assert "128 examples" in outcome.out
+    assert ("8 examples in at most 1 block(s) of 8 x 131,072" if path == LONG else "128 examples") in outcome.out
     if topology.startswith("h"):
         return
-    sent = sum(float(x.replace(",", "")) for x in re.findall(r"^ +([\d.,]+)  [a-z-]+ over fsdp,", outcome.out, re.M))
+
+    def sent_over(axes: str) -> float:
+        found = re.findall(rf"^ +([\d.,]+)  [a-z-]+ over {re.escape(axes)},", outcome.out, re.M)
+        return sum(float(x.replace(",", "")) for x in found)
+
+    if path == LONG:
+        # Of each of its 16,384 tokens a device sends seven of eight parts to the others, in bfloat16: 32 heads of q and
+        # of what comes out, 8 of k and v, forward and backward, and q, k and v again where they are recomputed.
+        again = 48 if "--remat matmuls" in outcome.out else 0
+        around = 32 * (2 * 80 + again) * 128 * 2 * 16384 * 7 / 8 / 1e6
+        assert 0.99 * around < sent_over("context") < 1.01 * around, outcome.out
+        return
+    sent = sent_over("fsdp")
     raw = json.loads((tmp_path / "model" / "config.json").read_text())
     layers = sum(math.prod(shape) for name, shape in hf_shapes(raw).items() if "layers" in name)
     devices = find_topology(topology).count

@@ -70,4 +70,4 @@ def test_chunks_are_of_what_a_device_holds(mesh: jax.sharding.Mesh, monkeypatch:
         return weighted_cross_entropy(*arrays, V)[0]
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).as_text()
-    assert f"2x8x{V}xf32" in text and f"2x16x{V}" not in text and f"2x64x{V}" not in text
+    assert f"2x1x8x{V}xf32" in text and f"2x1x16x{V}" not in text and f"2x1x64x{V}" not in text
