@@ -23,7 +23,7 @@ BATCH = ("data", "fsdp")
 VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, by HF's [out, in] shapes.
-COLUMN_FD = P("tensor", "fsdp")  # q, k, v, gate, up, lm_head: outputs over tensor
+COLUMN_FD = P(("tensor", "fsdp"), None)  # q, k, v, gate, up, lm_head: outputs over tensor (`column`)
 ROW_DF = P("fsdp", "tensor")  # o, down: inputs over tensor
 EMBED_VD = P("fsdp", "tensor")  # gathered by row: a feature axis on fsdp would be gathered whole
 COLUMN_BIAS = P("tensor")
@@ -95,6 +95,17 @@ def padded(size: int, *axes: str, multiple: int = 1) -> int:
 def vocab_rows(vocab_size: int) -> int:
     """Rows of the embedding and of the head inside the model; those past `vocab_size` are zero and never used."""
     return padded(vocab_size, "fsdp", "tensor", multiple=VOCAB_MULTIPLE)
+
+
+def column(outputs: int) -> P:
+    """The spec of a projection [outputs, inputs] whose outputs lie over tensor, on the mesh that is set.
+
+    A GPU gathers and scatters along an array's first axis: COLUMN_FD. With fsdp on the second one it transposes the
+    weight before, and parameters and moments around every update. That is left for outputs that the mesh does not
+    divide.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    return P("tensor", "fsdp") if outputs % (shape["tensor"] * shape["fsdp"]) else COLUMN_FD
 
 
 def check_width(hidden_size: int) -> None:
