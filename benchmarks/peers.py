@@ -86,7 +86,8 @@ def trainer(args: argparse.Namespace) -> dict:
                 control.should_training_stop = len(done) >= 6 and time.monotonic() > deadline
 
     checkpointed = not args.work.startswith("alpaca")
-    sharded = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "activation_checkpointing": checkpointed}
+    sharded = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    sharded["activation_checkpointing"] = checkpointed
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder,
@@ -104,7 +105,7 @@ def trainer(args: argparse.Namespace) -> dict:
             torch_compile=args.only == "compiled",
             use_cpu=not CUDA,
             tf32=True if CUDA else None,
-            **({"fsdp": True, "fsdp_config": sharded} if WAYS > 1 else {}),
+            **({"fsdp": "full_shard auto_wrap", "fsdp_config": sharded} if WAYS > 1 else {}),
         )
         started = time.monotonic()
         run = transformers.Trainer(model, arguments, train_dataset=Data(), data_collator=collate, callbacks=[Clock()])
