@@ -10,6 +10,8 @@
    everything computed again.
 4. The seed's update in float32, 8 examples packed into one block, against its examples one by one and padded: the loss
    and every gradient (in Adam's first moment, which is a tenth of it after one update).
+5. Where there are several devices: 20 updates with all of them on fsdp, and on tensor, against one of them, in float32
+   and in bf16. The parts before it use one.
 """
 
 import argparse
@@ -49,6 +51,8 @@ LOSS, NORM, GRADIENT = 2e-3, 1e-2, 6e-2
 CURVE = 1e-2
 # Float32: sums in another order, 2^-24 each, some hundred of them behind one another.
 PACKED = 1e-5
+# Of 20 updates on several devices: in float32 sums in another order, which Adam's divisions let grow.
+MESHES = 1e-3
 
 
 @partial(jax.jit, static_argnums=0)
@@ -136,9 +140,10 @@ def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform:
     data = Path(folder) / "data.json"
     write_json(data, [{"input_ids": row, "labels": row} for row in rows])
     base = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache --max_steps {updates} "
-    base += "--per_device_train_batch_size 1 --gradient_accumulation_steps 8"
+    ranks = sharding.batch_ways(mesh)
+    base += f"--per_device_train_batch_size 1 --gradient_accumulation_steps {8 // ranks}"
     args = parse_arguments([*base.split(), *flags.split()])
-    job = make_job(args, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
+    job = make_job(args, config, lambda: Path(folder), ranks, True)
     plan = Planner(job, mesh, platform, "float32", bool(args.scan_layers)).settle(memory_limit())
     blocks = f"at most {plan.batches.block_counts.max()} block(s) an update of {plan.batches.shapes}"
     print(f"{plan.run.attention.name}, --remat {plan.run.remat}, {blocks}", flush=True)
@@ -192,13 +197,35 @@ def check_curve(config: LlamaConfig, mesh, platform: str) -> bool:
     return fine
 
 
+def check_meshes(config: LlamaConfig, platform: str) -> bool:
+    lengths, devices, good = np.random.default_rng(2).integers(30, 300, 200), jax.devices(), True
+    meshes = [sharding.make_mesh(devices[:1])]
+    meshes += [sharding.make_mesh(devices, f"{axis}={len(devices)}") for axis in ("fsdp", "tensor")]
+    for kind, flags, bound in (("float32", "", MESHES), ("bf16", "--bf16 True", CURVE)):
+        with tempfile.TemporaryDirectory() as folder:
+            one, *others = (
+                train(folder, f"--learning_rate 1e-4 {flags}", lengths, config, mesh, platform, 20)[1]
+                for mesh in meshes
+            )
+        for mesh, curve in zip(meshes[1:], others, strict=True):
+            off = np.abs(curve / one - 1).max(axis=0)
+            fine = bool(off.max() < bound)
+            good &= fine
+            print(
+                f"20 updates in {kind}, {sharding.describe_mesh(mesh)} against one device: losses off by at most "
+                f"{off[0]:.1e}, norms {off[1]:.1e}{'' if fine else '  WRONG'}",
+                flush=True,
+            )
+    return good
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--layers", type=int, default=2, help="of the model in 2 and 3")
+    parser.add_argument("--layers", type=int, default=2, help="of the model in 2, 3 and 5")
     parser.add_argument("--update_layers", type=int, default=2, help="of that in 4")
     args = parser.parse_args()
-    platform, mesh = set_up_jax(), sharding.make_mesh()
+    platform, mesh = set_up_jax(), sharding.make_mesh(jax.devices()[:1])
     config, whole = (
         LlamaConfig.from_hf({**raw_config(args.shape, layers), "tie_word_embeddings": False})
         for layers in (args.layers, args.update_layers)
@@ -209,6 +236,7 @@ def main() -> None:
     good = check_gradients(config, mesh, kernel) and good
     good = check_curve(config, mesh, platform) and good
     good = check_packing(whole, mesh, platform) and good
+    good = (jax.device_count() == 1 or check_meshes(config, platform)) and good
     print("right" if good else "WRONG")
     sys.exit(0 if good else 1)
 

@@ -94,11 +94,12 @@ class Linear(nnx.Module):
     def __init__(self, out_in: tuple[int, int], spec: P, bias: bool, config: LlamaConfig, run: RunOptions, rngs):
         init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
         self.weight = nnx.Param(init(rngs.params(), out_in, run.param_dtype))
-        bias_spec = sharding.COLUMN_BIAS if spec == sharding.COLUMN_FD else sharding.REPLICATED
+        row = spec == sharding.ROW_DF
+        bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
         zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=bias_spec) if bias else None
         self.bias = None if zeros is None else nnx.Param(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
-        self.out = sharding.ACT_BTF if spec == sharding.COLUMN_FD else sharding.ACT_BTD
+        self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...].astype(self.dtype)
@@ -125,9 +126,9 @@ class Attention(nnx.Module):
         kv_dim = sharding.padded(config.num_key_value_heads, "tensor") * H
         q_dim = kv_dim * (config.num_attention_heads // config.num_key_value_heads)
         linear = partial(Linear, bias=config.attention_bias, config=config, run=run, rngs=rngs)
-        self.q_proj = linear((q_dim, D), sharding.COLUMN_FD)
-        self.k_proj = linear((kv_dim, D), sharding.COLUMN_FD)
-        self.v_proj = linear((kv_dim, D), sharding.COLUMN_FD)
+        self.q_proj = linear((q_dim, D), sharding.column(q_dim))
+        self.k_proj = linear((kv_dim, D), sharding.column(kv_dim))
+        self.v_proj = linear((kv_dim, D), sharding.column(kv_dim))
         self.o_proj = linear((D, q_dim), sharding.ROW_DF)
         self.head_dim = H
         self.rope_dtype, self.kernel = run.rope_dtype, run.attention
@@ -163,8 +164,8 @@ class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
         D, F = config.hidden_size, sharding.padded(config.intermediate_size, "tensor")
         linear = partial(Linear, bias=config.mlp_bias, config=config, run=run, rngs=rngs)
-        self.gate_proj = linear((F, D), sharding.COLUMN_FD)
-        self.up_proj = linear((F, D), sharding.COLUMN_FD)
+        self.gate_proj = linear((F, D), sharding.column(F))
+        self.up_proj = linear((F, D), sharding.column(F))
         self.down_proj = linear((D, F), sharding.ROW_DF)
         self.act_fn = ACT2FN[config.hidden_act]
 
@@ -212,7 +213,8 @@ class Llama(nnx.Module):
         blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
         self.layers: Any = _stack(blocks) if run.scan_layers else nnx.List(blocks)
         self.norm = RMSNorm(config, run)
-        self.lm_head = None if config.tie_word_embeddings else Embedding(config, run, sharding.COLUMN_FD, rngs)
+        head = sharding.column(sharding.vocab_rows(config.vocab_size))
+        self.lm_head = None if config.tie_word_embeddings else Embedding(config, run, head, rngs)
 
     def __call__(
         self,

@@ -26,7 +26,7 @@ LONGEST_CONTEXT = 128  # devices; rows are multiples of so many tokens
 VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, by HF's [out, in] shapes.
-COLUMN_FD = P("tensor", SHARDS)  # q, k, v, gate, up, lm_head: outputs over tensor
+COLUMN_FD = P(("tensor", *SHARDS), None)  # q, k, v, gate, up, lm_head: outputs over tensor (`column`)
 ROW_DF = P(SHARDS, "tensor")  # o, down: inputs over tensor
 EMBED_VD = P(SHARDS, "tensor")  # gathered by row: a feature axis on SHARDS would be gathered whole
 COLUMN_BIAS = P("tensor")
@@ -82,12 +82,14 @@ def make_mesh(devices: list[Any] | None = None, spec: str = "auto") -> Mesh:
     # Devices of a dry run are of one slice, and have no number of it.
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     sizes = mesh_sizes(spec, len(devices), slices)
-    # A side of a TPU slice may hold parts of two axes: fsdp=8 of a slice of 4 x 4 x 4.
+    # SHARDS are laid out as one axis: over both, a TPU gathers only along the order of its links, and sends twice as
+    # much else. A side of a slice may hold parts of two axes, as tensor=2 of 4 x 4 x 4.
+    within = [sizes["data"] // slices, sizes["fsdp"] * sizes["context"], sizes["tensor"]]
     if slices == 1:
-        placed = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        placed = create_device_mesh(within, devices, allow_split_physical_axes=True)
     else:
-        within, between = (sizes | {"data": sizes["data"] // slices}).values(), (slices, *[1] * (len(AXES) - 1))
-        placed = create_hybrid_device_mesh(tuple(within), between, devices, allow_split_physical_axes=True)
+        placed = create_hybrid_device_mesh(within, [slices, 1, 1], devices, allow_split_physical_axes=True)
+    placed = placed.reshape(*sizes.values())
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
@@ -103,6 +105,16 @@ def padded(size: int, *axes: str | tuple[str, ...], multiple: int = 1) -> int:
 def vocab_rows(vocab_size: int) -> int:
     """Rows of the embedding and of the head inside the model; those past `vocab_size` are zero and never used."""
     return padded(vocab_size, SHARDS, "tensor", multiple=VOCAB_MULTIPLE)
+
+
+def column(outputs: int) -> P:
+    """The spec of a projection [outputs, inputs] whose outputs lie over tensor, on the mesh that is set.
+
+    A GPU gathers and scatters along an array's first axis: COLUMN_FD. With SHARDS on the second one it transposes the
+    weight before, and parameters and moments around every update. That is left for outputs that the mesh does not
+    divide.
+    """
+    return P("tensor", SHARDS) if outputs % axis_size(("tensor", *SHARDS)) else COLUMN_FD
 
 
 def check_width(hidden_size: int) -> None:

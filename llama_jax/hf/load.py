@@ -147,7 +147,8 @@ def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, mesh: 
 
     result = dict(params)
     with jax.set_mesh(mesh):
-        for name, spec in (("embed_tokens", sharding.EMBED_VD), ("lm_head", sharding.COLUMN_FD)):
+        head = sharding.column(sharding.vocab_rows(new.vocab_size))
+        for name, spec in (("embed_tokens", sharding.EMBED_VD), ("lm_head", head)):
             if name in params:
                 result[name] = {"weight": jax.jit(resize, static_argnums=1)(params[name]["weight"], spec)}
     return result

@@ -1,0 +1,164 @@
+"""What stands beside us in `speed.py`: the HF Trainer, and torch's own loop over the same HF model. One process a GPU.
+
+Each makes random weights on the device in float32 and trains with AdamW and clipping, its matmuls in bf16. Both return
+`speed.measured` of their updates, on the first rank. They are imported where they run: torch is no need of ours.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import transformers
+from make_model import raw_config
+from speed import lengths_of, measured
+
+CUDA = torch.cuda.is_available()
+WAYS, LOCAL = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL) if CUDA else torch.device("cpu")
+
+
+def run(args: argparse.Namespace) -> dict | None:
+    """The peer that `--only` names. Where there are several GPUs, torchrun starts this command once for each."""
+    if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu"]
+        os.execv(sys.executable, [*torchrun, *sys.argv])
+    result = (fsdp if args.only.startswith("fsdp") else trainer)(args)
+    return None if LOCAL else result
+
+
+def _make_model(raw: dict) -> transformers.LlamaForCausalLM:
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    config = transformers.LlamaConfig(**{k: v for k, v in raw.items() if k != "model_type"})
+    with DEVICE:
+        return transformers.LlamaForCausalLM(config).float()
+
+
+def _told(args: argparse.Namespace, raw: dict, lengths: np.ndarray, done: list[float], order: list, started: float):
+    return {
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
+        "devices": WAYS,
+        **measured(raw, lengths, done, order, WAYS),
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0,
+        "compile_s": done[0] - started,
+        "detail": f"transformers {transformers.__version__}, torch {torch.__version__}",
+    }
+
+
+def trainer(args: argparse.Namespace) -> dict:
+    """The HF Trainer of the installed transformers with our flags; on several devices with its --fsdp. Its optimizer is
+    its default, and it checkpoints gradients where sequences are whole."""
+    raw = raw_config(args.shape, args.layers)
+    lengths, batch, accumulation = lengths_of(args, WAYS)
+    rng = np.random.default_rng(0)
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(lengths)
+
+        def __getitem__(self, i):
+            return {"length": int(lengths[i]), "index": i}
+
+    seen: list[int] = []
+
+    def collate(items):
+        seen.extend(item["index"] for item in items)
+        longest = max(item["length"] for item in items)
+        rows = [rng.integers(0, raw["vocab_size"], item["length"]) for item in items]
+        pad = np.stack([np.pad(row, (0, longest - len(row)), constant_values=-1) for row in rows])
+        ids, labels = np.where(pad < 0, 0, pad), np.where(pad < 0, -100, pad)
+        return {k: torch.tensor(v) for k, v in (("input_ids", ids), ("labels", labels), ("attention_mask", pad >= 0))}
+
+    model = _make_model(raw)
+    done: list[float] = []
+    deadline = time.monotonic() + args.seconds
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, _, state, control, **__):
+            if CUDA:
+                torch.cuda.synchronize()
+            done.append(time.monotonic())
+            if WAYS == 1:  # several would not stop together
+                control.should_training_stop = len(done) >= 6 and time.monotonic() > deadline
+
+    checkpointed = not args.work.startswith("alpaca")
+    sharded = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    sharded["activation_checkpointing"] = checkpointed
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder,
+            bf16=True,
+            max_steps=args.updates + 4,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=2e-5,
+            lr_scheduler_type="cosine",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            gradient_checkpointing=checkpointed and WAYS == 1,
+            torch_compile=args.only == "compiled",
+            use_cpu=not CUDA,
+            tf32=True if CUDA else None,
+            **({"fsdp": "full_shard auto_wrap", "fsdp_config": sharded} if WAYS > 1 else {}),
+        )
+        started = time.monotonic()
+        run = transformers.Trainer(model, arguments, train_dataset=Data(), data_collator=collate, callbacks=[Clock()])
+        run.train()
+    # Of several ranks, this one's examples stand for all.
+    per_update = batch * accumulation
+    order = [np.tile(seen[k * per_update : (k + 1) * per_update], WAYS) for k in range(len(done))]
+    return _told(args, raw, lengths, done, order, started)
+
+
+def fsdp(args: argparse.Namespace) -> dict:
+    """torch's FSDP2, as torchtitan lays it out: each layer compiled, gathered in bf16, its gradient reduced in float32;
+    fused AdamW. On one device it is the compiled model alone. Its residual stream is bf16. "fsdp_checkpointed" keeps
+    only each layer's input. Whole sequences only.
+    """
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if args.work.startswith("alpaca"):
+        sys.exit("this peer takes whole sequences only")
+    raw = raw_config(args.shape, args.layers)
+    lengths, rows, _ = lengths_of(args, WAYS)
+    alone = {} if WAYS > 1 else {"rank": 0, "world_size": 1, "store": torch.distributed.HashStore()}
+    torch.distributed.init_process_group("nccl" if CUDA else "gloo", **alone)
+    torch.set_float32_matmul_precision("high")
+    model = _make_model(raw)
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = model.model.layers
+    for i, layer in enumerate(layers):
+        if args.only == "fsdp_checkpointed":
+            layer = checkpoint_wrapper(layer, preserve_rng_state=False)
+        layers[i] = torch.compile(layer)
+        fully_shard(layers[i], mp_policy=precision)
+    fully_shard(model, mp_policy=precision)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
+
+    @torch.compile
+    def loss_of(logits, targets):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    rng = np.random.default_rng(LOCAL)
+    done: list[float] = []
+    started = time.monotonic()
+    for _ in range(args.updates + 4):
+        ids = torch.tensor(rng.integers(0, raw["vocab_size"], (rows, lengths[0])), device=DEVICE)
+        loss_of(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if CUDA:
+            torch.cuda.synchronize()
+        done.append(time.monotonic())
+        if len(done) == 1 and CUDA:
+            torch.cuda.reset_peak_memory_stats()  # without the unsharded model that it began with
+    torch.distributed.destroy_process_group()
+    return _told(args, raw, lengths, done, [np.arange(rows * WAYS)] * len(done), started)
