@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from jax.sharding import Mesh
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.hf.load import check_tensors, load_params, resize_vocabulary
+from llama_jax.hf.load import READERS, _ahead, check_tensors, load_params, resize_vocabulary
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import open_checkpoint
 from llama_jax.model import RunOptions
@@ -524,3 +525,21 @@ def test_resized_vocabulary(old: int, new: int, tied: bool, tmp_path: Path, mesh
         assert (np.abs(ours[kept:new] - expected[kept:new]) <= bound).all()
         assert not ours[new:].any()
     assert result["layers"] is params["layers"]
+
+
+class AtOnce:
+    """A pool whose work is done when it is given."""
+
+    def submit(self, load: Any, path: tuple) -> Future:
+        future: Future = Future()
+        future.set_result(load(path))
+        return future
+
+
+def test_what_is_read_ahead_is_bounded() -> None:
+    """Tensors read and not yet asked for, whatever the readers' speed: each takes memory of host and device."""
+    read: list[tuple] = []
+    loaded = _ahead(AtOnce(), lambda path: read.append(path) or path, ((i,) for i in range(50)))  # type: ignore
+    for i in range(50):
+        assert next(loaded) == (i,) and len(read) <= i + 1 + READERS
+    assert next(loaded, None) is None and read == [(i,) for i in range(50)]

@@ -1,7 +1,9 @@
 """From a checkpoint's tensors to the model's parameters on their devices, one tensor at a time."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -68,8 +70,8 @@ def load_params(
 ) -> Params:
     """Read checked tensors (of `check_tensors`) into the parameter tree that `run` asks for.
 
-    Each device's part goes from the file to the device in the file's type and is cast there. The host holds READERS
-    tensors at a time; a device, besides the parameters, the layers of those being stacked.
+    Each device's part goes from the file to the device in the file's type and is cast there. Besides the parameters,
+    host and devices hold READERS tensors at a time.
     """
     _, abstract = abstract_params(config, run, mesh)
     unstacked = RunOptions(param_dtype=run.param_dtype)
@@ -85,18 +87,37 @@ def load_params(
         progress(int(np.prod(tensor.shape)) * tensor.dtype.itemsize)
         return array
 
-    def load_leaf(path: tuple) -> list[jax.Array]:
-        layers = range(config.num_hidden_layers)
-        return [load_one(p) for p in ([(path[0], i, *path[1:]) for i in layers] if stacks(path) else [path])]
-
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    paths = [tuple(k.key for k in path) for path, _ in leaves]
+    parts: list[list[tuple]] = []  # the tensors of each leaf
+    for keys, _ in leaves:
+        path = tuple(k.key for k in keys)
+        layers = range(config.num_hidden_layers)
+        parts.append([(path[0], i, *path[1:]) for i in layers] if stacks(path) else [path])
     result = []
     with ThreadPoolExecutor(READERS) as pool, jax.set_mesh(mesh):
+        arrays = _ahead(pool, load_one, itertools.chain.from_iterable(parts))
         # Programs are started here, not in the threads: several processes have to start them in the same order.
-        for path, arrays, (_, target) in zip(paths, pool.map(load_leaf, paths), leaves, strict=True):
-            result.append(_stack(arrays, target.dtype) if stacks(path) else _cast(arrays.pop(), target.dtype))
+        for paths, (_, target) in zip(parts, leaves, strict=True):
+            if not stacks(paths[0]):
+                result.append(_cast(next(arrays), target.dtype))
+                continue
+            leaf = jnp.zeros(target.shape, target.dtype, out_sharding=target.sharding.spec)
+            for number in range(len(paths)):
+                # Waited for: else what it is made of piles up.
+                leaf = _put(leaf, next(arrays), np.int32(number)).block_until_ready()
+            result.append(leaf)
     return jax.tree.unflatten(treedef, result)
+
+
+def _ahead(pool: ThreadPoolExecutor, load: Callable[[tuple], jax.Array], paths: Iterable[tuple]) -> Iterator[jax.Array]:
+    """What is loaded, in order, no more than READERS of them before they are asked for."""
+    pending: collections.deque[Future[jax.Array]] = collections.deque()
+    for path in paths:
+        pending.append(pool.submit(load, path))
+        if len(pending) > READERS:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 @jax.jit(static_argnums=1, donate_argnums=0)
@@ -104,9 +125,9 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-@jax.jit(static_argnums=1)
-def _stack(layers: list[jax.Array], dtype: Any) -> jax.Array:
-    return jnp.stack(layers).astype(dtype)
+@jax.jit(donate_argnums=0)
+def _put(stacked: jax.Array, layer: jax.Array, number: np.int32) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), number, 0)
 
 
 def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
