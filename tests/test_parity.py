@@ -870,12 +870,12 @@ def test_decoding_equals_the_full_forward(kind: str, scan_layers: bool, mesh: Me
 
 
 def compare_meshes() -> None:
-    """One device against eight as fsdp x context x tensor = 2 x 2 x 2; run where there are eight."""
+    """One device against eight as data x fsdp x tensor = 2 x 2 x 2; run where there are eight."""
     jax.config.update("jax_default_matmul_precision", "highest")
     devices = jax.devices()
     assert len(devices) == 8, devices
     one = sharding.make_mesh(devices[:1])
-    eight = sharding.make_mesh(devices, "fsdp=2,context=2,tensor=2")
+    eight = sharding.make_mesh(devices, "data=2,fsdp=2,tensor=2")
     for tied, scan_layers, remat in ((False, False, "none"), (True, True, "matmuls"), (False, True, "full")):
         raw = make_raw(tie_word_embeddings=tied, intermediate_size=40)
         config = LlamaConfig.from_hf(raw)
