@@ -95,8 +95,8 @@ def main(argv: list[str]) -> int:
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
         planning = background.submit(planner.settle, limit)
         if resume_step:
-            checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
-            restored = checkpoints.restore_state(resume_step, planner.state.saved)
+            checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved)
+            restored = checkpoints.restore_state(resume_step, planner.saved)
         else:
             with byte_bar("reading weights", source.bytes, quiet) as bar:
                 params = source.load(planner.run, mesh, bar.update)
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         if processes.is_first():
             remove_steps(output_dir)
         processes.exchange("removed")
-        checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.state.saved)
+        checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved)
         state = init_state(params, plan.tx, run, mesh)
         del params
 
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> int:
         def evaluate(state: TrainState) -> tuple[float | None, bool]:
             """The metric that decides what is best, and whether it is the best so far."""
             assert evaluation is not None
-            metrics = evaluation(state.weights)
+            metrics = evaluation(state.params)
             run_log.on_evaluation(metrics)
             if not args.metric_for_best_model:
                 return None, False
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
 
         def tail_losses(step: int, state: TrainState) -> np.ndarray:
             tail = order.tail(step)
-            losses = token_losses(state.weights, loss_step, batches, mesh, step) if tail else []
+            losses = token_losses(state.params, loss_step, batches, mesh, step) if tail else []
             return batches.micro_losses(step, sharding.read(losses))[:tail] if tail else np.zeros((0, order.ranks))
 
         def on_due(step: int, state: TrainState, stopping: bool) -> None:
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> int:
                 save(step, state, None)
 
         if evaluation is not None and args.eval_on_start and not resume_step:
-            run_log.on_evaluation(evaluation(state.weights))
+            run_log.on_evaluation(evaluation(state.params))
         state = fit(
             state,
             plan.steps,
@@ -212,12 +212,12 @@ def main(argv: list[str]) -> int:
         return STOPPED
 
     run_log.finish()
-    params = state.params
+    params = state.saved.params
     if log.best_step and args.load_best_model_at_end and log.best_step != order.updates:
         best = f"{args.best_metric_key} {log.values['best_metric']:.6g}"
         say(f"the best model is that of checkpoint-{log.best_step}: {best}")
         del state, params  # the restored one takes their place
-        params = checkpoints.restore_state(log.best_step, planner.state.saved).params
+        params = checkpoints.restore_state(log.best_step, planner.saved).params
     if log.best_step and args.save_total_limit == 1:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()

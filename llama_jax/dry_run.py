@@ -23,6 +23,7 @@ from llama_jax.plan import Option, Plan, Planner, activation_bytes, choose_scan
 from llama_jax.platform import MEMORY_SHARE, set_up_jax
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.topology import Chip, Topology, find_topology
+from llama_jax.train import saving_bytes
 
 GIB = 2**30
 DOES_NOT_FIT = 3
@@ -105,11 +106,11 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool, quiet: bool | No
 
 
 def _estimate(planner: Planner, option: Option) -> int:
-    """Bytes of a device by arithmetic alone: all that `least_bytes` has, gradients beside what is kept for the backward
-    pass, logits of a chunk with their gradient, and two layers' weights gathered."""
+    """Bytes of a device by arithmetic alone: what it holds, and gradients beside what is kept for the backward pass,
+    logits of a chunk with their gradient, and two layers' weights gathered; or what saving takes, if that is more."""
     job, run, mesh = planner.job, planner.run, planner.mesh
     kept = option.max_tokens * activation_bytes(job.config, run, option.remat, mesh)
-    grads = sharding.bytes_on_device(planner.state.weights)
+    grads = sharding.bytes_on_device(planner.state.params)
     itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
     layer = (job.config.num_parameters - 2 * job.config.vocab_size * job.config.hidden_size) // (
         job.config.num_hidden_layers * mesh.shape["tensor"]
@@ -117,7 +118,8 @@ def _estimate(planner: Planner, option: Option) -> int:
     head = job.config.vocab_size * job.config.hidden_size // mesh.shape["tensor"]
     logits = min(CHUNK, option.max_tokens * job.config.vocab_size // mesh.shape["tensor"])
     gathered = (2 * layer + head) * itemsize if mesh.size > 1 else 0
-    return planner.least_bytes(option) + min(kept, grads) + logits * (4 + itemsize) + gathered
+    step = kept + grads + logits * (4 + itemsize) + gathered
+    return planner.held_bytes(option) + max(step, saving_bytes(planner.state))
 
 
 def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
@@ -143,21 +145,21 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         *(
             f"  {name:<34}{sharding.bytes_on_device(part) / GIB:9.2f}"
             for name, part in (
-                ("parameters", state.params),
+                ("parameters", (state.params, state.lower)),
                 ("optimizer's state", state.opt_state),
-                ("copy for matmuls", state.copy),
             )
         ),
     ]
     if blocks > 1 and job.args.accumulation == "sum":
-        lines.append(f"  {'sums of gradients':<34}{sharding.bytes_on_device(state.params) / GIB:9.2f}")
-        held += sharding.bytes_on_device(state.params)
+        sums = sharding.bytes_on_device(planner.saved.params)
+        lines.append(f"  {'sums of gradients':<34}{sums / GIB:9.2f}")
+        held += sums
     programs = plan.steps.programs
     if not programs:
         kept = plan.option.max_tokens * activation_bytes(job.config, plan.run, plan.option.remat, mesh)
         lines += [
             f"  {'kept for the backward pass':<34}{kept / GIB:9.2f}   (by arithmetic)",
-            f"  {'gradients':<34}{sharding.bytes_on_device(state.weights) / GIB:9.2f}",
+            f"  {'gradients':<34}{sharding.bytes_on_device(state.params) / GIB:9.2f}",
         ]
         return [*lines, *_floors(planner, plan, chip, 2.0 * held, [], None)]
     needed = outcome.needed

@@ -81,7 +81,7 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[s
         "parameters": job.config.num_parameters,
         "dtype": dtype,
         "state_bytes": {
-            "parameters": tree_bytes(state.params),
+            "parameters": tree_bytes((state.params, state.lower)),
             "optimizer": opt_bytes,
             "gradient": tree_bytes(state.params),
         },

@@ -285,24 +285,44 @@ def _stack(blocks: list[Block]) -> Block:
     return nnx.merge(graphdef, jax.tree.map(lambda *xs: jnp.stack(xs), *states))
 
 
-def compute_copy(params: dict[str, Any], run: RunOptions) -> dict[str, Any] | None:
-    """The weights that matmuls take, in the compute type, with None in the places of all others; None where the
-    parameters are of that type already."""
-    if run.compute_dtype in (None, run.param_dtype):
-        return None
+def halve(params: dict[str, Any], run: RunOptions) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The parameters that the model computes with, and the bits that rounding took from them.
 
-    def cast(path, x):
-        in_matmul = any(str(k.key).endswith("_proj") or k.key == "lm_head" for k in path)
-        return x.astype(run.compute_dtype) if in_matmul else None
+    Where matmuls are in bfloat16 and parameters in float32, a matmul's weight becomes the nearest bfloat16 (of two,
+    that away from zero), and the second tree has the difference of its bits to the float32's as int16, None in the
+    places of all others. `join` gives the float32 back, bit for bit; a NaN stays one. Otherwise that tree is None.
+    """
+    if (run.param_dtype, run.compute_dtype) != (jnp.float32, jnp.bfloat16):
+        return params, None
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    def split(path, x):
+        if not any(str(k.key).endswith("_proj") or k.key == "lm_head" for k in path):
+            return x, None
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        upper = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), (bits + 0x8000) >> 16)
+        lower = (bits - (upper << 16)).astype(jnp.uint16)
+        return tuple(
+            jax.lax.bitcast_convert_type(half, kind)
+            for half, kind in ((upper.astype(jnp.uint16), jnp.bfloat16), (lower, jnp.int16))
+        )
+
+    halves = jax.tree_util.tree_map_with_path(split, params)
+    upper, lower = (jax.tree.map(lambda _, h, i=i: h[i], params, halves) for i in (0, 1))
+    return upper, lower
 
 
-def with_copy(params: dict[str, Any], copy: dict[str, Any] | None) -> dict[str, Any]:
-    """The parameters that the model computes with: those of `compute_copy` where it has them."""
-    if copy is None:
+def join(params: dict[str, Any], lower: dict[str, Any] | None) -> dict[str, Any]:
+    """The parameters of which `halve` made these."""
+    if lower is None:
         return params
-    return jax.tree.map(lambda c, p: p if c is None else c, copy, params, is_leaf=lambda x: x is None)
+
+    def whole(low, x):
+        if low is None:
+            return x
+        upper = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
+        return jax.lax.bitcast_convert_type(upper + low.astype(jnp.uint32), jnp.float32)
+
+    return jax.tree.map(whole, lower, params, is_leaf=lambda x: x is None)
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:

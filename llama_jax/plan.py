@@ -33,7 +33,7 @@ from llama_jax.job import Job
 from llama_jax.model import RunOptions
 from llama_jax.optimizer import make_optimizer
 from llama_jax.reporting.progress import say
-from llama_jax.train import Steps, TrainState, abstract_state
+from llama_jax.train import Steps, TrainState, abstract_saved, abstract_state, saving_bytes
 
 ROW_LIMIT = 2048  # tokens of a row that holds several examples
 MAX_TOKENS = 4096  # of a block on a device, where nothing tells what fits
@@ -75,8 +75,8 @@ class Plan:
 
 
 class Planner:
-    """Makes the plans of a job whose parameters are of `dtype`. `state` has the types of the train state, and `run` the
-    options that do not depend on the choice."""
+    """Makes the plans of a job whose parameters are of `dtype`. `state` and `saved` have the types of the train state
+    and of a checkpoint's, and `run` the options that do not depend on the choice."""
 
     def __init__(self, job: Job, mesh: Mesh, platform: str, dtype: str, scan_layers: bool):
         self.job, self.mesh = job, mesh
@@ -96,6 +96,7 @@ class Planner:
         )
         _, params = abstract_params(job.config, self.run, mesh)
         self.state = abstract_state(params, self._optimizer(), self.run, mesh)
+        self.saved = abstract_saved(self.state, mesh)
 
     def make(self, option: Option) -> Plan:
         """Packing the whole run, and defining its programs; nothing compiles."""
@@ -145,12 +146,17 @@ class Planner:
         fitting = [o for o in sorted(options, key=slowness) if self.least_bytes(o) < limit]
         return fitting or [min(options, key=self.least_bytes)]
 
+    def held_bytes(self, option: Option) -> int:
+        """What a device holds all the time: the state, and sums of gradients where an update has several blocks."""
+        state, sums = map(sharding.bytes_on_device, (self.state, self.saved.params))
+        return state + (option.max_tokens < self._largest_update) * sums
+
     def least_bytes(self, option: Option) -> int:
-        """What a device needs at least, by arithmetic: the state, sums of gradients where an update has several blocks,
-        and the larger of what is kept for the backward pass and the gradients."""
-        held, params, grads = map(sharding.bytes_on_device, (self.state, self.state.params, self.state.weights))
+        """What a device needs at least, by arithmetic: what it holds, and the largest of what is kept for the backward
+        pass, the gradients, and what saving takes."""
+        grads = sharding.bytes_on_device(self.state.params)
         kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
-        return held + (option.max_tokens < self._largest_update) * params + max(kept, grads)
+        return self.held_bytes(option) + max(kept, grads, saving_bytes(self.state))
 
     def choose(
         self, limit: int | None, told: Callable[[str], None] = lambda line: None, remember: bool = True

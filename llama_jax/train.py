@@ -16,46 +16,44 @@ from llama_jax import sharding
 from llama_jax.data.batches import Batch, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.loss import weighted_cross_entropy
-from llama_jax.model import RunOptions, compute_copy, with_copy
+from llama_jax.model import RunOptions, halve, join
 from llama_jax.reporting.run_log import UpdateMetrics
 
 
 class TrainState(NamedTuple):
     """`step` updates have been made.
 
-    `copy` holds the weights of matmuls in the compute type (`model.compute_copy`). An update writes it beside the
-    parameters, so that no step reads them only to cast them, and gradients come in its type. It is not saved.
+    `params` are those that the model computes with, and gradients come in their types; `lower` is what they leave of
+    float32 weights (`model.halve`). So a weight of matmuls in bfloat16 takes no room beside its float32, no step reads
+    that only to round it, and no bit is lost.
     """
 
     step: Any
     params: Any
     opt_state: Any
-    copy: Any = None
+    lower: Any = None
 
     @property
     def saved(self) -> "TrainState":
-        """What a checkpoint holds: between updates, MultiSteps adds nothing to its optimizer's state."""
+        """What a checkpoint holds: whole parameters; and between updates, MultiSteps adds nothing to its optimizer's
+        state."""
         multi_steps = isinstance(self.opt_state, optax.MultiStepsState)
-        return self._replace(copy=None, opt_state=self.opt_state.inner_opt_state if multi_steps else self.opt_state)
-
-    @property
-    def weights(self) -> Any:
-        """The parameters that the model computes with."""
-        return with_copy(self.params, self.copy)
+        opt_state = self.opt_state.inner_opt_state if multi_steps else self.opt_state
+        return TrainState(self.step, _join(self.params, self.lower), opt_state)
 
 
 LossStep = Callable[[Any, Batch], jax.Array]
 
 
-_make_copy = jax.jit(compute_copy, static_argnums=1)
+_halve, _join = jax.jit(halve, static_argnums=1), jax.jit(join)
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
     """A fresh state around the parameters, which it takes over; moments are placed like them."""
     with jax.set_mesh(mesh):
-        return TrainState(
-            sharding.put_scalar(mesh, np.int32(0)), params, jax.jit(tx.init)(params), _make_copy(params, run)
-        )
+        opt_state = jax.jit(tx.init)(params)
+        params, lower = _halve(params, run)
+        return TrainState(sharding.put_scalar(mesh, np.int32(0)), params, opt_state, lower)
 
 
 def complete(saved: TrainState, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
@@ -65,15 +63,22 @@ def complete(saved: TrainState, tx: optax.GradientTransformation, run: RunOption
         if isinstance(jax.eval_shape(tx.init, saved.params), optax.MultiStepsState):
             zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))(saved.params)
             opt_state = optax.MultiStepsState(sharding.put_scalar(mesh, np.int32(0)), saved.step + 0, opt_state, zeros)
-        return saved._replace(opt_state=opt_state, copy=_make_copy(saved.params, run))
+        params, lower = _halve(saved.params, run)
+        return TrainState(saved.step, params, opt_state, lower)
 
 
 def abstract_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
     """The types and placements of `init_state`, from those of the parameters."""
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda params: (tx.init(params), compute_copy(params, run)), params)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    return TrainState(step, params, *jax.tree.map(lambda a: sharding.on(mesh, a), shapes))
+        opt_state, (params, lower) = jax.eval_shape(lambda params: (tx.init(params), halve(params, run)), params)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, lower)
+    return jax.tree.map(lambda a: sharding.on(mesh, a), state)
+
+
+def abstract_saved(state: TrainState, mesh: Mesh) -> TrainState:
+    """The types and placements of what a checkpoint holds of such a state."""
+    with jax.set_mesh(mesh):
+        return jax.tree.map(lambda a: sharding.on(mesh, a), jax.eval_shape(lambda state: state.saved, state))
 
 
 def _losses(graphdef: nnx.GraphDef, params: Any, batch: Batch, vocab_size: int, label_smoothing: float):
@@ -86,9 +91,9 @@ def _losses(graphdef: nnx.GraphDef, params: Any, batch: Batch, vocab_size: int, 
 class Steps:
     """The compiled programs of a run, and an update made of its blocks by them.
 
-    Where every update is one block, one program makes it: gradients, optimizer, the copy. So does `optax.MultiSteps` as
+    Where every update is one block, one program makes it: gradients, optimizer, halves. So does `optax.MultiSteps` as
     the optimizer, called once a block. Otherwise (`sums`) a program adds a block's gradient to those of the update's
-    other blocks, in the parameters' type, and another gives the sums to the optimizer.
+    other blocks, in the whole parameters' types, and another gives the sums to the optimizer.
     """
 
     def __init__(
@@ -100,29 +105,30 @@ class Steps:
         label_smoothing: float = 0.0,
         sums: bool = False,
     ):
-        def gradients(weights: Any, batch: Batch):
-            def loss(weights):
-                return _losses(graphdef, weights, batch, vocab_size, label_smoothing)
+        def gradients(params: Any, batch: Batch):
+            def loss(params):
+                return _losses(graphdef, params, batch, vocab_size, label_smoothing)
 
-            (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(weights)
+            (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(params)
             return grads, {"loss": loss, "losses": losses}
 
         def optimize(state: TrainState, grads: Any, learning_rate: jax.Array):
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, learning_rate=learning_rate)
-            params = optax.apply_updates(state.params, updates)
+            params = join(state.params, state.lower)
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+            updates, opt_state = tx.update(grads, state.opt_state, params, learning_rate=learning_rate)
+            params, lower = halve(optax.apply_updates(params, updates), run)
             multi_steps = isinstance(opt_state, optax.MultiStepsState)
             done = opt_state.gradient_step if multi_steps else state.step + 1
             norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
-            return TrainState(done, params, opt_state, compute_copy(params, run)), norm
+            return TrainState(done, params, opt_state, lower), norm
 
         def update(state: TrainState, batch: Batch, learning_rate: jax.Array):
-            grads, out = gradients(state.weights, batch)
-            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+            grads, out = gradients(state.params, batch)
             state, norm = optimize(state, grads, learning_rate)
             return state, out | {"grad_norm": norm}
 
         def add(sums: Any, state: TrainState, batch: Batch):
-            grads, out = gradients(state.weights, batch)
+            grads, out = gradients(state.params, batch)
             return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), out
 
         def apply(state: TrainState, sums: Any, learning_rate: jax.Array):
@@ -130,6 +136,7 @@ class Steps:
             return state, jax.tree.map(jnp.zeros_like, sums), norm
 
         self._sums, self._summing = None, sums
+        self._zeros = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, join(state.params, state.lower)))
         self._apply = jax.jit(apply, donate_argnums=(0, 1))
         self._of_block = jax.jit(add if sums else update, donate_argnums=0)
         self._compiled: dict[Any, Any] = {}
@@ -142,15 +149,16 @@ class Steps:
         programs: dict[Any, Any] = {}
         with jax.set_mesh(mesh):
             if self._summing:
-                held += sharding.bytes_on_device(state.params)
-                programs[shape] = self._of_block.lower(state.params, state, block).compile()
+                sums = abstract_saved(state, mesh).params
+                held += sharding.bytes_on_device(sums)
+                programs[shape] = self._of_block.lower(sums, state, block).compile()
                 if "apply" not in self._compiled:
-                    programs["apply"] = self._apply.lower(state, state.params, rate).compile()
+                    programs["apply"] = self._apply.lower(state, sums, rate).compile()
             else:
                 programs[shape] = self._of_block.lower(state, block, rate).compile()
         self._compiled |= programs
         platform = mesh.devices.flat[0].platform
-        return max(_bytes_needed(program, held, platform) for program in programs.values())
+        return max(saving_bytes(state) + held, *(_bytes_needed(p, held, platform) for p in programs.values()))
 
     @property
     def programs(self) -> dict[Any, Any]:
@@ -166,7 +174,7 @@ class Steps:
                 program = self._compiled[batch.input_ids.shape]
                 if self._summing:
                     if self._sums is None:
-                        self._sums = jax.jit(partial(jax.tree.map, jnp.zeros_like))(state.params)
+                        self._sums = self._zeros(state)
                     self._sums, out = program(self._sums, state, batch)
                 else:
                     state, out = program(state, batch, rate)
@@ -175,6 +183,11 @@ class Steps:
                 state, self._sums, norm = self._compiled["apply"](state, self._sums, rate)
                 outputs[-1]["grad_norm"] = norm
         return state, outputs
+
+
+def saving_bytes(state: TrainState) -> int:
+    """What a device needs beside such a state while its parameters are whole, as a checkpoint has them."""
+    return 2 * sharding.bytes_on_device(state.lower)
 
 
 def _bytes_needed(program: Any, held: int, platform: str) -> int:

@@ -98,7 +98,7 @@ def test_bytes_kept_for_the_backward_pass(kv_heads: int, bf16: bool, tmp_path: P
                 return nnx.merge(plan.graphdef, params)(*zeros)[0]
 
             with jax.set_mesh(plans.mesh):
-                found = saved_residuals(hidden, plan.abstract.weights)
+                found = saved_residuals(hidden, plan.abstract.params)
             sizes = [x.size * x.dtype.itemsize for x, how in found if "argument" not in how and 128 in x.shape]
             formula = activation_bytes(plans.job.config, plans.run, remat, plans.mesh)
             kept.setdefault(remat, []).append((sum(sizes), 128 * formula))

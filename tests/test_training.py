@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -46,7 +47,7 @@ from llama_jax import sharding
 from llama_jax.checkpoint import read_run
 from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
-from llama_jax.model import RunOptions
+from llama_jax.model import RunOptions, halve, join
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 
 GOLDEN = ["4.37-mha-accum8", "4.37-gqa-wd", "5.x-mha-accum8", "5.x-gqa-wd", "5.x-bf16"]
@@ -160,6 +161,34 @@ def test_golden(
     assert last["total_flos"] == expected["total_flos"]
     assert (last["epoch"], last["step"]) == (expected["epoch"], expected["step"])
     np.testing.assert_allclose(last["train_loss"], expected["train_loss"], rtol=loss_bound)
+
+
+FLOATS = st.integers(0, 2**32 - 1) | st.sampled_from([0x8000, 0x18000, 0x3F808000, 0x7F7FFFFF, 0x7FFFFFFF, 0xFF800001])
+
+
+@given(bits=st.lists(FLOATS, min_size=1, max_size=50))
+def test_halves_are_the_whole(bits: list[int]) -> None:
+    """Any bits: `join` has them back, and the upper half is torch's bfloat16, but for ties, whose even neighbour torch
+    takes. A NaN is one in both."""
+    values = np.asarray(bits, np.uint32).view(np.float32)
+    tree = {"mlp": {"up_proj": values}, "norm": values}
+    params, lower = halve(tree, RunOptions(compute_dtype=jnp.bfloat16))
+    upper, nan = np.asarray(params["mlp"]["up_proj"]), np.isnan(values)
+    assert params["norm"] is values and lower["norm"] is None and lower["mlp"]["up_proj"].dtype == np.int16
+    back = np.asarray(join(params, lower)["mlp"]["up_proj"])
+    np.testing.assert_array_equal(back.view(np.uint32)[~nan], values.view(np.uint32)[~nan])
+    assert np.isnan(back[nan]).all() and np.isnan(upper[nan].astype(np.float32)).all()
+    tie = (np.asarray(bits) & 0xFFFF) == 0x8000
+    rounded = torch.tensor(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(upper.view(np.uint16)[~nan & ~tie], rounded[~nan & ~tie])
+    away = (np.asarray(bits, np.uint64) + 0x8000) >> 16
+    np.testing.assert_array_equal(upper.view(np.uint16)[~nan & tie], away[~nan & tie])
+
+
+def test_nothing_is_halved_without_need() -> None:
+    for options in (RunOptions(), RunOptions(param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)):
+        tree = {"up_proj": np.ones(3, options.param_dtype)}
+        assert halve(tree, options) == (tree, None) and join(tree, None) is tree
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
@@ -464,8 +493,8 @@ def assert_same_run(a: Path, b: Path) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "4.37": {},
     "5": {"hf_compat": "5"},
-    "several blocks": {"per_device_train_batch_size": 4, "hf_compat": "5"},
-    "MultiSteps": {"per_device_train_batch_size": 4, "hf_compat": "5", "accumulation": "multisteps"},
+    "several blocks": {"per_device_train_batch_size": 4, "hf_compat": "5", "bf16": True},
+    "MultiSteps": {"per_device_train_batch_size": 4, "hf_compat": "5", "bf16": True, "accumulation": "multisteps"},
     "scanned, in bfloat16": {"scan_layers": True, "dtype": "bfloat16"},
     "autocast": {"bf16": True, "gradient_checkpointing": True},
     "evaluated": {
