@@ -29,7 +29,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
 from llama_jax.hf.load import abstract_params
 from llama_jax.loss import weighted_cross_entropy
-from llama_jax.model import RunOptions, compute_copy, with_copy
+from llama_jax.model import RunOptions, halve, join
 from llama_jax.optimizer import make_optimizer
 from llama_jax.platform import set_up_jax
 from llama_jax.rope import apply_rope, rope_cos_sin
@@ -70,10 +70,10 @@ def bare_loss(config: LlamaConfig, kernel: Kernel, w, batch: Batch):
 
 
 def bare_step(config: LlamaConfig, kernel: Kernel):
-    """(params, copy, mu, nu, count), block -> the same after an update, and the loss."""
+    """(params, lower, mu, nu, count), block -> the same after an update, and the loss."""
 
-    def step(params, copy, mu, nu, count, batch):
-        loss, grads = jax.value_and_grad(lambda w: bare_loss(config, kernel, w, batch))(with_copy(params, copy))
+    def step(params, lower, mu, nu, count, batch):
+        loss, grads = jax.value_and_grad(lambda w: bare_loss(config, kernel, w, batch))(params)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
         scale, count = jnp.minimum(1.0, 1.0 / (norm + 1e-6)), count + 1
 
@@ -82,12 +82,9 @@ def bare_step(config: LlamaConfig, kernel: Kernel):
             m, v = B1 * m + (1 - B1) * g, B2 * v + (1 - B2) * g * g
             return p - RATE * (m / (1 - B1**count)) / (jnp.sqrt(v / (1 - B2**count)) + EPS), m, v
 
-        new = jax.tree.map(adam, params, grads, mu, nu)
+        new = jax.tree.map(adam, join(params, lower), grads, mu, nu)
         params, mu, nu = (jax.tree.map(lambda t, i=i: t[i], new, is_leaf=lambda x: type(x) is tuple) for i in range(3))
-        copy = jax.tree.map(
-            lambda c, p: None if c is None else p.astype(BF16), copy, params, is_leaf=lambda x: x is None
-        )
-        return (params, copy, mu, nu, count), loss
+        return (*halve(params, RunOptions(compute_dtype=BF16)), mu, nu, count), loss
 
     return jax.jit(step, donate_argnums=(0, 1, 2, 3, 4))
 
@@ -97,13 +94,14 @@ def scan_step(graphdef, tx, vocab_size: int, run: RunOptions):
 
     def step(state: TrainState, blocks: Batch):
         def add(sums, batch):
-            loss, grads = jax.value_and_grad(lambda w: _losses(graphdef, w, batch, vocab_size, 0.0)[0])(state.weights)
+            loss, grads = jax.value_and_grad(lambda w: _losses(graphdef, w, batch, vocab_size, 0.0)[0])(state.params)
             return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), loss
 
-        sums, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), blocks)
-        updates, opt_state = tx.update(sums, state.opt_state, state.params, learning_rate=RATE)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, compute_copy(params, run)), losses.sum()
+        params = join(state.params, state.lower)
+        sums, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), blocks)
+        updates, opt_state = tx.update(sums, state.opt_state, params, learning_rate=RATE)
+        params, lower = halve(optax.apply_updates(params, updates), run)
+        return TrainState(state.step + 1, params, opt_state, lower), losses.sum()
 
     return jax.jit(step, donate_argnums=0)
 
@@ -140,22 +138,22 @@ def main() -> None:
         return init_state(random_params(abstract, mesh), tx, run, mesh)
 
     def measure(what: str, update, state) -> None:
-        """`update` maps the state to the next one and the loss."""
-        laps = []
-        for _ in range(args.updates + 3):
-            started = time.perf_counter()
-            state, loss = update(state)
-            loss.block_until_ready()
-            laps.append(1000 * (time.perf_counter() - started))
-        low, middle, high = np.quantile(laps[3:], (0.1, 0.5, 0.9))
+        """`update` maps the state to the next one and the loss. As in `fit`, the device is told of an update before the
+        last one's loss is waited for."""
+        done, (state, loss) = [], update(state)
+        for _ in range(args.updates + 4):
+            last, (state, loss) = loss, update(state)
+            last.block_until_ready()
+            done.append(1000 * time.perf_counter())
+        low, middle, high = np.quantile(np.diff(done)[3:], (0.1, 0.5, 0.9))
         print(f"{what}: {middle:.2f} ms ({low:.2f}-{high:.2f}), loss {float(loss):.5f}", flush=True)
 
     print(f"{args.shape}, {args.layers} layers, blocks of {args.tokens} tokens, attention by {name}")
     plain = make_optimizer(b1=B1, b2=B2, eps=EPS, max_grad_norm=1.0)
     with jax.set_mesh(mesh):
         bare, state = bare_step(config, kernel), fresh(plain)
-        zeros = [jax.tree.map(jnp.zeros_like, state.params) for _ in "mv"]
-        held = (state.params, state.copy, *zeros, jnp.zeros((), jnp.int32))
+        zeros = [jax.tree.map(jnp.zeros_like, join(state.params, state.lower)) for _ in "mv"]
+        held = (state.params, state.lower, *zeros, jnp.zeros((), jnp.int32))
         del state, zeros
         measure("one block, plain functions", lambda held: bare(*held, blocks[0]), held)
         del held
