@@ -9,7 +9,8 @@
 3. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
    everything computed again.
 4. The seed's update in float32, 8 examples packed into one block, against its examples one by one and padded: the loss
-   and every gradient (in Adam's first moment, which is a tenth of it after one update).
+   and every gradient (in Adam's first moment, which is a tenth of it after one update); and beside it the same examples
+   padded, four at a time.
 5. Where there are several devices: 20 updates with all of them on fsdp, and on tensor, against one of them, in float32
    and in bf16. The parts before it use one.
 """
@@ -49,8 +50,9 @@ from llama_jax.train import _losses, fit, init_state, put_batch
 LOSS, NORM, GRADIENT = 2e-3, 1e-2, 6e-2
 # The two runs round at other places, and Adam turns the rounding of small gradients into whole steps.
 CURVE = 1e-2
-# Float32: sums in another order, 2^-24 each, some hundred of them behind one another.
-PACKED = 1e-5
+# Packing computes the same in products of other shapes, whose sums a device orders otherwise. What that does to a model
+# of these sizes tells a control: padded too, four examples at a time. Nothing of packing may be more than twice as far.
+PACKED = 2
 # Of 20 updates on several devices: in float32 sums in another order, which Adam's divisions let grow.
 MESHES = 1e-3
 
@@ -163,21 +165,25 @@ def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform:
 
 
 def check_packing(config: LlamaConfig, mesh, platform: str) -> bool:
-    moments, losses = [], []
+    lengths, off = (61, 127, 250, 93, 142, 38, 201, 89), []
     with tempfile.TemporaryDirectory() as folder:
-        for flags in ("--packing False --max_tokens_per_device 256", "--packing True --max_tokens_per_device 1152"):
-            flags += " --remat matmuls --max_grad_norm 0 --scan_layers True"
-            lengths = (61, 127, 250, 93, 142, 38, 201, 89)
+
+        def gradients(flags: str) -> tuple[float, list[jax.Array]]:
+            flags += " --hf_compat 5 --remat matmuls --max_grad_norm 0 --scan_layers True"
             state, curve = train(folder, flags, lengths, config, mesh, platform, 1)
-            losses.append(curve[0, 0])
-            moments.append(jax.device_get(optax.tree_utils.tree_get(state.opt_state, "mu")))
-            del state  # before there is another
-    off = abs(losses[1] / losses[0] - 1)
-    worst = max(map(distance, *map(jax.tree.leaves, moments[::-1])))
-    fine = off < PACKED and worst < PACKED
+            return curve[0, 0], jax.tree.leaves(optax.tree_utils.tree_get(state.opt_state, "mu"))
+
+        loss, moments = jax.device_get(gradients("--packing False"))
+        four = "--packing False --per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+        for flags in (four, "--packing True --max_tokens_per_device 1152"):
+            other, others = gradients(flags)
+            off.append((abs(other / loss - 1), max(map(distance, others, moments))))
+            del others  # before there are more
+    control, packed = np.asarray(off)
+    fine = bool((packed < PACKED * np.maximum(control, 2.0**-23)).all())
     print(
-        f"packed against one by one, float32, {config.num_hidden_layers} layers: loss off by {off:.1e}, worst gradient "
-        f"{worst:.1e}{'' if fine else '  WRONG'}",
+        f"packed against one by one, float32, {config.num_hidden_layers} layers: loss off by {packed[0]:.1e}, worst "
+        f"gradient {packed[1]:.1e}; four at a time: {control[0]:.1e}, {control[1]:.1e}{'' if fine else '  WRONG'}",
         flush=True,
     )
     return fine

@@ -17,6 +17,7 @@ from llama_jax.data.batches import Batch, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.loss import weighted_cross_entropy
 from llama_jax.model import RunOptions, halve, join
+from llama_jax.platform import compiler_options
 from llama_jax.reporting.run_log import UpdateMetrics
 
 
@@ -147,15 +148,16 @@ class Steps:
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
         programs: dict[Any, Any] = {}
+        options = compiler_options(mesh)
         with jax.set_mesh(mesh):
             if self._summing:
                 sums = abstract_saved(state, mesh).params
                 held += sharding.bytes_on_device(sums)
-                programs[shape] = self._of_block.lower(sums, state, block).compile()
+                programs[shape] = self._of_block.lower(sums, state, block).compile(options)
                 if "apply" not in self._compiled:
-                    programs["apply"] = self._apply.lower(state, sums, rate).compile()
+                    programs["apply"] = self._apply.lower(state, sums, rate).compile(options)
             else:
-                programs[shape] = self._of_block.lower(state, block, rate).compile()
+                programs[shape] = self._of_block.lower(state, block, rate).compile(options)
         self._compiled |= programs
         platform = mesh.devices.flat[0].platform
         return max(saving_bytes(state) + held, *(_bytes_needed(p, held, platform) for p in programs.values()))
