@@ -40,7 +40,7 @@ from llama_jax.data.batches import Batch
 from llama_jax.files import write_json
 from llama_jax.hf.load import abstract_params
 from llama_jax.job import make_job
-from llama_jax.model import RunOptions, halve, stack_layers
+from llama_jax.model import RunOptions, halve, split_bits, stack_layers
 from llama_jax.plan import Planner
 from llama_jax.platform import memory_limit, set_up_jax
 from llama_jax.train import _losses, fit, init_state, put_batch
@@ -107,7 +107,7 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
 
     def run(program, options: RunOptions, params):
         with jax.set_mesh(mesh):
-            value, grads = program(jax.jit(halve, static_argnums=1)(params, options)[0], batch)
+            value, grads = program(halve(params, options, jax.jit(split_bits))[0], batch)
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     choices = [(scan, remat) for scan in (False, True) for remat in ("none", "matmuls", "attention", "full")]

@@ -16,7 +16,7 @@ from llama_jax import sharding
 from llama_jax.data.batches import Batch, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.loss import weighted_cross_entropy
-from llama_jax.model import RunOptions, halve, join
+from llama_jax.model import RunOptions, halve, join, split_bits
 from llama_jax.platform import compiler_options
 from llama_jax.reporting.run_log import UpdateMetrics
 
@@ -46,25 +46,33 @@ class TrainState(NamedTuple):
 LossStep = Callable[[Any, Batch], jax.Array]
 
 
-_halve, _join = jax.jit(halve, static_argnums=1), jax.jit(join)
+_split_bits, _join = jax.jit(split_bits), jax.jit(join)
+
+
+def _split_and_delete(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Halves take the place of the last float32 that was deleted: the device's free memory stays in one piece, which
+    the step's temporaries need."""
+    halves = _split_bits(x)
+    x.delete()
+    return halves
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
-    """A fresh state around the parameters, which it takes over; moments are placed like them."""
+    """A fresh state around the parameters, which it uses up; moments are placed like them."""
     with jax.set_mesh(mesh):
-        opt_state = jax.jit(tx.init)(params)
-        params, lower = _halve(params, run)
+        params, lower = halve(params, run, _split_and_delete)
+        opt_state = jax.jit(lambda params, lower: tx.init(join(params, lower)))(params, lower)
         return TrainState(sharding.put_scalar(mesh, np.int32(0)), params, opt_state, lower)
 
 
 def complete(saved: TrainState, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
-    """The state of which this is what a checkpoint holds."""
+    """The state of which this is what a checkpoint holds; it is used up."""
     opt_state = saved.opt_state
     with jax.set_mesh(mesh):
         if isinstance(jax.eval_shape(tx.init, saved.params), optax.MultiStepsState):
             zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))(saved.params)
             opt_state = optax.MultiStepsState(sharding.put_scalar(mesh, np.int32(0)), saved.step + 0, opt_state, zeros)
-        params, lower = _halve(saved.params, run)
+        params, lower = halve(saved.params, run, _split_and_delete)
         return TrainState(saved.step, params, opt_state, lower)
 
 
