@@ -40,7 +40,7 @@ def main() -> None:
         ax.grid(alpha=0.3)
         memory = ax.twinx()
         memory.plot(x, [points[n]["memory_gib"] for n in x], "s--", color="tab:orange")
-        memory.set_ylim(0, 144)
+        memory.set_ylim(0, 288)
         for n in x:
             remat = points[n]["detail"].split("--remat ")[1].split(",")[0]
             ax.annotate(remat, (n, points[n]["tokens_s"]), (0, -14), textcoords="offset points", ha="center", size=7)

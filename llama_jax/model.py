@@ -244,10 +244,11 @@ class Llama(nnx.Module):
                 (stacked, cache),
             )
         else:
-            caches = []
-            for i, block in enumerate(self.layers):
-                graphdef, params = nnx.split(block)
-                x, layer_cache = _run_block(graphdef, self.run.remat, params, x, tokens, cache and cache[i])
+            caches, (graphdefs, weights) = [], map(list, zip(*map(nnx.split, self.layers), strict=True))
+            for i, graphdef in enumerate(graphdefs):
+                if sharding.sums_gradients() and i + 1 < len(weights):
+                    x, weights[i + 1] = _in_order(x, weights[i + 1])
+                x, layer_cache = _run_block(graphdef, self.run.remat, weights[i], x, tokens, cache and cache[i])
                 caches.append(layer_cache)
             cache = cache and caches
         return self.norm(x), cache
@@ -263,6 +264,19 @@ class Llama(nnx.Module):
         out = jnp.einsum("BTD,VD->BTV", hidden.astype(head.dtype), head, out_sharding=sharding.ACT_BTF)
         out = jax.sharding.reshard(out, sharding.ACT_BTD)
         return out[..., : self.config.vocab_size].astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _in_order(x: Float[Array, "B T D"], later: Any):
+    """The input of a layer and the weights of the one behind it, as they are. Backward, nothing before this layer may
+    begin until those weights' gradients are summed over the devices, which has been going on during this layer. Left to
+    itself, XLA does most such sums at the end, when there is nothing left to do meanwhile."""
+    return x, later
+
+
+_in_order.defvjp(
+    lambda x, later: (_in_order(x, later), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
 
 
 def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None):

@@ -33,12 +33,15 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     return jax.default_backend()
 
 
-def compiler_options(mesh: Mesh) -> dict[str, Any]:
-    """For a program on these devices. On several GPUs, what is gathered or scattered goes together up to a GiB instead
-    of up to 30 MiB: an update of 7B on four is 3.5% shorter."""
+def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:
+    """For a program on these devices. On several GPUs, gathers go together up to a GiB instead of up to 30 MiB, and
+    scatters up to so many bytes of results: an update of 7B on four is 3.5% shorter."""
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return {}
-    return {f"xla_gpu_{kind}_combine_threshold_bytes": 2**30 for kind in ("all_gather", "reduce_scatter")}
+    return {
+        "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": scattered,
+    }
 
 
 def peak_memory() -> int | None:

@@ -205,11 +205,17 @@ def bytes_on_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def sum_dtype(dtype: Any) -> Any:
-    """The type in which a weight's gradient, in products of `dtype`, is summed: float32 where the mesh that is set has
-    devices with tokens of their own, as the Trainer's ranks sum theirs; on one, where only the sum is rounded, `dtype`.
+def sums_gradients() -> bool:
+    """Whether devices of the mesh that is set have tokens of their own, so that a weight's gradient is a sum over them.
     """
-    return np.dtype(np.float32 if axis_size((*BATCH, "context")) > 1 else dtype)
+    return axis_size((*BATCH, "context")) > 1
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """The type in which a weight's gradient, in products of `dtype`, is summed: float32 over devices, as the Trainer's
+    ranks sum theirs; on one, where only the sum is rounded, `dtype`.
+    """
+    return np.dtype(np.float32 if sums_gradients() else dtype)
 
 
 def in_parts(array_BT: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The train state, one update, and the loop over updates."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -156,7 +157,7 @@ class Steps:
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
         programs: dict[Any, Any] = {}
-        options = compiler_options(mesh)
+        options = compiler_options(mesh, _layer_gradient_bytes(state.params))
         with jax.set_mesh(mesh):
             if self._summing:
                 sums = abstract_saved(state, mesh).params
@@ -193,6 +194,13 @@ class Steps:
                 state, self._sums, norm = self._compiled["apply"](state, self._sums, rate)
                 outputs[-1]["grad_norm"] = norm
         return state, outputs
+
+
+def _layer_gradient_bytes(params: Any) -> int:
+    """What a device keeps of the first layer's gradients once they are summed, in float32; of the matrices alone."""
+    layers = params["layers"]
+    matrices = [x for x in jax.tree.leaves(layers.get(0, layers)) if x.ndim > 1]
+    return sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in matrices)
 
 
 def saving_bytes(state: TrainState) -> int:
