@@ -206,8 +206,7 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def sums_gradients() -> bool:
-    """Whether devices of the mesh that is set have tokens of their own, so that a weight's gradient is a sum over them.
-    """
+    """Whether devices of the mesh that is set have tokens of their own: a weight's gradient is then a sum over them."""
     return axis_size((*BATCH, "context")) > 1
 
 
