@@ -257,11 +257,21 @@ def check_types(folder: str) -> None:
         compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16)
     dumps = list(Path(folder).glob("*jit_update*after_spmd-partitioning*"))
     assert len(dumps) == 2
+    unrolled = 0
     for dump in dumps:
-        kinds = Counter(re.findall(rf"= (\w+)\[[\d,]*\]\S* ({KINDS})\(", dump.read_text()))
+        text = dump.read_text()
+        kinds = Counter(re.findall(rf"= (\w+)\[[\d,]*\]\S* ({KINDS})\(", text))
         # Of each matrix but the embedding the copy in bfloat16 is gathered; no sum over devices is in bfloat16.
         assert kinds["bf16", "all-gather"] >= len(MATRICES) + 1 and kinds["f32", "all-gather"] == 1, kinds
         assert not kinds["bf16", "all-reduce"] and kinds["f32", "all-reduce"] >= len(MATRICES) + 2, kinds
+        # Before an unrolled layer's backward pass begins, a device has its part of the sums of the layer two behind it.
+        waited = [
+            sorted(math.prod(map(int, shape.split(","))) for shape in re.findall(r"bf16\[([\d,]+)\]", given))
+            for given in re.findall(r"= \((.*?)\) opt-barrier", text)
+        ]
+        assert waited in ([], [sorted(n // 8 for n in MATRICES)] * (L - 1))
+        unrolled += bool(waited)
+    assert unrolled == 1
 
 
 @pytest.mark.slow
