@@ -2,8 +2,8 @@
 """Scaling on paper: `scaling.py --shape llama-7b --rows 1 --tokens 2048 v5e-16 v5e-256`.
 
 The step of each slice, with as much work on each device and full recomputation, is compiled by the TPU's compiler, at
-low effort unless told otherwise (from 64 devices on it then sends sums of gradients in float32, which full effort rounds
-to bf16 first). Nothing is run. The model of a step's time is printed with its parts:
+low effort unless told otherwise (from 64 devices on it then sends sums of gradients in float32, which full effort
+rounds to bf16 first). Nothing is run. The model of a step's time is printed with its parts:
 
 - compute: the operations that the step makes, with full recomputation, at the share of the published peak that the
   compiler itself estimates for one product of 8192 x 8192 x 8192 (v5e 88%, v5p 90%, v4 93%; others at 90%);
