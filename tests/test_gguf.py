@@ -686,6 +686,7 @@ def smollm() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
+@pytest.mark.slow
 def test_smollms_weights_are_those_that_transformers_reads(smollm):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
