@@ -75,7 +75,7 @@ def test_gpus_by_arithmetic(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_a_gpu(tmp_path: Path) -> None:
-    """75 GiB of state on 80, and 25 more to save it; the next larger holds it. And flags that ask for too much, beside those that do not."""
+    """75 GiB of state on 80, and 25 more to save it; the next larger holds it. And flags that ask for too much."""
     raw = raw_config("llama-7b")
     outcome = dry_run(tmp_path, raw, "--dry_run", "h100:1")
     assert outcome.code == 3 and "h100:1: DOES NOT FIT" in outcome.out and outcome.out.strip().endswith("h100:2")
