@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
         planning = background.submit(planner.settle, limit)
         if resume_step:
-            checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved)
+            checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved, resume_step)
             restored = checkpoints.restore_state(resume_step, planner.saved)
         else:
             with byte_bar("reading weights", source.bytes, quiet) as bar:
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         if processes.is_first():
             remove_steps(output_dir)
         processes.exchange("removed")
-        checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved)
+        checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved, 0)
         state = init_state(params, plan.tx, run, mesh)
         del params
 

@@ -56,11 +56,12 @@ def read_run(output_dir: Path, step: int) -> dict[str, Any]:
 class Checkpoints:
     """The `checkpoint-N` folders of a run, at most `limit` of them (None or 0: all), for states like `abstract`.
 
-    A state that fits this host's memory twice is copied there and written while the run goes on; a larger one is
-    written piece by piece, and the run waits.
+    The run goes on from `first`: checkpoints past it, of a run that was gone back on, are removed once there is a new
+    one to write. A state that fits this host's memory twice is copied there and written while the run goes on; a larger
+    one is written piece by piece, and the run waits.
     """
 
-    def __init__(self, output_dir: Path, limit: int | None, abstract: Any):
+    def __init__(self, output_dir: Path, limit: int | None, abstract: Any, first: int):
         self._rotation = _Rotation(limit)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._rotation,
@@ -71,6 +72,7 @@ class Checkpoints:
         self._piecewise = tree_bytes(abstract) > memory // 2
         handlers = {"state": _handler(abstract, self._piecewise), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(output_dir.absolute(), options=options, item_handlers=handlers)
+        self._past = [step for step in self._manager.all_steps() if step > first]
 
     def save(self, step: int, state: Any, run: dict[str, Any], best: int | None = None) -> None:
         """Write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; the state may then be donated.
@@ -78,6 +80,8 @@ class Checkpoints:
         The checkpoint of step `best` is not rotated away.
         """
         self._rotation.best = best
+        while self._past:
+            self._manager.delete(self._past.pop())
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=ocp.args.JsonSave(run))
         self._manager.save(step, args=args, force=True)
         if self._piecewise:

@@ -622,6 +622,22 @@ def test_limit_holds_over_a_resume(tmp_path: Path) -> None:
     assert checkpoints(out) == ["checkpoint-5", "checkpoint-6"]
 
 
+def test_going_back_to_an_earlier_checkpoint(tmp_path: Path) -> None:
+    """Those past it are of a run that was gone back on: they are in nobody's way, and rotation does not keep them."""
+    job = Job(tmp_path)
+    whole, again, shorter = job.train("whole"), tmp_path / "again", tmp_path / "shorter"
+    for out in (again, shorter):
+        shutil.copytree(whole, out)
+    first = again / "checkpoint-6"
+    before = first.stat().st_mtime_ns
+    job.train("again", resume_from_checkpoint=again / "checkpoint-2")
+    assert checkpoints(again) == checkpoints(whole) and first.stat().st_mtime_ns > before
+    assert_same_run(whole, again)
+    limits = {"save_steps": 3, "max_steps": 5, "save_total_limit": 1}
+    job.train("shorter", resume_from_checkpoint=shorter / "checkpoint-2", **limits)
+    assert checkpoints(shorter) == ["checkpoint-3"]
+
+
 def stopped_by_sigterm(job: Job, out: str, after: int) -> subprocess.CompletedProcess:
     """The run in a process of its own, sent SIGTERM when so many updates have been logged."""
     command = [sys.executable, str(ROOT / "train_jax.py"), *job.argv(out)]
