@@ -43,7 +43,8 @@ class RunOptions:
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is what the backward pass computes
     again: "none"; all but "matmuls" and attention; all but "attention"; in "full" all but each layer's input.
-    `attention` is the kernel for packed rows; with a cache it is always plain XLA.
+    `attention` is the kernel for packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` that a
+    block tells beyond its own: a micro-batch may lie in several blocks.
     """
 
     param_dtype: Any = jnp.float32
@@ -52,6 +53,7 @@ class RunOptions:
     scan_layers: bool = False
     remat: str = "none"
     attention: Kernel = XLA
+    longest: int = 0
 
 
 class KVCache(NamedTuple):
@@ -234,7 +236,7 @@ class Llama(nnx.Module):
         if lengths is None:
             lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
         slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
-        cos, sin = rope_cos_sin(self.config, positions, lengths, slots)
+        cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
         tokens = Tokens(cos, sin, positions, segment_ids)
         if self.run.scan_layers:
             graphdef, stacked = nnx.split(self.layers)

@@ -820,3 +820,21 @@ def test_packed_is_padded(
         largest = float(np.abs(a[name] - before[name]).max())
         rounding = 2**-23 * float(np.abs(a[name]).max())  # of the weight itself
         np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-6 * largest + rounding, err_msg=f"{rope}: {name}")
+
+
+def test_dynamic_rope_knows_the_length_of_a_micro_batch_in_several_blocks(tmp_path: Path) -> None:
+    """Its 100 tokens lie in a block of 128, and are rotated by the 350 beside them all the same."""
+    rng, records = np.random.default_rng(0), []
+    for length in [60, 20, 20, 20, 350, 100, 20, 14] * 50:
+        ids = rng.integers(0, 256, length).tolist()
+        records.append({"input_ids": ids, "labels": ids})
+    sgd = {"optim": "sgd", "learning_rate": 0.0, "weight_decay": 0.0, "warmup_steps": 0, "save_strategy": "no"}
+    sgd |= {"hf_compat": "5", "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"}
+    job = Job(tmp_path, max_steps=100, **sgd)
+    raw = {**CONFIG, "max_position_embeddings": 128, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    write_model(job.folder / "model", raw)
+    write_json(job.folder / "data.json", records)
+    one, several = (log_entries(job.train(str(n), max_tokens_per_device=n)) for n in (4096, 384))
+    # The same sums in another order, of at most 410 examples' tokens.
+    for key, bound in (("loss", 1e-6), ("grad_norm", 1e-5)):
+        np.testing.assert_allclose([e[key] for e in several], [e[key] for e in one], rtol=bound)
