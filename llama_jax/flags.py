@@ -254,8 +254,8 @@ DIFFERENCES = (
     "A resumed run goes on exactly as the run that was not stopped would have. The Trainer's own does not always: 4.37 "
     "in the middle of a later epoch, or with a tail that carries over, takes other examples; so does 5 with "
     "`group_by_length`.",
-    "`dynamic` rope scaling goes by the length of a micro-batch; transformers' goes by the longest that it has seen, so "
-    "that there a batch's loss depends on those before it (5 forgets once a batch is within the original context).",
+    "`dynamic` rope scaling goes by the length of a micro-batch; transformers' goes by the longest that it has seen: "
+    "there a batch's loss depends on those before it (5 forgets once a batch is within the original context).",
     "4.37's order is that of accelerate 0.26 and 0.27; accelerate 0.24 and 0.25 gave it 5's. With "
     "`--dataloader_persistent_workers True` and workers, 4.37 draws once less an epoch; here the order stays.",
     "A NaN that `--logging_nan_inf_filter` replaces: with several devices and several updates a log line, each device "

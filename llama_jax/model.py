@@ -43,8 +43,8 @@ class RunOptions:
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is what the backward pass computes
     again: "none"; all but "matmuls" and attention; all but "attention"; in "full" all but each layer's input.
-    `attention` is the kernel for packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` that a
-    block tells beyond its own: a micro-batch may lie in several blocks.
+    `attention` is the kernel for packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` of
+    tokens where a block is shorter: a micro-batch may lie in several blocks.
     """
 
     param_dtype: Any = jnp.float32
