@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     import jax
 
     from llama_jax import processes, sharding
-    from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
+    from llama_jax.checkpoint import Checkpoints, read_run, remove_steps
     from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.hf.load import resize_vocabulary
     from llama_jax.hf.source import Source, training_dtype
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(spec=args.mesh)
         if not args.explain:
             make_output_dir(output_dir)
-            resume_step = _resume_step(args, output_dir, find_steps(output_dir))
+            resume_step = _resume_step(args, output_dir)
 
         source = Source(Path(args.model_name_or_path), args.allow_pickle)
         job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
@@ -307,9 +307,18 @@ def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) 
         say(f"--scan_layers: {saved['scan_layers']}, as in {name}")
 
 
-def _resume_step(args: Arguments, output_dir: Path, steps: list[int]) -> int:
+def _resume_step(args: Arguments, output_dir: Path) -> int:
     """The checkpoint to go on from, 0 for none."""
-    wanted = args.resume_from_checkpoint
+    from llama_jax.checkpoint import find_foreign, find_steps
+
+    if foreign := find_foreign(output_dir):
+        raise InputError(
+            f"{output_dir}/{foreign[-1]}: is not a checkpoint of this program (the HF Trainer's?); move it away, or "
+            "choose another --output_dir"
+        )
+    wanted, steps = args.resume_from_checkpoint, find_steps(output_dir)
+    if wanted and wanted.lower() == "auto":
+        return steps[-1] if steps else 0
     if wanted and wanted.lower() not in ("false", "no", "0"):
         if wanted.lower() in ("true", "yes", "1"):
             if not steps:

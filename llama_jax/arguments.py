@@ -186,7 +186,9 @@ class Arguments:
     save_steps: float = _flag(500, "updates between two checkpoints; below 1 a share of all")
     save_total_limit: int | None = _flag(None, "checkpoints kept; the oldest go first, the best stays")
     overwrite_output_dir: bool = _flag(False, "start anew where output_dir holds checkpoints, and remove them")
-    resume_from_checkpoint: str | None = _flag(None, "True for the last checkpoint of output_dir, or its path")
+    resume_from_checkpoint: str | None = _flag(
+        None, "True for the last checkpoint of output_dir, auto for that or a fresh start, or its path"
+    )
 
     def __post_init__(self) -> None:
         self.said: list[str] = []  # of flags that are an alias or without meaning

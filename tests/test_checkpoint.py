@@ -1,0 +1,123 @@
+"""What is on the disk is what was saved, or it is said; and what lies beside it does no harm."""
+
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_training import Job, assert_same_run, checkpoints
+from tiny import run, write_json
+
+import train_jax
+from llama_jax.checkpoint import digests
+
+TYPES = (np.float32, jnp.bfloat16, np.int16, np.int32)
+
+
+@given(data_seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(TYPES), axes=st.integers(0, 3), draw=st.data())
+def test_a_digest_knows_every_bit_and_no_padding(data_seed: int, kind: type, axes: int, draw: st.DataObject) -> None:
+    array = np.random.default_rng(data_seed).integers(0, 256, (*(2, 3, 4)[:axes], np.dtype(kind).itemsize), np.uint8)
+    values = array.view(kind)[..., 0]
+    (right,) = digests({"x": jnp.asarray(values)}).values()
+    padded = np.pad(values, [(0, 3)] * axes) if axes else values
+    assert digests({"x": jnp.asarray(padded)}) == {"['x']": right}
+    bit = draw.draw(st.integers(0, 8 * array.size - 1))
+    array.reshape(-1)[bit // 8] ^= 1 << bit % 8
+    assert digests({"x": jnp.asarray(array.view(kind)[..., 0])}) != {"['x']": right}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    job = Job(tmp_path_factory.mktemp("job"))
+    job.train("whole")
+    return job
+
+
+def copied(job: Job, name: str) -> Path:
+    """The finished run's folder, without what it exported."""
+    out = job.folder / name
+    for saved in checkpoints(job.folder / "whole"):
+        shutil.copytree(job.folder / "whole" / saved, out / saved)
+    return out
+
+
+@pytest.mark.parametrize("where", [0.2, 0.4, 0.6, 0.8])
+def test_a_wrong_byte(where: float, job: Job) -> None:
+    """It is refused, with the checkpoint to take instead, unless nothing lies there."""
+    out = copied(job, f"flipped-{where}")
+    largest = max(
+        (p for p in (out / "checkpoint-4" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    content = bytearray(largest.read_bytes())
+    content[int(where * len(content))] ^= 0x40
+    largest.write_bytes(content)
+    shutil.rmtree(out / "checkpoint-6")
+    outcome = run(train_jax.main, *job.argv(out.name, resume_from_checkpoint=True))
+    if outcome.code == 0:
+        assert_same_run(job.folder / "whole", out)
+    else:
+        assert outcome.code == 2, outcome.err
+        assert f"{out}/checkpoint-4: is damaged" in outcome.err
+        assert f"--resume_from_checkpoint {out}/checkpoint-2" in outcome.err
+        assert not (out / "model.safetensors").exists()
+
+
+def test_wrong_bytes_are_found(job: Job) -> None:
+    """A state of other numbers, whole by all that orbax knows."""
+    out = copied(job, "swapped")
+    shutil.rmtree(out / "checkpoint-4" / "state")
+    shutil.copytree(out / "checkpoint-6" / "state", out / "checkpoint-4" / "state")
+    outcome = run(train_jax.main, *job.argv(out.name, resume_from_checkpoint=out / "checkpoint-4"))
+    assert outcome.code == 2 and f"{out}/checkpoint-4: is damaged" in outcome.err, outcome.err
+    assert "arrays are not what was saved" in outcome.err
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty run"])
+def test_a_damaged_file(damage: str, job: Job) -> None:
+    out = copied(job, damage)
+    if damage == "cut":
+        files = [p for p in (out / "checkpoint-6" / "state").rglob("*") if p.is_file() and p.stat().st_size > 1000]
+        for path in files:
+            path.write_bytes(path.read_bytes()[:-500])
+    else:
+        shutil.rmtree(out / "checkpoint-6" / "run")
+        (out / "checkpoint-6" / "run").mkdir()
+    outcome = run(train_jax.main, *job.argv(out.name, resume_from_checkpoint=True, max_steps=8))
+    assert outcome.code == 2 and f"{out}/checkpoint-6: is damaged" in outcome.err, outcome.err
+    assert f"--resume_from_checkpoint {out}/checkpoint-4" in outcome.err
+
+
+def test_half_removed(job: Job) -> None:
+    """A process that dies while it removes checkpoints leaves parts of them: they are no checkpoints, and in nobody's
+    way."""
+    out = copied(job, "half")
+    shutil.rmtree(out / "checkpoint-6" / "state")
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "checkpoint-4").mkdir()
+    job.train("half", resume_from_checkpoint="auto")
+    assert checkpoints(out) == checkpoints(job.folder / "whole")
+    assert_same_run(job.folder / "whole", out)
+
+
+def test_auto_starts_anew_or_goes_on(job: Job) -> None:
+    """A script that is queued again needs no other flags."""
+    first = job.train("auto", resume_from_checkpoint="auto", max_steps=3)
+    assert checkpoints(first) == ["checkpoint-2"]
+    outcome = run(train_jax.main, *job.argv("auto", resume_from_checkpoint="auto"))
+    assert outcome.code == 0 and f"resumed from {first}/checkpoint-2" in outcome.err
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume_from_checkpoint": True}, {"overwrite_output_dir": True}])
+def test_the_trainers_checkpoint(flags: dict, job: Job) -> None:
+    """It would be in the way of ours of the same number; it is never removed."""
+    out = job.folder / "hf"
+    folder = out / "checkpoint-500"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "trainer_state.json", {})
+    outcome = run(train_jax.main, *job.argv("hf", **flags))
+    assert outcome.code == 2 and outcome.compiled == 0, outcome.err
+    assert f"{folder}: is not a checkpoint of this program" in outcome.err
+    assert (folder / "trainer_state.json").exists()
