@@ -1,6 +1,7 @@
 """The HF Trainer's optimizers, made of optax: clipping, decay groups, the update's rate, accumulation."""
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -40,6 +41,19 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def decay_mask(params):
     """True for weights that decay: matrices. The norms' weights and all biases are vectors and do not."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
+
+
+def _decayed(rule: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
+    """`rule`, and then the decay of the matrices. The state is the rule's: a run may go on with another decay."""
+    if not weight_decay:
+        return rule
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
+
+    def update(updates, state, params=None):
+        updates, state = rule.update(updates, state, params)
+        return decay.update(updates, decay.init(params), params)[0], state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def _is_vector(path) -> bool:
@@ -105,19 +119,19 @@ def make_optimizer(
     the normalisation) and the rest runs at the last block, with that block's rate. Where every update is one block,
     MultiSteps and its accumulator stand aside.
     """
-    decay = [optax.add_decayed_weights(weight_decay, decay_mask)] if weight_decay else []
+    clip, decayed = clip_by_global_norm(max_grad_norm), partial(_decayed, weight_decay=weight_decay)
     if name == "adamw_torch":
-        rules = [optax.scale_by_adam(b1, b2, eps), *decay]
+        rules = [clip, decayed(optax.scale_by_adam(b1, b2, eps))]
     elif name == "sgd":
-        rules = decay
+        rules = [decayed(clip)]
     elif name == "adafactor":
         rms = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=1, epsilon=1e-30)
-        rules = [_in_float32(optax.chain(rms, _clip_by_rms(sizes), *decay))]
+        rules = [clip, _in_float32(decayed(optax.chain(rms, _clip_by_rms(sizes))))]
     elif name == "lion_32bit":
-        rules = [_in_float32(optax.chain(optax.scale_by_lion(b1, b2), *decay))]
+        rules = [clip, _in_float32(decayed(optax.chain(optax.scale_by_lion(b1, b2))))]
     else:
         raise InputError(f"--optim {name!r} is not one of {', '.join(OPTIMIZERS)}")
-    tx = optax.chain(clip_by_global_norm(max_grad_norm), *rules, _scale_by_rate())
+    tx = optax.chain(*rules, _scale_by_rate())
     if blocks is None or blocks.max() == 1:
         return tx
 
