@@ -73,8 +73,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the whole file or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write the whole file or nothing; of several processes that do, one."""
+    temporary = path.with_name(f"{path.name}-{platform.node()}-{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -88,7 +88,7 @@ def make_output_dir(path: Path) -> Path:
     """Create the folder and prove that files can be written to it. Raises InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test-{platform.node()}-{os.getpid()}"  # of this process, wherever it runs
+        probe = path / f".write-test-{platform.node()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as e:

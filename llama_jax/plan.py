@@ -23,7 +23,7 @@ from llama_jax import sharding
 from llama_jax.arguments import Arguments
 from llama_jax.attention import Kernel, choose_kernel
 from llama_jax.config import LlamaConfig
-from llama_jax.data.batches import Batches
+from llama_jax.data.batches import ROW_MULTIPLE, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.errors import InputError
 from llama_jax.files import cache_folder, write_json
@@ -182,24 +182,33 @@ class Planner:
             if limit is None or needed <= limit:
                 break
         if remember and limit is not None and needed <= limit:
-            found_before.parent.mkdir(parents=True, exist_ok=True)
-            write_json(found_before, option._asdict())
+            with contextlib.suppress(OSError):  # it only saves time
+                found_before.parent.mkdir(parents=True, exist_ok=True)
+                write_json(found_before, option._asdict())
         return plan, needed
 
     def settle(self, limit: int | None) -> Plan:
         """The plan that `choose` finds, all its programs compiled. Raises InputError where none fits."""
         plan, needed = self.choose(limit)
-        if limit is not None and needed > limit:
-            told = f"needs {needed / 2**30:.3g} GiB" if needed < math.inf else "does not fit"
-            raise InputError(
-                f"the run {told}, and a device has {limit / 2**30:.3g} GiB for it, even in blocks of "
-                f"{plan.option.max_tokens} tokens with --remat {plan.option.remat}; use more devices, a smaller "
-                "--model_max_length, or --dtype bfloat16"
-            )
+        self._check_room(plan.option, needed, limit)
         others = [shape for shape in plan.batches.shapes if shape != plan.largest_block]
         with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda shape: plan.compile(shape, self.mesh), others))
         return plan
+
+    def check_room(self, limit: int | None) -> None:
+        """Raises InputError where arithmetic alone tells that nothing fits: before weights are read."""
+        option = self.options(limit)[0]
+        self._check_room(option, self.least_bytes(option), limit)
+
+    def _check_room(self, option: Option, needed: float, limit: int | None) -> None:
+        if limit is not None and needed > limit:
+            told = f"needs {needed / 2**30:.3g} GiB" if needed < math.inf else "does not fit"
+            raise InputError(
+                f"the run {told}, and a device has {limit / 2**30:.3g} GiB for it, even in blocks of "
+                f"{option.max_tokens} tokens with --remat {option.remat}; use more devices, a smaller "
+                "--model_max_length, or --dtype bfloat16"
+            )
 
     def _found_before(self, limit: int | None) -> Path:
         """The file of the option that was found for such a job on such devices."""
@@ -235,15 +244,26 @@ def _largest_update(job: Job) -> int:
 
 def _most_segments(job: Job, batches: Batches, max_tokens: int) -> int:
     """A bound of the segments in a row: all of an update's examples, or as many of the shortest as fit."""
-    order = job.order
+    order, size = job.order, job.args.per_device_eval_batch_size
     an_update = int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
+    an_epoch = order.batches_per_epoch * order.per_device_batch * order.ranks
     most = 0
-    for examples, limit in ((job.examples, an_update), (job.eval_examples, None)):
+    for examples, dealt, limit in (
+        (job.examples, an_epoch, an_update),
+        (job.eval_examples, 0 if job.eval_examples is None else _up(len(job.eval_examples), size * order.ranks), None),
+    ):
         if examples is not None:
-            row = max(*(length for _, length in batches.shapes), max_tokens, examples.lengths.max())
-            fitting = int(np.searchsorted(np.cumsum(np.sort(examples.lengths)), row, side="right"))
+            row = _up(max(*(length for _, length in batches.shapes), max_tokens, examples.lengths.max()), ROW_MULTIPLE)
+            # Several ranks are topped up with examples that they have already, and an update may begin a new epoch.
+            repeats = -(-dealt // len(examples)) * (1 if limit is None else -(-limit // dealt) + 1)
+            shortest = np.repeat(np.sort(examples.lengths)[:row], repeats)
+            fitting = int(np.searchsorted(np.cumsum(shortest), row, side="right"))
             most = max(most, min(fitting, limit or fitting))
     return most
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-int(number) // multiple) * multiple
 
 
 def choose_scan(args: Arguments, config: LlamaConfig, platform: str) -> bool:

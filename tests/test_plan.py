@@ -1,5 +1,6 @@
 """What is chosen fits by the compiler's own count, what was passed over does not, and all choices make the same run."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,23 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax._src.ad_checkpoint import saved_residuals
 from safetensors.numpy import load_file
 from tiny import CONFIG, make_records, run, write_json, write_model
 
+import llama_jax.hf.source
 import llama_jax.plan
 import llama_jax.platform
 import train_jax
 from llama_jax import sharding
 from llama_jax.arguments import parse_arguments
 from llama_jax.config import LlamaConfig
+from llama_jax.evaluation import Evaluation
 from llama_jax.job import make_job
 from llama_jax.plan import Option, Plan, Planner, activation_bytes, choose_scan
+from llama_jax.topology import find_topology
 from llama_jax.train import abstract_batch
 
 RAW = {**CONFIG, "num_hidden_layers": 2}
@@ -104,6 +110,69 @@ def test_bytes_kept_for_the_backward_pass(kv_heads: int, bf16: bool, tmp_path: P
             kept.setdefault(remat, []).append((sum(sizes), 128 * formula))
     for remat, ((less, told_less), (more, told_more)) in kept.items():
         assert more - less == told_more - told_less, remat
+
+
+def test_too_large_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before weights are read, which would not fit either."""
+    monkeypatch.setattr(llama_jax.platform, "memory_limit", lambda: 2**18)
+    monkeypatch.setattr(llama_jax.hf.source.Source, "load", None)
+    outcome = run(train_jax.main, *argv(tmp_path))
+    assert outcome.code == 2 and outcome.compiled == 0, outcome.err
+    assert "and a device has 0.000244 GiB for it" in outcome.err and "use more devices" in outcome.err
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It only saves time."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    plans = planner(tmp_path)
+    assert plans.settle(10**12).option == plans.options(10**12)[0]
+
+
+LENGTHS = st.lists(st.integers(2, 150), min_size=1, max_size=40)
+
+
+@settings(max_examples=25)
+@given(
+    lengths=LENGTHS,
+    eval_lengths=LENGTHS,
+    devices=st.sampled_from([1, 2, 8]),
+    batch=st.integers(1, 8),
+    accumulation=st.integers(1, 4),
+    compat=st.sampled_from(["4.37", "5"]),
+)
+def test_no_row_has_more_segments_than_the_kernel_is_told(
+    lengths: list[int], eval_lengths: list[int], devices: int, batch: int, accumulation: int, compat: str
+) -> None:
+    """Those beyond would be garbage. By a count of every row; few examples are dealt to many ranks several times."""
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        for name, sizes in (("data", lengths), ("eval", eval_lengths)):
+            write_json(folder / f"{name}.json", [{"input_ids": [1] * n, "labels": [1] * n} for n in sizes])
+        sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch}
+        flags = {**sizes, "gradient_accumulation_steps": accumulation, "max_steps": 4, "hf_compat": compat}
+        paths = {"model_name_or_path": folder, "data_path": folder / "data.json", "output_dir": folder / "out"}
+        flags |= {**paths, "eval_data_path": folder / "eval.json", "eval_strategy": "epoch", "bf16": True}
+        args = parse_arguments([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+        mesh = sharding.make_mesh(find_topology(f"h100:{devices}").devices())
+        job = make_job(args, LlamaConfig.from_hf({**CONFIG, "head_dim": 64}), lambda: folder, devices, True)
+        plans = Planner(job, mesh, "gpu", "float32", False)
+        assert plans.kernel == "cudnn"
+        plan = plans.make(plans.options(2**36)[0])
+        evaluation = Evaluation(
+            job.eval_examples,
+            None,
+            mesh,
+            compat=compat,
+            batch_size=batch,
+            drop_last=False,
+            nan_filter=True,
+            max_tokens=plan.option.max_tokens,
+            disable_bar=True,
+        )
+        for batches in (plan.batches, evaluation.batches):
+            blocks = [block for k in range(batches.order.updates) for block in batches.update(k)]
+            assert max(int(block.segment_ids.max()) for block in blocks) <= plan.run.attention.segments
 
 
 def test_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
