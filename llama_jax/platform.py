@@ -27,10 +27,12 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory // 2**30))
     if use_cpu:
         jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 else "highest")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("jax")))
-    return jax.default_backend()
+    platform = jax.default_backend()
+    # On a TPU, "tensorfloat32" would mean products of three bfloat16 parts.
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 and platform == "gpu" else "highest")
+    return platform
 
 
 def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:

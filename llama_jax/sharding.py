@@ -9,6 +9,8 @@ X parts of a row.
 
 import math
 import re
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -187,7 +189,13 @@ def whole(array: jax.Array) -> jax.Array:
     if array.is_fully_addressable or array.is_fully_replicated:
         return array
     assert isinstance(array.sharding, NamedSharding)
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, P()))(array)
+    return _gather(array.sharding.mesh)(array)
+
+
+@cache
+def _gather(mesh: Mesh | AbstractMesh) -> Callable[[jax.Array], jax.Array]:
+    """Of a mesh once: what is jitted anew compiles anew."""
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def read(tree: Any) -> Any:

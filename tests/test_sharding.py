@@ -6,12 +6,16 @@ from pathlib import Path
 
 import jax
 import pytest
-from tiny import make_records, run, write_json, write_model
+from tiny import CONFIG, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
 from llama_jax import sharding
+from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
+from llama_jax.hf.load import abstract_params
+from llama_jax.model import RunOptions
 from llama_jax.sharding import mesh_sizes
+from llama_jax.train import _layer_gradient_bytes
 
 
 def test_every_layout_by_its_name() -> None:
@@ -115,3 +119,13 @@ def test_rows_of_the_vocabulary() -> None:
         abstract = jax.sharding.AbstractMesh((1, *sizes), sharding.AXES)
         with jax.sharding.use_abstract_mesh(abstract):
             assert sharding.vocab_rows(32001) == rows
+
+
+def test_a_layers_gradients() -> None:
+    """Of the matrices of one layer, stacked or not, in float32."""
+    config, mesh = LlamaConfig.from_hf({**CONFIG, "num_hidden_layers": 10}), sharding.make_mesh()
+    shapes = hf_shapes({**CONFIG, "num_hidden_layers": 10})
+    layer = [shape for name, shape in shapes.items() if ".layers.3." in name and len(shape) == 2]
+    for scanned in (False, True):
+        _, params = abstract_params(config, RunOptions(scan_layers=scanned), mesh)
+        assert _layer_gradient_bytes(params) == 4 * sum(map(math.prod, layer)), scanned
