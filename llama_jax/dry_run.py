@@ -308,7 +308,10 @@ def _nearest(
             return f"what fits, with the same examples in an update: {told}"
     for larger in (t for t in topology.larger if whole < limit * t.count):
         changed = _same_batch(args, planner, larger)
-        other = make_planner(changed, source, larger, larger.devices(), quiet)
+        try:
+            other = make_planner(changed, source, larger, larger.devices(), quiet)
+        except InputError:
+            continue
         if other.least_bytes(other.options(limit)[0]) <= limit:
             return (
                 "no --remat, --max_tokens_per_device or --mesh fits; by arithmetic, the smallest that has room is "

@@ -88,6 +88,13 @@ def test_what_does_not_fit_a_gpu(tmp_path: Path) -> None:
     assert changed.code == 0 and "256 examples" in changed.out, changed.out
 
 
+def test_larger_ones_that_do_not_divide_the_model(tmp_path: Path) -> None:
+    """They are passed over: the verdict stays one."""
+    raw = {**CONFIG, "hidden_size": 6147, "intermediate_size": 160_000, "num_hidden_layers": 3, "head_dim": 128}
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h100:1")
+    assert outcome.code == 3 and outcome.out.strip().endswith("fits, nor any larger h100"), (outcome.out, outcome.err)
+
+
 @pytest.mark.slow
 def test_another_mesh_keeps_the_batch(tmp_path: Path) -> None:
     raw = raw_config("llama-7b")
