@@ -9,7 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,14 @@ from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 
 STOPPED = 143  # by SIGTERM, after saving
+DUE = [(phase, action) for phase in ("steps", "epoch") for action in ("log", "evaluate", "save")]  # in this order
+
+
+class Evaluated(NamedTuple):
+    """The metric that decides what is best, and whether it is the best so far."""
+
+    metric: float | None
+    best: bool
 
 
 def main(argv: list[str]) -> int:
@@ -71,12 +79,16 @@ def main(argv: list[str]) -> int:
             "order": order.facts(),
             "scan_layers": choose_scan(args, config, platform),
             "model": as_json_values(config),
+            "data": job.data_digest,
         }
         saved = read_run(output_dir, resume_step) if resume_step else {}
         if saved:
             compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
             facts["scan_layers"] = saved["scan_layers"]
         planner = Planner(job, mesh, platform, dtype, facts["scan_layers"])
+    processes.same({"--output_dir's last checkpoint": resume_step, **facts, **args.decisive})
+    if not args.explain:
+        processes.check_shared(output_dir)
     if args.show_examples and processes.is_first():
         out = sys.stderr if args.explain == "json" else sys.stdout
         print(show_examples(job, args.show_examples, wants_colour(out)), file=out)
@@ -92,6 +104,7 @@ def main(argv: list[str]) -> int:
         f"mesh {sharding.describe_mesh(mesh)}"
     )
     say(f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up)")
+    planner.check_room(limit)
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
         planning = background.submit(planner.settle, limit)
         if resume_step:
@@ -141,6 +154,7 @@ def main(argv: list[str]) -> int:
             bar,
             args.logging_nan_inf_filter,
             args.include_num_input_tokens_seen,
+            saved.get("log_window"),
         )
 
         def on_update(metrics: UpdateMetrics) -> None:
@@ -148,20 +162,31 @@ def main(argv: list[str]) -> int:
                 say(f"first update done {time.monotonic() - started:.1f} s after the start")
             run_log.on_update(metrics)
 
-        def evaluate(state: TrainState) -> tuple[float | None, bool]:
-            """The metric that decides what is best, and whether it is the best so far."""
+        def evaluate(state: TrainState) -> Evaluated | None:
+            """None where the evaluation was stopped."""
             assert evaluation is not None
-            metrics = evaluation(state.params)
+            metrics = evaluation(state.params, stop)
+            if metrics is None:
+                return None
             run_log.on_evaluation(metrics)
             if not args.metric_for_best_model:
-                return None, False
-            metric = metrics[args.best_metric_key]
+                return Evaluated(None, False)
+            # Times differ from process to process; that of the first decides for all.
+            metric = float(processes.exchange(repr(metrics[args.best_metric_key]))[0])
             schedule.observe(metric)
-            return metric, log.evaluated(metric, args.save_strategy != "no")
+            return Evaluated(metric, log.evaluated(metric, args.save_strategy != "no"))
 
-        def save(step: int, state: TrainState, metric: float | None) -> None:
+        saved_steps = {resume_step}
+        abandoned: list[int] = []  # the updates after which an evaluation was stopped
+
+        def save(step: int, state: TrainState, metric: float | None, done: int) -> None:
+            """With so many of what is due done; the resumed run does the rest."""
             log.saved(output_dir, metric)
+            if step in saved_steps:
+                return
+            saved_steps.add(step)
             kept = {"trainer_state": copy.deepcopy(log.values), "schedule": schedule.state(), **facts}
+            kept |= {"log_window": run_log.window, "done": done}
             checkpoints.save(step, state.saved, kept, log.best_step)
 
         def tail_losses(step: int, state: TrainState) -> np.ndarray:
@@ -169,30 +194,46 @@ def main(argv: list[str]) -> int:
             losses = token_losses(state.params, loss_step, batches, mesh, step) if tail else []
             return batches.micro_losses(step, sharding.read(losses))[:tail] if tail else np.zeros((0, order.ranks))
 
-        def on_due(step: int, state: TrainState, stopping: bool) -> None:
-            """As the Trainer does it: log, evaluate, save; first what is due by steps, then at an epoch's end."""
-            saved = False
-            for phase in ("steps", "epoch"):
-                metric, best = None, False
-                if phase == "epoch" and step in epoch_ends:
+        def on_due(step: int, state: TrainState, stopping: bool, done: int = 0) -> bool:
+            """As the Trainer does it: log, evaluate, save; first what is due by steps, then at an epoch's end. A stop
+            does not wait for an evaluation. Returns whether to stop."""
+            found = None
+            for place in range(done, len(DUE)):
+                phase, action = DUE[place]
+                if action == "log" and phase == "epoch" and step in epoch_ends:
                     logged = args.logging_strategy == "epoch"
                     run_log.on_epoch_end(order.tail(step), tail_losses(step, state) if logged else None)
-                if args.eval_strategy == phase and job.eval_at(step):
-                    metric, best = evaluate(state)
-                if (args.save_strategy == phase and job.save_at(step)) or (args.save_strategy == "best" and best):
-                    save(step, state, metric)
-                    saved = True
-            if stopping and not saved:
-                save(step, state, None)
+                elif action == "evaluate" and args.eval_strategy == phase and job.eval_at(step):
+                    found = None if stopping else evaluate(state)
+                    if found is None:
+                        abandoned.append(step)
+                        save(step, state, None, place)
+                        return True
+                elif action == "save":
+                    best = args.save_strategy == "best" and found is not None and found.best
+                    if best or (args.save_strategy == phase and job.save_at(step)):
+                        save(step, state, found and found.metric, place + 1)
+                    found = None
+            if stopping:
+                save(step, state, None, len(DUE))
+            return stopping
 
-        if evaluation is not None and args.eval_on_start and not resume_step:
-            run_log.on_evaluation(evaluation(state.params))
+        stopping = False
+        if resume_step:
+            stopping = on_due(resume_step, state, False, saved.get("done", len(DUE)))
+        elif evaluation is not None and args.eval_on_start:
+            metrics = evaluation(state.params, stop)
+            if metrics is None:
+                checkpoints.close()
+                say("stopped before the first update: nothing is saved")
+                return STOPPED
+            run_log.on_evaluation(metrics)
         state = fit(
             state,
             plan.steps,
             batches,
             mesh,
-            range(resume_step, order.updates),
+            range(resume_step, resume_step if stopping else order.updates),
             learning_rate=schedule.rate,
             on_update=on_update,
             due=lambda step: job.eval_at(step) or job.save_at(step) or step in epoch_ends,
@@ -206,7 +247,7 @@ def main(argv: list[str]) -> int:
         f"{rate:,.0f} tokens/s, median update {1000 * median:,.0f} ms, blocks made in {1000 * made_in:,.1f} ms"
         + (f", peak device memory {peak / 2**30:.1f} GiB" if peak else "")
     )
-    if log.values["global_step"] < order.updates:
+    if abandoned or log.values["global_step"] < order.updates:
         checkpoints.close()
         say(f"stopped after update {log.values['global_step']}; go on with --resume_from_checkpoint True")
         return STOPPED
@@ -300,6 +341,8 @@ def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) 
     updates = facts["order"]["updates"]
     if saved["trainer_state"]["global_step"] > updates:
         raise InputError(f"{name} is past the {updates} updates of this run: raise --num_train_epochs or --max_steps")
+    if saved.get("data", facts["data"]) != facts["data"]:
+        say(f"warning: {name} was made with other examples: other data, another tokenizer or --model_max_length")
     for key, value in facts["order"].items():
         if saved["order"].get(key) != value:
             say(f"warning: {name} was made with {key} {saved['order'].get(key)}, this run has {value}")

@@ -45,6 +45,12 @@ def _flag(default: Any, text: str, **options: Any) -> Any:
     return field(default=default, metadata={"help": text, **options})
 
 
+_OWN = (
+    *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir", "resume_from_checkpoint"),
+    *("coordinator_address", "process_id", "disable_tqdm", "show_examples"),
+)
+
+
 @dataclass
 class Arguments:
     """Every flag that the run takes. Names, types and defaults are the HF Trainer's and stanford_alpaca's.
@@ -229,6 +235,11 @@ class Arguments:
             is_loss = metric in ("loss", "eval_loss") if self.hf_compat == "4.37" else metric.endswith("loss")
             self.greater_is_better = not is_loss
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The flags that all processes of a run have alike: not where things lie for one, nor which it is."""
+        return {f"--{f.name}": getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
+
     def notes(self, platform: str) -> list[str]:
         """One line for each given flag that is an alias, or has no meaning or no effect here."""
         said = list(self.said)
@@ -305,6 +316,8 @@ class Arguments:
             raise InputError(
                 f"--metric_for_best_model {self.metric_for_best_model}: an evaluation has {', '.join(_METRICS)}"
             )
+        if self.save_strategy == "best" and self.hf_compat == "4.37":
+            raise InputError("--save_strategy best: transformers 4.37 has none; give --hf_compat 5, or steps or epoch")
         if self.eval_strategy == "no":
             follows = "follows evaluations; give --eval_strategy steps or epoch"
             if self.lr_scheduler_type in _LISTENING:

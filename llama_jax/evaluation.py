@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,12 +63,15 @@ class Evaluation:
         self._examples = math.nan if self.has_nan and not filtered else counted
         self._num_batches = math.ceil(len(examples) / (batch_size * ranks))
 
-    def __call__(self, params: Any) -> dict[str, float]:
+    def __call__(self, params: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """None where `stop`, asked before each group, became true."""
         started = time.monotonic()
         losses: list[jax.Array] = []
         groups = self.batches.order.updates
         with count_bar("evaluating", groups, "group", self._disable_bar) as bar:
             for k in range(groups):
+                if stop():
+                    return None
                 losses += [x.sum() for x in token_losses(params, self._step, self.batches, self._mesh, k)]
                 bar.update(1)
             loss = sum(float(x) for x in sharding.read(losses)) / self._examples

@@ -25,7 +25,8 @@ from llama_jax.schedule import Schedule, make_schedule
 class Job:
     """A run to be made: `config` has the tokenizer's vocabulary; `log_at`, `eval_at` and `save_at` tell what is due
     after an update, by its number from 1. What a strategy of "epoch" asks for comes after what "steps" does.
-    `form` is that of the data file, and `held_out` how many of its first records are kept for evaluation."""
+    `form` is that of the data file, `held_out` how many of its first records are kept for evaluation, and `data_digest`
+    the checksum of all examples."""
 
     args: Arguments
     config: LlamaConfig
@@ -39,6 +40,7 @@ class Job:
     log_at: Callable[[int], bool]
     eval_at: Callable[[int], bool]
     save_at: Callable[[int], bool]
+    data_digest: str
 
     @property
     def warmup_updates(self) -> int:
@@ -132,6 +134,7 @@ def make_job(
     return Job(
         *(args, config, data.form, tokenizer, examples, held_out, eval_examples),
         *(order, schedule, log_at, eval_at, save_at),
+        " ".join(d.checksum for d in (data, eval_data) if d),
     )
 
 
@@ -142,6 +145,7 @@ class _Data:
         self._path, self._limit = path, args.model_max_length
         self._cache = Path(folder) if (folder := args.cache_dir) else cache_folder("data")
         self._digest, self._cached = "", None
+        self.checksum = ""  # of the examples, once they are there
         if path.expanduser().is_file():
             self._digest = data_digest(path, tokenizer_folder, {"model_max_length": self._limit})
             self._cached = load_examples(self._cache, self._digest, say)
@@ -154,14 +158,14 @@ class _Data:
     def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
         """Checked in any case: another model may have fewer rows. To be asked for once: the records are let go."""
         if self._cached:
-            examples = self._cached[1]
+            _, examples, self.checksum = self._cached
             check_examples(examples, vocab_size, str(self._path))
             return examples
         assert self._records is not None
         examples = tokenized(self.form, self._records, tokenizer, self._limit, self._path, disable_bars)
         self._records = None
         examples = check_examples(examples, vocab_size, str(self._path))
-        save_examples(self._cache, self._digest, self.form, examples, say)
+        self.checksum = save_examples(self._cache, self._digest, self.form, examples, say)
         # Mapped from the file, they need no memory of the process.
         saved = load_examples(self._cache, self._digest, say)
         return saved[1] if saved else examples

@@ -5,7 +5,11 @@ All of them run the same program on the same flags and data. What is asked here 
 
 import contextlib
 import itertools
+import json
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src import clusters, distributed  # what jax finds by itself, and its store, have no public names yet
@@ -24,6 +28,8 @@ def join(address: str | None, count: int | None, index: int | None) -> None:
         raise InputError("--num_processes and --process_id: give both, and --coordinator_address, or none of them")
     if count is not None and index is not None and not 0 <= index < count:
         raise InputError(f"--process_id {index}: should be at least 0 and below --num_processes {count}")
+    if address is not None and not address.rpartition(":")[2].isdigit():
+        raise InputError(f"--coordinator_address {address}: should be HOST:PORT")
     kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
     found = next((kind for kind in kinds if kind.is_env_present()), None)
     if address and count is None and found is None:
@@ -52,6 +58,29 @@ def least(number: int | None) -> int | None:
     """The smallest of the processes' numbers, None where one has none."""
     numbers = [int(told) for told in exchange("" if number is None else str(number)) if told]
     return min(numbers) if len(numbers) == jax.process_count() else None
+
+
+def same(values: dict[str, Any]) -> None:
+    """Raises InputError where the processes' values, by name and printable, are not the same."""
+    told = [json.loads(text) for text in exchange(json.dumps({name: repr(value) for name, value in values.items()}))]
+    for i, theirs in enumerate(told):
+        for name, value in told[0].items():
+            if theirs[name] != value:
+                both = f"process 0 has {value[:100]}, process {i} {theirs[name][:100]}"
+                raise InputError(f"{name}: all processes should have the same, but {both}")
+
+
+def check_shared(folder: Path) -> None:
+    """Raises InputError where a process does not see what the first one writes into the folder."""
+    (name, *_) = exchange(f".shared-test-{uuid.uuid4().hex}")
+    if is_first():
+        (folder / name).touch()
+    exchange("written")
+    seen = exchange("yes" if (folder / name).exists() else "")
+    if is_first():
+        (folder / name).unlink()
+    if not all(seen):
+        raise InputError(f"output_dir {folder}: process {seen.index('')} does not see the first one's files in it")
 
 
 @contextlib.contextmanager

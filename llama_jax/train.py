@@ -197,10 +197,12 @@ class Steps:
 
 
 def _layer_gradient_bytes(params: Any) -> int:
-    """What a device keeps of the first layer's gradients once they are summed, in float32; of the matrices alone."""
+    """What a device keeps of a layer's gradients once they are summed, in float32; of the matrices alone."""
     layers = params["layers"]
-    matrices = [x for x in jax.tree.leaves(layers.get(0, layers)) if x.ndim > 1]
-    return sum(4 * math.prod(x.sharding.shard_shape(x.shape)) for x in matrices)
+    stacked = 0 not in layers
+    leaves = jax.tree.leaves(layers if stacked else layers[0])
+    shapes = [x.sharding.shard_shape(x.shape)[int(stacked) :] for x in leaves]
+    return sum(4 * math.prod(shape) for shape in shapes if len(shape) > 1)
 
 
 def saving_bytes(state: TrainState) -> int:
@@ -260,14 +262,14 @@ def fit(
     learning_rate: Callable[[int], float],
     on_update: Callable[[UpdateMetrics], None],
     due: Callable[[int], bool],
-    on_due: Callable[[int, TrainState, bool], None],
+    on_due: Callable[[int, TrainState, bool], bool],
     stop: Callable[[], bool],
 ) -> TrainState:
     """Make the updates of the range (numbered from 0) and return the last state.
 
     `learning_rate` is asked for an update's rate one update ahead, and again just before it. Metrics are read one
     update late, so that the device never waits for the host. After an update for whose number (from 1) `due` is true,
-    and when `stop` becomes true, `on_due` gets the state and whether to stop, all metrics read; then a stop returns.
+    and when `stop` becomes true, `on_due` gets the state and whether to stop, all metrics read, and tells that in turn.
     """
 
     def prepare(k: int) -> tuple[list[Batch], np.float32, jax.Array, float]:
@@ -294,7 +296,7 @@ def fit(
         if stopping or due(k + 1):
             on_update(pending())
             pending = None
-            on_due(k + 1, state, stopping)
+            stopping = on_due(k + 1, state, stopping)
         if stopping:
             break
     if pending is not None:

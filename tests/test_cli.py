@@ -246,6 +246,10 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "not a schedule": (lambda c: c.flags.update(lr_scheduler_type="cosines"), ["lr_scheduler_type", "'cosines'"]),
     "not an optimizer": (lambda c: c.flags.update(optim="adamw_torhc"), ["--optim", "adamw_torhc", "use adamw_torch"]),
     "not a type": (lambda c: c.flags.update(dtype="float8"), ["--dtype", "float8", "bfloat16"]),
+    "best in 4.37": (
+        lambda c: c.flags.update(save_strategy="best", eval_strategy="steps", validation_split_percentage=50),
+        ["--save_strategy best", "--hf_compat 5"],
+    ),
     "save_steps 0": (lambda c: c.flags.update(save_strategy="steps", save_steps=0), ["--save_steps 0", "above 0"]),
     "save_steps 1.5": (lambda c: c.flags.update(save_strategy="steps", save_steps=1.5), ["--save_steps 1.5", "whole"]),
     "logging_steps 0": (lambda c: c.flags.update(logging_steps=0), ["--logging_steps 0", "above 0"]),

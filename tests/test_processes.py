@@ -204,10 +204,27 @@ def test_a_mistake_is_said_once(changes: list[dict[str, Any]], said: str, tmp_pa
     assert second.err == [] and first.out == second.out == ""
 
 
+@pytest.mark.parametrize("what", ["examples", "a flag", "folders"])
+def test_what_is_not_the_same_everywhere(what: str, tmp_path: Path) -> None:
+    """Each process would train on its own, or fail at the end: both hear of it before anything compiles."""
+    job = Job(tmp_path)
+    changes, said = {
+        "examples": ({"data_path": tmp_path / "other.json"}, "data: all processes should have the same, but process 0"),
+        "a flag": ({"learning_rate": 2e-3}, "--learning_rate: all processes should have the same, but process 0 has"),
+        "folders": ({"output_dir": tmp_path / "own"}, "process 1 does not see the first one's files in it"),
+    }[what]
+    write_json(tmp_path / "other.json", make_records(21, vocab_size=200))
+    first, _ = finish(start([job.argv("out"), job.argv("out", **changes)], 1), code=2)
+    (line,) = [line for line in first.err if line.startswith("error:")]
+    assert said in line
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_half_a_meeting(tmp_path: Path) -> None:
     for flags, said in (
         ({"num_processes": 2}, "--num_processes and --process_id: give both"),
         ({"num_processes": 2, "process_id": 0}, "and --coordinator_address"),
+        ({"coordinator_address": "localhost"}, "--coordinator_address localhost: should be HOST:PORT"),
         ({"coordinator_address": "localhost:1"}, "give --num_processes and --process_id too"),
         ({"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2}, "below --num_processes 2"),
     ):

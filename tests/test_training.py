@@ -40,6 +40,7 @@ from tiny import (
     write_tokenizer,
 )
 
+import llama_jax.evaluation
 import llama_jax.job
 import llama_jax.train
 import train_jax
@@ -513,8 +514,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+BY_EPOCH = {"logging_strategy": "epoch", "eval_strategy": "epoch", "validation_split_percentage": 25, "save_steps": 1}
+VARIANTS |= {
+    "lines of several updates": {"logging_steps": 4},
+    # An epoch of 16 examples ends after update 2, 5: between micro-batches of the next one in 4.37.
+    "lines of epochs": BY_EPOCH,
+    "lines of epochs, 5": {**BY_EPOCH, "hf_compat": "5"},
+}
+
 # What is resumed from: a checkpoint by its path, or the last one.
-RESUMED: dict[str, list[int]] = {"4.37": [2, 4]}
+RESUMED: dict[str, list[int]] = {"4.37": [2, 4], "lines of epochs": [2, 3], "lines of epochs, 5": [3, 4]}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -534,7 +543,10 @@ def test_resumed_run_is_the_same(name: str, tmp_path: Path, multi_steps: list[An
         job.train(part.name, resume_from_checkpoint=wanted)
         assert_same_run(whole, part)
         last = json.loads((part / "trainer_state.json").read_text())["log_history"][-1]
-        losses = [e["loss"] for e in log_entries(part)]
+        each = part if job.flags.get("logging_strategy", job.flags["logging_steps"]) == 1 else tmp_path / "each"
+        if not each.exists():
+            job.train("each", logging_steps=1, logging_strategy="steps", save_strategy="no")
+        losses = [e["loss"] for e in log_entries(each)]
         # The Trainer's own: the loss of this process' updates over them, in 4.37 over all updates. It rounds each to 4
         # decimals.
         over = 6 if job.flags.get("hf_compat", "4.37") == "4.37" else 6 - step
@@ -669,6 +681,42 @@ def test_sigterm(tmp_path: Path) -> None:
     assert_same_run(job.train("whole"), out)
 
 
+@pytest.mark.parametrize("name", ["evaluated", "lines of epochs", "lines of epochs, 5"])
+@pytest.mark.parametrize("evaluation", [0, -1])
+def test_sigterm_while_it_evaluates(
+    name: str, evaluation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation is not waited for: the state is saved, and the resumed run makes it, whole."""
+    job = Job(tmp_path, **VARIANTS[name], per_device_eval_batch_size=1)
+    asked: list[int] = []
+    original = llama_jax.evaluation.token_losses
+
+    def token_losses(*args: Any) -> list[jax.Array]:
+        asked.append(len(asked))
+        if stop_at is not None and len(asked) > stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args)
+
+    monkeypatch.setattr(llama_jax.evaluation, "token_losses", token_losses)
+    monkeypatch.setattr(llama_jax.evaluation, "FILL", 1e-9)  # a batch at a time
+    stop_at: int | None = None
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        whole = job.train("whole")
+        groups = 5  # the 5 examples that are held out
+        evaluations, rest = divmod(len(asked), groups)
+        assert rest == 0 and evaluations > 1
+        asked.clear()
+        stop_at = evaluation % evaluations * groups + 2
+        out = job.train("stopped", code=143)
+        assert len(asked) == stop_at + 1 and not (out / "model.safetensors").exists()
+        stop_at = None
+        job.train("stopped", resume_from_checkpoint=True)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert_same_run(whole, out)
+
+
 def test_sigterm_before_the_first_update_is_done(tmp_path: Path) -> None:
     """The first update is finished and saved."""
     job = Job(tmp_path)
@@ -781,6 +829,11 @@ def test_resuming_says_what_is_otherwise(tmp_path: Path) -> None:
     assert "made with seed 42, this run has 7" in outcome.err
     assert "made with updates 4, this run has 5" in outcome.err
     assert "--scan_layers: True, as in" in outcome.err
+    assert "other examples" not in outcome.err
+    write_json(job.folder / "data.json", make_records(21, seed=1))
+    outcome = run(train_jax.main, *job.argv("out", resume_from_checkpoint=True, max_steps=6, weight_decay=0.0))
+    assert outcome.code == 0, outcome.err
+    assert "was made with other examples: other data, another tokenizer or --model_max_length" in outcome.err
 
 
 # -- Packed and padded ------------------------------------------------------------------------------------------------

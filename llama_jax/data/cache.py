@@ -44,8 +44,9 @@ def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) ->
     return _digest([], bytes, json.dumps([digests, settings, versions], sort_keys=True))
 
 
-def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tuple[str, Examples] | None:
-    """The form and the examples of this name, mapped from the disk, or None; a damaged file is said and is None."""
+def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tuple[str, Examples, str] | None:
+    """The form and the examples of this name, mapped from the disk, and their checksum; or None. A damaged file is said
+    and is None."""
     path = folder.expanduser() / digest
     try:
         with path.open("rb") as file:
@@ -65,11 +66,12 @@ def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tupl
     except (ValueError, KeyError, TypeError):
         say(f"warning: cached data {path} is damaged: tokenizing again")
         return None
-    return form, examples
+    return form, examples, told["checksum"]
 
 
-def save_examples(folder: Path, digest: str, form: str, examples: Examples, say: Callable[[str], None]) -> None:
-    """Write the examples under this name: the whole file or none. A folder that cannot be written to is said."""
+def save_examples(folder: Path, digest: str, form: str, examples: Examples, say: Callable[[str], None]) -> str:
+    """Write the examples under this name: the whole file or none. A folder that cannot be written to is said. Returns
+    their checksum."""
     folder = folder.expanduser()
     ids, labels = (np.ascontiguousarray(array, np.int32) for array in (examples.input_ids, examples.labels))
     examples = Examples(ids, labels, np.ascontiguousarray(examples.offsets, np.int64))
@@ -90,6 +92,7 @@ def save_examples(folder: Path, digest: str, form: str, examples: Examples, say:
             temporary.unlink(missing_ok=True)
     except OSError as e:
         say(f"warning: the tokenized data is not cached: {folder}: {e.strerror}")
+    return checksum
 
 
 def _arrays(examples: Examples) -> tuple[np.ndarray, ...]:

@@ -29,7 +29,8 @@ class RunLog:
     """Takes each update's metrics; writes the HF Trainer's log lines to the standard output and drives the bar.
 
     `rate` is the learning rate after so many updates; `nan_filter` is `logging_nan_inf_filter`, `tokens_seen` what
-    `include_num_input_tokens_seen` counts: "no", "all" (with the Trainer's padding) or "non_padding".
+    `include_num_input_tokens_seen` counts: "no", "all" (with the Trainer's padding) or "non_padding". `window` is that
+    of the run that is resumed.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class RunLog:
         bar: Any,
         nan_filter: bool = True,
         tokens_seen: str = "no",
+        window: dict[str, Any] | None = None,
     ):
         self.state, self.batches, self.rate, self.due, self.bar = state, batches, rate, due, bar
         self.flops_per_token, self.nan_filter, self.tokens_seen = flops_per_token, nan_filter, tokens_seen
@@ -49,12 +51,21 @@ class RunLog:
         self.first_step = state.values["global_step"]
         self._first_tokens = self._tokens = int(state.values["num_input_tokens_seen"])
         self._flos = float(state.values["total_flos"])
-        self._total_loss = self._window_loss = 0.0
-        self._window = 0
-        self._now: dict[str, float] = {}  # of the last update, what a line says beside the loss
-        self._logged_ahead = self._tokens_ahead = 0  # of the next update, what an epoch's end had already
+        window = window or {"loss": 0.0, "updates": 0, "now": {}, "logged_ahead": 0, "tokens_ahead": 0}
+        self._window_loss, self._window = window["loss"], window["updates"]
+        self._total_loss = -self._window_loss  # the summary is of this process' updates alone
+        self._now: dict[str, float] = window["now"]  # of the last update, what a line says beside the loss
+        # Of the next update, what an epoch's end had already.
+        self._logged_ahead, self._tokens_ahead = window["logged_ahead"], window["tokens_ahead"]
         self._done_at: list[tuple[float, int]] = []  # when each update was done, and its tokens
         self._made_in: list[float] = []
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """What is known of updates since the last line: a run that is resumed with it writes the next one as if it had
+        not been stopped."""
+        ahead = {"logged_ahead": self._logged_ahead, "tokens_ahead": self._tokens_ahead}
+        return {"loss": self._window_loss, "updates": self._window, "now": dict(self._now), **ahead}
 
     def on_update(self, metrics: UpdateMetrics) -> None:
         """An update is done."""
