@@ -16,7 +16,7 @@ from llama_jax.reporting.progress import byte_bar, say
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    from llama_jax.hf.source import Source
+    from llama_jax.hf.source import Source, refuse_other_kind
     from llama_jax.platform import set_up_jax
 
     set_up_jax(use_cpu=True)
@@ -25,9 +25,11 @@ def main(argv: list[str]) -> int:
         raise InputError(f"{source.folder}: --to_hf takes a folder made by this program; this one is HF's already")
     if source.is_flax and not args.to_hf:
         raise InputError(f"{source.folder}: is a Flax folder already; --to_hf makes an HF folder of it")
-    folder = make_output_dir(Path(args.output_dir).expanduser())
+    folder = Path(args.output_dir).expanduser()
     if folder.resolve() == source.folder.resolve():
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
+    refuse_other_kind(folder, flax=not args.to_hf)
+    make_output_dir(folder)
     different = (to_hf if args.to_hf else to_flax)(source, folder, args.dtype, args.verify)
     if different:
         say(f"error: {len(different)} tensors differ after writing: {', '.join(different[:4])}")

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     from llama_jax.checkpoint import Checkpoints, find_steps, read_run, remove_steps
     from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.hf.load import resize_vocabulary
-    from llama_jax.hf.source import Source, training_dtype
+    from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
     from llama_jax.plan import Planner, choose_scan
     from llama_jax.platform import memory_limit, peak_memory, set_up_jax
     from llama_jax.train import TrainState, complete, fit, init_state, make_loss_step, token_losses
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
     with processes.agreed():
         mesh = sharding.make_mesh(spec=args.mesh)
         if not args.explain:
+            refuse_other_kind(output_dir, flax=False)
             make_output_dir(output_dir)
             resume_step = _resume_step(args, output_dir, find_steps(output_dir))
 

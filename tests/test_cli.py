@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -407,6 +408,32 @@ def test_converter_refuses_to_write_where_it_reads(case: Case) -> None:
     outcome = run(convert_torch_to_flax.main, "--model_name_or_path", case.model, "--output_dir", case.model)
     assert outcome.code == 2 and str(case.model) in error_line(outcome.err)
     assert (case.model / "model.safetensors").exists() and not (case.model / "params").exists()
+
+
+def test_hf_and_flax_are_not_written_into_each_other(case: Case) -> None:
+    """A reader would take the old model for the new one. The same kind over the same kind is fine."""
+    flax, other = case.folder / "flax", write_model(case.folder / "other", arrays=make_arrays(CONFIG, 9))
+    to_flax = ("--model_name_or_path", case.model, "--output_dir")
+    to_hf = ("--to_hf", "--model_name_or_path", flax, "--output_dir")
+    for _ in range(2):
+        assert run(convert_torch_to_flax.main, *to_flax, flax).code == 0
+        assert run(convert_torch_to_flax.main, *to_hf, case.folder / "hf").code == 0
+    sharded = write_model(case.folder / "sharded", shards=2)
+    for argv, folder, name in (
+        ((*to_flax, other), other, "model.safetensors"),
+        ((*to_flax, sharded), sharded, "model-00001-of-00002.safetensors"),
+        ((*to_hf, case.folder / "flax2"), case.folder / "flax2", "llama_jax.json"),
+    ):
+        shutil.copytree(flax, case.folder / "flax2", dirs_exist_ok=True)
+        was = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        outcome = run(convert_torch_to_flax.main, *argv)
+        line = error_line(outcome.err)
+        assert outcome.code == 2 and name in line and "choose another --output_dir, or remove it" in line
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == was
+    case.output = case.flags["output_dir"] = flax
+    check_refused(case, ["llama_jax.json", "choose another --output_dir, or remove it"])
+    case.flags["model_name_or_path"] = flax
+    check_refused(case, ["llama_jax.json"])
 
 
 GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {

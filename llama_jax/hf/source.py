@@ -24,6 +24,15 @@ from llama_jax.model import RunOptions, stack_layers
 FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
 
 
+def refuse_other_kind(folder: Path, flax: bool) -> None:
+    """Refuse to write a Flax folder over HF's weights, or an HF folder over a Flax one: they would lie side by side,
+    and whoever reads the folder would take one for the other. Raises InputError."""
+    found = sorted(folder.glob("model*.safetensors*") if flax else folder.glob(FLAX_JSON))
+    if found := [path for path in found if path.suffix != ".tmp"]:
+        held = f"{'an HF' if flax else 'a Flax'} model ({found[0].name})"
+        raise InputError(f"output_dir {folder} holds {held}: choose another --output_dir, or remove it")
+
+
 class Source:
     """An opened model: `raw` is its config.json, `config` the architecture. Weights are read by `load`; without
     `weights` there need be none."""
