@@ -541,6 +541,8 @@ def test_the_other_files_of_the_folder(tmp_path):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>", "pad_token": "</s>"}
     assert json.loads((tmp_path / "made/special_tokens_map.json").read_text()) == names
     assert names.items() <= json.loads((tmp_path / "made/tokenizer_config.json").read_text()).items()
+    made = json.loads((tmp_path / "made/tokenizer.json").read_text())
+    assert made["model"]["merges"] == ["a a", "aa a"]  # the form that transformers 4.37 reads
     (tmp_path / "made/config.json").write_text('{"model_type": "llama"}')
     auto = AutoTokenizer.from_pretrained(tmp_path / "made")
     assert [auto.bos_token_id, auto.eos_token_id, auto.unk_token_id, auto.pad_token_id] == [0, 1, 0, 1]

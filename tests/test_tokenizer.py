@@ -7,10 +7,11 @@ space in front of every part ("legacy") or of the first alone.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hf_reader
 import pytest
 import sentencepiece
 import tokenizers
@@ -559,6 +560,30 @@ def test_copied_files_open_as_the_same_tokenizer(small, tmp_path):
     assert open_tokenizer(tmp_path / "to").encode_batch(CORPUS) == open_tokenizer(source).encode_batch(CORPUS)
 
 
+@pytest.mark.parametrize("kinds", [("slow", "fast"), ("fast", "slow")])
+@pytest.mark.parametrize("how", ["copied", "saved"])
+def test_another_tokenizers_files_do_not_stay(how, kinds, small, tmp_path):
+    """A tokenizer.json that is left would win over the tokenizer.model that is meant."""
+    folders = {"slow": copy(small, tmp_path / "slow"), "fast": train_byte_level(tmp_path / "fast")}
+    first, second = (folders[kind] for kind in kinds)
+    (first / "chat_template.jinja").write_text("{{ first }}")
+    write(first, "added_tokens.json", {})
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / "notes.txt").write_text("mine")
+    for source in (first, second):
+        if how == "copied":
+            copy_tokenizer(source, to)
+        else:
+            padded(source).save(to)
+    expected = open_tokenizer(second) if how == "copied" else padded(second)
+    assert open_tokenizer(to).encode_batch(CORPUS) == expected.encode_batch(CORPUS)
+    assert not (to / "chat_template.jinja").exists() and (to / "notes.txt").exists()
+    opened = open_tokenizer(to)
+    opened.save(to)  # into its own folder nothing is lost
+    assert open_tokenizer(to).encode_batch(CORPUS) == expected.encode_batch(CORPUS)
+
+
 # --- warnings and errors ---
 
 
@@ -693,3 +718,50 @@ def broken_at_random(small, tmp_path_factory) -> dict[str, Path]:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match="neither tokenizer"):
         open_tokenizer(tmp_path)
+
+
+# --- transformers 4.37 ---
+
+
+@pytest.fixture(scope="module")
+def old_transformers() -> Iterator[hf_reader.Server]:
+    server = hf_reader.Server()
+    yield server
+    server.close()
+
+
+OLD: dict[str, Callable[[Path, Path], Path]] = {
+    "LLaMA 2, both files": lambda to, sp: convert_sentencepiece(copy(sp, to), sp),
+    "LLaMA 2, bare tokenizer.model": lambda to, sp: copy(sp, to),
+    "LLaMA 3": lambda to, _: train_byte_level(to),
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_what_is_saved_loads_in_transformers_of_4_37_and_of_5(kind, small, old_transformers, tmp_path):
+    """The fast tokenizer and, of sentencepiece, the slow one, as stanford_alpaca asks for it: with Alpaca's [PAD]."""
+    source, saved = OLD[kind](tmp_path / "source", small), tmp_path / "saved"
+    saved.mkdir()
+    ours = padded(source)
+    ours.save(saved)
+    texts = [*CORPUS[:3], "a[PAD]b", "x y"]
+    for fast in (True, False) if (source / "tokenizer.model").exists() else (True,):
+        read = [f({"folder": str(saved), "fast": fast, "texts": texts}) for f in (
+            hf_reader.tokenize, lambda case: old_transformers.ask("tokenize", case))]  # fmt: skip
+        for theirs in read:
+            assert theirs["special"] == ours.special and theirs["special_ids"] == {
+                key: ours.token_to_id(token) for key, token in ours.special.items()
+            }
+        assert read[1]["class"].endswith("Fast") == fast
+        assert read[1]["ids"] == ours.encode_batch(texts)
+
+
+def test_a_merge_with_a_space_keeps_its_parts(tmp_path):
+    vocab = {token: i for i, token in enumerate(["a", " ", "b", " b", "a b"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [(" ", "b"), ("a", " b")]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    open_tokenizer(tmp_path).save(saved)
+    again = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
+    assert again.encode("a b").ids == tokenizer.encode("a b").ids == [4]

@@ -4,6 +4,7 @@ Both give the ids of HF's tokenizer with the beginning token that its configurat
 HF's names, and write themselves into an HF folder.
 """
 
+import json
 import os
 import re
 import shutil
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import InputError
-from llama_jax.files import read_json_object, write_json
+from llama_jax.files import read_json_object, write_json, write_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-COPIED_TEXT = ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
+# The files of a tokenizer in an HF folder.
+FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
+)
 
 _STRIP = ("lstrip", "rstrip", "normalized", "single_word")
 
@@ -68,9 +72,16 @@ class Tokenizer(ABC):
     def _add(self, token: str) -> None:
         """Make the text a special token, with a new id where it has none."""
 
-    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files so that transformers loads the same tokenizer, added tokens included."""
+        copy_tokenizer(self.folder, folder)
+        self._save_tokens(folder)
+        write_json(folder / "tokenizer_config.json", self.config)
+        write_json(folder / "special_tokens_map.json", {k: v for k, v in self.special.items() if v is not None})
+
+    @abstractmethod
+    def _save_tokens(self, folder: Path) -> None:
+        """Write the files that an added token changes, and put into `config` what it changes there."""
 
     def add_missing_special_tokens(self) -> int:
         """stanford_alpaca's rule: `[PAD]`, `</s>`, `<s>`, `<unk>` where that one is None. Returns how many are new."""
@@ -112,13 +123,6 @@ class Tokenizer(ABC):
     def _id(self, key: str) -> int | None:
         token = self.special[key]
         return self.token_to_id(token) if token else None
-
-    def _save_config(self, folder: Path) -> None:
-        write_json(folder / "tokenizer_config.json", self.config)
-        write_json(folder / "special_tokens_map.json", {k: v for k, v in self.special.items() if v is not None})
-        for name in COPIED_TEXT:
-            if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / name, folder / name)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -215,16 +219,13 @@ class SentencePieceTokenizer(Tokenizer):
         skipped = {self.token_to_id(t) for t in self.special_texts()}
         return self._start.decode([int(i) for i in ids if i not in skipped])
 
-    def save(self, folder: Path) -> None:
-        if folder.resolve() != self.folder.resolve():
-            shutil.copyfile(self.folder / "tokenizer.model", folder / "tokenizer.model")
+    def _save_tokens(self, folder: Path) -> None:
         known = {self.token_to_id(t): t for t in self.special.values() if t} | {i: t for t, i in self._added.items()}
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
         self.config["added_tokens_decoder"] = {str(i): {"content": t, **flags} for i, t in sorted(known.items())}
         self.config.setdefault("tokenizer_class", "LlamaTokenizer")
         if self._added:
             write_json(folder / "added_tokens.json", self._added)
-        self._save_config(folder)
 
 
 class FastTokenizer(Tokenizer):
@@ -293,8 +294,8 @@ class FastTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def save(self, folder: Path) -> None:
-        self._tokenizer.save(str(folder / "tokenizer.json"))
+    def _save_tokens(self, folder: Path) -> None:
+        write_tokenizer_json(folder / "tokenizer.json", self._tokenizer.to_str())
         self.config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         decoder = self.config.get("added_tokens_decoder")
         if decoder is not None:
@@ -302,7 +303,6 @@ class FastTokenizer(Tokenizer):
             for token in self.special.values():
                 if token and (i := self.token_to_id(token)) is not None:
                     decoder.setdefault(str(i), {"content": token, **flags})
-        self._save_config(folder)
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -324,11 +324,27 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder")
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files as they are."""
-    for name in (*COPIED, *COPIED_TEXT):
-        if (source / name).exists() and source.resolve() != folder.resolve():
+def copy_tokenizer(source: Path | None, folder: Path) -> None:
+    """Copy the tokenizer's files as they are; those of another tokenizer that lie in the folder are removed."""
+    if source and source.resolve() == folder.resolve():
+        return
+    for name in FILES:
+        if source and (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_tokenizer_json(path: Path, serialized: str) -> None:
+    """What the `tokenizers` library made, with merges as "a b" again: all that its versions before 0.20 read.
+
+    Where a part has a space, only the newer form, a list, can tell the parts.
+    """
+    value = json.loads(serialized)
+    merges = value["model"].get("merges", [])
+    if not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
+        value["model"]["merges"] = [" ".join(merge) for merge in merges]
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _text(token: Any) -> str | None:
