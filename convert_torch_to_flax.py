@@ -48,13 +48,14 @@ def to_flax(source: Any, folder: Path, dtype: str | None, verify: bool) -> list[
     from llama_jax.model import RunOptions
 
     mesh, run = sharding.make_mesh(), RunOptions(param_dtype=numpy_dtype(dtype or "float32"))
+    tokenizer = source.tokenizer_to_copy()
     with byte_bar("reading weights", source.bytes) as bar:
         params = source.load(run, mesh, bar.update)
     checkpoint.save_params(folder, params)
     del params
     summary = dtype_summary(source.dtypes)
     write_config(folder, source.folder, source.raw, source.config, numpy_dtype(summary["dtype"]))
-    copy_tokenizer(source.tokenizer_folder, folder)
+    copy_tokenizer(tokenizer, folder)
     write_json(folder / FLAX_JSON, {"stored_dtype": run.param_dtype.name, **summary})
     if not verify:
         return []

@@ -92,6 +92,8 @@ def main(argv: list[str]) -> int:
         f"on {mesh.size} {platform} device(s) of {jax.process_count()} process(es), "
         f"mesh {sharding.describe_mesh(mesh)}"
     )
+    # Asked for now, so that what is wrong with it is said before the run and not after it.
+    tokenizer_folder = source.tokenizer_to_copy() if job.tokenizer is None else None
     say(f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up)")
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
         planning = background.submit(planner.settle, limit)
@@ -222,7 +224,7 @@ def main(argv: list[str]) -> int:
     if log.best_step and args.save_total_limit == 1:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()
-    _export(output_dir, source, job, params, np.dtype(run.param_dtype), quiet)
+    _export(output_dir, source, tokenizer_folder, job, params, np.dtype(run.param_dtype), quiet)
     if processes.is_first():
         log.save(output_dir)
     processes.exchange("exported")
@@ -267,8 +269,16 @@ def _make_log(job: Job) -> TrainerState:
     )
 
 
-def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtype, quiet: bool | None) -> None:
-    """The HF folder: weights, config, tokenizer."""
+def _export(
+    output_dir: Path,
+    source: Any,
+    tokenizer_folder: Path | None,
+    job: Job,
+    params: Any,
+    dtype: np.dtype,
+    quiet: bool | None,
+) -> None:
+    """The HF folder: weights, config, and the job's tokenizer or that of the folder."""
     from llama_jax import processes
     from llama_jax.hf.names import name_table
     from llama_jax.hf.writer import write_config, write_weights
@@ -281,7 +291,7 @@ def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtyp
     if job.tokenizer is not None:
         job.tokenizer.save(output_dir)
     else:
-        copy_tokenizer(source.tokenizer_folder, output_dir)
+        copy_tokenizer(tokenizer_folder, output_dir)
 
 
 def as_json_values(config: LlamaConfig) -> dict[str, Any]:

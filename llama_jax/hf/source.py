@@ -20,6 +20,7 @@ from llama_jax.hf.load import Params, abstract_params, check_tensors, load_param
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, open_checkpoint
 from llama_jax.model import RunOptions, stack_layers
+from llama_jax.reporting.progress import say
 
 FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
 
@@ -68,6 +69,14 @@ class Source:
         self._temporary = tempfile.TemporaryDirectory(prefix="llama_jax-")
         write_gguf_tokenizer(self._checkpoint.gguf, Path(self._temporary.name))
         return Path(self._temporary.name)
+
+    def tokenizer_to_copy(self) -> Path | None:
+        """`tokenizer_folder`, or None, which is said, where a GGUF's tokenizer is missing or refused."""
+        try:
+            return self.tokenizer_folder
+        except InputError as e:
+            say(f"warning: {e}; no tokenizer is written")
+            return None
 
     @property
     def stored_dtype(self) -> np.dtype:
