@@ -54,9 +54,9 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             raise InputError(
                 f"{folder}: only pickled weights ({stem}*.bin) here; --allow_pickle reads them (torch >= 2.10)"
             )
-        if index.exists():
-            return _open_indexed(folder, index, opener)
-        return opener(_checked_path(folder, single))
+        if single.exists():  # it goes before an index, as in transformers
+            return opener(_checked_path(folder, single))
+        return _open_indexed(folder, index, opener)
     raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, .gguf or pytorch_model.bin")
 
 
@@ -89,10 +89,12 @@ def _shard_path(folder: Path, index: Path, shard: str) -> Path:
 
 
 def _checked_path(folder: Path, path: Path) -> Path:
-    """The path, if it is no link out of the folder: only the hub's cache links elsewhere, to ../../blobs."""
-    homes = (folder.resolve(), folder.absolute().parent.parent.resolve() / "blobs")
-    if path.resolve().parent not in homes:
-        raise InputError(f"{path}: is a link to a file outside its folder")
+    """The path, if it is no link out of the folder: only the hub's cache links elsewhere, from snapshots/HASH to
+    ../../blobs, and what it downloads to a local folder links into that cache."""
+    home, target = folder.resolve(), path.resolve().parent
+    in_cache = target.name == "blobs" and target.parent.name.startswith("models--")
+    if target not in (home, home.parent.parent / "blobs") and not in_cache:
+        raise InputError(f"{path}: is a link to a file outside its folder; copy the file here")
     return path
 
 
