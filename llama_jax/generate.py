@@ -119,12 +119,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
     parser.add_argument("--mesh", help="how all devices are laid out, as tensor=4; by default one device is used")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise InputError("--max_new_tokens should be above 0, --temperature not below")
     set_up_jax(args.use_cpu)
-    source = Source(Path(args.model_name_or_path))
+    source = Source(Path(args.model_name_or_path), args.allow_pickle)
     tokenizer = open_tokenizer(source.tokenizer_folder)
     mesh = sharding.make_mesh(None if args.mesh else jax.devices()[:1], args.mesh or "auto")
     if sharding.batch_ways(mesh) * sharding.row_ways(mesh) > 1:

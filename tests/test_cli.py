@@ -361,6 +361,9 @@ def test_truncated_pickle_and_bin_on_request(case: Case) -> None:
     outcome = run(train_jax.main, *case.argv())
     assert outcome.code == 0, outcome.err
     case.flags["output_dir"] = case.output = case.folder / "out2"
+    generating = ("--model_name_or_path", case.model, "--instruction", "Hi", "--use_cpu", "--max_new_tokens", 1)
+    assert "--allow_pickle" in error_line(run(llama_jax.generate.main, *generating).err)
+    assert run(llama_jax.generate.main, *generating, "--allow_pickle").code == 0
     truncate(path, 0.9)
     check_refused(case, ["pytorch_model.bin"])
 

@@ -504,6 +504,27 @@ def test_pickled_weights_only_on_request(sharded: bool, model: Model, mesh: Mesh
     assert not (model.folder / "ran").exists()
 
 
+def test_pickled_parameters_and_what_else_a_bin_may_hold(model: Model, mesh: Mesh) -> None:
+    torch = pytest.importorskip("torch")
+    model.write()
+    for path in model.folder.glob("model*"):
+        path.unlink()
+    arrays, path = model.shards[0] | model.shards[1], model.folder / "pytorch_model.bin"
+    parameters = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in arrays.items()}
+    torch.save(parameters, path)
+    assert_same_bits(load(model.folder, RunOptions(), mesh, allow_pickle=True), arrays, np.float32)
+    for value, options, named in (
+        ({**parameters, "epoch": 3}, {}, "'epoch'"),
+        ({**parameters, NORM: torch.ones(12).to_sparse()}, {}, NORM),
+        ([*parameters.values()], {}, "state_dict()"),
+        (parameters, {"_use_new_zipfile_serialization": False}, "torch.save it again"),
+    ):
+        torch.save(value, path, **options)
+        assert named in refusal(model.folder, allow_pickle=True) and path.name in refusal(
+            model.folder, allow_pickle=True
+        )
+
+
 # --- another vocabulary ----------------------------------------------------------------------------------------------
 
 

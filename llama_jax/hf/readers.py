@@ -1,5 +1,6 @@
 """Looking into a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,15 +130,24 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     def read(name: str, index: Index) -> np.ndarray:
-        part = load()[name][index] if index else load()[name]
+        part = load()[name].detach()[index or ...]  # one that a model's parameters were saved in wants a gradient
         if part.dtype == torch.bfloat16:
             return part.contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
         return part.numpy().copy()
 
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{path}: is damaged, or in torch's format of before 1.6; read it with torch.load and torch.save it again"
+        )
     try:
         state = load()
     except Exception as e:  # torch raises many kinds for a damaged file
         raise InputError(f"{path}: torch cannot read it: {str(e).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}; save the model's state_dict() in it")
+    for name, t in state.items():
+        if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
+            raise InputError(f"{path}: {name!r} is not a dense tensor; save the model's state_dict() alone")
     return {name: _tensor(path, name, t.shape, kinds.get(t.dtype), read) for name, t in state.items()}
 
 
