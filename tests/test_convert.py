@@ -155,6 +155,33 @@ def test_types_asked_for(tmp_path: Path) -> None:
     assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_what_is_rounded_is_said(tmp_path: Path) -> None:
+    """float64 is stored as float32, and is float32 on the way back; "equal" without more means every bit."""
+    arrays = {name: array.astype(np.float64) + 1e-12 for name, array in make_arrays(CONFIG).items()}
+    plain, rounded = "equal to those of {};", "equal to those of {} after rounding to {};"
+    wide = write_model(tmp_path / "wide", {**CONFIG, "torch_dtype": "float64"}, arrays)
+    outcome = convert(wide, tmp_path / "flax", "--verify")
+    verified(outcome)
+    assert rounded.format(wide, "float32") in outcome.err and "float64 tensors are read as float32" in outcome.err
+    outcome = convert(tmp_path / "flax", tmp_path / "back", "--to_hf", "--verify")
+    verified(outcome)
+    assert plain.format(tmp_path / "flax") in outcome.err
+    assert_same_bits(read(tmp_path / "back"), {name: a.astype(np.float32) for name, a in arrays.items()})
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "float32"
+
+    full = write_model(tmp_path / "full")
+    assert rounded.format(full, "bfloat16") in convert(full, tmp_path / "half", "--dtype", "bfloat16", "--verify").err
+    flax = converted(full, tmp_path / "flax32")
+    outcome = convert(flax, tmp_path / "hf16", "--to_hf", "--dtype", "float16", "--verify")
+    assert rounded.format(flax, "float16") in outcome.err
+    short = {name: a.astype(ml_dtypes.bfloat16) for name, a in make_arrays(CONFIG).items()}
+    source = write_model(tmp_path / "short", {**CONFIG, "torch_dtype": "bfloat16"}, short)
+    for i, flags in enumerate(([], ["--dtype", "bfloat16"])):
+        flax = tmp_path / f"short{i}"
+        assert plain.format(source) in convert(source, flax, "--verify", *flags).err
+        assert plain.format(flax) in convert(flax, tmp_path / f"back{i}", "--to_hf", "--verify").err
+
+
 def test_compare_digests() -> None:
     def named(*arrays: tuple[str, Any]) -> list[tuple[str, np.ndarray]]:
         return [(name, np.asarray(a)) for name, a in arrays]

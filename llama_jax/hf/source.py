@@ -50,12 +50,14 @@ class Source:
         self.tensors = {}
         if self._checkpoint.tensors or (weights and not self.is_flax):
             self.tensors = check_tensors(self._checkpoint.tensors, self.config, str(self.folder))
+        if any(t.dtype == np.float64 for t in self.tensors.values()):
+            say(f"{self.folder}: its float64 tensors are read as float32")
 
     @cached_property
     def dtypes(self) -> dict[str, np.dtype]:
-        """The type of each tensor in HF's files, by name."""
+        """The type of each tensor in HF's files, by name; float32 for float64, which is read as that."""
         if not self.is_flax:
-            return {name: t.dtype for name, t in self.tensors.items()}
+            return {name: jax.dtypes.canonicalize_dtype(t.dtype) for name, t in self.tensors.items()}
         saved = read_json(self.folder / FLAX_JSON)
         return {name: numpy_dtype(saved["dtypes"].get(name, saved["dtype"])) for name in name_table(self.config)}
 
@@ -140,8 +142,8 @@ def dtype_summary(dtypes: dict[str, np.dtype]) -> dict[str, Any]:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy type of a name in `config.json` or on the command line. Raises InputError."""
-    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
+    """The NumPy type of a name in `llama_jax.json` or on the command line. Raises InputError."""
+    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
     if name not in kinds:
         raise InputError(f"dtype {name!r} is not one of {', '.join(kinds)}")
     return np.dtype(kinds[name])
