@@ -52,6 +52,7 @@ def to_flax(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> 
     tokenizer = source.tokenizer_to_copy()
     with byte_bar("reading weights", source.bytes) as bar:
         params = source.load(run, mesh, bar.update)
+    (folder / FLAX_JSON).unlink(missing_ok=True)  # written last: without it this is no Flax folder
     checkpoint.save_params(folder, params)
     del params
     summary = dtype_summary(source.dtypes)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tiny import (
     ALPACA,
@@ -33,6 +34,7 @@ import convert_torch_to_flax
 import llama_jax.generate
 import train_jax
 from llama_jax.arguments import Arguments, parse_arguments
+from llama_jax.errors import run_command
 
 INDEX = "model.safetensors.index.json"
 KEY = "model.layers.1.mlp.down_proj.weight"
@@ -438,6 +440,48 @@ def test_hf_and_flax_are_not_written_into_each_other(case: Case) -> None:
     check_refused(case, ["llama_jax.json", "choose another --output_dir, or remove it"])
     case.flags["model_name_or_path"] = flax
     check_refused(case, ["llama_jax.json"])
+
+
+def test_only_the_disk_and_the_user_end_without_a_traceback(capsys: pytest.CaptureFixture) -> None:
+    def fail(error: BaseException) -> int:
+        def main(argv: list[str]) -> int:
+            raise error
+
+        return run_command(main)
+
+    assert fail(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert fail(OSError(28, "No space left on device", "/x/y")) == 1
+    assert capsys.readouterr().err == "error: writing failed: No space left on device: /x/y\n"
+    bugs = [OSError(2, "No such file", "/x"), ValueError("os error 28"), SafetensorError("I/O error (os error 2)")]
+    for bug in bugs:
+        with pytest.raises(type(bug)):
+            fail(bug)
+
+
+@pytest.mark.parametrize("command", ["to_flax", "to_hf", "train"])
+def test_a_disk_that_takes_no_more(command: str, case: Case) -> None:
+    """A file may grow to 32 KiB, as if the disk were full: one line, exit code 1, and no half of a model left."""
+    flax, output, data = case.folder / "flax", case.output, case.tokenized
+    assert run(convert_torch_to_flax.main, "--model_name_or_path", case.model, "--output_dir", flax).code == 0
+    converting = [sys.executable, ROOT / "convert_torch_to_flax.py", "--output_dir"]
+    training = [sys.executable, ROOT / "train_jax.py", *case.argv(), "--data_path", data, "--save_strategy", "steps"]
+    argv = {
+        "to_flax": [*converting, flax, "--model_name_or_path", case.model],
+        "to_hf": [*converting, output, "--model_name_or_path", flax, "--to_hf"],
+        "train": [*training, "--save_steps", 1, "--disable_tqdm", True],
+    }[command]
+    limited = f"ulimit -f 32; exec {shlex.join(map(str, argv))}"
+    env = {**environment(), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=env)
+    assert result.returncode == 1, result.stderr
+    assert re.fullmatch("error: writing failed: File too large.*", error_line(result.stderr))
+    assert not list(flax.glob("params.*")) and not list(output.glob("*.safetensors*"))
+    if command == "to_flax":
+        assert not (flax / "llama_jax.json").exists()
+        assert run(convert_torch_to_flax.main, "--model_name_or_path", case.model, "--output_dir", flax).code == 0
+        assert (
+            run(convert_torch_to_flax.main, "--to_hf", "--model_name_or_path", flax, "--output_dir", output).code == 0
+        )
 
 
 GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {
