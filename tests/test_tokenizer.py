@@ -277,6 +277,44 @@ def test_an_added_token_may_stand_past_a_gap(small, tmp_path):
     assert open_tokenizer(changed).token_to_id("<far>") == 405
 
 
+PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "special"),
+    [
+        ({"added_tokens_decoder": {"400": {"content": "<think>", **PLAIN}}}, {}, False),
+        ({"added_tokens_decoder": {"400": {"content": "<think>", **PLAIN, "special": True}}}, {}, True),
+        ({}, {"<think>": 400}, False),
+        ({"additional_special_tokens": ["<think>"]}, {"<think>": 400}, True),
+    ],
+)
+def test_an_added_token_is_special_where_transformers_has_it_so(small, tmp_path, config, added, special):
+    """`<think>` is cut out of a text either way; answers show it where it is not special, before saving and after."""
+    changed = copy(small, tmp_path / "added", **config)
+    if added:
+        write(changed, "added_tokens.json", added)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    padded(changed).save(saved)
+    for folder in (changed, saved):
+        ours, theirs = open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        ids = ours.encode_batch(["name <think> it"])[0]
+        assert 400 in ids and ("<think>" in ours.special_texts()) == special
+        assert ("<think>" in theirs.decode(ids, skip_special_tokens=True)) != special
+        # What follows the token was encoded with a dummy space, which shows where nothing stands before.
+        assert ours.decode(ids) == ("name   it" if special else "name <think> it")
+    decoder = json.loads((saved / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert (decoder["400"]["special"], decoder["401"]["special"]) == (special, True)  # 401 is Alpaca's [PAD]
+
+
+def test_rows_that_are_no_tokens_say_nothing(small):
+    """A model's embedding may have more rows than the tokenizer has tokens."""
+    tokenizer = open_tokenizer(small)
+    ids = tokenizer.encode_batch([CORPUS[0]])[0]
+    assert tokenizer.decode([len(tokenizer), *ids, len(tokenizer) + 60, 10**6]) == CORPUS[0]
+
+
 @pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, False), (True, True), (False, True)])
 def test_beginning_and_end_follow_the_configuration(small, tmp_path, add_bos, add_eos):
     changed = copy(small, tmp_path / "bos", add_bos_token=add_bos, add_eos_token=add_eos)

@@ -4,6 +4,7 @@ Both give the ids of HF's tokenizer with the beginning token that its configurat
 HF's names, and write themselves into an HF folder.
 """
 
+import itertools
 import json
 import os
 import re
@@ -154,6 +155,11 @@ class SentencePieceTokenizer(Tokenizer):
         for special in self.special.values():
             if special:
                 self._add(special)
+        marked = [
+            t for t in config.get("added_tokens_decoder", {}).values() if isinstance(t, dict) and t.get("special")
+        ]
+        more = config.get("additional_special_tokens")
+        self._more_special = {_text(t) for t in [*marked, *(more if isinstance(more, list) else [])]}
 
     def __len__(self) -> int:
         return self._start.get_piece_size() + len(self._added)
@@ -169,11 +175,11 @@ class SentencePieceTokenizer(Tokenizer):
             self._added[token] = len(self)
 
     def special_texts(self) -> set[str]:
-        return {t for t in [*self.special.values(), *self._added] if t}
+        return {t for t in [*self.special.values(), *self._more_special] if t and self.token_to_id(t) is not None}
 
     def _split(self, texts: Sequence[str]) -> list[list[str]]:
-        """Each text's parts: at even places what is between special tokens, at odd ones a special token."""
-        longest_first = sorted(self.special_texts(), key=len, reverse=True)
+        """Each text's parts: at even places what is between special and added tokens, at odd ones such a token."""
+        longest_first = sorted({t for t in [*self.special.values(), *self._added] if t}, key=len, reverse=True)
         pattern = re.compile("(" + "|".join(re.escape(t) for t in longest_first) + ")")
         return [pattern.split(text) for text in texts]
 
@@ -217,12 +223,19 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         skipped = {self.token_to_id(t) for t in self.special_texts()}
-        return self._start.decode([int(i) for i in ids if i not in skipped])
+        added = {i: t for t, i in self._added.items()}
+        # A row of the model's embedding that is no token, as padding has it, says nothing.
+        pieces = range(self._start.get_piece_size())
+        known = [int(i) for i in ids if i not in skipped and (i in pieces or i in added)]
+        runs = itertools.groupby(known, added.get)
+        return "".join(token * len([*run]) if token else self._start.decode([*run]) for token, run in runs)
 
     def _save_tokens(self, folder: Path) -> None:
         known = {self.token_to_id(t): t for t in self.special.values() if t} | {i: t for t, i in self._added.items()}
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        self.config["added_tokens_decoder"] = {str(i): {"content": t, **flags} for i, t in sorted(known.items())}
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        special, decoder = self.special_texts(), self.config.setdefault("added_tokens_decoder", {})
+        for i, token in sorted(known.items()):
+            decoder.setdefault(str(i), {"content": token, **flags, "special": token in special})
         self.config.setdefault("tokenizer_class", "LlamaTokenizer")
         if self._added:
             write_json(folder / "added_tokens.json", self._added)
