@@ -2,6 +2,7 @@
 """Convert an HF folder (or a .gguf file) to a Flax checkpoint, and back with --to_hf."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -70,6 +71,7 @@ def to_hf(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> li
     """Write an HF folder, each tensor in the type it once came in; returns the names of tensors that differ on disk."""
     from llama_jax import sharding
     from llama_jax.data.tokenizer import copy_tokenizer
+    from llama_jax.hf.names import name_table
     from llama_jax.hf.readers import open_checkpoint
     from llama_jax.hf.source import dtype_summary, numpy_dtype
     from llama_jax.hf.writer import hf_tensors, write_config, write_weights
@@ -77,7 +79,8 @@ def to_hf(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> li
 
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
     params = source.load(RunOptions(param_dtype=source.stored_dtype), sharding.make_mesh())
-    with byte_bar("writing weights", source.config.num_parameters * 4) as bar:
+    size = sum(math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(source.config).items())
+    with byte_bar("writing weights", size) as bar:
         write_weights(folder, params, source.config, dtypes, bar.update)
     write_config(folder, source.folder, source.raw, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
     copy_tokenizer(source.folder, folder)

@@ -1,5 +1,6 @@
 """HF -> Flax -> HF without a bit lost, a `--verify` that notices, and the Flax folder as good as the other."""
 
+import io
 import json
 import re
 import tempfile
@@ -29,6 +30,7 @@ from tiny import (
     write_model,
     write_tokenizer,
 )
+from tqdm import tqdm
 
 import convert_torch_to_flax
 import llama_jax.generate
@@ -254,6 +256,19 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         for folder in (flax, back):
             assert json.loads((folder / name).read_text()) == json.loads((source / name).read_text()), name
+
+
+def test_the_bar_of_written_bytes_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tqdm] = []
+
+    def bar(what: str, total: int) -> tqdm:
+        bars.append(tqdm(total=total, file=io.StringIO()))
+        return bars[-1]
+
+    flax = converted(write_model(tmp_path / "hf"), tmp_path / "flax")
+    monkeypatch.setattr(convert_torch_to_flax, "byte_bar", bar)
+    converted(flax, tmp_path / "back", "--to_hf", "--dtype", "bfloat16")
+    assert [(b.n, b.total) for b in bars] == [(b, b) for b in [sum(a.nbytes for a in read(tmp_path / "back").values())]]
 
 
 # -- Training from either folder --------------------------------------------------------------------------------------
