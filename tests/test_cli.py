@@ -492,6 +492,22 @@ GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {
     ),
     "unknown flag": (lambda c: ["--model_name_or_path", str(c.model), "--top_q", "1"], ["--top_q"]),
     "not a number": (lambda c: ["--model_name_or_path", str(c.model), "--max_new_tokens", "few"], ["'few'"]),
+    "no temperature": (lambda c: ["--model_name_or_path", str(c.model), "--temperature", "nan"], ["--temperature"]),
+    "a list of settings": (
+        lambda c: (write_json(c.model / "generation_config.json", []), ["--model_name_or_path", str(c.model)])[1],
+        ["generation_config.json", "object"],
+    ),
+    "an end that is a word": (
+        lambda c: (
+            write_json(c.model / "generation_config.json", {"eos_token_id": [257, "</s>"]}),
+            ["--model_name_or_path", str(c.model)],
+        )[1],
+        ["generation_config.json", "eos_token_id", "</s>"],
+    ),
+    "an end that is a word in config.json": (
+        lambda c: (c.config(eos_token_id="</s>"), ["--model_name_or_path", str(c.model)])[1],
+        ["/config.json", "eos_token_id", "</s>"],
+    ),
     "no tokens": (lambda c: ["--model_name_or_path", str(c.model), "--max_new_tokens", "-1"], ["--max_new_tokens"]),
 }
 

@@ -12,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -271,6 +272,14 @@ def test_the_bar_of_written_bytes_ends_at_its_total(tmp_path: Path, monkeypatch:
     assert [(b.n, b.total) for b in bars] == [(b, b) for b in [sum(a.nbytes for a in read(tmp_path / "back").values())]]
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"stored_dtype": "int8"}', '{"stored_dtype": "float32", "dtype": 4}'])
+def test_a_damaged_flax_folder_is_named(content: str, tmp_path: Path) -> None:
+    flax = converted(write_model(tmp_path / "hf"), tmp_path / "flax")
+    (flax / "llama_jax.json").write_text(content)
+    outcome = convert(flax, tmp_path / "back", "--to_hf")
+    assert outcome.code == 2 and str(flax) in outcome.err and "Traceback" not in outcome.err
+
+
 # -- Training from either folder --------------------------------------------------------------------------------------
 
 
@@ -342,6 +351,9 @@ def test_greedy_answers_are_transformers(scan_layers: bool, tmp_path: Path) -> N
     assert {len(answer) for answer in ended} != {20}
     assert generate(params, source.config, options, mesh, prompts, 20, eos) == ended
     assert generate(params, source.config, options, mesh, prompts[:1], 1) == [free[0][0][:1]]
+    before = tiny.compiled()
+    assert generate(params, source.config, options, mesh, [prompts[0], prompts[1], prompts[2][:129]], 20, eos)
+    assert tiny.compiled() == before  # of these lengths there is a program already
 
 
 def test_an_answer_on_the_command_line(tmp_path: Path) -> None:

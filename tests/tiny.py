@@ -166,6 +166,11 @@ def _on_event(event: str, duration: float, **_: Any) -> None:
         _compiled.append(event)
 
 
+def compiled() -> int:
+    """How many programs XLA has compiled, or taken out of its cache, so far."""
+    return len(_compiled)
+
+
 jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from llama_jax import checkpoint
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.files import read_json, read_json_object
+from llama_jax.files import read_json_object
 from llama_jax.hf.load import Params, abstract_params, check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, open_checkpoint
@@ -58,8 +58,8 @@ class Source:
         """The type of each tensor in HF's files, by name; float32 for float64, which is read as that."""
         if not self.is_flax:
             return {name: jax.dtypes.canonicalize_dtype(t.dtype) for name, t in self.tensors.items()}
-        saved = read_json(self.folder / FLAX_JSON)
-        return {name: numpy_dtype(saved["dtypes"].get(name, saved["dtype"])) for name in name_table(self.config)}
+        common, others = self._saved("dtype", str), self._saved("dtypes", dict)
+        return {name: numpy_dtype(others.get(name, common)) for name in name_table(self.config)}
 
     @cached_property
     def tokenizer_folder(self) -> Path:
@@ -83,7 +83,14 @@ class Source:
     @property
     def stored_dtype(self) -> np.dtype:
         """The type of a Flax folder's parameters."""
-        return numpy_dtype(read_json(self.folder / FLAX_JSON)["stored_dtype"])
+        return numpy_dtype(self._saved("stored_dtype", str))
+
+    def _saved(self, key: str, kind: type) -> Any:
+        """A value of a Flax folder's `llama_jax.json`. Raises InputError."""
+        value = read_json_object(self.folder / FLAX_JSON).get(key)
+        if not isinstance(value, kind):
+            raise InputError(f"{self.folder / FLAX_JSON}: {key} is {value!r}; convert the model again")
+        return value
 
     @property
     def bytes(self) -> int:
