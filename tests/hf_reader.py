@@ -38,5 +38,35 @@ def tokenize(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def configure(folder: str) -> dict[str, Any] | str:
+    """What `config.json` says of the rotation and of the type, or why it is refused."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except ValueError as e:
+        return str(e)
+    is_new = not hasattr(config, "rope_theta")  # 5 has `rope_parameters` only
+    if is_new:
+        rope = config.rope_parameters
+    else:
+        rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {})}
+        rope = {"rope_type": rope.pop("type", "default"), **rope}
+    return {
+        "dtype": str(config.dtype if is_new else config.torch_dtype),
+        "rope": {key: value for key, value in rope.items() if value is not None and key != "type"},
+    }
+
+
+def logits(case: dict[str, Any]) -> list[list[float]]:
+    """Of the model in `folder` for each of the `ids`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(case["folder"])
+    with torch.no_grad():
+        return model(torch.tensor([case["ids"]])).logits[0].float().tolist()
+
+
 if __name__ == "__main__":
-    serve(tokenize)
+    serve(tokenize, configure, logits)
