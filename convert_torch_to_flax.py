@@ -2,8 +2,9 @@
 """Convert an HF folder (or a .gguf file) to a Flax checkpoint, and back with --to_hf."""
 
 import argparse
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,22 @@ from llama_jax.reporting.progress import byte_bar, say
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    from llama_jax.hf.source import Source
+    from llama_jax.hf.source import Source, numpy_dtype, refuse_other_kind
     from llama_jax.platform import set_up_jax
 
     set_up_jax(use_cpu=True)
+    dtype = numpy_dtype(args.dtype) if args.dtype else None
     source = Source(Path(args.model_name_or_path), args.allow_pickle)
     if args.to_hf and not source.is_flax:
         raise InputError(f"{source.folder}: --to_hf takes a folder made by this program; this one is HF's already")
     if source.is_flax and not args.to_hf:
         raise InputError(f"{source.folder}: is a Flax folder already; --to_hf makes an HF folder of it")
-    folder = make_output_dir(Path(args.output_dir).expanduser())
+    folder = Path(args.output_dir).expanduser()
     if folder.resolve() == source.folder.resolve():
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
-    different = (to_hf if args.to_hf else to_flax)(source, folder, args.dtype, args.verify)
+    refuse_other_kind(folder, flax=not args.to_hf)
+    make_output_dir(folder)
+    different = (to_hf if args.to_hf else to_flax)(source, folder, dtype, args.verify)
     if different:
         say(f"error: {len(different)} tensors differ after writing: {', '.join(different[:4])}")
         return 1
@@ -36,7 +40,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def to_flax(source: Any, folder: Path, dtype: str | None, verify: bool) -> list[str]:
+def to_flax(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
     """Write a Flax folder; returns the names of tensors that were found to differ from the source's."""
     from llama_jax import checkpoint, sharding
     from llama_jax.data.tokenizer import copy_tokenizer
@@ -45,55 +49,68 @@ def to_flax(source: Any, folder: Path, dtype: str | None, verify: bool) -> list[
     from llama_jax.hf.writer import hf_tensors, write_config
     from llama_jax.model import RunOptions
 
-    mesh, run = sharding.make_mesh(), RunOptions(param_dtype=numpy_dtype(dtype or "float32"))
+    mesh, run = sharding.make_mesh(), RunOptions(param_dtype=dtype or np.dtype(np.float32))
+    tokenizer = source.tokenizer_to_copy()
     with byte_bar("reading weights", source.bytes) as bar:
         params = source.load(run, mesh, bar.update)
+    (folder / FLAX_JSON).unlink(missing_ok=True)  # written last: without it this is no Flax folder
     checkpoint.save_params(folder, params)
     del params
     summary = dtype_summary(source.dtypes)
     write_config(folder, source.folder, source.raw, source.config, numpy_dtype(summary["dtype"]))
-    copy_tokenizer(source.tokenizer_folder, folder)
+    copy_tokenizer(tokenizer, folder)
     write_json(folder / FLAX_JSON, {"stored_dtype": run.param_dtype.name, **summary})
     if not verify:
         return []
     saved = checkpoint.load_params(folder, abstract_params(source.config, run, mesh)[1])
     read = ((name, source.tensors[name].read(())) for name, _ in hf_tensors(saved, source.config))
-    return compare(source, cast(read, lambda name: run.param_dtype), hf_tensors(saved, source.config))
+    return compare(source, read, lambda name: run.param_dtype, hf_tensors(saved, source.config))
 
 
-def to_hf(source: Any, folder: Path, dtype: str | None, verify: bool) -> list[str]:
+def to_hf(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
     """Write an HF folder, each tensor in the type it once came in; returns the names of tensors that differ on disk."""
     from llama_jax import sharding
     from llama_jax.data.tokenizer import copy_tokenizer
+    from llama_jax.hf.names import name_table
     from llama_jax.hf.readers import open_checkpoint
     from llama_jax.hf.source import dtype_summary, numpy_dtype
     from llama_jax.hf.writer import hf_tensors, write_config, write_weights
     from llama_jax.model import RunOptions
 
-    dtypes = dict.fromkeys(source.dtypes, numpy_dtype(dtype)) if dtype else source.dtypes
+    dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
     params = source.load(RunOptions(param_dtype=source.stored_dtype), sharding.make_mesh())
-    with byte_bar("writing weights", source.config.num_parameters * 4) as bar:
+    size = sum(math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(source.config).items())
+    with byte_bar("writing weights", size) as bar:
         write_weights(folder, params, source.config, dtypes, bar.update)
     write_config(folder, source.folder, source.raw, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
     copy_tokenizer(source.folder, folder)
     if not verify:
         return []
     written = open_checkpoint(folder).tensors
-    expected = cast(hf_tensors(params, source.config), dtypes.__getitem__)
-    return compare(source, expected, ((name, written[name].read(())) for name, _ in hf_tensors(params, source.config)))
+    actual = ((name, written[name].read(())) for name in dtypes)
+    return compare(source, hf_tensors(params, source.config), dtypes.__getitem__, actual)
 
 
-def compare(source: Any, expected: Iterable, actual: Iterable) -> list[str]:
+def compare(
+    source: Any, original: Iterable[tuple[str, np.ndarray]], dtype_of: Callable[[str], np.dtype], actual: Iterable
+) -> list[str]:
+    """The names of tensors that are not what the source's become in the type to store."""
     from llama_jax.hf.source import compare_digests
 
-    count, digest, different = compare_digests(expected, actual)
+    rounded = set()
+
+    def expected() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in original:
+            stored = array.astype(dtype_of(name), copy=False)
+            if stored is not array and not np.array_equal(stored.astype(array.dtype), array):
+                rounded.add(stored.dtype.name)
+            yield name, stored
+
+    count, digest, different = compare_digests(expected(), actual)
     if not different:
-        say(f"verified: {count} tensors read back equal to those of {source.folder}; SHA-256 over all {digest}")
+        after = f" after rounding to {' and '.join(sorted(rounded))}" if rounded else ""
+        say(f"verified: {count} tensors read back equal to those of {source.folder}{after}; SHA-256 over all {digest}")
     return different
-
-
-def cast(tensors: Iterable[tuple[str, np.ndarray]], dtype_of: Any) -> Iterator[tuple[str, np.ndarray]]:
-    return ((name, array.astype(dtype_of(name), copy=False)) for name, array in tensors)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     from llama_jax.checkpoint import Checkpoints, read_run, remove_steps
     from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.hf.load import resize_vocabulary
-    from llama_jax.hf.source import Source, training_dtype
+    from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
     from llama_jax.plan import Planner, choose_scan
     from llama_jax.platform import memory_limit, peak_memory, set_up_jax
     from llama_jax.train import TrainState, complete, fit, init_state, make_loss_step, token_losses
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     with processes.agreed():
         mesh = sharding.make_mesh(spec=args.mesh)
         if not args.explain:
+            refuse_other_kind(output_dir, flax=False)
             make_output_dir(output_dir)
             resume_step = _resume_step(args, output_dir)
 
@@ -103,6 +104,8 @@ def main(argv: list[str]) -> int:
         f"on {mesh.size} {platform} device(s) of {jax.process_count()} process(es), "
         f"mesh {sharding.describe_mesh(mesh)}"
     )
+    # Asked for now, so that what is wrong with it is said before the run and not after it.
+    tokenizer_folder = source.tokenizer_to_copy() if job.tokenizer is None else None
     say(f"{len(job.examples):,} examples, {order.updates:,} updates ({job.warmup_updates:,} of warm-up)")
     planner.check_room(limit)
     with ThreadPoolExecutor(1) as background:  # programs compile while weights are read
@@ -262,7 +265,7 @@ def main(argv: list[str]) -> int:
     if log.best_step and args.save_total_limit == 1:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()
-    _export(output_dir, source, job, params, np.dtype(run.param_dtype), quiet)
+    _export(output_dir, source, tokenizer_folder, job, params, np.dtype(run.param_dtype), quiet)
     if processes.is_first():
         log.save(output_dir)
     processes.exchange("exported")
@@ -307,8 +310,16 @@ def _make_log(job: Job) -> TrainerState:
     )
 
 
-def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtype, quiet: bool | None) -> None:
-    """The HF folder: weights, config, tokenizer."""
+def _export(
+    output_dir: Path,
+    source: Any,
+    tokenizer_folder: Path | None,
+    job: Job,
+    params: Any,
+    dtype: np.dtype,
+    quiet: bool | None,
+) -> None:
+    """The HF folder: weights, config, and the job's tokenizer or that of the folder."""
     from llama_jax import processes
     from llama_jax.hf.names import name_table
     from llama_jax.hf.writer import write_config, write_weights
@@ -321,7 +332,7 @@ def _export(output_dir: Path, source: Any, job: Job, params: Any, dtype: np.dtyp
     if job.tokenizer is not None:
         job.tokenizer.save(output_dir)
     else:
-        copy_tokenizer(source.tokenizer_folder, output_dir)
+        copy_tokenizer(tokenizer_folder, output_dir)
 
 
 def as_json_values(config: LlamaConfig) -> dict[str, Any]:

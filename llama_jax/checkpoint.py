@@ -226,9 +226,14 @@ def _restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
 
 
 def save_params(folder: Path, params: Any) -> None:
-    """Write unstacked parameters as the `params` of a Flax folder."""
-    with ocp.Checkpointer(_handler(params)) as checkpointer:
-        checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
+    """Write unstacked parameters as the `params` of a Flax folder, all of them or none."""
+    try:
+        with ocp.Checkpointer(_handler(params)) as checkpointer:
+            checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
+    except BaseException:
+        for half in folder.glob(f"{PARAMS_DIR}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+        raise
 
 
 def saved_shapes(folder: Path) -> Any:

@@ -5,6 +5,7 @@
 Letters: B rows, T tokens of a prompt, S slots of the cache, N new tokens, V vocabulary.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.errors import InputError, Parser, run_command
-from llama_jax.files import read_json
+from llama_jax.files import read_json_object
 from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
 from llama_jax.model import RunOptions, make_cache
@@ -56,10 +57,10 @@ def generate(
         ids[row, : len(prompt)] = prompt
         positions[row, : len(prompt)] = np.arange(len(prompt))
     sizes = np.asarray([len(p) for p in prompts], np.int32)
-    step = jax.jit(partial(_generate, graphdef, config, run, max_new_tokens, tuple(eos_token_ids), temperature, S))
+    static = (graphdef, config, run, max_new_tokens, tuple(eos_token_ids), temperature, S)
     with jax.set_mesh(mesh):
         arrays = (sharding.put(mesh, a) for a in (ids, positions, sizes))
-        new = np.asarray(jax.device_get(step(params, *arrays, jax.random.key(seed))))
+        new = np.asarray(jax.device_get(_generate(*static, params, *arrays, jax.random.key(seed))))
     rows = []
     for row in new.tolist():
         ends = [i for i, token in enumerate(row) if token in eos_token_ids]
@@ -67,6 +68,7 @@ def generate(
     return rows
 
 
+@partial(jax.jit, static_argnums=range(7))
 def _generate(graphdef, config, run, N, eos, temperature, S, params, ids_BT, positions_BT, sizes_B, key):
     model = nnx.merge(graphdef, params)
     B = ids_BT.shape[0]
@@ -102,11 +104,14 @@ def _generate(graphdef, config, run, N, eos, temperature, S, params, ids_BT, pos
 
 
 def eos_token_ids(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer) -> list[int]:
-    """The end tokens: those of `generation_config.json` or `config.json`, and the tokenizer's."""
+    """The end tokens: those of `generation_config.json` or `config.json`, and the tokenizer's. Raises InputError."""
     path = folder / "generation_config.json"
-    configured = (read_json(path) if path.exists() else raw).get("eos_token_id")
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    where = path if path.exists() else folder / "config.json"
+    configured = (read_json_object(path) if path.exists() else raw).get("eos_token_id")
+    ids = [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{where}: eos_token_id {configured!r} should be a token's id or a list of ids")
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def main(argv: list[str]) -> int:
@@ -119,12 +124,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
     parser.add_argument("--mesh", help="how all devices are laid out, as tensor=4; by default one device is used")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise InputError("--max_new_tokens should be above 0, --temperature not below")
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
+        raise InputError("--max_new_tokens should be above 0, --temperature a number not below")
     set_up_jax(args.use_cpu)
-    source = Source(Path(args.model_name_or_path))
+    source = Source(Path(args.model_name_or_path), args.allow_pickle)
     tokenizer = open_tokenizer(source.tokenizer_folder)
     mesh = sharding.make_mesh(None if args.mesh else jax.devices()[:1], args.mesh or "auto")
     if sharding.batch_ways(mesh) * sharding.row_ways(mesh) > 1:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from typing import Any
 
 import jax
@@ -19,7 +20,9 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     """
     if deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of what is meant
+    # Orbax warns of what is meant, and tells in hundreds of lines of the errors that it also raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _pass_over_closed_loop
     # JAX takes 75% of a GPU's memory by default; a 7B model with float32 Adam needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
     # Orbax copies a GPU's state through pinned host memory, of which XLA allows 64 GB by default.
@@ -33,6 +36,12 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     # On a TPU, "tensorfloat32" would mean products of three bfloat16 parts.
     jax.config.update("jax_default_matmul_precision", "tensorfloat32" if tf32 and platform == "gpu" else "highest")
     return platform
+
+
+def _pass_over_closed_loop(problem: Any) -> None:
+    """After a write has failed, tensorstore tells of the others to orbax's event loop, which is gone."""
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
 
 
 def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:

@@ -1,22 +1,20 @@
 """The reference for the flags: the real TrainingArguments, HfArgumentParser and DefaultFlowCallback.
 
-Of whichever transformers stands first on sys.path, 4.37 or 5. Run as a script, this file is a server: it answers each
-line of JSON on the standard input, [function, argument], with one on the standard output. `Server` starts one.
+Of whichever transformers stands first on sys.path, 4.37 or 5. Run as a script, this file is a server of its functions;
+`Server` starts one.
 """
 
 import contextlib
 import dataclasses
 import enum
 import io
-import json
 import math
-import sys
 import typing
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-from reference import Process, environment
+from reference import Process, environment, serve
 
 
 class Server:
@@ -147,9 +145,4 @@ def schedules(_: Any = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    functions = {f.__name__: f for f in (version, live_fields, parse, settle, due, optimizers, schedules)}
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # for what transformers prints
-    for line in sys.stdin:
-        name, argument = json.loads(line)
-        print(json.dumps(functions[name](argument)), file=answers, flush=True)
+    serve(version, live_fields, parse, settle, due, optimizers, schedules)

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tiny import (
     ALPACA,
@@ -32,6 +34,7 @@ import convert_torch_to_flax
 import llama_jax.generate
 import train_jax
 from llama_jax.arguments import Arguments, parse_arguments
+from llama_jax.errors import run_command
 
 INDEX = "model.safetensors.index.json"
 KEY = "model.layers.1.mlp.down_proj.weight"
@@ -364,6 +367,9 @@ def test_truncated_pickle_and_bin_on_request(case: Case) -> None:
     outcome = run(train_jax.main, *case.argv())
     assert outcome.code == 0, outcome.err
     case.flags["output_dir"] = case.output = case.folder / "out2"
+    generating = ("--model_name_or_path", case.model, "--instruction", "Hi", "--use_cpu", "--max_new_tokens", 1)
+    assert "--allow_pickle" in error_line(run(llama_jax.generate.main, *generating).err)
+    assert run(llama_jax.generate.main, *generating, "--allow_pickle").code == 0
     truncate(path, 0.9)
     check_refused(case, ["pytorch_model.bin"])
 
@@ -394,6 +400,7 @@ CONVERT_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {
     "bin": (lambda c: (only_bin(c), ["--model_name_or_path", str(c.model)])[1], ["--allow_pickle"]),
     "unknown flag": (lambda c: ["--model_name_or_path", str(c.model), "--verifi"], ["--verifi"]),
     "unknown type": (lambda c: ["--model_name_or_path", str(c.model), "--dtype", "int8"], ["'int8'", "bfloat16"]),
+    "wide type": (lambda c: ["--model_name_or_path", str(c.model), "--dtype", "float64"], ["'float64'", "bfloat16"]),
     "no model": (lambda c: [], ["--model_name_or_path"]),
 }
 
@@ -404,13 +411,81 @@ def test_converter_refuses(make: Callable[[Case], list[str]], named: list[str], 
     assert outcome.code == 2, outcome.err
     line = error_line(outcome.err)
     assert all(part in line for part in named), line
-    assert not outcome.compiled and not list(case.output.rglob("*"))
+    assert not outcome.compiled and not case.output.exists()
 
 
 def test_converter_refuses_to_write_where_it_reads(case: Case) -> None:
     outcome = run(convert_torch_to_flax.main, "--model_name_or_path", case.model, "--output_dir", case.model)
     assert outcome.code == 2 and str(case.model) in error_line(outcome.err)
     assert (case.model / "model.safetensors").exists() and not (case.model / "params").exists()
+
+
+def test_hf_and_flax_are_not_written_into_each_other(case: Case) -> None:
+    """A reader would take the old model for the new one. The same kind over the same kind is fine."""
+    flax, other = case.folder / "flax", write_model(case.folder / "other", arrays=make_arrays(CONFIG, 9))
+    to_flax = ("--model_name_or_path", case.model, "--output_dir")
+    to_hf = ("--to_hf", "--model_name_or_path", flax, "--output_dir")
+    for _ in range(2):
+        assert run(convert_torch_to_flax.main, *to_flax, flax).code == 0
+        assert run(convert_torch_to_flax.main, *to_hf, case.folder / "hf").code == 0
+    sharded = write_model(case.folder / "sharded", shards=2)
+    for argv, folder, name in (
+        ((*to_flax, other), other, "model.safetensors"),
+        ((*to_flax, sharded), sharded, "model-00001-of-00002.safetensors"),
+        ((*to_hf, case.folder / "flax2"), case.folder / "flax2", "llama_jax.json"),
+    ):
+        shutil.copytree(flax, case.folder / "flax2", dirs_exist_ok=True)
+        was = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        outcome = run(convert_torch_to_flax.main, *argv)
+        line = error_line(outcome.err)
+        assert outcome.code == 2 and name in line and "choose another --output_dir, or remove it" in line
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == was
+    case.output = case.flags["output_dir"] = flax
+    check_refused(case, ["llama_jax.json", "choose another --output_dir, or remove it"])
+    case.flags["model_name_or_path"] = flax
+    check_refused(case, ["llama_jax.json"])
+
+
+def test_only_the_disk_and_the_user_end_without_a_traceback(capsys: pytest.CaptureFixture) -> None:
+    def fail(error: BaseException) -> int:
+        def main(argv: list[str]) -> int:
+            raise error
+
+        return run_command(main)
+
+    assert fail(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "interrupted\n"
+    assert fail(OSError(28, "No space left on device", "/x/y")) == 1
+    assert capsys.readouterr().err == "error: writing failed: No space left on device: /x/y\n"
+    bugs = [OSError(2, "No such file", "/x"), ValueError("os error 28"), SafetensorError("I/O error (os error 2)")]
+    for bug in bugs:
+        with pytest.raises(type(bug)):
+            fail(bug)
+
+
+@pytest.mark.parametrize("command", ["to_flax", "to_hf", "train"])
+def test_a_disk_that_takes_no_more(command: str, case: Case) -> None:
+    """A file may grow to 32 KiB, as if the disk were full: one line, exit code 1, and no half of a model left."""
+    flax, output, data = case.folder / "flax", case.output, case.tokenized
+    assert run(convert_torch_to_flax.main, "--model_name_or_path", case.model, "--output_dir", flax).code == 0
+    converting = [sys.executable, ROOT / "convert_torch_to_flax.py", "--output_dir"]
+    training = [sys.executable, ROOT / "train_jax.py", *case.argv(), "--data_path", data, "--save_strategy", "steps"]
+    argv = {
+        "to_flax": [*converting, flax, "--model_name_or_path", case.model],
+        "to_hf": [*converting, output, "--model_name_or_path", flax, "--to_hf"],
+        "train": [*training, "--save_steps", 1, "--disable_tqdm", True],
+    }[command]
+    limited = f"ulimit -f 32; exec {shlex.join(map(str, argv))}"
+    env = {**environment(), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=env)
+    assert result.returncode == 1, result.stderr
+    assert re.fullmatch("error: writing failed: File too large.*", error_line(result.stderr))
+    assert not list(flax.glob("params.*")) and not list(output.glob("*.safetensors*"))
+    if command == "to_flax":
+        assert not (flax / "llama_jax.json").exists()
+        assert run(convert_torch_to_flax.main, "--model_name_or_path", case.model, "--output_dir", flax).code == 0
+        assert (
+            run(convert_torch_to_flax.main, "--to_hf", "--model_name_or_path", flax, "--output_dir", output).code == 0
+        )
 
 
 GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {
@@ -421,6 +496,22 @@ GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {
     ),
     "unknown flag": (lambda c: ["--model_name_or_path", str(c.model), "--top_q", "1"], ["--top_q"]),
     "not a number": (lambda c: ["--model_name_or_path", str(c.model), "--max_new_tokens", "few"], ["'few'"]),
+    "no temperature": (lambda c: ["--model_name_or_path", str(c.model), "--temperature", "nan"], ["--temperature"]),
+    "a list of settings": (
+        lambda c: (write_json(c.model / "generation_config.json", []), ["--model_name_or_path", str(c.model)])[1],
+        ["generation_config.json", "object"],
+    ),
+    "an end that is a word": (
+        lambda c: (
+            write_json(c.model / "generation_config.json", {"eos_token_id": [257, "</s>"]}),
+            ["--model_name_or_path", str(c.model)],
+        )[1],
+        ["generation_config.json", "eos_token_id", "</s>"],
+    ),
+    "an end that is a word in config.json": (
+        lambda c: (c.config(eos_token_id="</s>"), ["--model_name_or_path", str(c.model)])[1],
+        ["/config.json", "eos_token_id", "</s>"],
+    ),
     "no tokens": (lambda c: ["--model_name_or_path", str(c.model), "--max_new_tokens", "-1"], ["--max_new_tokens"]),
 }
 

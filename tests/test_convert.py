@@ -1,5 +1,6 @@
 """HF -> Flax -> HF without a bit lost, a `--verify` that notices, and the Flax folder as good as the other."""
 
+import io
 import json
 import re
 import tempfile
@@ -11,6 +12,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +31,7 @@ from tiny import (
     write_model,
     write_tokenizer,
 )
+from tqdm import tqdm
 
 import convert_torch_to_flax
 import llama_jax.generate
@@ -155,6 +158,33 @@ def test_types_asked_for(tmp_path: Path) -> None:
     assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_what_is_rounded_is_said(tmp_path: Path) -> None:
+    """float64 is stored as float32, and is float32 on the way back; "equal" without more means every bit."""
+    arrays = {name: array.astype(np.float64) + 1e-12 for name, array in make_arrays(CONFIG).items()}
+    plain, rounded = "equal to those of {};", "equal to those of {} after rounding to {};"
+    wide = write_model(tmp_path / "wide", {**CONFIG, "torch_dtype": "float64"}, arrays)
+    outcome = convert(wide, tmp_path / "flax", "--verify")
+    verified(outcome)
+    assert rounded.format(wide, "float32") in outcome.err and "float64 tensors are read as float32" in outcome.err
+    outcome = convert(tmp_path / "flax", tmp_path / "back", "--to_hf", "--verify")
+    verified(outcome)
+    assert plain.format(tmp_path / "flax") in outcome.err
+    assert_same_bits(read(tmp_path / "back"), {name: a.astype(np.float32) for name, a in arrays.items()})
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "float32"
+
+    full = write_model(tmp_path / "full")
+    assert rounded.format(full, "bfloat16") in convert(full, tmp_path / "half", "--dtype", "bfloat16", "--verify").err
+    flax = converted(full, tmp_path / "flax32")
+    outcome = convert(flax, tmp_path / "hf16", "--to_hf", "--dtype", "float16", "--verify")
+    assert rounded.format(flax, "float16") in outcome.err
+    short = {name: a.astype(ml_dtypes.bfloat16) for name, a in make_arrays(CONFIG).items()}
+    source = write_model(tmp_path / "short", {**CONFIG, "torch_dtype": "bfloat16"}, short)
+    for i, flags in enumerate(([], ["--dtype", "bfloat16"])):
+        flax = tmp_path / f"short{i}"
+        assert plain.format(source) in convert(source, flax, "--verify", *flags).err
+        assert plain.format(flax) in convert(flax, tmp_path / f"back{i}", "--to_hf", "--verify").err
+
+
 def test_compare_digests() -> None:
     def named(*arrays: tuple[str, Any]) -> list[tuple[str, np.ndarray]]:
         return [(name, np.asarray(a)) for name, a in arrays]
@@ -229,6 +259,27 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
             assert json.loads((folder / name).read_text()) == json.loads((source / name).read_text()), name
 
 
+def test_the_bar_of_written_bytes_ends_at_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tqdm] = []
+
+    def bar(what: str, total: int) -> tqdm:
+        bars.append(tqdm(total=total, file=io.StringIO()))
+        return bars[-1]
+
+    flax = converted(write_model(tmp_path / "hf"), tmp_path / "flax")
+    monkeypatch.setattr(convert_torch_to_flax, "byte_bar", bar)
+    converted(flax, tmp_path / "back", "--to_hf", "--dtype", "bfloat16")
+    assert [(b.n, b.total) for b in bars] == [(b, b) for b in [sum(a.nbytes for a in read(tmp_path / "back").values())]]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"stored_dtype": "int8"}', '{"stored_dtype": "float32", "dtype": 4}'])
+def test_a_damaged_flax_folder_is_named(content: str, tmp_path: Path) -> None:
+    flax = converted(write_model(tmp_path / "hf"), tmp_path / "flax")
+    (flax / "llama_jax.json").write_text(content)
+    outcome = convert(flax, tmp_path / "back", "--to_hf")
+    assert outcome.code == 2 and str(flax) in outcome.err and "Traceback" not in outcome.err
+
+
 # -- Training from either folder --------------------------------------------------------------------------------------
 
 
@@ -300,6 +351,9 @@ def test_greedy_answers_are_transformers(scan_layers: bool, tmp_path: Path) -> N
     assert {len(answer) for answer in ended} != {20}
     assert generate(params, source.config, options, mesh, prompts, 20, eos) == ended
     assert generate(params, source.config, options, mesh, prompts[:1], 1) == [free[0][0][:1]]
+    before = tiny.compiled()
+    assert generate(params, source.config, options, mesh, [prompts[0], prompts[1], prompts[2][:129]], 20, eos)
+    assert tiny.compiled() == before  # of these lengths there is a program already
 
 
 def test_an_answer_on_the_command_line(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import regex
+import tiny
 from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from gguf.quants import dequantize, quantize
@@ -24,6 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+import convert_torch_to_flax
+import train_jax
 from llama_jax.errors import InputError
 from llama_jax.hf.gguf_file import read_gguf
 from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
@@ -541,6 +544,8 @@ def test_the_other_files_of_the_folder(tmp_path):
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>", "pad_token": "</s>"}
     assert json.loads((tmp_path / "made/special_tokens_map.json").read_text()) == names
     assert names.items() <= json.loads((tmp_path / "made/tokenizer_config.json").read_text()).items()
+    made = json.loads((tmp_path / "made/tokenizer.json").read_text())
+    assert made["model"]["merges"] == ["a a", "aa a"]  # the form that transformers 4.37 reads
     (tmp_path / "made/config.json").write_text('{"model_type": "llama"}')
     auto = AutoTokenizer.from_pretrained(tmp_path / "made")
     assert [auto.bos_token_id, auto.eos_token_id, auto.unk_token_id, auto.pad_token_id] == [0, 1, 0, 1]
@@ -676,6 +681,36 @@ def test_llamas_sentencepiece_model_comes_back(tmp_path):
 
 
 # --- SmolLM2-135M-Instruct, a real file
+
+
+@pytest.mark.parametrize("tokenizer", ["refused", "missing"])
+def test_a_model_without_a_usable_tokenizer_is_trained_on_ids_and_converted(tokenizer, tmp_path):
+    """Said in one line before the work; both commands end well and write no tokenizer."""
+    keys, tensors = KEYS, []
+    random_model(tmp_path / "plain.gguf", Kind.F32)
+    if tokenizer == "refused":
+        keys = {**KEYS, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "deepseek-llm"}
+        keys["tokenizer.ggml.tokens"] = [f"t{i}" for i in range(48)]
+    for tensor in gguf.GGUFReader(tmp_path / "plain.gguf").tensors:
+        tensors.append((tensor.name, np.array(tensor.data), tensor.tensor_type))
+    model = write_model(tmp_path / "model.gguf", keys, tensors)
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(tiny.make_records(8, vocab_size=48)))
+    commands = [
+        (train_jax.main, "out", ["--data_path", data, "--use_cpu", True, "--max_steps", 2, "--save_strategy", "no"]),
+        (convert_torch_to_flax.main, "flax", []),
+    ]
+    for main, name, flags in commands:
+        out = tmp_path / name
+        out.mkdir()
+        (out / "tokenizer.json").write_text("of another model")
+        outcome = tiny.run(main, "--model_name_or_path", model, "--output_dir", out, *flags)
+        assert outcome.code == 0, outcome.err
+        lines = [line for line in outcome.err.splitlines() if "no tokenizer is written" in line]
+        assert len(lines) == 1 and lines[0].startswith("warning: ") and "model.gguf" in lines[0]
+        assert "->" not in outcome.err.split(lines[0])[0] and "first update" not in outcome.err.split(lines[0])[0]
+        assert not list(out.glob("*token*"))
+    assert (tmp_path / "out" / "trainer_state.json").exists() and (tmp_path / "flax" / "llama_jax.json").exists()
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
+from safetensors.numpy import save_file
 
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
@@ -339,13 +340,14 @@ def test_shard_name_that_leaves_the_folder(shard: str, model: Model) -> None:
 
 
 def test_shard_linked_from_outside(model: Model, mesh: Mesh) -> None:
-    """Refused, except for the hub's cache: models--X/snapshots/HASH/FILE -> models--X/blobs/HASH."""
+    """Refused, except for the hub's cache: models--X/snapshots/HASH/FILE -> models--X/blobs/HASH, whether the folder
+    is named itself or by a link; and for a local folder whose files are links into that cache."""
     model.write()
     outside = model.folder.parent / "elsewhere" / SECOND
     outside.parent.mkdir()
     (model.folder / SECOND).rename(outside)
     (model.folder / SECOND).symlink_to(outside)
-    assert SECOND in refusal(model.folder)
+    assert SECOND in refusal(model.folder) and "copy the file here" in refusal(model.folder)
 
     cache = model.folder.parent / "models--X"
     snapshot, blobs = cache / "snapshots" / "0123", cache / "blobs"
@@ -356,7 +358,26 @@ def test_shard_linked_from_outside(model: Model, mesh: Mesh) -> None:
     for i, file in enumerate(sorted(model.folder.iterdir())):
         file.rename(blobs / str(i))
         (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-    assert_same_bits(load(snapshot, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
+    linked, local = model.folder.parent / "linked", model.folder.parent / "local"
+    linked.symlink_to(snapshot)
+    local.mkdir()
+    for file in snapshot.iterdir():
+        (local / file.name).symlink_to(file.resolve())
+    for folder in (snapshot, linked, local):
+        assert_same_bits(load(folder, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
+
+
+def test_one_file_goes_before_an_index(model: Model) -> None:
+    """As in transformers: an old index, whose shards may be gone, does not matter."""
+    transformers = pytest.importorskip("transformers")
+    model.write({**RAW, "tie_word_embeddings": False})
+    whole = {name: array + 1 for name, array in (model.shards[0] | model.shards[1]).items()}
+    save_file(whole, model.folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model.folder).model.norm.weight.detach().numpy()
+    np.testing.assert_array_equal(open_checkpoint(model.folder).tensors[NORM].read(()), theirs)
+    np.testing.assert_array_equal(whole[NORM], theirs)
+    (model.folder / SECOND).unlink()
+    assert open_checkpoint(model.folder).tensors.keys() == whole.keys()
 
 
 @pytest.mark.parametrize(
@@ -481,6 +502,27 @@ def test_pickled_weights_only_on_request(sharded: bool, model: Model, mesh: Mesh
     torch.save(parts[-1] | {"x": Bomb(model.folder / "ran")}, model.folder / files[-1])
     assert files[-1] in refusal(model.folder, allow_pickle=True)
     assert not (model.folder / "ran").exists()
+
+
+def test_pickled_parameters_and_what_else_a_bin_may_hold(model: Model, mesh: Mesh) -> None:
+    torch = pytest.importorskip("torch")
+    model.write()
+    for path in model.folder.glob("model*"):
+        path.unlink()
+    arrays, path = model.shards[0] | model.shards[1], model.folder / "pytorch_model.bin"
+    parameters = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in arrays.items()}
+    torch.save(parameters, path)
+    assert_same_bits(load(model.folder, RunOptions(), mesh, allow_pickle=True), arrays, np.float32)
+    for value, options, named in (
+        ({**parameters, "epoch": 3}, {}, "'epoch'"),
+        ({**parameters, NORM: torch.ones(12).to_sparse()}, {}, NORM),
+        ([*parameters.values()], {}, "state_dict()"),
+        (parameters, {"_use_new_zipfile_serialization": False}, "torch.save it again"),
+    ):
+        torch.save(value, path, **options)
+        assert named in refusal(model.folder, allow_pickle=True) and path.name in refusal(
+            model.folder, allow_pickle=True
+        )
 
 
 # --- another vocabulary ----------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ space in front of every part ("legacy") or of the first alone.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hf_reader
 import pytest
 import sentencepiece
 import tokenizers
@@ -274,6 +275,44 @@ def test_added_tokens_keep_their_ids(small, tmp_path):
 def test_an_added_token_may_stand_past_a_gap(small, tmp_path):
     changed = copy(small, tmp_path / "gap", added_tokens_decoder={"405": {"content": "<far>"}})
     assert open_tokenizer(changed).token_to_id("<far>") == 405
+
+
+PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "added", "special"),
+    [
+        ({"added_tokens_decoder": {"400": {"content": "<think>", **PLAIN}}}, {}, False),
+        ({"added_tokens_decoder": {"400": {"content": "<think>", **PLAIN, "special": True}}}, {}, True),
+        ({}, {"<think>": 400}, False),
+        ({"additional_special_tokens": ["<think>"]}, {"<think>": 400}, True),
+    ],
+)
+def test_an_added_token_is_special_where_transformers_has_it_so(small, tmp_path, config, added, special):
+    """`<think>` is cut out of a text either way; answers show it where it is not special, before saving and after."""
+    changed = copy(small, tmp_path / "added", **config)
+    if added:
+        write(changed, "added_tokens.json", added)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    padded(changed).save(saved)
+    for folder in (changed, saved):
+        ours, theirs = open_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        ids = ours.encode_batch(["name <think> it"])[0]
+        assert 400 in ids and ("<think>" in ours.special_texts()) == special
+        assert ("<think>" in theirs.decode(ids, skip_special_tokens=True)) != special
+        # What follows the token was encoded with a dummy space, which shows where nothing stands before.
+        assert ours.decode(ids) == ("name   it" if special else "name <think> it")
+    decoder = json.loads((saved / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert (decoder["400"]["special"], decoder["401"]["special"]) == (special, True)  # 401 is Alpaca's [PAD]
+
+
+def test_rows_that_are_no_tokens_say_nothing(small):
+    """A model's embedding may have more rows than the tokenizer has tokens."""
+    tokenizer = open_tokenizer(small)
+    ids = tokenizer.encode_batch([CORPUS[0]])[0]
+    assert tokenizer.decode([len(tokenizer), *ids, len(tokenizer) + 60, 10**6]) == CORPUS[0]
 
 
 @pytest.mark.parametrize(("add_bos", "add_eos"), [(True, False), (False, False), (True, True), (False, True)])
@@ -559,6 +598,30 @@ def test_copied_files_open_as_the_same_tokenizer(small, tmp_path):
     assert open_tokenizer(tmp_path / "to").encode_batch(CORPUS) == open_tokenizer(source).encode_batch(CORPUS)
 
 
+@pytest.mark.parametrize("kinds", [("slow", "fast"), ("fast", "slow")])
+@pytest.mark.parametrize("how", ["copied", "saved"])
+def test_another_tokenizers_files_do_not_stay(how, kinds, small, tmp_path):
+    """A tokenizer.json that is left would win over the tokenizer.model that is meant."""
+    folders = {"slow": copy(small, tmp_path / "slow"), "fast": train_byte_level(tmp_path / "fast")}
+    first, second = (folders[kind] for kind in kinds)
+    (first / "chat_template.jinja").write_text("{{ first }}")
+    write(first, "added_tokens.json", {})
+    to = tmp_path / "to"
+    to.mkdir()
+    (to / "notes.txt").write_text("mine")
+    for source in (first, second):
+        if how == "copied":
+            copy_tokenizer(source, to)
+        else:
+            padded(source).save(to)
+    expected = open_tokenizer(second) if how == "copied" else padded(second)
+    assert open_tokenizer(to).encode_batch(CORPUS) == expected.encode_batch(CORPUS)
+    assert not (to / "chat_template.jinja").exists() and (to / "notes.txt").exists()
+    opened = open_tokenizer(to)
+    opened.save(to)  # into its own folder nothing is lost
+    assert open_tokenizer(to).encode_batch(CORPUS) == expected.encode_batch(CORPUS)
+
+
 # --- warnings and errors ---
 
 
@@ -693,3 +756,50 @@ def broken_at_random(small, tmp_path_factory) -> dict[str, Path]:
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(InputError, match="neither tokenizer"):
         open_tokenizer(tmp_path)
+
+
+# --- transformers 4.37 ---
+
+
+@pytest.fixture(scope="module")
+def old_transformers() -> Iterator[hf_reader.Server]:
+    server = hf_reader.Server()
+    yield server
+    server.close()
+
+
+OLD: dict[str, Callable[[Path, Path], Path]] = {
+    "LLaMA 2, both files": lambda to, sp: convert_sentencepiece(copy(sp, to), sp),
+    "LLaMA 2, bare tokenizer.model": lambda to, sp: copy(sp, to),
+    "LLaMA 3": lambda to, _: train_byte_level(to),
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_what_is_saved_loads_in_transformers_of_4_37_and_of_5(kind, small, old_transformers, tmp_path):
+    """The fast tokenizer and, of sentencepiece, the slow one, as stanford_alpaca asks for it: with Alpaca's [PAD]."""
+    source, saved = OLD[kind](tmp_path / "source", small), tmp_path / "saved"
+    saved.mkdir()
+    ours = padded(source)
+    ours.save(saved)
+    texts = [*CORPUS[:3], "a[PAD]b", "x y"]
+    for fast in (True, False) if (source / "tokenizer.model").exists() else (True,):
+        read = [f({"folder": str(saved), "fast": fast, "texts": texts}) for f in (
+            hf_reader.tokenize, lambda case: old_transformers.ask("tokenize", case))]  # fmt: skip
+        for theirs in read:
+            assert theirs["special"] == ours.special and theirs["special_ids"] == {
+                key: ours.token_to_id(token) for key, token in ours.special.items()
+            }
+        assert read[1]["class"].endswith("Fast") == fast
+        assert read[1]["ids"] == ours.encode_batch(texts)
+
+
+def test_a_merge_with_a_space_keeps_its_parts(tmp_path):
+    vocab = {token: i for i, token in enumerate(["a", " ", "b", " b", "a b"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [(" ", "b"), ("a", " b")]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    open_tokenizer(tmp_path).save(saved)
+    again = tokenizers.Tokenizer.from_file(str(saved / "tokenizer.json"))
+    assert again.encode("a b").ids == tokenizer.encode("a b").ids == [4]

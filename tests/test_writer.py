@@ -1,10 +1,13 @@
 """The HF folder that comes out: shards with a true index, nothing stale, nothing half-written."""
 
 import json
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hf_reader
 import jax
 import ml_dtypes
 import numpy as np
@@ -161,7 +164,60 @@ def test_the_config_is_the_one_that_came_in(tmp_path: Path) -> None:
     del modern["torch_dtype"]
     write_config(out, source, modern, config, np.dtype(ml_dtypes.bfloat16))
     written = json.loads((out / "config.json").read_text())
-    assert written["dtype"] == "bfloat16" and "torch_dtype" not in written
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [257, 258], "top_p": 0.9}
     write_config(out, out, raw, config, np.dtype(np.float32))  # the folder that it was read from
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [257, 258], "top_p": 0.9}
+
+
+BARE = {key: value for key, value in SMALL.items() if key not in ("rope_theta", "torch_dtype")}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LONG = {"original_max_position_embeddings": 16}
+ROPES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "4: theta": {"rope_theta": 5e5, "torch_dtype": "float32"},
+    "4: linear": {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "4: of both names": {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4}},
+    "4: default": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default"}},
+    "GGUF: linear": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0, **LONG}},
+    "5: theta": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "dtype": "float32"},
+    "5: linear": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 4.0}, "dtype": "float32"},
+    "5: dynamic": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "dynamic", "factor": 4.0}},
+    "5: llama3": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},
+    "4: llama3": {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+}
+
+
+@pytest.fixture(scope="module")
+def old_transformers() -> Iterator[hf_reader.Server]:
+    server = hf_reader.Server()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_transformers_of_4_37_and_of_5_read_the_config_alike(
+    name: str, old_transformers: hf_reader.Server, tmp_path: Path
+) -> None:
+    """As 5 reads the source. 4.37 gives the same logits too; llama3's rotation, which it lacks, it refuses."""
+    raw = {**BARE, "max_position_embeddings": 16, **ROPES[name]}
+    source, out = write_model(tmp_path / "in", raw), tmp_path / "out"
+    out.mkdir()
+    write_config(out, source, raw, LlamaConfig.from_hf(raw), np.dtype(np.float32))
+    shutil.copy(source / "model.safetensors", out)
+    meant, new = (hf_reader.configure(str(folder)) for folder in (source, out))
+    assert isinstance(meant, dict) and isinstance(new, dict)
+    ignored = LONG.keys() if meant["rope"]["rope_type"] != "llama3" else set()  # by these rotations
+    rope = {key: value for key, value in meant["rope"].items() if key not in ignored}
+    assert new == {"rope": rope, "dtype": "torch.float32"}
+    old = old_transformers.ask("configure", str(out))
+    if rope["rope_type"] == "llama3":
+        assert isinstance(old, str) and "rope_scaling" in old
+        return
+    assert old == new
+    ids = np.random.default_rng(0).integers(0, 259, 24).tolist()
+    expected = hf_reader.logits({"folder": str(source), "ids": ids})
+    # Two implementations in float32, some tens of roundings of 6e-8 of logits below 4 apart.
+    for logits in (old_transformers.ask("logits", {"folder": str(out), "ids": ids}),
+                   hf_reader.logits({"folder": str(out), "ids": ids})):  # fmt: skip
+        np.testing.assert_allclose(logits, expected, atol=2e-5)

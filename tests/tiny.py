@@ -166,6 +166,11 @@ def _on_event(event: str, duration: float, **_: Any) -> None:
         _compiled.append(event)
 
 
+def compiled() -> int:
+    """How many programs XLA has compiled, or taken out of its cache, so far."""
+    return len(_compiled)
+
+
 jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
@@ -174,7 +179,7 @@ def _own_process() -> Iterator[None]:
     """What a command changes for its whole process is put back: signals, settings of jax, the environment."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     settings = {name: jax.config.values[name] for name in ("jax_platforms", "jax_default_matmul_precision")}
-    environment, argv = dict(os.environ), sys.argv
+    environment, argv, hook = dict(os.environ), sys.argv, sys.unraisablehook
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")  # the suite's, not the user's
     os.environ["XDG_CACHE_HOME"] = CACHE.name
     try:
@@ -186,7 +191,7 @@ def _own_process() -> Iterator[None]:
             jax.config.update(name, value)
         os.environ.clear()
         os.environ.update(environment)
-        sys.argv = argv
+        sys.argv, sys.unraisablehook = argv, hook
 
 
 def run(main: Callable[[list[str]], int], *argv: Any) -> Outcome:

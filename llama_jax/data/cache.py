@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.examples import Examples
-from llama_jax.data.tokenizer import COPIED, COPIED_TEXT
+from llama_jax.data.tokenizer import FILES
 from llama_jax.errors import InputError
 
 LIBRARIES = ("jinja2", "sentencepiece", "tokenizers", "transformers")  # whose versions may decide ids
@@ -34,7 +34,7 @@ def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) ->
     data = data.expanduser()
     files = {f"code {path.name}": path for path in Path(__file__).parent.glob("*.py")}
     if tokenizer is not None:
-        named = {f"tokenizer {name}": tokenizer / name for name in (*COPIED, *COPIED_TEXT)}
+        named = {f"tokenizer {name}": tokenizer / name for name in FILES}
         files |= {what: path for what, path in named.items() if path.is_file()}
     try:
         digests = {what: _file_digest(path) for what, path in sorted({**files, f"data {data.suffix}": data}.items())}

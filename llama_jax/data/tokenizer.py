@@ -4,6 +4,8 @@ Both give the ids of HF's tokenizer with the beginning token that its configurat
 HF's names, and write themselves into an HF folder.
 """
 
+import itertools
+import json
 import os
 import re
 import shutil
@@ -15,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import InputError
-from llama_jax.files import read_json_object, write_json
+from llama_jax.files import read_json_object, write_json, write_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-COPIED_TEXT = ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
+# The files of a tokenizer in an HF folder.
+FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
+)
 
 _STRIP = ("lstrip", "rstrip", "normalized", "single_word")
 
@@ -68,9 +73,16 @@ class Tokenizer(ABC):
     def _add(self, token: str) -> None:
         """Make the text a special token, with a new id where it has none."""
 
-    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files so that transformers loads the same tokenizer, added tokens included."""
+        copy_tokenizer(self.folder, folder)
+        self._save_tokens(folder)
+        write_json(folder / "tokenizer_config.json", self.config)
+        write_json(folder / "special_tokens_map.json", {k: v for k, v in self.special.items() if v is not None})
+
+    @abstractmethod
+    def _save_tokens(self, folder: Path) -> None:
+        """Write the files that an added token changes, and put into `config` what it changes there."""
 
     def add_missing_special_tokens(self) -> int:
         """stanford_alpaca's rule: `[PAD]`, `</s>`, `<s>`, `<unk>` where that one is None. Returns how many are new."""
@@ -113,13 +125,6 @@ class Tokenizer(ABC):
         token = self.special[key]
         return self.token_to_id(token) if token else None
 
-    def _save_config(self, folder: Path) -> None:
-        write_json(folder / "tokenizer_config.json", self.config)
-        write_json(folder / "special_tokens_map.json", {k: v for k, v in self.special.items() if v is not None})
-        for name in COPIED_TEXT:
-            if (self.folder / name).exists() and self.folder.resolve() != folder.resolve():
-                shutil.copyfile(self.folder / name, folder / name)
-
 
 class SentencePieceTokenizer(Tokenizer):
     """HF's slow LlamaTokenizer on sentencepiece: `[bos] + encode(text)`, special tokens in the text cut out first."""
@@ -150,6 +155,11 @@ class SentencePieceTokenizer(Tokenizer):
         for special in self.special.values():
             if special:
                 self._add(special)
+        marked = [
+            t for t in config.get("added_tokens_decoder", {}).values() if isinstance(t, dict) and t.get("special")
+        ]
+        more = config.get("additional_special_tokens")
+        self._more_special = {_text(t) for t in [*marked, *(more if isinstance(more, list) else [])]}
 
     def __len__(self) -> int:
         return self._start.get_piece_size() + len(self._added)
@@ -165,11 +175,11 @@ class SentencePieceTokenizer(Tokenizer):
             self._added[token] = len(self)
 
     def special_texts(self) -> set[str]:
-        return {t for t in [*self.special.values(), *self._added] if t}
+        return {t for t in [*self.special.values(), *self._more_special] if t and self.token_to_id(t) is not None}
 
     def _split(self, texts: Sequence[str]) -> list[list[str]]:
-        """Each text's parts: at even places what is between special tokens, at odd ones a special token."""
-        longest_first = sorted(self.special_texts(), key=len, reverse=True)
+        """Each text's parts: at even places what is between special and added tokens, at odd ones such a token."""
+        longest_first = sorted({t for t in [*self.special.values(), *self._added] if t}, key=len, reverse=True)
         pattern = re.compile("(" + "|".join(re.escape(t) for t in longest_first) + ")")
         return [pattern.split(text) for text in texts]
 
@@ -213,18 +223,22 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         skipped = {self.token_to_id(t) for t in self.special_texts()}
-        return self._start.decode([int(i) for i in ids if i not in skipped])
+        added = {i: t for t, i in self._added.items()}
+        # A row of the model's embedding that is no token, as padding has it, says nothing.
+        pieces = range(self._start.get_piece_size())
+        known = [int(i) for i in ids if i not in skipped and (i in pieces or i in added)]
+        runs = itertools.groupby(known, added.get)
+        return "".join(token * len([*run]) if token else self._start.decode([*run]) for token, run in runs)
 
-    def save(self, folder: Path) -> None:
-        if folder.resolve() != self.folder.resolve():
-            shutil.copyfile(self.folder / "tokenizer.model", folder / "tokenizer.model")
+    def _save_tokens(self, folder: Path) -> None:
         known = {self.token_to_id(t): t for t in self.special.values() if t} | {i: t for t, i in self._added.items()}
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-        self.config["added_tokens_decoder"] = {str(i): {"content": t, **flags} for i, t in sorted(known.items())}
+        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        special, decoder = self.special_texts(), self.config.setdefault("added_tokens_decoder", {})
+        for i, token in sorted(known.items()):
+            decoder.setdefault(str(i), {"content": token, **flags, "special": token in special})
         self.config.setdefault("tokenizer_class", "LlamaTokenizer")
         if self._added:
             write_json(folder / "added_tokens.json", self._added)
-        self._save_config(folder)
 
 
 class FastTokenizer(Tokenizer):
@@ -293,8 +307,8 @@ class FastTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def save(self, folder: Path) -> None:
-        self._tokenizer.save(str(folder / "tokenizer.json"))
+    def _save_tokens(self, folder: Path) -> None:
+        write_tokenizer_json(folder / "tokenizer.json", self._tokenizer.to_str())
         self.config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         decoder = self.config.get("added_tokens_decoder")
         if decoder is not None:
@@ -302,7 +316,6 @@ class FastTokenizer(Tokenizer):
             for token in self.special.values():
                 if token and (i := self.token_to_id(token)) is not None:
                     decoder.setdefault(str(i), {"content": token, **flags})
-        self._save_config(folder)
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -324,11 +337,27 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     raise InputError(f"{folder}: neither tokenizer.json nor tokenizer.model is in this folder")
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files as they are."""
-    for name in (*COPIED, *COPIED_TEXT):
-        if (source / name).exists() and source.resolve() != folder.resolve():
+def copy_tokenizer(source: Path | None, folder: Path) -> None:
+    """Copy the tokenizer's files as they are; those of another tokenizer that lie in the folder are removed."""
+    if source and source.resolve() == folder.resolve():
+        return
+    for name in FILES:
+        if source and (source / name).exists():
             shutil.copyfile(source / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_tokenizer_json(path: Path, serialized: str) -> None:
+    """What the `tokenizers` library made, with merges as "a b" again: all that its versions before 0.20 read.
+
+    Where a part has a space, only the newer form, a list, can tell the parts.
+    """
+    value = json.loads(serialized)
+    merges = value["model"].get("merges", [])
+    if not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
+        value["model"]["merges"] = [" ".join(merge) for merge in merges]
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _text(token: Any) -> str | None:

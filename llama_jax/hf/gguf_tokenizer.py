@@ -10,6 +10,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from llama_jax.data.tokenizer import write_tokenizer_json
 from llama_jax.errors import InputError
 from llama_jax.hf.gguf_file import TOKEN_IDS, open_gguf
 
@@ -74,7 +75,7 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer_json(folder / "tokenizer.json", tokenizer.to_str())
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     config |= {f"add_{key}_token": value for key, value in add.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

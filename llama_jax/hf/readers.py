@@ -1,5 +1,6 @@
 """Looking into a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
 
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,9 +55,9 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             raise InputError(
                 f"{folder}: only pickled weights ({stem}*.bin) here; --allow_pickle reads them (torch >= 2.10)"
             )
-        if index.exists():
-            return _open_indexed(folder, index, opener)
-        return opener(_checked_path(folder, single))
+        if single.exists():  # it goes before an index, as in transformers
+            return opener(_checked_path(folder, single))
+        return _open_indexed(folder, index, opener)
     raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, .gguf or pytorch_model.bin")
 
 
@@ -89,10 +90,12 @@ def _shard_path(folder: Path, index: Path, shard: str) -> Path:
 
 
 def _checked_path(folder: Path, path: Path) -> Path:
-    """The path, if it is no link out of the folder: only the hub's cache links elsewhere, to ../../blobs."""
-    homes = (folder.resolve(), folder.absolute().parent.parent.resolve() / "blobs")
-    if path.resolve().parent not in homes:
-        raise InputError(f"{path}: is a link to a file outside its folder")
+    """The path, if it is no link out of the folder: only the hub's cache links elsewhere, from snapshots/HASH to
+    ../../blobs, and what it downloads to a local folder links into that cache."""
+    home, target = folder.resolve(), path.resolve().parent
+    in_cache = target.name == "blobs" and target.parent.name.startswith("models--")
+    if target not in (home, home.parent.parent / "blobs") and not in_cache:
+        raise InputError(f"{path}: is a link to a file outside its folder; copy the file here")
     return path
 
 
@@ -127,15 +130,24 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     def read(name: str, index: Index) -> np.ndarray:
-        part = load()[name][index] if index else load()[name]
+        part = load()[name].detach()[index or ...]  # one that a model's parameters were saved in wants a gradient
         if part.dtype == torch.bfloat16:
             return part.contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
         return part.numpy().copy()
 
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{path}: is damaged, or in torch's format of before 1.6; read it with torch.load and torch.save it again"
+        )
     try:
         state = load()
     except Exception as e:  # torch raises many kinds for a damaged file
         raise InputError(f"{path}: torch cannot read it: {str(e).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}; save the model's state_dict() in it")
+    for name, t in state.items():
+        if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
+            raise InputError(f"{path}: {name!r} is not a dense tensor; save the model's state_dict() alone")
     return {name: _tensor(path, name, t.shape, kinds.get(t.dtype), read) for name, t in state.items()}
 
 

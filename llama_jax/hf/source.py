@@ -15,13 +15,23 @@ from jax.sharding import Mesh
 from llama_jax import checkpoint
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import InputError
-from llama_jax.files import read_json, read_json_object
+from llama_jax.files import read_json_object
 from llama_jax.hf.load import Params, abstract_params, check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, open_checkpoint
 from llama_jax.model import RunOptions, stack_layers
+from llama_jax.reporting.progress import say
 
 FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
+
+
+def refuse_other_kind(folder: Path, flax: bool) -> None:
+    """Refuse to write a Flax folder over HF's weights, or an HF folder over a Flax one: they would lie side by side,
+    and whoever reads the folder would take one for the other. Raises InputError."""
+    found = sorted(folder.glob("model*.safetensors*") if flax else folder.glob(FLAX_JSON))
+    if found := [path for path in found if path.suffix != ".tmp"]:
+        held = f"{'an HF' if flax else 'a Flax'} model ({found[0].name})"
+        raise InputError(f"output_dir {folder} holds {held}: choose another --output_dir, or remove it")
 
 
 class Source:
@@ -40,14 +50,16 @@ class Source:
         self.tensors = {}
         if self._checkpoint.tensors or (weights and not self.is_flax):
             self.tensors = check_tensors(self._checkpoint.tensors, self.config, str(self.folder))
+        if any(t.dtype == np.float64 for t in self.tensors.values()):
+            say(f"{self.folder}: its float64 tensors are read as float32")
 
     @cached_property
     def dtypes(self) -> dict[str, np.dtype]:
-        """The type of each tensor in HF's files, by name."""
+        """The type of each tensor in HF's files, by name; float32 for float64, which is read as that."""
         if not self.is_flax:
-            return {name: t.dtype for name, t in self.tensors.items()}
-        saved = read_json(self.folder / FLAX_JSON)
-        return {name: numpy_dtype(saved["dtypes"].get(name, saved["dtype"])) for name in name_table(self.config)}
+            return {name: jax.dtypes.canonicalize_dtype(t.dtype) for name, t in self.tensors.items()}
+        common, others = self._saved("dtype", str), self._saved("dtypes", dict)
+        return {name: numpy_dtype(others.get(name, common)) for name in name_table(self.config)}
 
     @cached_property
     def tokenizer_folder(self) -> Path:
@@ -60,10 +72,25 @@ class Source:
         write_gguf_tokenizer(self._checkpoint.gguf, Path(self._temporary.name))
         return Path(self._temporary.name)
 
+    def tokenizer_to_copy(self) -> Path | None:
+        """`tokenizer_folder`, or None, which is said, where a GGUF's tokenizer is missing or refused."""
+        try:
+            return self.tokenizer_folder
+        except InputError as e:
+            say(f"warning: {e}; no tokenizer is written")
+            return None
+
     @property
     def stored_dtype(self) -> np.dtype:
         """The type of a Flax folder's parameters."""
-        return numpy_dtype(read_json(self.folder / FLAX_JSON)["stored_dtype"])
+        return numpy_dtype(self._saved("stored_dtype", str))
+
+    def _saved(self, key: str, kind: type) -> Any:
+        """A value of a Flax folder's `llama_jax.json`. Raises InputError."""
+        value = read_json_object(self.folder / FLAX_JSON).get(key)
+        if not isinstance(value, kind):
+            raise InputError(f"{self.folder / FLAX_JSON}: {key} is {value!r}; convert the model again")
+        return value
 
     @property
     def bytes(self) -> int:
@@ -122,8 +149,8 @@ def dtype_summary(dtypes: dict[str, np.dtype]) -> dict[str, Any]:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy type of a name in `config.json` or on the command line. Raises InputError."""
-    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
+    """The NumPy type of a name in `llama_jax.json` or on the command line. Raises InputError."""
+    kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
     if name not in kinds:
         raise InputError(f"dtype {name!r} is not one of {', '.join(kinds)}")
     return np.dtype(kinds[name])

@@ -123,8 +123,9 @@ def _write_shards(folder: Path, files: dict[str, list[str]], params, config: Lla
 
 def write_config(folder: Path, source: Path, raw: dict[str, Any], config: LlamaConfig, dtype: np.dtype) -> None:
     """`config.json` as it came in, with the true vocabulary and type, and `generation_config.json`."""
-    out = {**raw, "vocab_size": config.vocab_size, "architectures": ["LlamaForCausalLM"]}
-    out["dtype" if "dtype" in raw else "torch_dtype"] = dtype.name
+    out = {**raw, **_old_rope(raw, config), "vocab_size": config.vocab_size, "architectures": ["LlamaForCausalLM"]}
+    for key in {"torch_dtype", *(raw.keys() & {"dtype"})}:  # transformers 5's own name is unknown to 4.37
+        out[key] = dtype.name
     write_json(folder / "config.json", out)
     generation = source / "generation_config.json"
     if generation.exists():
@@ -133,3 +134,21 @@ def write_config(folder: Path, source: Path, raw: dict[str, Any], config: LlamaC
     else:
         ids = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+
+
+def _old_rope(raw: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` as transformers 4.37 reads them, where the config has them otherwise.
+
+    4.37 knows `linear` and `dynamic`, by two keys exactly; what it does not know it refuses, but only where it stands
+    in `rope_scaling`. 5 reads these keys too, before its own `rope_parameters`.
+    """
+    rope, out = config.rope, {}  # type: Any, dict[str, Any]
+    if rope.rope_theta != (raw.get("rope_theta") or 10000.0):
+        out["rope_theta"] = rope.rope_theta
+    if rope.rope_type in ("linear", "dynamic"):
+        out["rope_scaling"] = {"type": rope.rope_type, "factor": float(rope.factor)}
+    elif raw.get("rope_scaling") and rope.rope_type == "default":
+        out["rope_scaling"] = None
+    elif not raw.get("rope_scaling") and rope.rope_type != "default":
+        out["rope_scaling"] = {k: v for k, v in raw["rope_parameters"].items() if k != "rope_theta"}
+    return out
