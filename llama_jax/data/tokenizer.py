@@ -231,6 +231,9 @@ class FastTokenizer(Tokenizer):
     """A `tokenizer.json` through the `tokenizers` library, beginning token by its own post-processor."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
+        of_llama = str(config.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
+        if of_llama:  # those classes' own defaults, where the files name none
+            config = {key: DEFAULTS[key] for key in ("bos_token", "eos_token", "unk_token")} | config
         super().__init__(folder, config)
         import tokenizers
 
@@ -242,7 +245,7 @@ class FastTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._register()
-        if str(config.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
+        if of_llama:
             self._follow_add_bos()
 
     def _follow_add_bos(self) -> None:
@@ -308,13 +311,10 @@ class FastTokenizer(Tokenizer):
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of an HF folder. Raises InputError where there is none."""
     path = folder / "tokenizer_config.json"
-    config = read_json_object(path) if path.exists() else {}
-    extra = folder / "special_tokens_map.json"
-    if extra.exists():
-        config = {**{k: v for k, v in read_json_object(extra).items() if k in SPECIAL}, **config}
-    for key in SPECIAL:
-        if not isinstance(_text(config.get(key)), str | None):
-            raise InputError(f"{path}: {key} {config[key]!r} should be a string, an object with 'content', or null")
+    config = _read(path)
+    if "added_tokens_decoder" not in config:  # else it is complete: transformers does not read the other file
+        named = _read(folder / "special_tokens_map.json")
+        config |= {key: named[key] for key in SPECIAL if key in named}
     if not isinstance(config.get("added_tokens_decoder", {}), dict):
         raise InputError(f"{path}: added_tokens_decoder should be an object")
     if (folder / "tokenizer.json").exists():
@@ -329,6 +329,15 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for name in (*COPIED, *COPIED_TEXT):
         if (source / name).exists() and source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file that may name special tokens; empty where there is none."""
+    config = read_json_object(path) if path.exists() else {}
+    for key in SPECIAL:
+        if not isinstance(_text(config.get(key)), str | None):
+            raise InputError(f"{path}: {key} {config[key]!r} should be a string, an object with 'content', or null")
+    return config
 
 
 def _text(token: Any) -> str | None:
