@@ -612,6 +612,21 @@ def test_the_file_that_names_the_special_tokens_is_transformers(small, tmp_path,
     assert {**again.special, "length": len(again)} == theirs
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_object_says_normalized_and_the_end_is_an_end(small, tmp_path, file):
+    """As in LLaMA's first folders; the flags of tokenizer.json itself hold."""
+    folder = KINDS["fast"](tmp_path / "model", small)
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    kind = {"__type": "AddedToken"} if file == "tokenizer_config.json" else {}
+    config = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    write(folder, file, config | {key: {"content": token, **AS_OBJECT, **kind} for key, token in tokens.items()})
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    texts = ["Hello</s>", "a </s> b", "</s>x"]
+    expected = theirs(texts)["input_ids"]
+    assert expected[0][-1] == 2
+    assert open_tokenizer(folder).encode_batch(texts) == expected
+
+
 # --- warnings and errors ---
 
 

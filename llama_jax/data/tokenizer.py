@@ -262,16 +262,23 @@ class FastTokenizer(Tokenizer):
         self._tokenizer.post_processor = TemplateProcessing(single=parts, pair=pair, special_tokens=used)
 
     def _register(self) -> None:
-        """Special tokens in a text are cut out whole, as HF does with every token that it knows as special."""
+        """Special tokens in a text are cut out whole, as HF does with every token that it knows as special.
+
+        How, `added_tokens_decoder` says, or the file itself, before the object that names the token: LLaMA's old ones
+        say `normalized`, by which `Hello</s>` would have no end."""
         import tokenizers
 
-        described = [t for t in self.config.get("added_tokens_decoder", {}).values() if isinstance(t, dict)]
-        flags = {t.get("content"): {k: t.get(k, False) for k in _STRIP} for t in described}
+        if (decoder := self.config.get("added_tokens_decoder")) is not None:
+            described = [t for t in decoder.values() if isinstance(t, dict)]
+            flags = {t.get("content"): {k: t.get(k, False) for k in _STRIP} for t in described}
+        else:
+            known = self._tokenizer.get_added_tokens_decoder().values()
+            flags = {t.content: {k: getattr(t, k) for k in _STRIP} for t in known}
         for key in SPECIAL:
             if token := self.special[key]:
                 given = self.config.get(key)
-                own = {k: given.get(k, False) for k in _STRIP} if isinstance(given, dict) else flags.get(token, {})
-                added = tokenizers.AddedToken(token, **{"normalized": False, **own}, special=True)
+                named = {k: given.get(k, False) for k in _STRIP} if isinstance(given, dict) else {}
+                added = tokenizers.AddedToken(token, **{"normalized": False, **flags.get(token, named)}, special=True)
                 self._tokenizer.add_special_tokens([added])
 
     def __len__(self) -> int:
