@@ -264,8 +264,25 @@ DIFFERENCES = (
 # fmt: on
 
 
+# Of each alias the flag that is meant, and its value where that is another.
+ALIASES = {
+    flag.name: (target, fixed)
+    for flag in FLAGS
+    if flag.status == ALIAS and flag.versions != HERE
+    for target, _, fixed in [flag.text.partition(" ")]
+}
+
+
+def overridden(name: str, given: set[str]) -> bool:
+    """Whether what the flag of this name says is said by one of the given flags under another name."""
+    said = {target for target, fixed in (ALIASES.get(g, (g, "")) for g in given) if not fixed}
+    return name not in given and ALIASES.get(name, (name, ""))[0] in said
+
+
 def _field(flag: Flag) -> tuple[str, Any, Any]:
     metadata = {"help": f"{flag.status}: {flag.text}", **(flag.options or {})}
+    if flag.name in ALIASES and flag.type is str:  # so that its default, given, is told from none
+        return flag.name, str | None, dataclasses.field(default=None, metadata=metadata)
     if isinstance(flag.default, list):
         return flag.name, flag.type, dataclasses.field(default_factory=list, metadata=metadata)
     return flag.name, flag.type, dataclasses.field(default=flag.default, metadata=metadata)
@@ -283,15 +300,15 @@ def read_others(others: Any) -> tuple[dict[str, Any], list[str]]:
         value = getattr(others, flag.name)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
+        if flag.name in ALIASES and value != getattr(OtherFlags, flag.name):
+            target, fixed = ALIASES[flag.name]
+            meant[target] = fixed or value
         if value in (None, "", [], flag.default, *flag.also):
             continue
         if flag.status == REFUSED:
             raise InputError(flag.said())
         if flag.name.endswith(("_kwargs", "_config", "deepspeed")) and value.startswith("{"):
             read_json(flag.name, value)
-        if flag.status == ALIAS and flag.versions != HERE:
-            target, _, fixed = flag.text.partition(" ")
-            meant[target] = fixed or value
         said.append(flag.said())
     return meant, said
 
