@@ -442,6 +442,8 @@ def _config_argv(path: Path, given: set[str]) -> list[str]:
             raise InputError(f"--config {path}: unknown flag {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
         if overridden(key, given):
             continue
+        if value is False and "no" in (flags[key].get("choices") or ()):  # YAML's own reading of no
+            value = "no"
         if isinstance(value, list):
             argv += [f"--{key}", *map(str, value)] if value else []
         elif value is not None:

@@ -361,6 +361,8 @@ def test_files_of_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ("optim: sgd", "--adafactor False", {"optim": "sgd"}),
         ("group_by_length: true", "--train_sampling_strategy sequential", {"train_sampling_strategy": "sequential"}),
         ("train_sampling_strategy: sequential", "--group_by_length", {"train_sampling_strategy": "group_by_length"}),
+        ("evaluation_strategy: no", "--eval_steps 3", {"eval_strategy": "no"}),
+        ("eval_strategy: no\nsave_strategy: NO\nlogging_strategy: off", "", {"save_strategy": "no"}),
     ],
 )
 def test_the_command_line_overrides_a_file_under_any_name(
