@@ -61,7 +61,9 @@ class Arguments:
         "trainer_output",
         "checkpoints, and the HF folder at the end (4.37's default: required; 5's default: None, for this one)",
     )
-    model_max_length: int = _flag(512, "tokens of an example, bos included; longer ones are cut")
+    model_max_length: int = _flag(
+        512, "tokens of an example, bos included; longer ones are cut, but for data of input_ids"
+    )
     allow_pickle: bool = _flag(False, "read pytorch_model*.bin (unpickling; torch >= 2.10)")
     dtype: str | None = _flag(
         None,

@@ -152,7 +152,18 @@ class _Data:
             self.form, self._records = read_records(path)
 
     def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
-        """Checked in any case: another model may have fewer rows. To be asked for once: the records are let go."""
+        """To be asked for once: the records are let go."""
+        examples = self._made(tokenizer, vocab_size, disable_bars)
+        longer = int((examples.lengths > self._limit).sum()) if self.form == TOKENIZED else 0
+        if longer:
+            say(
+                f"--model_max_length {self._limit}: {longer:,} records of {self._path} are longer, the longest of "
+                f"{examples.lengths.max():,} tokens, and stay whole: input_ids are taken as they are"
+            )
+        return examples
+
+    def _made(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
+        """Checked in any case: another model may have fewer rows."""
         if self._cached:
             examples = self._cached[1]
             check_examples(examples, vocab_size, str(self._path))

@@ -374,6 +374,19 @@ def test_tokens_need_no_tokenizer(tmp_path):
             make_job(arguments, config, no_folder, 1)
 
 
+def test_tokens_longer_than_the_limit_are_said_each_time(model, tmp_path):
+    """They are not cut, as the help says."""
+    lengths = [3, 10, 11, 400]
+    records = [{"input_ids": [1] * n, "labels": [1] * n} for n in lengths]
+    data = write_json(tmp_path / "tokens.json", records)
+    for reads in (1, 0):
+        job = made(model, data, tmp_path / "cache", "--model_max_length", "10")
+        assert job.read == reads and job.job.examples.lengths.tolist() == lengths
+        (line,) = [line for line in job.said.splitlines() if "model_max_length" in line]
+        assert "--model_max_length 10: 2 records" in line and "400 tokens" in line and str(data) in line
+    assert "model_max_length" not in made(model, data, tmp_path / "cache", "--model_max_length", "400").said
+
+
 def test_the_command_trains_from_the_cache(model, tmp_path):
     records = [*ALPACA, {"instruction": "Only here.", "output": "In no other test."}]
     data = write_json(tmp_path / "data.json", records)
