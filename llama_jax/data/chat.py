@@ -82,7 +82,10 @@ def _template(tokenizer: Tokenizer) -> str:
     """`chat_template.jinja` goes before `tokenizer_config.json`, whose templates may have names: "default" is meant."""
     file = tokenizer.folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise InputError(f"{file}: not UTF-8: {e.reason} at byte {e.start}; save it as UTF-8") from None
     found = tokenizer.config.get("chat_template")
     if isinstance(found, list):
         found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
