@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 
 from llama_jax.arguments import Arguments
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batches
 from llama_jax.data.cache import data_digest, load_examples, save_examples
+from llama_jax.data.chat import writes_the_date
 from llama_jax.data.examples import Examples, check_examples, tokenize
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order, group_by_length, randperm
-from llama_jax.data.records import FORMS, TOKENIZED, Record, read_records
+from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Record, read_records
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.files import cache_folder
@@ -141,15 +143,21 @@ class _Data:
     def __init__(self, path: Path, args: Arguments, tokenizer_folder: Path | None):
         self._path, self._limit = path, args.model_max_length
         self._cache = Path(folder) if (folder := args.cache_dir) else cache_folder("data")
-        self._digest, self._cached = "", None
+        self._digest, self._cached, dated = "", None, ""
         if path.expanduser().is_file():
             self._digest = data_digest(path, tokenizer_folder, {"model_max_length": self._limit})
             self._cached = load_examples(self._cache, self._digest, say)
+            if tokenizer_folder and not self._cached and writes_the_date(tokenizer_folder):
+                dated = f"{self._digest}-{date.today()}"  # of chats alone
+                self._cached = load_examples(self._cache, dated, say)
         self._records: Sequence[Record] | None = None
         if self._cached:  # the same bytes were found valid before
             self.form = self._cached[0]
         else:
             self.form, self._records = read_records(path)
+        if dated and self.form == CHAT:
+            self._digest = dated
+            say(f"{path}: the chat template writes today's date (strftime_now); give it a fixed one to repeat the run")
 
     def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
         """To be asked for once: the records are let go."""

@@ -7,7 +7,9 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -346,6 +348,32 @@ def test_a_run_goes_on_without_a_cache(model, tmp_path):
         job = made(model, data, tmp_path / "file")
         assert job.read == 1 and len(job.job.examples) == len(ALPACA)
         assert job.said.count("\n") == 2 and "not cached" in job.said and str(tmp_path / "file") in job.said
+
+
+@pytest.mark.parametrize("place", ["file", "config"])
+def test_a_template_that_writes_the_date_is_of_its_day(model, tmp_path, monkeypatch, place):
+    """As LLaMA 3.2's does. What else there is to train on keeps its tokens."""
+    from transformers.utils import chat_template_utils
+
+    template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    if place == "file":
+        (model / "chat_template.jinja").write_text(template)
+    else:
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        write_json(model / "tokenizer_config.json", {**config, "chat_template": template})
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = write_json(tmp_path / "chat.json", [{"messages": turns}])
+    other = write_json(tmp_path / "other.json", ALPACA)
+    for day, reads in ((11, (1, 1)), (11, (0, 0)), (12, (1, 0)), (12, (0, 0))):
+        today = datetime(2026, 3, day, 9)
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda today=today: today))
+        monkeypatch.setattr(job_module, "date", SimpleNamespace(today=lambda today=today: today.date()), raising=False)
+        jobs = made(model, chat, tmp_path / "cache"), made(model, other, tmp_path / "cache")
+        assert tuple(job.read for job in jobs) == reads
+        assert jobs[0].job.tokenizer is not None
+        text = jobs[0].job.tokenizer.decode(jobs[0].job.examples.input_ids)
+        assert text.startswith(f"{day} Mar 2026")
+        assert "writes today's date" in jobs[0].said and "date" not in jobs[1].said
 
 
 def test_a_record_that_the_template_refuses_is_named(model, tmp_path):
