@@ -251,6 +251,8 @@ DIFFERENCES = (
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
     "The Trainer's checks of flags that have no meaning here are not made.",
+    "A token inside a text that is also the pad token, as `<unk>` where that pads, is attended to like any other. "
+    "stanford_alpaca's collator makes its mask from the ids, so that the tokens after such a one do not see it.",
     "A resumed run goes on exactly as the run that was not stopped would have. The Trainer's own does not always: 4.37 "
     "in the middle of a later epoch, or with a tail that carries over, takes other examples; so does 5 with "
     "`group_by_length`.",
