@@ -27,7 +27,8 @@ from llama_jax.schedule import Schedule, make_schedule
 class Job:
     """A run to be made: `config` has the tokenizer's vocabulary; `log_at`, `eval_at` and `save_at` tell what is due
     after an update, by its number from 1. What a strategy of "epoch" asks for comes after what "steps" does.
-    `form` is that of the data file, and `held_out` how many of its first records are kept for evaluation."""
+    `form` is that of the data file, and `held_out` how many of its first records are kept for evaluation. The last
+    `new_tokens` of the vocabulary are such as the tokenizer had not."""
 
     args: Arguments
     config: LlamaConfig
@@ -41,6 +42,7 @@ class Job:
     log_at: Callable[[int], bool]
     eval_at: Callable[[int], bool]
     save_at: Callable[[int], bool]
+    new_tokens: int
 
     @property
     def warmup_updates(self) -> int:
@@ -91,7 +93,9 @@ def make_job(
     if eval_data and eval_data.form != data.form:
         forms = f"holds {eval_data.form} records, and {path} {data.form} ones"
         raise InputError(f"{eval_path}: {forms}; should be of one form")
-    tokenizer = None if data.form == TOKENIZED else _open_tokenizer(tokenizer_folder(), config)
+    tokenizer, new_tokens = (
+        (None, 0) if data.form == TOKENIZED else _open_tokenizer(tokenizer_folder(), config.vocab_size)
+    )
     vocab_size = config.vocab_size if tokenizer is None else len(tokenizer)
     eval_examples = eval_data.examples(tokenizer, vocab_size, disable_bars) if eval_data else None
     examples, held_out = data.examples(tokenizer, vocab_size, disable_bars), 0
@@ -130,10 +134,10 @@ def make_job(
         args.schedule_kwargs,
     )
     if tokenizer is not None:
-        config = _resized(config, tokenizer, args.hf_compat)
+        config = _resized(config, len(tokenizer), new_tokens, args.hf_compat)
     return Job(
         *(args, config, data.form, tokenizer, examples, held_out, eval_examples),
-        *(order, schedule, log_at, eval_at, save_at),
+        *(order, schedule, log_at, eval_at, save_at, new_tokens),
     )
 
 
@@ -199,17 +203,18 @@ def tokenized(
         return tokenize(form, records, tokenizer, limit, bar.update, str(source))
 
 
-def _open_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
+def _open_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
+    """The tokenizer, and how many tokens it has got."""
     tokenizer = open_tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > vocab_size:
         raise InputError(
-            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} rows "
+            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, more than the {vocab_size} rows "
             "of the model's embedding; it belongs to another model"
         )
-    tokenizer.add_missing_special_tokens()
+    new_tokens = tokenizer.add_missing_special_tokens()
     for warning in tokenizer.warnings():
         say(f"warning: {warning}")
-    return tokenizer
+    return tokenizer, new_tokens
 
 
 def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples]:
@@ -223,11 +228,14 @@ def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples
     return examples.split(count)
 
 
-def _resized(config: LlamaConfig, tokenizer: Tokenizer, compat: str) -> LlamaConfig:
+def _resized(config: LlamaConfig, tokens: int, new_tokens: int, compat: str) -> LlamaConfig:
     """The architecture with as many vocabulary rows as the tokenizer has tokens, as stanford_alpaca resizes it."""
-    if len(tokenizer) == config.vocab_size:
+    made = f"; of new tokens, the last {new_tokens}, each the mean of those before" if new_tokens else ""
+    if tokens == config.vocab_size:
+        if new_tokens:
+            say(f"vocabulary: {tokens} rows{made}")
         return config
     # Resizing gives transformers 4.37 a new embedding, without the old one's padding_idx.
     pad_token_id = None if compat == "4.37" else config.pad_token_id
-    say(f"vocabulary: {config.vocab_size} rows become {len(tokenizer)}, as many as the tokenizer has tokens")
-    return dataclasses.replace(config, vocab_size=len(tokenizer), pad_token_id=pad_token_id)
+    say(f"vocabulary: {config.vocab_size} rows become {tokens}, as many as the tokenizer has tokens{made}")
+    return dataclasses.replace(config, vocab_size=tokens, pad_token_id=pad_token_id)
