@@ -116,8 +116,8 @@ def main(argv: list[str]) -> int:
         else:
             with byte_bar("reading weights", source.bytes, quiet) as bar:
                 params = source.load(planner.run, mesh, bar.update)
-            if config.vocab_size != source.config.vocab_size:
-                params = resize_vocabulary(params, source.config, config, mesh)
+            if job.new_tokens or config.vocab_size != source.config.vocab_size:
+                params = resize_vocabulary(params, config, job.new_tokens, mesh)
         plan = planning.result()
     if len({*processes.exchange(repr(plan.option))}) > 1:
         raise RuntimeError("the processes' compilers came to different block sizes: give --max_tokens_per_device")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -14,7 +15,7 @@ from typing import Any, Protocol, cast
 import yaml
 
 from llama_jax.errors import InputError, Parser
-from llama_jax.flags import OtherFlags, read_json, read_others, resolve_optimizer
+from llama_jax.flags import OtherFlags, overridden, read_json, read_others, resolve_optimizer
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _LISTENING = ("reduce_lr_on_plateau", "greedy")
@@ -66,7 +67,9 @@ class Arguments:
         "trainer_output",
         "checkpoints, and the HF folder at the end (4.37's default: required; 5's default: None, for this one)",
     )
-    model_max_length: int = _flag(512, "tokens of an example, bos included; longer ones are cut")
+    model_max_length: int = _flag(
+        512, "tokens of an example, bos included; longer ones are cut, but for data of input_ids"
+    )
     allow_pickle: bool = _flag(False, "read pytorch_model*.bin (unpickling; torch >= 2.10)")
     dtype: str | None = _flag(
         None,
@@ -408,9 +411,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
     arguments, others, rest, unknown = read(argv)
     if rest.config:
-        arguments, others, _, unknown = read(_config_argv(Path(rest.config).expanduser()) + argv)
+        argv = _config_argv(Path(rest.config).expanduser(), _given(parser, argv)) + argv
+        arguments, others, _, unknown = read(argv)
     if unknown:
-        names = [f"--{name}" for name in _names()]
+        names = [f"--{name}" for name in _flags()]
         near = difflib.get_close_matches(unknown[0], names, n=1)
         raise InputError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     meant, arguments.said = read_others(others)
@@ -421,12 +425,20 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     return arguments
 
 
-def _names() -> list[str]:
-    return [f.name for cls in (Arguments, OtherFlags) for f in fields(cls)]
+def _flags() -> dict[str, Any]:
+    """The options of each flag for argparse."""
+    return {f.name: f.metadata for cls in (Arguments, OtherFlags) for f in fields(cls)}
 
 
-def _config_argv(path: Path) -> list[str]:
-    """A YAML or JSON file of flags as a command line."""
+def _given(parser: Any, argv: list[str]) -> set[str]:
+    """The names of the flags on a command line."""
+    unset = object()
+    known, _ = parser.parse_known_args(argv, Namespace(**dict.fromkeys(_flags(), unset)))
+    return {name for name, value in vars(known).items() if value is not unset}
+
+
+def _config_argv(path: Path, given: set[str]) -> list[str]:
+    """A YAML or JSON file of flags as a command line, without what the given ones override."""
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text(encoding="utf-8")
@@ -439,12 +451,16 @@ def _config_argv(path: Path) -> list[str]:
         raise InputError(f"--config {path}: not valid {kind}: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: should map flags to values")
-    names = _names()
+    flags = _flags()
     argv: list[str] = []
     for key, value in values.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
+        if key not in flags:
+            near = difflib.get_close_matches(str(key), flags, n=1)
             raise InputError(f"--config {path}: unknown flag {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        if overridden(key, given):
+            continue
+        if value is False and "no" in (flags[key].get("choices") or ()):  # YAML's own reading of no
+            value = "no"
         if isinstance(value, list):
             argv += [f"--{key}", *map(str, value)] if value else []
         elif value is not None:

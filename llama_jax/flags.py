@@ -251,6 +251,8 @@ DIFFERENCES = (
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
     "The Trainer's checks of flags that have no meaning here are not made.",
+    "A token inside a text that is also the pad token, as `<unk>` where that pads, is attended to like any other. "
+    "stanford_alpaca's collator makes its mask from the ids, so that the tokens after such a one do not see it.",
     "A resumed run goes on exactly as the run that was not stopped would have. The Trainer's own does not always: 4.37 "
     "in the middle of a later epoch, or with a tail that carries over, takes other examples; so does 5 with "
     "`group_by_length`.",
@@ -264,8 +266,25 @@ DIFFERENCES = (
 # fmt: on
 
 
+# Of each alias the flag that is meant, and its value where that is another.
+ALIASES = {
+    flag.name: (target, fixed)
+    for flag in FLAGS
+    if flag.status == ALIAS and flag.versions != HERE
+    for target, _, fixed in [flag.text.partition(" ")]
+}
+
+
+def overridden(name: str, given: set[str]) -> bool:
+    """Whether what the flag of this name says is said by one of the given flags under another name."""
+    said = {target for target, fixed in (ALIASES.get(g, (g, "")) for g in given) if not fixed}
+    return name not in given and ALIASES.get(name, (name, ""))[0] in said
+
+
 def _field(flag: Flag) -> tuple[str, Any, Any]:
     metadata = {"help": f"{flag.status}: {flag.text}", **(flag.options or {})}
+    if flag.name in ALIASES and flag.type is str:  # so that its default, given, is told from none
+        return flag.name, str | None, dataclasses.field(default=None, metadata=metadata)
     if isinstance(flag.default, list):
         return flag.name, flag.type, dataclasses.field(default_factory=list, metadata=metadata)
     return flag.name, flag.type, dataclasses.field(default=flag.default, metadata=metadata)
@@ -283,15 +302,15 @@ def read_others(others: Any) -> tuple[dict[str, Any], list[str]]:
         value = getattr(others, flag.name)
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
+        if flag.name in ALIASES and value != getattr(OtherFlags, flag.name):
+            target, fixed = ALIASES[flag.name]
+            meant[target] = fixed or value
         if value in (None, "", [], flag.default, *flag.also):
             continue
         if flag.status == REFUSED:
             raise InputError(flag.said())
         if flag.name.endswith(("_kwargs", "_config", "deepspeed")) and value.startswith("{"):
             read_json(flag.name, value)
-        if flag.status == ALIAS and flag.versions != HERE:
-            target, _, fixed = flag.text.partition(" ")
-            meant[target] = fixed or value
         said.append(flag.said())
     return meant, said
 

@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 
 from llama_jax.arguments import Arguments
 from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batches
 from llama_jax.data.cache import data_digest, load_examples, save_examples
+from llama_jax.data.chat import writes_the_date
 from llama_jax.data.examples import Examples, check_examples, tokenize
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order, group_by_length, randperm
-from llama_jax.data.records import FORMS, TOKENIZED, Record, read_records
+from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Record, read_records
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.errors import InputError
 from llama_jax.files import cache_folder
@@ -26,7 +28,7 @@ class Job:
     """A run to be made: `config` has the tokenizer's vocabulary; `log_at`, `eval_at` and `save_at` tell what is due
     after an update, by its number from 1. What a strategy of "epoch" asks for comes after what "steps" does.
     `form` is that of the data file, `held_out` how many of its first records are kept for evaluation, and `data_digest`
-    the checksum of all examples."""
+    the checksum of all examples. The last `new_tokens` of the vocabulary are such as the tokenizer had not."""
 
     args: Arguments
     config: LlamaConfig
@@ -40,6 +42,7 @@ class Job:
     log_at: Callable[[int], bool]
     eval_at: Callable[[int], bool]
     save_at: Callable[[int], bool]
+    new_tokens: int
     data_digest: str
 
     @property
@@ -91,7 +94,9 @@ def make_job(
     if eval_data and eval_data.form != data.form:
         forms = f"holds {eval_data.form} records, and {path} {data.form} ones"
         raise InputError(f"{eval_path}: {forms}; should be of one form")
-    tokenizer = None if data.form == TOKENIZED else _open_tokenizer(tokenizer_folder(), config)
+    tokenizer, new_tokens = (
+        (None, 0) if data.form == TOKENIZED else _open_tokenizer(tokenizer_folder(), config.vocab_size)
+    )
     vocab_size = config.vocab_size if tokenizer is None else len(tokenizer)
     eval_examples = eval_data.examples(tokenizer, vocab_size, disable_bars) if eval_data else None
     examples, held_out = data.examples(tokenizer, vocab_size, disable_bars), 0
@@ -130,10 +135,10 @@ def make_job(
         args.schedule_kwargs,
     )
     if tokenizer is not None:
-        config = _resized(config, tokenizer, args.hf_compat)
+        config = _resized(config, len(tokenizer), new_tokens, args.hf_compat)
     return Job(
         *(args, config, data.form, tokenizer, examples, held_out, eval_examples),
-        *(order, schedule, log_at, eval_at, save_at),
+        *(order, schedule, log_at, eval_at, save_at, new_tokens),
         " ".join(d.checksum for d in (data, eval_data) if d),
     )
 
@@ -144,19 +149,36 @@ class _Data:
     def __init__(self, path: Path, args: Arguments, tokenizer_folder: Path | None):
         self._path, self._limit = path, args.model_max_length
         self._cache = Path(folder) if (folder := args.cache_dir) else cache_folder("data")
-        self._digest, self._cached = "", None
+        self._digest, self._cached, dated = "", None, ""
         self.checksum = ""  # of the examples, once they are there
         if path.expanduser().is_file():
             self._digest = data_digest(path, tokenizer_folder, {"model_max_length": self._limit})
             self._cached = load_examples(self._cache, self._digest, say)
+            if tokenizer_folder and not self._cached and writes_the_date(tokenizer_folder):
+                dated = f"{self._digest}-{date.today()}"  # of chats alone
+                self._cached = load_examples(self._cache, dated, say)
         self._records: Sequence[Record] | None = None
         if self._cached:  # the same bytes were found valid before
             self.form = self._cached[0]
         else:
             self.form, self._records = read_records(path)
+        if dated and self.form == CHAT:
+            self._digest = dated
+            say(f"{path}: the chat template writes today's date (strftime_now); give it a fixed one to repeat the run")
 
     def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
-        """Checked in any case: another model may have fewer rows. To be asked for once: the records are let go."""
+        """To be asked for once: the records are let go."""
+        examples = self._made(tokenizer, vocab_size, disable_bars)
+        longer = int((examples.lengths > self._limit).sum()) if self.form == TOKENIZED else 0
+        if longer:
+            say(
+                f"--model_max_length {self._limit}: {longer:,} records of {self._path} are longer, the longest of "
+                f"{examples.lengths.max():,} tokens, and stay whole: input_ids are taken as they are"
+            )
+        return examples
+
+    def _made(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
+        """Checked in any case: another model may have fewer rows."""
         if self._cached:
             _, examples, self.checksum = self._cached
             check_examples(examples, vocab_size, str(self._path))
@@ -184,17 +206,18 @@ def tokenized(
         return tokenize(form, records, tokenizer, limit, bar.update, str(source))
 
 
-def _open_tokenizer(folder: Path, config: LlamaConfig) -> Tokenizer:
+def _open_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
+    """The tokenizer, and how many tokens it has got."""
     tokenizer = open_tokenizer(folder)
-    if len(tokenizer) > config.vocab_size:
+    if len(tokenizer) > vocab_size:
         raise InputError(
-            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} rows "
+            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, more than the {vocab_size} rows "
             "of the model's embedding; it belongs to another model"
         )
-    tokenizer.add_missing_special_tokens()
+    new_tokens = tokenizer.add_missing_special_tokens()
     for warning in tokenizer.warnings():
         say(f"warning: {warning}")
-    return tokenizer
+    return tokenizer, new_tokens
 
 
 def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples]:
@@ -208,11 +231,14 @@ def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples
     return examples.split(count)
 
 
-def _resized(config: LlamaConfig, tokenizer: Tokenizer, compat: str) -> LlamaConfig:
+def _resized(config: LlamaConfig, tokens: int, new_tokens: int, compat: str) -> LlamaConfig:
     """The architecture with as many vocabulary rows as the tokenizer has tokens, as stanford_alpaca resizes it."""
-    if len(tokenizer) == config.vocab_size:
+    made = f"; of new tokens, the last {new_tokens}, each the mean of those before" if new_tokens else ""
+    if tokens == config.vocab_size:
+        if new_tokens:
+            say(f"vocabulary: {tokens} rows{made}")
         return config
     # Resizing gives transformers 4.37 a new embedding, without the old one's padding_idx.
     pad_token_id = None if compat == "4.37" else config.pad_token_id
-    say(f"vocabulary: {config.vocab_size} rows become {len(tokenizer)}, as many as the tokenizer has tokens")
-    return dataclasses.replace(config, vocab_size=len(tokenizer), pad_token_id=pad_token_id)
+    say(f"vocabulary: {config.vocab_size} rows become {tokens}, as many as the tokenizer has tokens{made}")
+    return dataclasses.replace(config, vocab_size=tokens, pad_token_id=pad_token_id)

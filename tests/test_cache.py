@@ -7,7 +7,9 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -348,6 +350,32 @@ def test_a_run_goes_on_without_a_cache(model, tmp_path):
         assert job.said.count("\n") == 2 and "not cached" in job.said and str(tmp_path / "file") in job.said
 
 
+@pytest.mark.parametrize("place", ["file", "config"])
+def test_a_template_that_writes_the_date_is_of_its_day(model, tmp_path, monkeypatch, place):
+    """As LLaMA 3.2's does. What else there is to train on keeps its tokens."""
+    from transformers.utils import chat_template_utils
+
+    template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    if place == "file":
+        (model / "chat_template.jinja").write_text(template)
+    else:
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        write_json(model / "tokenizer_config.json", {**config, "chat_template": template})
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat = write_json(tmp_path / "chat.json", [{"messages": turns}])
+    other = write_json(tmp_path / "other.json", ALPACA)
+    for day, reads in ((11, (1, 1)), (11, (0, 0)), (12, (1, 0)), (12, (0, 0))):
+        today = datetime(2026, 3, day, 9)
+        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda today=today: today))
+        monkeypatch.setattr(job_module, "date", SimpleNamespace(today=lambda today=today: today.date()), raising=False)
+        jobs = made(model, chat, tmp_path / "cache"), made(model, other, tmp_path / "cache")
+        assert tuple(job.read for job in jobs) == reads
+        assert jobs[0].job.tokenizer is not None
+        text = jobs[0].job.tokenizer.decode(jobs[0].job.examples.input_ids)
+        assert text.startswith(f"{day} Mar 2026")
+        assert "writes today's date" in jobs[0].said and "date" not in jobs[1].said
+
+
 def test_a_record_that_the_template_refuses_is_named(model, tmp_path):
     (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     data = write_json(tmp_path / "data.json", [{"messages": [{"role": "assistant", "content": "a"}]}])
@@ -372,6 +400,19 @@ def test_tokens_need_no_tokenizer(tmp_path):
         arguments.data_path = str(text)
         with pytest.raises(InputError, match="no tokenizer inside"):
             make_job(arguments, config, no_folder, 1)
+
+
+def test_tokens_longer_than_the_limit_are_said_each_time(model, tmp_path):
+    """They are not cut, as the help says."""
+    lengths = [3, 10, 11, 400]
+    records = [{"input_ids": [1] * n, "labels": [1] * n} for n in lengths]
+    data = write_json(tmp_path / "tokens.json", records)
+    for reads in (1, 0):
+        job = made(model, data, tmp_path / "cache", "--model_max_length", "10")
+        assert job.read == reads and job.job.examples.lengths.tolist() == lengths
+        (line,) = [line for line in job.said.splitlines() if "model_max_length" in line]
+        assert "--model_max_length 10: 2 records" in line and "400 tokens" in line and str(data) in line
+    assert "model_max_length" not in made(model, data, tmp_path / "cache", "--model_max_length", "400").said
 
 
 def test_the_command_trains_from_the_cache(model, tmp_path):

@@ -221,6 +221,15 @@ def test_without_a_template_the_mend_is_told(tmp_path, config):
         tokenize("chat", [{"messages": turns("a", "b")}], tokenizer, 100)
 
 
+def test_a_template_that_is_not_utf_8_is_named(tmp_path):
+    tokenizer = open_tokenizer(write(tmp_path, None))
+    (tmp_path / "chat_template.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/chat_template\.jinja: not UTF-8: .* at byte 4; save it as UTF-8$"
+    ):
+        tokenize("chat", [{"messages": turns("a", "b")}], tokenizer, 100)
+
+
 @pytest.mark.parametrize(
     ("template", "second", "says"),
     [

@@ -151,6 +151,8 @@ def test_nothing_is_said_of_defaults(live: dict[str, dict[str, Any]]) -> None:
     ("words", "meant"),
     [
         ("--evaluation_strategy epoch", {"eval_strategy": "epoch"}),
+        ("--eval_strategy steps --evaluation_strategy no", {"eval_strategy": "no"}),
+        ("--no_cuda False --use_cpu", {"use_cpu": True}),
         ("--per_gpu_train_batch_size 3 --per_device_train_batch_size 5", {"per_device_train_batch_size": 3}),
         ("--per_gpu_eval_batch_size 3", {"per_device_eval_batch_size": 3}),
         ("--no_cuda", {"use_cpu": True}),
@@ -339,6 +341,36 @@ def test_files_of_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse_arguments(["--config", "~/a.yaml", "--output_dir=~/out"]).output_dir == f"{tmp_path}/out"
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "meant"),
+    [
+        ("evaluation_strategy: steps", "--eval_strategy no", {"eval_strategy": "no"}),
+        ("evaluation_strategy: steps", "--evaluation_strategy no", {"eval_strategy": "no"}),
+        ("evaluation_strategy: steps", "--eval-strat=epoch", {"eval_strategy": "epoch"}),
+        ("eval_strategy: steps", "--evaluation_strategy no", {"eval_strategy": "no"}),
+        ("per_gpu_train_batch_size: 4", "--per_device_train_batch_size 1", {"per_device_train_batch_size": 1}),
+        ("per_device_train_batch_size: 4", "--per_gpu_train_batch_size 1", {"per_device_train_batch_size": 1}),
+        ("per_gpu_train_batch_size: 4", "--per_gpu_eval_batch_size 1", {"per_device_train_batch_size": 4}),
+        ("activation_checkpointing: true", "--gradient_checkpointing False", {"gradient_checkpointing": False}),
+        ("gradient_checkpointing: true", "--activation_checkpointing False", {"gradient_checkpointing": False}),
+        ("no_cuda: true", "--use_cpu False", {"use_cpu": False}),
+        ("adafactor: true", "--optim sgd", {"optim": "sgd"}),
+        ("optim: sgd", "--adafactor", {"optim": "adafactor"}),
+        ("optim: sgd", "--adafactor False", {"optim": "sgd"}),
+        ("group_by_length: true", "--train_sampling_strategy sequential", {"train_sampling_strategy": "sequential"}),
+        ("train_sampling_strategy: sequential", "--group_by_length", {"train_sampling_strategy": "group_by_length"}),
+        ("evaluation_strategy: no", "--eval_steps 3", {"eval_strategy": "no"}),
+        ("eval_strategy: no\nsave_strategy: NO\nlogging_strategy: off", "", {"save_strategy": "no"}),
+    ],
+)
+def test_the_command_line_overrides_a_file_under_any_name(
+    tmp_path: Path, config: str, words: str, meant: dict[str, Any]
+) -> None:
+    file = write(tmp_path / "a.yaml", config)
+    arguments = parse_arguments([*NEEDED, *EVAL, *words.split(), "--config", file])
+    assert {name: getattr(arguments, name) for name in meant} == meant
 
 
 def test_args_file_beside_the_script(tmp_path: Path) -> None:

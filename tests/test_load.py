@@ -529,9 +529,15 @@ def test_pickled_parameters_and_what_else_a_bin_may_hold(model: Model, mesh: Mes
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("old", "new"), [(127, 128), (128, 129), (131, 132), (131, 400), (300, 131), (128, 3), (9, 9)])
-def test_resized_vocabulary(old: int, new: int, tied: bool, tmp_path: Path, mesh: Mesh) -> None:
-    """Against transformers' resize_token_embeddings and stanford_alpaca's mean over the old rows.
+@pytest.mark.parametrize(
+    ("old", "new", "new_tokens"),
+    [
+        *((127, 128, 1), (128, 129, 1), (131, 132, 1), (131, 400, 269), (300, 131, 0), (128, 3, 0), (9, 9, 0)),
+        *((320, 260, 1), (260, 260, 1), (131, 133, 3)),  # rows without a token, one of which a new token gets
+    ],
+)
+def test_resized_vocabulary(old: int, new: int, new_tokens: int, tied: bool, tmp_path: Path, mesh: Mesh) -> None:
+    """Against transformers' resize_token_embeddings and stanford_alpaca's mean over the rows that are not new.
 
     Old rows are equal bit for bit. A mean of n numbers of order 1, summed in whatever order, is off by at most n u of
     the mean of their magnitudes (u = 2^-24), on either side.
@@ -547,13 +553,13 @@ def test_resized_vocabulary(old: int, new: int, tied: bool, tmp_path: Path, mesh
     hf.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()}, strict=not tied)
     hf.tie_weights()
     hf.resize_token_embeddings(new)
-    if new > old:  # stanford_alpaca's smart_tokenizer_and_embedding_resize
+    if new_tokens > 0:  # stanford_alpaca's smart_tokenizer_and_embedding_resize
         for weight in (hf.get_input_embeddings().weight.data, hf.get_output_embeddings().weight.data):
-            weight[old:] = weight[:old].mean(dim=0, keepdim=True)
+            weight[-new_tokens:] = weight[:-new_tokens].mean(dim=0, keepdim=True)
 
     write_folder(tmp_path, raw, [arrays])
     params = load_params(check_tensors(open_checkpoint(tmp_path).tensors, config, ""), config, RunOptions(), mesh)
-    result = resize_vocabulary(params, config, resized, mesh)
+    result = resize_vocabulary(params, resized, new_tokens, mesh)
     assert params["embed_tokens"]["weight"].shape[0] == sharding.vocab_rows(old)  # the argument is left as it was
     assert ("lm_head" in result) == (not tied)
     theirs = {"embed_tokens": hf.get_input_embeddings().weight, "lm_head": hf.get_output_embeddings().weight}
@@ -561,9 +567,9 @@ def test_resized_vocabulary(old: int, new: int, tied: bool, tmp_path: Path, mesh
         ours, expected = np.asarray(result[name]["weight"]), theirs[name].detach().numpy()
         assert ours.shape == (sharding.vocab_rows(new), config.hidden_size)
         assert result[name]["weight"].sharding.spec == params[name]["weight"].sharding.spec
-        kept = min(old, new)
+        kept = new - new_tokens
         np.testing.assert_array_equal(ours[:kept], expected[:kept])
-        bound = 2 * old * 2.0**-24 * np.abs(expected[:old]).mean(0)
+        bound = 2 * kept * 2.0**-24 * np.abs(expected[:kept]).mean(0)
         assert (np.abs(ours[kept:new] - expected[kept:new]) <= bound).all()
         assert not ours[new:].any()
     assert result["layers"] is params["layers"]

@@ -4,6 +4,7 @@ A test writes one record a line, as an array or as JSONL, so that "record 3" and
 has its opening bracket before the first record, on the same line).
 """
 
+import gzip
 import json
 import re
 import tracemalloc
@@ -258,6 +259,9 @@ def content(data: bytes) -> Callable[[Path], None]:
     return lambda path: path.write_bytes(data) and None
 
 
+OF_OTHER_KINDS = (b"instruction,output\na,b\n", gzip.compress(b"[]"), b"{'text': 'a'}\n", b'{\n "data": [1,\n')
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -271,8 +275,11 @@ def content(data: bytes) -> Callable[[Path], None]:
         (content(b"\x00\x00"), "not valid JSON"),
         (content(b'"text"'), "record 1 should be an object, not a string"),
         (content(json.dumps([TEXT]).encode() * 2), "Extra data"),
-        (content(json.dumps(TEXT, indent=1).encode()), "line 1"),
+        (content(json.dumps(TEXT, indent=1).encode()), "one object of several lines"),
         (content(json.dumps([TEXT]).encode("utf-16")), "UTF-8"),
+        (content(json.dumps({"data": [TEXT], "n": 1}, indent=1).encode()), "one object"),
+        (content(json.dumps({"data": [TEXT], "n": 1}, indent=1).encode()), "(its keys: data, n)"),
+        *((content(data), kind) for data in OF_OTHER_KINDS for kind in ("line 1", "JSONL", "parquet", ".txt")),
     ],
 )
 def test_a_file_that_holds_no_records_is_refused(tmp_path, make, says):

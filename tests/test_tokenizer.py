@@ -15,6 +15,7 @@ import hf_reader
 import pytest
 import sentencepiece
 import tokenizers
+from hf_tokenizer import SPECIAL, Server, special_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
@@ -39,7 +40,6 @@ CORPUS = [
     "def f(x):\n    return x + 1\n\nThe quick brown fox jumps over the lazy dog; 12,345 times!",
     "Übergrößenträger déjà vu, naïve café. 你好世界. Привет, мир. \u0928\u092e\u0938\u094d\u0924\u0947",
 ]
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def write(folder: Path, name: str, value: Any) -> None:
@@ -233,17 +233,6 @@ def test_tokens_that_the_configuration_leaves_null_are_alpacas(small, tmp_path):
     assert tokenizer.add_missing_special_tokens() == 1
     assert [tokenizer.special[key] for key in SPECIAL] == ["<s>", "</s>", "<unk>", "[PAD]"]
     assert tokenizer.encode_batch(["a</s>"]) == [[1, *processor(small).encode("a"), 2]]
-
-
-def test_special_tokens_may_be_objects_and_stand_in_their_own_file(small, tmp_path):
-    changed = copy(small, tmp_path / "objects", pad_token={"__type": "AddedToken", "content": "<pad>", "lstrip": False})
-    config = json.loads((changed / "tokenizer_config.json").read_text())
-    write(changed, "special_tokens_map.json", {"eos_token": {"content": "</s>"}, "unk_token": "<s>"})
-    write(changed, "tokenizer_config.json", {k: v for k, v in config.items() if k != "eos_token"})
-    tokenizer = open_tokenizer(changed)
-    assert tokenizer.special == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id) == (401, 400, 2)
-    assert tokenizer.add_missing_special_tokens() == 0
 
 
 def test_added_tokens_keep_their_ids(small, tmp_path):
@@ -622,6 +611,85 @@ def test_another_tokenizers_files_do_not_stay(how, kinds, small, tmp_path):
     assert open_tokenizer(to).encode_batch(CORPUS) == expected.encode_batch(CORPUS)
 
 
+# --- which file names the special tokens ---
+
+KINDS: dict[str, Callable[[Path, Path], Path]] = {
+    "sentencepiece": lambda to, sp: copy(sp, to),
+    "LLaMA 2": lambda to, sp: convert_sentencepiece(to, sp),
+    "fast": lambda to, sp: convert_sentencepiece(to, sp, tokenizer_class="PreTrainedTokenizerFast"),
+}
+AS_OBJECT = {"lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
+# Of tokenizer_config.json what is set and what is missing, and special_tokens_map.json.
+NAMED: dict[str, tuple[dict[str, Any], list[str], dict[str, Any]]] = {
+    "null": ({"pad_token": None}, [], {"pad_token": "<unk>"}),
+    "another": ({"pad_token": "<a>"}, [], {"pad_token": "<b>"}),
+    "an object": ({"eos_token": "<a>"}, [], {"eos_token": {"content": "</s>", **AS_OBJECT}}),
+    "an object in either": (
+        {"pad_token": {"content": "<a>", **ADDED}},
+        [],
+        {"unk_token": {"content": "<s>", **AS_OBJECT}},
+    ),
+    "a key that is missing": ({}, ["pad_token"], {"pad_token": "<unk>"}),
+    "keys that are missing": ({}, ["eos_token", "bos_token", "unk_token"], {"eos_token": "<e>"}),
+    "null in the map": ({"pad_token": "<a>"}, [], {"pad_token": None}),
+    "empty in the map": ({}, [], {"eos_token": ""}),
+    "no key in the map": ({"pad_token": "<a>"}, ["unk_token"], {}),
+}
+
+
+@pytest.fixture(scope="module")
+def old() -> Iterator[Server]:
+    """transformers 4.37.2."""
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("named", NAMED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_that_names_the_special_tokens_is_transformers(small, tmp_path, old, kind, named, decoder):
+    """4.37's and 5's agree: `special_tokens_map.json` goes before `tokenizer_config.json`, whose `added_tokens_decoder`
+    says that the map is not to be read."""
+    folder = KINDS[kind](tmp_path / "model", small)
+    config, missing, extra = NAMED[named]
+    if decoder:
+        flags = {k: v for k, v in ADDED.items() if k != "__type"}
+        tokens = enumerate(("<unk>", "<s>", "</s>"))
+        config = config | {"added_tokens_decoder": {str(i): {"content": token, **flags} for i, token in tokens}}
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | config
+    write(folder, "tokenizer_config.json", {k: v for k, v in config.items() if k not in missing})
+    write(folder, "special_tokens_map.json", extra)
+    if (folder / "tokenizer.json").exists():  # as tokenizers 0.15 reads it
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+        write(folder, "tokenizer.json", tokenizer)
+    ours = open_tokenizer(folder)
+    theirs = special_tokens(str(folder))
+    assert old.special_tokens(str(folder)) == theirs
+    assert {**ours.special, "length": len(ours)} == theirs
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    ours.save(saved)
+    again = open_tokenizer(saved)
+    assert {**again.special, "length": len(again)} == theirs
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_object_says_normalized_and_the_end_is_an_end(small, tmp_path, file):
+    """As in LLaMA's first folders; the flags of tokenizer.json itself hold."""
+    folder = KINDS["fast"](tmp_path / "model", small)
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    kind = {"__type": "AddedToken"} if file == "tokenizer_config.json" else {}
+    config = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    write(folder, file, config | {key: {"content": token, **AS_OBJECT, **kind} for key, token in tokens.items()})
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    texts = ["Hello</s>", "a </s> b", "</s>x"]
+    expected = theirs(texts)["input_ids"]
+    assert expected[0][-1] == 2
+    assert open_tokenizer(folder).encode_batch(texts) == expected
+
+
 # --- warnings and errors ---
 
 
@@ -700,6 +768,7 @@ BROKEN = [
     ("slow", "tokenizer_config.json", put("tokenizer_config.json", b"\xff\xfe{}")),
     ("slow", "special_tokens_map.json", put("special_tokens_map.json", b'{"eos_token": ')),
     ("slow", "special_tokens_map.json", put("special_tokens_map.json", b"3")),
+    ("slow", "special_tokens_map.json", put("special_tokens_map.json", b'{"eos_token": 3}')),
     ("slow", "added_tokens.json", put("added_tokens.json", b'{"[PAD]": ')),
     ("slow", "added_tokens.json", put("added_tokens.json", b"[1]")),
     ("slow", "added_tokens.json", put("added_tokens.json", b'{"[PAD]": "x"}')),

@@ -803,10 +803,40 @@ def check_padded_vocabulary(folder: Path, raw: dict[str, Any], model: Path) -> N
     assert hf.get_input_embeddings().weight.shape[0] == V + 1
 
 
+@pytest.mark.parametrize("rows", [259, 260, 320])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_row_for_the_pad(tied: bool, tmp_path: Path) -> None:
-    raw = {**CONFIG, "tie_word_embeddings": tied}
-    check_padded_vocabulary(tmp_path, raw, write_tokenizer(write_model(tmp_path / "model", raw), pad_token=None))
+def test_a_row_for_the_pad(rows: int, tied: bool, tmp_path: Path) -> None:
+    """A tokenizer of 259 tokens gets `[PAD]`: stanford_alpaca's own function in transformers, then ours at rate 0.
+
+    A checkpoint whose vocabulary was padded has a row for it already, which is made anew all the same."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    raw = {**CONFIG, "vocab_size": rows, "tie_word_embeddings": tied}
+    model = write_tokenizer(write_model(tmp_path / "model", raw), pad_token=None)
+    data, out = write_json(tmp_path / "alpaca.json", ALPACA), tmp_path / "out"
+    flags = ("--learning_rate", 0, "--max_steps", 1, "--save_strategy", "no", "--use_cpu", True)
+    outcome = run(train_jax.main, "--model_name_or_path", model, "--data_path", data, "--output_dir", out, *flags)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == 260
+
+    hf, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    new_tokens = tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    hf.resize_token_embeddings(len(tokenizer))
+    for weight in (hf.get_input_embeddings().weight.data, hf.get_output_embeddings().weight.data):
+        weight[-new_tokens:] = weight[:-new_tokens].mean(dim=0, keepdim=True)
+    ours, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    expected = hf.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, tensor in ours.state_dict().items():
+        new = name in ("model.embed_tokens.weight", "lm_head.weight")
+        old, made = (tensor, tensor[:0]) if not new else (tensor[:259], tensor[259:])
+        np.testing.assert_array_equal(old, expected[name][: len(old)], err_msg=name)
+        # Two float32 sums of the same 259 numbers in some order: `check_padded_vocabulary` tells the bound of each.
+        bound = 2 * (math.ceil(math.log2(259)) + 64) * 2.0**-24 * old.abs().mean(dim=0)
+        assert ((made - expected[name][len(old) :]).abs() <= bound).all(), name
+    saved = AutoTokenizer.from_pretrained(out)
+    assert (len(saved), saved.pad_token, saved.pad_token_id) == (260, "[PAD]", 259)
 
 
 def test_a_row_for_llamas_pad(shared: Path, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Tokenised examples on disk: the next run on the same data maps what the first one made.
 
 A file of the cache is one line of JSON, then the arrays as they lie in memory: offsets int64, ids int32, labels int32.
-Its name is a digest of everything that decides them, so that a file is never out of date, only unused.
+Its name is a digest of everything that decides them, so that a file is never out of date, only unused; that of chats
+whose template writes the date ends in it.
 """
 
 import hashlib

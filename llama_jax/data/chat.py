@@ -5,6 +5,8 @@ transformers renders the template, in its sandbox: texts and ids are those of it
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from llama_jax.data.records import Record, messages
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.errors import InputError
+from llama_jax.files import read_json_object
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MEND = "mark the assistant's text in the template by {% generation %} and {% endgeneration %}"
@@ -27,8 +30,14 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._template = _template(tokenizer)
-        self._marked = bool(_GENERATION.search(self._template))
+        template = chat_template(tokenizer.folder, tokenizer.config)
+        if template is None:
+            raise InputError(
+                f"{tokenizer.folder}: the tokenizer has no chat template, which chat records need; put one into this "
+                "folder as chat_template.jinja, or use the tokenizer of the model's chat version"
+            )
+        self._template = template
+        self._marked = bool(_GENERATION.search(template))
         self._ends = tuple(tokenizer.special_texts())
         self._variables: dict[str, Any] = {
             name: token for name, token in tokenizer.special.items() if token is not None
@@ -78,17 +87,23 @@ class Chat:
         return texts[0], spans[0] if spans else []
 
 
-def _template(tokenizer: Tokenizer) -> str:
+def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """`chat_template.jinja` goes before `tokenizer_config.json`, whose templates may have names: "default" is meant."""
-    file = tokenizer.folder / "chat_template.jinja"
+    file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = tokenizer.config.get("chat_template")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise InputError(f"{file}: not UTF-8: {e.reason} at byte {e.start}; save it as UTF-8") from None
+    found = config.get("chat_template")
     if isinstance(found, list):
         found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
-    if isinstance(found, str) and found:
-        return found
-    raise InputError(
-        f"{tokenizer.folder}: the tokenizer has no chat template, which chat records need; put one into this folder as "
-        "chat_template.jinja, or use the tokenizer of the model's chat version"
-    )
+    return found if isinstance(found, str) and found else None
+
+
+def writes_the_date(folder: Path) -> bool:
+    """Whether the chat template of a tokenizer's folder asks for the time, as LLaMA 3.2's does for the date."""
+    with suppress(InputError):  # which is raised where the template is needed
+        config = read_json_object(folder / "tokenizer_config.json")
+        return "strftime_now" in (chat_template(folder, config) or "")
+    return False

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, overload
 
 from llama_jax.errors import InputError
-from llama_jax.files import parse_json, read_json
+from llama_jax.files import parse_json, read_json, read_json_object
 
 Record = dict[str, Any]
 
@@ -28,6 +28,7 @@ _BLANK = b" \t\r\n"  # JSON's, fewer than Python's
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 # Up to the next bracket or comma of JSON; what is between the braces of an object of plain values is stepped over.
 _MARK = re.compile(rb'(?:[^]["{},]++|%s|\{(?:[^]["{}]++|%s)*+\})*+[][{},]' % (_STRING, _STRING), re.DOTALL)
+_KINDS = "a JSON array, JSONL (an object a line), parquet, or a .txt file, not compressed"
 _ROWS = 1000  # rows of a parquet file that are Python objects at a time
 _BESIDE = ("tools", "functions", "system")  # would change what a chat template writes
 _COLUMNS = {"instruction", "input", "output", "messages", "conversations", *_BESIDE, "text", "input_ids", "labels"}
@@ -121,7 +122,16 @@ class _Lines(Sequence[Record]):
         while file.tell() < start:
             file.readline()
             number += 1
-        self._parse(line, str(self._path), number)
+        try:
+            self._parse(line, str(self._path), number)
+        except InputError as e:
+            if number > 1 or self._parse is _parse_text:
+                raise
+            # The file may be of another kind altogether.
+            if line.lstrip().startswith(b"{") and (keys := _keys_of_one(self._path)) is not None:
+                one = f"{self._path}: holds one object of several lines{keys}"
+                raise InputError(f"{one}; should be a JSON array, or JSONL (an object a line)") from None
+            raise InputError(f"{e}; should be {_KINDS}") from None
 
 
 class _Elements(_Lines):
@@ -180,6 +190,14 @@ class _Rows(Sequence[Record]):
                 yield file
         except (OSError, pyarrow.ArrowException) as e:
             raise InputError(f"{self._path}: not a parquet file that can be read ({str(e).splitlines()[0]})") from None
+
+
+def _keys_of_one(path: Path) -> str | None:
+    """What the keys are of a file that is one JSON object, for an error; None where it is no such file."""
+    try:
+        return _keys(read_json_object(path))
+    except InputError:
+        return None
 
 
 def _open(path: Path) -> Sequence[Any]:

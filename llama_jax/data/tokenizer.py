@@ -245,6 +245,9 @@ class FastTokenizer(Tokenizer):
     """A `tokenizer.json` through the `tokenizers` library, beginning token by its own post-processor."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
+        of_llama = str(config.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
+        if of_llama:  # those classes' own defaults, where the files name none
+            config = {key: DEFAULTS[key] for key in ("bos_token", "eos_token", "unk_token")} | config
         super().__init__(folder, config)
         import tokenizers
 
@@ -256,7 +259,7 @@ class FastTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._register()
-        if str(config.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer")):
+        if of_llama:
             self._follow_add_bos()
 
     def _follow_add_bos(self) -> None:
@@ -273,16 +276,23 @@ class FastTokenizer(Tokenizer):
         self._tokenizer.post_processor = TemplateProcessing(single=parts, pair=pair, special_tokens=used)
 
     def _register(self) -> None:
-        """Special tokens in a text are cut out whole, as HF does with every token that it knows as special."""
+        """Special tokens in a text are cut out whole, as HF does with every token that it knows as special.
+
+        How, `added_tokens_decoder` says, or the file itself, before the object that names the token: LLaMA's old ones
+        say `normalized`, by which `Hello</s>` would have no end."""
         import tokenizers
 
-        described = [t for t in self.config.get("added_tokens_decoder", {}).values() if isinstance(t, dict)]
-        flags = {t.get("content"): {k: t.get(k, False) for k in _STRIP} for t in described}
+        if (decoder := self.config.get("added_tokens_decoder")) is not None:
+            described = [t for t in decoder.values() if isinstance(t, dict)]
+            flags = {t.get("content"): {k: t.get(k, False) for k in _STRIP} for t in described}
+        else:
+            known = self._tokenizer.get_added_tokens_decoder().values()
+            flags = {t.content: {k: getattr(t, k) for k in _STRIP} for t in known}
         for key in SPECIAL:
             if token := self.special[key]:
                 given = self.config.get(key)
-                own = {k: given.get(k, False) for k in _STRIP} if isinstance(given, dict) else flags.get(token, {})
-                added = tokenizers.AddedToken(token, **{"normalized": False, **own}, special=True)
+                named = {k: given.get(k, False) for k in _STRIP} if isinstance(given, dict) else {}
+                added = tokenizers.AddedToken(token, **{"normalized": False, **flags.get(token, named)}, special=True)
                 self._tokenizer.add_special_tokens([added])
 
     def __len__(self) -> int:
@@ -321,13 +331,10 @@ class FastTokenizer(Tokenizer):
 def open_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of an HF folder. Raises InputError where there is none."""
     path = folder / "tokenizer_config.json"
-    config = read_json_object(path) if path.exists() else {}
-    extra = folder / "special_tokens_map.json"
-    if extra.exists():
-        config = {**{k: v for k, v in read_json_object(extra).items() if k in SPECIAL}, **config}
-    for key in SPECIAL:
-        if not isinstance(_text(config.get(key)), str | None):
-            raise InputError(f"{path}: {key} {config[key]!r} should be a string, an object with 'content', or null")
+    config = _read(path)
+    if "added_tokens_decoder" not in config:  # else it is complete: transformers does not read the other file
+        named = _read(folder / "special_tokens_map.json")
+        config |= {key: named[key] for key in SPECIAL if key in named}
     if not isinstance(config.get("added_tokens_decoder", {}), dict):
         raise InputError(f"{path}: added_tokens_decoder should be an object")
     if (folder / "tokenizer.json").exists():
@@ -358,6 +365,15 @@ def write_tokenizer_json(path: Path, serialized: str) -> None:
     if not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
         value["model"]["merges"] = [" ".join(merge) for merge in merges]
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file that may name special tokens; empty where there is none."""
+    config = read_json_object(path) if path.exists() else {}
+    for key in SPECIAL:
+        if not isinstance(_text(config.get(key)), str | None):
+            raise InputError(f"{path}: {key} {config[key]!r} should be a string, an object with 'content', or null")
+    return config
 
 
 def _text(token: Any) -> str | None:

@@ -152,17 +152,18 @@ def _at(tree: Any, path: tuple) -> Any:
     return tree
 
 
-def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, mesh: Mesh) -> Params:
-    """stanford_alpaca's resize: rows past the old vocabulary become the mean of the old rows, in each matrix."""
+def resize_vocabulary(params: Params, new: LlamaConfig, new_tokens: int, mesh: Mesh) -> Params:
+    """stanford_alpaca's resize: of as many rows as `new` has, the last, those of new tokens, become the mean of the
+    others, in each matrix. A checkpoint of more rows than its tokenizer has tokens has a row for a new one already."""
 
     def resize(weight: jax.Array, spec: sharding.P) -> jax.Array:
         weight = jax.sharding.reshard(weight, sharding.P(None, sharding.SHARDS))  # whole columns: no device has it all
         V, D = sharding.vocab_rows(new.vocab_size), weight.shape[1]
-        kept = min(old.vocab_size, new.vocab_size)
+        kept = new.vocab_size - new_tokens
         rows = jnp.arange(V)[:, None]
-        mean = jnp.mean(weight[: old.vocab_size].astype(jnp.float32), axis=0).astype(weight.dtype)
         weight = weight[:kept]
-        body = jnp.pad(weight, ((0, V - weight.shape[0]), (0, 0)))
+        mean = jnp.mean(weight.astype(jnp.float32), axis=0).astype(weight.dtype)
+        body = jnp.pad(weight, ((0, V - kept), (0, 0)))
         filled = jnp.where(rows < kept, body, jnp.broadcast_to(mean, (V, D)))
         return jax.sharding.reshard(jnp.where(rows < new.vocab_size, filled, 0), spec)
 
