@@ -254,6 +254,8 @@ class Arguments:
             said.append("--data_seed: transformers 4.37 ignores it, and so does --hf_compat 4.37")
         if not self.average_tokens_across_devices and self.hf_compat == "4.37":
             said.append("--average_tokens_across_devices: no effect; under --hf_compat 4.37 a loss is never counted so")
+        if self.max_tokens_per_device != "auto" and not self.packing:
+            said.append("--max_tokens_per_device: no effect; with --packing False a micro-batch is what a device gets")
         if self.eval_data_path and self.eval_strategy == "no" and not self.eval_on_start:
             said.append("--eval_data_path: no effect, as --eval_strategy is no")
         return said
@@ -265,8 +267,13 @@ class Arguments:
         if not self.data_path:
             raise InputError("--data_path is missing: give a JSON file of records")
         for f in fields(self):
-            if isinstance(value := getattr(self, f.name), float) and not math.isfinite(value):
+            value = getattr(self, f.name)
+            if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"--{f.name} {value}: should be a finite number")
+            if isinstance(value, str) and re.match("[a-z0-9]+://", value):
+                raise InputError(
+                    f"--{f.name} {value}: is no path of files; copy it here, or mount the bucket (docs/tpu.md)"
+                )
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} {getattr(self, name)}: should not be below 0")

@@ -249,6 +249,10 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "not a schedule": (lambda c: c.flags.update(lr_scheduler_type="cosines"), ["lr_scheduler_type", "'cosines'"]),
     "not an optimizer": (lambda c: c.flags.update(optim="adamw_torhc"), ["--optim", "adamw_torhc", "use adamw_torch"]),
     "not a type": (lambda c: c.flags.update(dtype="float8"), ["--dtype", "float8", "bfloat16"]),
+    "a bucket": (
+        lambda c: c.flags.update(output_dir="gs://bucket/output"),
+        ["--output_dir gs://bucket/output: is no path of files", "mount"],
+    ),
     "best in 4.37": (
         lambda c: c.flags.update(save_strategy="best", eval_strategy="steps", validation_split_percentage=50),
         ["--save_strategy best", "--hf_compat 5"],

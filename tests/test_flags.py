@@ -186,13 +186,14 @@ def test_meaning(words: str, meant: dict[str, Any]) -> None:
         ("--eval_data_path e", "--eval_data_path"),
         ("--warmup_ratio 0.1 --warmup_steps 3", "--warmup_ratio"),
         ("--tf32 True", "--tf32"),
+        ("--max_tokens_per_device 128 --packing False", "--max_tokens_per_device"),
     ],
 )
 def test_what_has_no_effect_is_said(words: str, flag: str) -> None:
     (line,) = parse_arguments([*NEEDED, *words.split()]).notes("cpu")
     assert line.startswith(f"{flag}")
     now = ["--hf_compat", "5", *EVAL, "--eval_strategy", "epoch"]
-    quiet = words.replace("--warmup_ratio 0.1", "").replace("--eval_data_path e", "")
+    quiet = words.replace("--warmup_ratio 0.1", "").replace("--eval_data_path e", "").replace("--packing False", "")
     assert not parse_arguments([*NEEDED, *now, *quiet.split()]).notes("gpu")
 
 
