@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Fine-tune a LLaMA: the HF Trainer's command line in, an HF folder out. `--help` lists the flags."""
 
-import copy
 import dataclasses
 import json
 import signal
@@ -9,7 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,14 +23,6 @@ from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 
 STOPPED = 143  # by SIGTERM, after saving
-DUE = [(phase, action) for phase in ("steps", "epoch") for action in ("log", "evaluate", "save")]  # in this order
-
-
-class Evaluated(NamedTuple):
-    """The metric that decides what is best, and whether it is the best so far."""
-
-    metric: float | None
-    best: bool
 
 
 def main(argv: list[str]) -> int:
@@ -49,9 +40,10 @@ def main(argv: list[str]) -> int:
     from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.hf.load import resize_vocabulary
     from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
+    from llama_jax.milestones import Milestones
     from llama_jax.plan import Planner, choose_scan
     from llama_jax.platform import memory_limit, peak_memory, set_up_jax
-    from llama_jax.train import TrainState, complete, fit, init_state, make_loss_step, token_losses
+    from llama_jax.train import complete, fit, init_state, make_loss_step
 
     processes.join(args.coordinator_address, args.num_processes, args.process_id)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
@@ -141,7 +133,6 @@ def main(argv: list[str]) -> int:
         state = init_state(params, plan.tx, run, mesh)
         del params
 
-    epoch_ends = order.epoch_ends()
     log_step = job.log_at
     if args.logging_strategy == "epoch":  # written at the epoch's end, after what is due by steps
         log_step = lambda step: args.logging_first_step and step == 1  # noqa: E731
@@ -165,72 +156,11 @@ def main(argv: list[str]) -> int:
                 say(f"first update done {time.monotonic() - started:.1f} s after the start")
             run_log.on_update(metrics)
 
-        def evaluate(state: TrainState) -> Evaluated | None:
-            """None where the evaluation was stopped."""
-            assert evaluation is not None
-            metrics = evaluation(state.params, stop)
-            if metrics is None:
-                return None
-            run_log.on_evaluation(metrics)
-            if not args.metric_for_best_model:
-                return Evaluated(None, False)
-            # Times differ from process to process; that of the first decides for all.
-            metric = float(processes.exchange(repr(metrics[args.best_metric_key]))[0])
-            schedule.observe(metric)
-            return Evaluated(metric, log.evaluated(metric, args.save_strategy != "no"))
-
-        saved_steps = {resume_step}
-        abandoned: list[int] = []  # the updates after which an evaluation was stopped
-
-        def save(step: int, state: TrainState, metric: float | None, done: int) -> None:
-            """With so many of what is due done; the resumed run does the rest."""
-            log.saved(output_dir, metric)
-            if step in saved_steps:
-                return
-            saved_steps.add(step)
-            kept = {"trainer_state": copy.deepcopy(log.values), "schedule": schedule.state(), **facts}
-            kept |= {"log_window": run_log.window, "done": done}
-            checkpoints.save(step, state.saved, kept, log.best_step)
-
-        def tail_losses(step: int, state: TrainState) -> np.ndarray:
-            tail = order.tail(step)
-            losses = token_losses(state.params, loss_step, batches, mesh, step) if tail else []
-            return batches.micro_losses(step, sharding.read(losses))[:tail] if tail else np.zeros((0, order.ranks))
-
-        def on_due(step: int, state: TrainState, stopping: bool, done: int = 0) -> bool:
-            """As the Trainer does it: log, evaluate, save; first what is due by steps, then at an epoch's end. A stop
-            does not wait for an evaluation. Returns whether to stop."""
-            found = None
-            for place in range(done, len(DUE)):
-                phase, action = DUE[place]
-                if action == "log" and phase == "epoch" and step in epoch_ends:
-                    logged = args.logging_strategy == "epoch"
-                    run_log.on_epoch_end(order.tail(step), tail_losses(step, state) if logged else None)
-                elif action == "evaluate" and args.eval_strategy == phase and job.eval_at(step):
-                    found = None if stopping else evaluate(state)
-                    if found is None:
-                        abandoned.append(step)
-                        save(step, state, None, place)
-                        return True
-                elif action == "save":
-                    best = args.save_strategy == "best" and found is not None and found.best
-                    if best or (args.save_strategy == phase and job.save_at(step)):
-                        save(step, state, found and found.metric, place + 1)
-                    found = None
-            if stopping:
-                save(step, state, None, len(DUE))
-            return stopping
-
-        stopping = False
-        if resume_step:
-            stopping = on_due(resume_step, state, False, saved.get("done", len(DUE)))
-        elif evaluation is not None and args.eval_on_start:
-            metrics = evaluation(state.params, stop)
-            if metrics is None:
-                checkpoints.close()
-                say("stopped before the first update: nothing is saved")
-                return STOPPED
-            run_log.on_evaluation(metrics)
+        milestones = Milestones(
+            *(job, loss_step, evaluation, mesh, run_log, checkpoints, facts, output_dir, stop),
+            *(resume_step, saved),
+        )
+        stopping = milestones.begin(state)
         state = fit(
             state,
             plan.steps,
@@ -239,8 +169,8 @@ def main(argv: list[str]) -> int:
             range(resume_step, resume_step if stopping else order.updates),
             learning_rate=schedule.rate,
             on_update=on_update,
-            due=lambda step: job.eval_at(step) or job.save_at(step) or step in epoch_ends,
-            on_due=on_due,
+            due=milestones.due,
+            on_due=milestones.reach,
             stop=stop,
         )
     checkpoints.wait()
@@ -250,9 +180,14 @@ def main(argv: list[str]) -> int:
         f"{rate:,.0f} tokens/s, median update {1000 * median:,.0f} ms, blocks made in {1000 * made_in:,.1f} ms"
         + (f", peak device memory {peak / 2**30:.1f} GiB" if peak else "")
     )
-    if abandoned or log.values["global_step"] < order.updates:
+    done = log.values["global_step"]
+    if milestones.unfinished or done < order.updates:
         checkpoints.close()
-        say(f"stopped after update {log.values['global_step']}; go on with --resume_from_checkpoint True")
+        say(
+            f"stopped after update {done}; go on with --resume_from_checkpoint True"
+            if done
+            else "stopped before the first update: nothing is saved"
+        )
         return STOPPED
 
     run_log.finish()

@@ -11,6 +11,7 @@ FLOORS = {
     "train_jax": 6,
     "convert_torch_to_flax": 5,
     "llama_jax.generate": 5,
+    "llama_jax.milestones": 5,
     "llama_jax.evaluation": 5,
     "llama_jax.explain": 5,
     "llama_jax.plan": 5,
@@ -40,10 +41,11 @@ FLOORS = {
     "llama_jax.errors": 0,
 }
 # Rooms of one floor that may look at each other, in this direction only: the log reads what a batch counts, a dry run
-# tells what a plan needs, and reading a file or a flag fails as the user's mistake.
+# tells what a plan needs, evaluations are among what is due, and reading a file or a flag fails as the user's mistake.
 BESIDE = {
     ("llama_jax.reporting", "llama_jax.data"),
     ("llama_jax.dry_run", "llama_jax.plan"),
+    ("llama_jax.milestones", "llama_jax.evaluation"),
     ("llama_jax.files", "llama_jax.errors"),
     ("llama_jax.flags", "llama_jax.errors"),
 }
