@@ -7,7 +7,8 @@ from the command to the first update, and the time of an update.
 `make_model.py` makes a folder of any shape. The peer does what stanford_alpaca's train.py does before its first update,
 and its Trainer takes the same examples in the same order. Each run is a process of its own; train_jax.py runs once with
 empty caches and once with those that it made. All are killed after so many updates. The weights are read once before,
-so that every run finds them in the page cache.
+so that every run finds them in the page cache; then they are read and loaded once more from the disk, with the page
+cache told to forget them.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,8 @@ FLAGS = "--bf16 True --num_train_epochs 1 --per_device_train_batch_size 1 --grad
 FLAGS += "--save_strategy no --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine "
 FLAGS += "--logging_steps 1 --tf32 True --report_to none"
 WARM = 3  # updates that are not timed
+PIECE = 2**26  # bytes
+PARTS = ("read_files", "load_ours", "load_peer")
 
 
 def weights(folder: Path) -> list[Path]:
@@ -36,12 +40,25 @@ def weights(folder: Path) -> list[Path]:
 
 
 def read_files(args: argparse.Namespace) -> None:
-    """One thread, into one buffer: what the page cache gives."""
-    buffer = bytearray(2**26)
-    for path in weights(args.model):
+    """Several threads, each its own pieces: what the page cache gives, or the disk."""
+
+    def read(piece: tuple[Path, int]) -> None:
+        path, at = piece
         with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+            file.seek(at)
+            file.readinto(bytearray(PIECE))
+
+    pieces = [(path, at) for path in weights(args.model) for at in range(0, path.stat().st_size, PIECE)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, pieces))
+
+
+def forget_files(args: argparse.Namespace) -> None:
+    """Nothing of them is left in the page cache."""
+    for path in weights(args.model):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not written yet stays
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def load_ours(args: argparse.Namespace) -> None:
@@ -154,7 +171,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="HF folder with a LLaMA tokenizer")
     parser.add_argument("--data_path", type=Path, required=True, help="alpaca_data.json")
     parser.add_argument("--flags", default="", help="further flags of train_jax.py, as one word")
-    parser.add_argument("--updates", type=int, default=80, help="of train_jax.py with caches")
+    parser.add_argument("--updates", type=int, default=80, help="of train_jax.py with caches; 0: only read and load")
     parser.add_argument("--peer_updates", type=int, default=9, help="of the HF Trainer")
     parser.add_argument("--json", type=Path, help="write all figures and logs there")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # a part of it, in this process
@@ -167,12 +184,16 @@ def main() -> None:
     again = [sys.executable, __file__, *sys.argv[1:], "--only"]
     read_files(args)
     size = sum(path.stat().st_size for path in weights(args.model)) / 1e9
-    for part in ("read_files", "load_ours", "load_peer"):
+    for part, cold in (*((p, False) for p in PARTS), *((p, True) for p in PARTS)):
+        if cold:
+            forget_files(args)
         said = subprocess.run([*again, part], capture_output=True, text=True, check=False)
         line = (said.stdout.strip() or said.stderr.strip()).splitlines()[-1]
         seconds = line.removeprefix(part).removesuffix(" s")
         rate = f" ({size / float(seconds):.1f} GB/s)" if line.startswith(part) else ""
-        print(f"{size:.1f} GB, {line}{rate}", flush=True)
+        print(f"{size:.1f} GB from {'the disk' if cold else 'the page cache'}, {line}{rate}", flush=True)
+    if args.updates == 0:
+        return
     with tempfile.TemporaryDirectory() as folder:
         paths = {"model_name_or_path": args.model, "data_path": args.data_path, "output_dir": f"{folder}/out"}
         ours = [sys.executable, str(ROOT / "train_jax.py"), *(str(x) for k, v in paths.items() for x in (f"--{k}", v))]
