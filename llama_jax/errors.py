@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -43,6 +44,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         if not (problem := _disk_problem(e)):
             raise
         print(f"error: {problem}", file=sys.stderr)
+        warnings.simplefilter("ignore")  # orbax's, of the writes that did not begin
         return 1
 
 

@@ -21,7 +21,8 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     if deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
     # Orbax warns of what is meant, and tells in hundreds of lines of the errors that it also raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _pass_over_closed_loop
     # JAX takes 75% of a GPU's memory by default; a 7B model with float32 Adam needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
