@@ -124,6 +124,7 @@ def on_meshes() -> None:
                 np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4, err_msg=f"{heads} {kv_heads} {spec}")
 
 
+@pytest.mark.slow
 def test_rows_divided_over_devices() -> None:
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": paths}

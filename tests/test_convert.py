@@ -294,6 +294,7 @@ def train(model: Path, out: Path, *flags: Any, data: Path) -> list[dict[str, Any
     return log_entries(out)
 
 
+@pytest.mark.slow
 def test_the_flax_folder_trains_the_same(tmp_path: Path) -> None:
     """From the HF folder and from the Flax one: bit for bit. Layers scanned: within rounding."""
     data = write_json(tmp_path / "data.json", make_records(8))

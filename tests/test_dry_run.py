@@ -74,6 +74,7 @@ def test_gpus_by_arithmetic(tmp_path: Path) -> None:
         assert row(outcome.out, name) == pytest.approx(parameters * size / 8 / 2**30, abs=0.006), name
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_a_gpu(tmp_path: Path) -> None:
     """75 GiB of state on 80, and 25 more to save it; the next larger holds it. And flags that ask for too much."""
     raw = raw_config("llama-7b")
@@ -125,6 +126,7 @@ def test_a_whole_folder_and_a_real_run_still_need_weights(tmp_path: Path) -> Non
     assert run(train_jax.main, *flags, "--dry_run", "h200:1").code == 0
 
 
+@pytest.mark.slow
 def test_a_tiny_model_on_a_tpu(libtpu: None, tmp_path: Path) -> None:
     """Compiled for the slice with its kernel; no verdict at low effort."""
     raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}

@@ -787,12 +787,14 @@ def test_smollms_tokenizer_on_varied_text(smollm_encode, reference_encode):
     assert encode("  12") == [encode("  ")[0], *encode("1"), *encode("2")], "digits are cut before spaces are"
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(text=MIXED)
 def test_smollms_tokenizer_on_any_text(smollm_encode, reference_encode, text):
     assert smollm_encode[0](text) == reference_encode(text)
 
 
+@pytest.mark.slow
 def test_smollms_tokenizer_and_chat_template_against_transformers(smollm, smollm_encode, tmp_path):
     from transformers import AutoTokenizer
 

@@ -270,6 +270,7 @@ def drawn(draw: st.DrawFn, compat: str) -> tuple[Flags, int, tuple[int, ...]]:
     return flags, count, masked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", COMPATS)
 def test_drawn_runs(bench: Bench, compat: str) -> None:
     tried = []

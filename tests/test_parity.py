@@ -9,6 +9,7 @@ Letters: B rows, T tokens, D model, H head dim, V vocab.
 """
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -608,10 +609,16 @@ def check_draw(case: Draw, mesh: Mesh) -> None:
 
 # 6 scalings x 2 seeds x 19 draws = 228 configurations, in functions small enough for pytest-xdist to balance.
 DRAWS, SEEDS = 19, 2
+QUICK = [("default", 0), ("llama3", 0), ("longrope", 0)]  # the others are slow proofs
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, SEEDS))])
-@pytest.mark.parametrize("rope_type", ROPES)
+@pytest.mark.parametrize(
+    ("rope_type", "part"),
+    [
+        pytest.param(*drawn, marks=[] if drawn in QUICK else [pytest.mark.slow])
+        for drawn in itertools.product(ROPES, range(SEEDS))
+    ],
+)
 def test_drawn_configurations(rope_type: str, part: int, mesh: Mesh) -> None:
     count = 0
 

@@ -192,7 +192,7 @@ def test_nothing_is_halved_without_need() -> None:
         assert halve(tree, options) == (tree, None) and join(tree, None) is tree
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
+@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_two_devices_are_two_ranks(optim: str, tmp_path: Path) -> None:
     """In 5, two ranks of one example are one rank of two, in training and in evaluation."""
     flags = {"hf_compat": "5", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "optim": optim}
@@ -681,8 +681,10 @@ def test_sigterm(tmp_path: Path) -> None:
     assert_same_run(job.train("whole"), out)
 
 
-@pytest.mark.parametrize("name", ["evaluated", "lines of epochs", "lines of epochs, 5"])
-@pytest.mark.parametrize("evaluation", [0, -1])
+@pytest.mark.parametrize(
+    "name", ["evaluated", "lines of epochs", pytest.param("lines of epochs, 5", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("evaluation", [0, pytest.param(-1, marks=pytest.mark.slow)])
 def test_sigterm_while_it_evaluates(
     name: str, evaluation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
