@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.errors import JaxRuntimeError
 from orbax.checkpoint._src.serialization import types as ocp_types  # its callback has no public name yet
 
 from llama_jax.errors import InputError
@@ -78,9 +79,12 @@ def read_run(output_dir: Path, step: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _restoring(output_dir: Path, step: int, besides: str = "") -> Iterator[None]:
-    """Whatever goes wrong is a damaged checkpoint: orbax and tensorstore raise all kinds of exceptions."""
+    """Whatever goes wrong is a damaged checkpoint, unless memory is short: orbax and tensorstore raise all kinds of
+    exceptions."""
     try:
         yield
+    except (JaxRuntimeError, MemoryError):
+        raise
     except Exception as e:
         older = [s for s in find_steps(output_dir) if s < step]
         mend = f"--resume_from_checkpoint {output_dir}/checkpoint-{older[-1]}" if older else "start anew"
