@@ -203,7 +203,7 @@ inputs = st.tuples(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(pair=st.tuples(inputs, inputs))
 def test_only_the_same_inputs_have_the_same_name(pair, tmp_path_factory):
     """The data's bytes and kind of file, each of the tokenizer's files, the limit; not the file's own name."""

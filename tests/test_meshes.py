@@ -339,6 +339,7 @@ def answers(folder: str) -> None:
         assert outcome.code == 2 and "only tensor divides" in outcome.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_answers_of_eight_devices(tmp_path: Path) -> None:
     folder = write_tokenizer(write_model(tmp_path / "model"))
     on_eight_devices(f"answers({str(folder)!r})")

@@ -385,6 +385,7 @@ def update_on_two_devices() -> None:
             assert_close(actual, expected, 4 * EPS32, 2 * 24 * EPS32 * 0.1 * 5)
 
 
+@pytest.mark.slow
 def test_two_devices() -> None:
     tests = Path(__file__).resolve().parent
     path = os.pathsep.join([str(tests), str(ROOT)])

@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 LENGTHS = st.lists(st.integers(2, 150), min_size=1, max_size=40)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     lengths=LENGTHS,
     eval_lengths=LENGTHS,
@@ -203,6 +203,7 @@ def test_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_every_choice_is_the_same_run(tmp_path: Path) -> None:
     weights = []
     sizes = {"none": "auto", "matmuls": 128, "attention": "auto", "full": 128, "auto": "auto"}

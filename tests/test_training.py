@@ -526,7 +526,10 @@ VARIANTS |= {
 RESUMED: dict[str, list[int]] = {"4.37": [2, 4], "lines of epochs": [2, 3], "lines of epochs, 5": [3, 4]}
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+SLOW = "lines of epochs, 5"
+
+
+@pytest.mark.parametrize("name", [pytest.param(v, marks=pytest.mark.slow) if v == SLOW else v for v in VARIANTS])
 def test_resumed_run_is_the_same(name: str, tmp_path: Path, multi_steps: list[Any]) -> None:
     job = Job(tmp_path, **VARIANTS[name])
     if name in ("several blocks", "MultiSteps"):
@@ -681,9 +684,7 @@ def test_sigterm(tmp_path: Path) -> None:
     assert_same_run(job.train("whole"), out)
 
 
-@pytest.mark.parametrize(
-    "name", ["evaluated", "lines of epochs", pytest.param("lines of epochs, 5", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["evaluated", "lines of epochs", pytest.param(SLOW, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("evaluation", [0, pytest.param(-1, marks=pytest.mark.slow)])
 def test_sigterm_while_it_evaluates(
     name: str, evaluation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
