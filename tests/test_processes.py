@@ -5,6 +5,7 @@ They meet on this machine by gloo, as hosts do over a network.
 
 import json
 import math
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,6 +146,7 @@ def test_as_one_process(count: int, flags: dict[str, Any], tmp_path: Path) -> No
     per_device, accumulated = (4, 1) if count == 2 else (1, 2)
     flags = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulated, **flags}
     job = Job(tmp_path, adam_epsilon=EPSILON, **flags)
+    shutil.rmtree(tmp_path / "model")  # the one file of it goes before an index
     write_model(tmp_path / "model", raw, shards=3)
     records = make_records(30)
     records[0]["labels"] = [-100] * len(records[0]["labels"])
