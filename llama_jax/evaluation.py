@@ -73,6 +73,7 @@ class Evaluation:
                 if stop():
                     return None
                 losses += [x.sum() for x in token_losses(params, self._step, self.batches, self._mesh, k)]
+                sharding.keep_pace(losses)
                 bar.update(1)
             loss = sum(float(x) for x in sharding.read(losses)) / self._examples
         seconds = time.monotonic() - started

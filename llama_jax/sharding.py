@@ -9,7 +9,7 @@ X parts of a row.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 SHARDS = ("fsdp", "context")  # what divides weights: each device of `context` needs all of them, for tokens of its own
 LONGEST_CONTEXT = 128  # devices; rows are multiples of so many tokens
+IN_FLIGHT = 8  # programs that devices are ahead of: at 32 that exchange something, XLA's client of several CPUs stands still
 VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, by HF's [out, in] shapes.
@@ -189,13 +190,19 @@ def whole(array: jax.Array) -> jax.Array:
     if array.is_fully_addressable or array.is_fully_replicated:
         return array
     assert isinstance(array.sharding, NamedSharding)
-    return _gather(array.sharding.mesh)(array)
+    return jax.block_until_ready(_gather(array.sharding.mesh)(array))
 
 
 @cache
 def _gather(mesh: Mesh | AbstractMesh) -> Callable[[jax.Array], jax.Array]:
     """Of a mesh once: what is jitted anew compiles anew."""
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
+
+
+def keep_pace(results: Sequence[Any]) -> None:
+    """Of programs whose results these are, waits for the one told IN_FLIGHT before the last."""
+    if len(results) > IN_FLIGHT:
+        jax.block_until_ready(results[-1 - IN_FLIGHT])
 
 
 def read(tree: Any) -> Any:

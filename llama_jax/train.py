@@ -190,6 +190,7 @@ class Steps:
                 else:
                     state, out = program(state, batch, rate)
                 outputs.append(out)
+                sharding.keep_pace(outputs)
             if self._summing:
                 state, self._sums, norm = self._compiled["apply"](state, self._sums, rate)
                 outputs[-1]["grad_norm"] = norm
@@ -226,8 +227,12 @@ def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: flo
 
 def token_losses(params: Any, loss_step: LossStep, batches: Batches, mesh: Mesh, k: int) -> list[jax.Array]:
     """The weighted losses of the blocks of update k, [B, T] each, without training on them."""
+    losses: list[jax.Array] = []
     with jax.set_mesh(mesh):
-        return [loss_step(params, block) for block in put_update(mesh, batches, k, make_update(mesh, batches, k))]
+        for block in put_update(mesh, batches, k, make_update(mesh, batches, k)):
+            losses.append(loss_step(params, block))
+            sharding.keep_pace(losses)
+    return losses
 
 
 def put_batch(mesh: Mesh, block: Batch, rows: int | None = None) -> Batch:

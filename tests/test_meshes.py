@@ -27,14 +27,14 @@ import convert_torch_to_flax
 import llama_jax.job
 import train_jax
 from llama_jax import generate, sharding
-from llama_jax.checkpoint import tree_bytes
+from llama_jax.checkpoint import digests, tree_bytes
 from llama_jax.config import LlamaConfig
-from llama_jax.data.batches import Batches
+from llama_jax.data.batches import Batch, Batches
 from llama_jax.hf.load import abstract_params
 from llama_jax.model import RunOptions
 from llama_jax.optimizer import make_optimizer
 from llama_jax.reporting.run_log import RunLog
-from llama_jax.train import Steps, TrainState, abstract_state
+from llama_jax.train import Steps, TrainState, abstract_batch, abstract_state, put_batch
 
 ONE = "fsdp=1"
 EIGHT = "--xla_force_host_platform_device_count=8"
@@ -288,6 +288,30 @@ def test_collectives() -> None:
 @pytest.mark.slow
 def test_placement() -> None:
     on_eight_devices("check_placement()")
+
+
+def tell_many() -> None:
+    """An update of many blocks, the digests of many arrays."""
+    mesh, config, run = sharding.make_mesh(spec="fsdp=8"), LlamaConfig.from_hf(WIDE), RunOptions()
+    tx = make_optimizer()
+    graphdef, params = abstract_params(config, run, mesh)
+    state = abstract_state(params, tx, run, mesh)
+    steps = Steps(graphdef, tx, run, config.vocab_size, sums=True)
+    steps.compile(state, (B, T), mesh)
+    placed = jax.tree.map(lambda x: x.sharding, state)
+    state = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state), out_shardings=placed)()
+    block = put_batch(mesh, Batch(*(np.ones((B, T), kind.dtype) for kind in abstract_batch(mesh, (B, T)))))
+    _, outputs = steps.update(state, [block] * 100, sharding.put_scalar(mesh, np.float32(0)), mesh)
+    assert jax.device_get(outputs[-1]["loss"]) > 0
+    rows = jax.device_put(np.ones((64, 64), np.float32), sharding.row_sharding(mesh))
+    assert len({*digests([rows] * 200).values()}) == 1
+
+
+@pytest.mark.slow
+def test_more_programs_than_xlas_client_takes() -> None:
+    """Where they exchange something, XLA's client of several CPUs stands still with 40 of them ahead, and ends the
+    process."""
+    on_eight_devices("tell_many()")
 
 
 # -- From one mesh to another -----------------------------------------------------------------------------------------
