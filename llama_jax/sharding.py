@@ -25,7 +25,8 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")
 SHARDS = ("fsdp", "context")  # what divides weights: each device of `context` needs all of them, for tokens of its own
 LONGEST_CONTEXT = 128  # devices; rows are multiples of so many tokens
-IN_FLIGHT = 8  # programs that devices are ahead of: at 32 that exchange something, XLA's client of several CPUs stands still
+# Programs that devices are told ahead: of some 40 that exchange something, the client of several CPUs comes to no end.
+IN_FLIGHT = 8
 VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, by HF's [out, in] shapes.
