@@ -4,6 +4,8 @@ import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -24,10 +26,13 @@ Params = dict[str, Any]
 READERS = 4  # threads: copying out of the page cache takes several to keep up with a device's bus
 
 
+@lru_cache(maxsize=4)
 def abstract_params(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> tuple[Any, Params]:
     """The graph definition and the parameter tree as shapes with their shardings."""
+    # Shapes do not depend on keys, and a stream of them would take half of the time.
+    rngs = SimpleNamespace(params=lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, run, rngs=nnx.Rngs(0))))
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, run, rngs=rngs)))
     return graphdef, jax.tree.map(lambda a: sharding.on(mesh, a), nnx.to_pure_dict(state))
 
 
