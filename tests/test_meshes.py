@@ -281,6 +281,7 @@ def test_gradients_are_summed_in_float32(tmp_path: Path) -> None:
     on_eight_devices(f"check_types({str(tmp_path)!r})", flags)
 
 
+@pytest.mark.slow
 def test_collectives() -> None:
     on_eight_devices("check_collectives()")
 

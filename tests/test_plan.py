@@ -69,7 +69,8 @@ def needed(planner: Planner, option: Option) -> int:
     return max(plan.compile(shape, planner.mesh) for shape in plan.batches.shapes)
 
 
-@pytest.mark.parametrize("accumulation", ["sum", pytest.param("multisteps", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", ["sum", "multisteps"])
 def test_the_first_that_fits(accumulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every limit between what the leanest and what the fastest choice needs."""
     monkeypatch.setattr(llama_jax.plan, "SIZES", (128,))

@@ -192,7 +192,8 @@ def test_nothing_is_halved_without_need() -> None:
         assert halve(tree, options) == (tree, None) and join(tree, None) is tree
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adafactor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
 def test_two_devices_are_two_ranks(optim: str, tmp_path: Path) -> None:
     """In 5, two ranks of one example are one rank of two, in training and in evaluation."""
     flags = {"hf_compat": "5", "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "optim": optim}
@@ -323,7 +324,7 @@ def torch_train(
     return losses, norms, {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     flags=st.fixed_dictionaries(
         {
@@ -556,6 +557,7 @@ def test_resumed_run_is_the_same(name: str, tmp_path: Path, multi_steps: list[An
         np.testing.assert_allclose(last["train_loss"], sum(losses[step:]) / over, rtol=1e-12, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_tell_how_gradients_were_summed(tmp_path: Path) -> None:
     """MultiSteps' run goes on with a sum of our own, and one in single blocks: the same updates."""
     job = Job(tmp_path, per_device_train_batch_size=4, hf_compat="5")
@@ -908,6 +910,7 @@ def test_packed_is_padded(
         np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-6 * largest + rounding, err_msg=f"{rope}: {name}")
 
 
+@pytest.mark.slow
 def test_dynamic_rope_knows_the_length_of_a_micro_batch_in_several_blocks(tmp_path: Path) -> None:
     """Its 100 tokens lie in a block of 128, and are rotated by the 350 beside them all the same."""
     rng, records = np.random.default_rng(0), []
