@@ -150,7 +150,7 @@ def temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     raw=raws(),
     dtype=st.sampled_from(["F32", "BF16", "F16"]),

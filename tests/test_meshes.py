@@ -151,6 +151,7 @@ def test_live(tmp_path: Path) -> None:
     on_eight_devices(f"live_on_meshes({str(tmp_path)!r}, {list(LIVE)})")
 
 
+@pytest.mark.slow
 def test_a_width_that_cannot_be_divided(tmp_path: Path) -> None:
     model, data = write_model(tmp_path / "model"), write_json(tmp_path / "data.json", make_records(4))
     flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]

@@ -609,7 +609,7 @@ def check_draw(case: Draw, mesh: Mesh) -> None:
 
 # 6 scalings x 2 seeds x 19 draws = 228 configurations, in functions small enough for pytest-xdist to balance.
 DRAWS, SEEDS = 19, 2
-QUICK = [("default", 0), ("llama3", 0)]  # the others are slow proofs
+QUICK = [("llama3", 0)]  # the others are slow proofs
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from tiny import (
     make_arrays,
     make_records,
     run,
+    slow_unless,
     write_json,
     write_model,
     write_tokenizer,
@@ -114,17 +115,25 @@ def golden_flags(case: Path, out: Path) -> list[str]:
     return [*flags, "--output_dir", str(out), "--hf_compat", compat]
 
 
-@pytest.mark.parametrize("accumulated", ["", "sum", "multisteps"], ids=["one block", "several blocks", "MultiSteps"])
-@pytest.mark.parametrize("name", GOLDEN)
+HOW = {"one block": "", "several blocks": "sum", "MultiSteps": "multisteps"}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        slow_unless(how != "MultiSteps" or name == "5.x-gqa-wd", name, how)
+        for name, how in itertools.product(GOLDEN, HOW)
+    ],
+)
 def test_golden(
     name: str,
-    accumulated: str,
+    how: str,
     shared: Path,
     tmp_path: Path,
     seen: list[tuple[int, float, float]],
     multi_steps: list[Any],
 ) -> None:
-    case = shared / "golden" / name
+    case, accumulated = shared / "golden" / name, HOW[how]
     extra = [*SHORT_ROWS, "--accumulation", accumulated] if accumulated else []
     outcome = run(train_jax.main, *golden_flags(case, tmp_path), *extra)
     assert outcome.code == 0, outcome.err
@@ -527,10 +536,10 @@ VARIANTS |= {
 RESUMED: dict[str, list[int]] = {"4.37": [2, 4], "lines of epochs": [2, 3], "lines of epochs, 5": [3, 4]}
 
 
-SLOW = "lines of epochs, 5"
+SLOW = ("MultiSteps", "autocast", "lines of several updates", "lines of epochs, 5")
 
 
-@pytest.mark.parametrize("name", [pytest.param(v, marks=pytest.mark.slow) if v == SLOW else v for v in VARIANTS])
+@pytest.mark.parametrize("name", [slow_unless(name not in SLOW, name) for name in VARIANTS])
 def test_resumed_run_is_the_same(name: str, tmp_path: Path, multi_steps: list[Any]) -> None:
     job = Job(tmp_path, **VARIANTS[name])
     if name in ("several blocks", "MultiSteps"):
@@ -686,8 +695,14 @@ def test_sigterm(tmp_path: Path) -> None:
     assert_same_run(job.train("whole"), out)
 
 
-@pytest.mark.parametrize("name", ["evaluated", "lines of epochs", pytest.param(SLOW, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("evaluation", [0, pytest.param(-1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("evaluation", "name"),
+    [
+        slow_unless((evaluation, name) == (0, "evaluated"), evaluation, name)
+        for evaluation in (0, -1)
+        for name in ("evaluated", "lines of epochs", "lines of epochs, 5")
+    ],
+)
 def test_sigterm_while_it_evaluates(
     name: str, evaluation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -808,8 +823,10 @@ def check_padded_vocabulary(folder: Path, raw: dict[str, Any], model: Path) -> N
     assert hf.get_input_embeddings().weight.shape[0] == V + 1
 
 
-@pytest.mark.parametrize("rows", [259, 260, 320])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "rows"),
+    [slow_unless(tied == (rows == 260), tied, rows) for tied in (False, True) for rows in (259, 260, 320)],
+)
 def test_a_row_for_the_pad(rows: int, tied: bool, tmp_path: Path) -> None:
     """A tokenizer of 259 tokens gets `[PAD]`: stanford_alpaca's own function in transformers, then ours at rate 0.
 

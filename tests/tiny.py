@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from llama_jax.errors import run_command
@@ -205,6 +206,11 @@ def run(main: Callable[[list[str]], int], *argv: Any) -> Outcome:
         except SystemExit as e:  # argparse's own way out
             code = e.code if isinstance(e.code, int) else 1
     return Outcome(code, out.getvalue(), err.getvalue(), len(_compiled) - before)
+
+
+def slow_unless(quick: bool, *values: Any) -> Any:
+    """Parameters of a test that are a slow proof, unless."""
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
 
 
 def environment() -> dict[str, str]:
