@@ -41,7 +41,7 @@ test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow"
 
 slow: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow --durations=12
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
