@@ -37,7 +37,7 @@ def hf_tensors(
         for key in path:
             leaf = leaf if key is layer else leaf[key]
         array = leaf if layer is None else leaf[layer]
-        array = sharding.whole(array)
+        array = jax.block_until_ready(sharding.whole(array))
         if wanted(name):
             yield name, np.asarray(array)[tuple(map(slice, shape))]
 
