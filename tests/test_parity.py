@@ -31,6 +31,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from numpy_llama import llama_logits
+from tiny import slow_unless
 
 from llama_jax import rope, sharding
 from llama_jax.config import ACTIVATIONS, LlamaConfig
@@ -614,10 +615,7 @@ QUICK = [("llama3", 0)]  # the others are slow proofs
 
 @pytest.mark.parametrize(
     ("rope_type", "part"),
-    [
-        pytest.param(*drawn, marks=[] if drawn in QUICK else [pytest.mark.slow])
-        for drawn in itertools.product(ROPES, range(SEEDS))
-    ],
+    [slow_unless(drawn in QUICK, *drawn) for drawn in itertools.product(ROPES, range(SEEDS))],
 )
 def test_drawn_configurations(rope_type: str, part: int, mesh: Mesh) -> None:
     count = 0
