@@ -51,7 +51,7 @@ sys.exit(code)
 SHARD_BYTES = 20_000
 # What gloo prints of each connection, several threads at a time: pieces of its lines may stand in any order.
 GLOO = re.compile(
-    r"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+|\s)*"
+    r"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d|\n)*"
 )
 
 
