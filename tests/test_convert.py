@@ -103,7 +103,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=6)
+@pytest.mark.slow
+@settings(max_examples=10)
 @given(
     raw=configs(),
     dtypes=st.lists(st.sampled_from(list(DTYPES)), min_size=1, max_size=3, unique=True),

@@ -72,7 +72,8 @@ def test_the_seeds_command_on_alpaca(compat: str, shared: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-@settings(max_examples=3)
+@pytest.mark.slow
+@settings(max_examples=6)
 @given(
     flags=st.fixed_dictionaries(
         {

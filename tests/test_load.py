@@ -150,7 +150,8 @@ def temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-@settings(max_examples=12)
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(
     raw=raws(),
     dtype=st.sampled_from(["F32", "BF16", "F16"]),

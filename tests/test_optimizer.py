@@ -157,7 +157,7 @@ def check_run(
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
 def test_updates_are_the_trainers(optim: str) -> None:
-    @settings(max_examples=6)
+    @settings(max_examples=10)
     @given(
         b1=st.sampled_from([0.9, 0.875, 0.0]),
         b2=st.sampled_from([0.999, 0.984375, 0.95]),

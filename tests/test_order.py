@@ -250,7 +250,7 @@ def batches_an_epoch(run: dict[str, Any]) -> int:
     return run["examples"] // batch if run["drop_last"] else math.ceil(run["examples"] / batch)
 
 
-@settings(max_examples=600)
+@settings(max_examples=1500)
 @given(run=runs)
 def test_updates_end_where_a_walk_ends_them(run):
     batches = batches_an_epoch(run)
@@ -618,7 +618,8 @@ def test_every_rank_trains_on_as_many_examples(run):
             assert all(0 <= i < run["examples"] for rank in micro for i in rank)
 
 
-@settings(max_examples=200)
+@pytest.mark.slow
+@settings(max_examples=500)
 @given(run=runs, seed=st.integers(0, 9))
 def test_what_is_asked_of_all_updates_at_once_is_what_each_one_says(run, seed):
     """Sums over updates, over all their micro-batches and the largest of each, over any groups of them."""

@@ -555,7 +555,8 @@ values = st.recursive(
 marks = st.sampled_from([*'[]{},:"\\ \n\x0c1a', "true", "\\u00e9", '"a"', "é"])
 
 
-@settings(max_examples=600)
+@pytest.mark.slow
+@settings(max_examples=1500)
 @given(
     elements=st.lists(values, max_size=4),
     indent=st.sampled_from([None, 2]),

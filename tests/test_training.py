@@ -333,7 +333,7 @@ def torch_train(
     return losses, norms, {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
-@settings(max_examples=4)
+@settings(max_examples=6)
 @given(
     flags=st.fixed_dictionaries(
         {
