@@ -158,7 +158,7 @@ def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform:
         learning_rate=job.schedule.rate,
         on_update=lambda m: curve.append((m.loss, m.grad_norm)),
         due=lambda step: False,
-        on_due=lambda *_: None,
+        on_due=lambda k, state, stopping: stopping,
         stop=lambda: False,
     )
     return state, np.asarray(curve)

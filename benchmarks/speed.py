@@ -106,7 +106,7 @@ def ours(args: argparse.Namespace) -> dict:
             learning_rate=job.schedule.rate,
             on_update=lambda m: done.append((time.monotonic(), m.loss)),
             due=lambda step: False,
-            on_due=lambda *_: None,
+            on_due=lambda k, state, stopping: stopping,
             stop=lambda: time.monotonic() > deadline and len(done) > 5,
         )
 
