@@ -422,6 +422,32 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert "model.safetensors" in refusal(tmp_path)
 
 
+@settings(deadline=None)
+@given(data=st.data())
+def test_part_of_a_tensor(data: st.DataObject) -> None:
+    """Rows, columns, both or neither, wherever the bytes of a tensor begin."""
+    shape = tuple(data.draw(st.lists(st.integers(1, 7), max_size=3)))
+    dtype = np.dtype(data.draw(st.sampled_from([np.float32, ml_dtypes.bfloat16, np.float16, np.float64])))
+    bounds = [sorted(data.draw(st.tuples(st.integers(0, n - 1), st.integers(1, n)))) for n in shape]
+    index = tuple(slice(a, max(b, a + 1)) for a, b in bounds)
+    before = np.zeros(data.draw(st.integers(0, 9)), np.float16)
+    array = np.frombuffer(np.random.default_rng(0).bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), RAW, [{"before": before, "whole": array}])
+        tensor = open_checkpoint(Path(folder)).tensors["whole"]
+        for part, expected in ((tensor.read(index), array[index]), (tensor.read(()), array)):
+            assert (part.shape, part.dtype) == (expected.shape, dtype)
+            assert part.tobytes() == expected.tobytes()
+
+
+def test_file_cut_while_it_is_used(model: Model) -> None:
+    model.write()
+    tensor = open_checkpoint(model.folder).tensors[NORM]
+    os.truncate(model.folder / tensor.file, 200)
+    with pytest.raises(InputError, match=rf"{tensor.file}: could not be read to the end of tensor '{NORM}'"):
+        tensor.read(())
+
+
 @settings(max_examples=100)
 @given(where=st.floats(0, 1, exclude_max=True))
 def test_truncated_file(where: float) -> None:

@@ -1,5 +1,7 @@
 """Looking into a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
 
+import json
+import math
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,20 +102,30 @@ def _checked_path(folder: Path, path: Path) -> Path:
 
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
-    def read(name: str, index: Index) -> np.ndarray:
-        # Opened for each read: pages of a mapped file count as this process' memory until it is unmapped.
-        with safe_open(path, "np") as f:
-            return f.get_slice(name)[index] if index else f.get_tensor(name)
-
-    tensors = {}
     try:
-        with safe_open(path, "np") as f:
-            for name in f.keys():  # noqa: SIM118  # not a dict
-                part = f.get_slice(name)
-                tensors[name] = _tensor(path, name, part.get_shape(), _DTYPES.get(part.get_dtype()), read)
+        with safe_open(path, "np"), path.open("rb") as f:  # the library examines the header, and the file's length
+            start = 8 + int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(start - 8))
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); copy or download it again") from None
-    return tensors
+
+    def read(name: str, index: Index) -> np.ndarray:
+        shape, dtype = header[name]["shape"], np.dtype(_DTYPES[header[name]["dtype"]])
+        if index and any(s.stop - s.start < n for s, n in zip(index[1:], shape[1:], strict=True)):
+            with safe_open(path, "np") as f:  # parts of rows lie apart
+                return f.get_slice(name)[index]
+        # Rows lie together. Read, they come three times as fast as out of the file mapped, which the library does.
+        first, shape = (index[0].start, (index[0].stop - index[0].start, *shape[1:])) if index else (0, shape)
+        at = start + header[name]["data_offsets"][0] + first * math.prod(shape[1:]) * dtype.itemsize
+        values = np.fromfile(path, dtype, math.prod(shape), offset=at)
+        if values.size < math.prod(shape):
+            raise InputError(f"{path}: could not be read to the end of tensor {name!r}; copy or download it again")
+        return values.reshape(shape)
+
+    header.pop("__metadata__", None)
+    return {
+        name: _tensor(path, name, about["shape"], _DTYPES.get(about["dtype"]), read) for name, about in header.items()
+    }
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
