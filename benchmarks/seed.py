@@ -41,16 +41,18 @@ def weights(folder: Path) -> list[Path]:
 
 def read_files(args: argparse.Namespace) -> None:
     """Several threads, each its own pieces: what the page cache gives, or the disk."""
+    threads = 8
 
-    def read(piece: tuple[Path, int]) -> None:
-        path, at = piece
-        with path.open("rb", buffering=0) as file:
-            file.seek(at)
-            file.readinto(bytearray(PIECE))
+    def read(first: int) -> None:
+        buffer = bytearray(PIECE)
+        for path, at in pieces[first::threads]:
+            with path.open("rb", buffering=0) as file:
+                file.seek(at)
+                file.readinto(buffer)
 
     pieces = [(path, at) for path in weights(args.model) for at in range(0, path.stat().st_size, PIECE)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(read, pieces))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, range(threads)))
 
 
 def forget_files(args: argparse.Namespace) -> None:
@@ -61,25 +63,34 @@ def forget_files(args: argparse.Namespace) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load_ours(args: argparse.Namespace) -> None:
+def load_ours(args: argparse.Namespace) -> float:
+    """Returns when libraries and device were there."""
     import jax
 
     from llama_jax import sharding
     from llama_jax.hf.source import Source
     from llama_jax.model import RunOptions
 
-    jax.block_until_ready(Source(args.model).load(RunOptions(param_dtype="float32"), sharding.make_mesh()))
+    mesh = sharding.make_mesh()
+    began = time.monotonic()
+    jax.block_until_ready(Source(args.model).load(RunOptions(param_dtype="float32"), mesh))
+    return began
 
 
-def load_peer(args: argparse.Namespace) -> None:
+def load_peer(args: argparse.Namespace) -> float:
+    """As `load_ours`."""
     import torch
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, device_map=device)
+    load = transformers.AutoModelForCausalLM.from_pretrained  # it is imported when it is first asked for
+    torch.zeros(1, device=device)
+    began = time.monotonic()
+    model = load(args.model, dtype=torch.float32, device_map=device)
     if device == "cuda":
         torch.cuda.synchronize()
     del model
+    return began
 
 
 def train_peer(args: argparse.Namespace) -> None:
@@ -178,8 +189,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.only:
         started = time.monotonic()
-        globals()[args.only](args)
-        print(f"{args.only} {time.monotonic() - started:.2f} s")
+        began = globals()[args.only](args) or started
+        print(f"{args.only} {time.monotonic() - began:.2f} s, after {began - started:.2f} s of start")
         return
     again = [sys.executable, __file__, *sys.argv[1:], "--only"]
     read_files(args)
@@ -189,8 +200,7 @@ def main() -> None:
             forget_files(args)
         said = subprocess.run([*again, part], capture_output=True, text=True, check=False)
         line = (said.stdout.strip() or said.stderr.strip()).splitlines()[-1]
-        seconds = line.removeprefix(part).removesuffix(" s")
-        rate = f" ({size / float(seconds):.1f} GB/s)" if line.startswith(part) else ""
+        rate = f" ({size / float(line.split()[1]):.1f} GB/s)" if line.startswith(part) else ""
         print(f"{size:.1f} GB from {'the disk' if cold else 'the page cache'}, {line}{rate}", flush=True)
     if args.updates == 0:
         return
