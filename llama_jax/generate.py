@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from llama_jax import sharding
 from llama_jax.config import LlamaConfig
+from llama_jax.data.chat import Chat
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.errors import InputError, Parser, run_command
@@ -115,10 +116,12 @@ def eos_token_ids(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer) -> li
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="python -m llama_jax.generate", description="Answer one Alpaca instruction.")
+    parser = Parser(prog="python -m llama_jax.generate", description="Answer one instruction, or one message.")
     parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--instruction", required=True)
-    parser.add_argument("--input", default="")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--instruction", help="in Alpaca's words")
+    asked.add_argument("--message", help="of a user, by the tokenizer's chat template")
+    parser.add_argument("--input", default="", help="of the instruction")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
@@ -129,6 +132,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
         raise InputError("--max_new_tokens should be above 0, --temperature a number not below")
+    if args.message is not None and args.input:
+        raise InputError("--input belongs to --instruction; put it into the --message")
     set_up_jax(args.use_cpu)
     source = Source(Path(args.model_name_or_path), args.allow_pickle)
     tokenizer = open_tokenizer(source.tokenizer_folder)
@@ -137,7 +142,10 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--mesh {args.mesh}: one prompt has one row, which only tensor divides; as tensor=-1")
     dtype = jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32)
     run = RunOptions(param_dtype=dtype, scan_layers=source.config.num_hidden_layers > 8)
-    prompt = tokenizer.encode_batch([alpaca_prompt({"instruction": args.instruction, "input": args.input})])[0]
+    if args.message is None:
+        prompt = tokenizer.encode_batch([alpaca_prompt({"instruction": args.instruction, "input": args.input})])[0]
+    else:
+        prompt = Chat(tokenizer).prompt([{"role": "user", "content": args.message}], "--message")
     if max(prompt) >= source.config.vocab_size:
         raise InputError(f"{tokenizer.folder}: the tokenizer has more tokens than the model's embedding has rows")
     new = generate(

@@ -24,6 +24,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 from llama_jax.data import examples
+from llama_jax.data.chat import Chat
 from llama_jax.data.examples import tokenize
 from llama_jax.data.records import OPENAI, SHAREGPT
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -145,6 +146,14 @@ def test_any_chat_has_the_tokens_and_the_mask_of_transformers(pair, exchanges, s
     expected = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     assert trained(tagged, chat) == (expected["input_ids"], expected["assistant_masks"])
     assert trained(bare, chat) == (expected["input_ids"], expected["assistant_masks"])
+
+
+@given(st.lists(words, min_size=1, max_size=3).filter(lambda said: len(said) != 2), st.none() | words)
+def test_any_prompt_has_the_tokens_of_transformers(pair, said, system):
+    bare, tagged, theirs = pair
+    chat = turns(*said, system=system)
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert list(Chat(bare).prompt(chat, "here")) == list(Chat(tagged).prompt(chat, "here")) == expected
 
 
 def test_the_end_of_turn_is_trained_and_nothing_after_it(tmp_path):

@@ -35,6 +35,7 @@ import convert_torch_to_flax
 import llama_jax.generate
 import train_jax
 from llama_jax.arguments import Arguments, parse_arguments
+from llama_jax.data.examples import alpaca_prompt
 from llama_jax.errors import run_command
 
 INDEX = "model.safetensors.index.json"
@@ -491,6 +492,26 @@ def test_a_disk_that_takes_no_more(command: str, case: Case) -> None:
         assert (
             run(convert_torch_to_flax.main, "--to_hf", "--model_name_or_path", flax, "--output_dir", output).code == 0
         )
+
+
+def test_message_by_the_chat_template(case: Case) -> None:
+    """A template that writes Alpaca's words around the message: the answer to it as an instruction."""
+    before, after = alpaca_prompt({"instruction": "MESSAGE"}).split("MESSAGE")
+    config = json.loads((case.model / "tokenizer_config.json").read_text())
+    written = f"{{{{ bos_token + {before!r} + messages[0].content + {after!r} }}}}"
+    generating = ("--model_name_or_path", case.model, "--use_cpu", "--max_new_tokens", 12, "--temperature", 3)
+    asked = run(llama_jax.generate.main, *generating, "--instruction", "Name a fish")
+    without = run(llama_jax.generate.main, *generating, "--message", "Name a fish")
+    assert without.code == 2 and "no chat template" in error_line(without.err)
+    answers = []
+    for template in (written, "{{ bos_token }}{{ messages[0].content }}"):
+        write_json(case.model / "tokenizer_config.json", config | {"chat_template": template})
+        outcome = run(llama_jax.generate.main, *generating, "--message", "Name a fish")
+        assert outcome.code == 0, outcome.err
+        answers.append(outcome.out)
+    assert answers[0] == asked.out != answers[1]
+    both = run(llama_jax.generate.main, *generating, "--message", "Hi", "--input", "x")
+    assert both.code == 2 and "--input belongs to --instruction" in error_line(both.err)
 
 
 GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {

@@ -58,6 +58,12 @@ class Chat:
                 trained |= (at[:, 1] > start) & (at[:, 0] < end)
             yield ids, trained
 
+    def prompt(self, turns: list[dict[str, Any]], where: str) -> list[int]:
+        """Ids of the chat, up to where the assistant is to speak. Raises InputError."""
+        text, _ = self._apply(turns, where, add_generation_prompt=True)
+        ids, _ = next(iter(self._tokenizer.encode_with_offsets([text])))
+        return list(ids)
+
     def render(self, turns: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
         """The chat as text, and the characters [start, end) that the assistant has said. Raises InputError."""
         text, spans = self._apply(turns, where, return_assistant_tokens_mask=self._marked)
