@@ -1,0 +1,40 @@
+"""The scripts of benchmarks/ run on any machine."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.mark.slow
+def test_speed_beside_a_peer(tmp_path: Path) -> None:
+    """On a tiny shape: a run ends when its time is over, of whole sequences all tokens count, and of the seed's updates
+    each run sees as many examples."""
+    pytest.importorskip("torch")
+    command = [
+        sys.executable,
+        BENCHMARKS / "speed.py",
+        "--shape",
+        "tiny",
+        "--work",
+        "2x64",
+        "alpaca",
+        "--peers",
+        "trainer",
+    ]
+    command += ["--updates", 300, "--seconds", 0.5, "--flags", "--use_cpu True", "--json", tmp_path / "told.json"]
+    made = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert [(r["work"], r["run"]) for r in told] == [
+        (work, run) for work in ("2x64", "alpaca") for run in ("ours", "trainer")
+    ], made.stderr[-3000:]
+    for r in told:
+        assert 2 <= r["updates"] < 300
+        assert r["tokens_s"] == pytest.approx(r["tokens_an_update"] / r["ms"] * 1000)
+    assert [r["tokens_an_update"] for r in told[:2]] == [128, 128]
+    assert all(8 * 30 <= r["tokens_an_update"] <= 8 * 512 for r in told[2:])
