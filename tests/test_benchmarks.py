@@ -15,19 +15,10 @@ def test_speed_beside_a_peer(tmp_path: Path) -> None:
     """On a tiny shape: a run ends when its time is over, of whole sequences all tokens count, and of the seed's updates
     each run sees as many examples."""
     pytest.importorskip("torch")
-    command = [
-        sys.executable,
-        BENCHMARKS / "speed.py",
-        "--shape",
-        "tiny",
-        "--work",
-        "2x64",
-        "alpaca",
-        "--peers",
-        "trainer",
-    ]
-    command += ["--updates", 300, "--seconds", 0.5, "--flags", "--use_cpu True", "--json", tmp_path / "told.json"]
-    made = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    flags = "--shape tiny --work 2x64 alpaca --peers trainer --updates 300 --seconds 0.5".split()
+    flags += ["--flags", "--use_cpu True", "--json", str(tmp_path / "told.json")]
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), *flags]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-3000:]
     told = json.loads((tmp_path / "told.json").read_text())
     assert [(r["work"], r["run"]) for r in told] == [

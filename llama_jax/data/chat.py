@@ -61,8 +61,8 @@ class Chat:
     def prompt(self, turns: list[dict[str, Any]], where: str) -> list[int]:
         """Ids of the chat, up to where the assistant is to speak. Raises InputError."""
         text, _ = self._apply(turns, where, add_generation_prompt=True)
-        ids, _ = next(iter(self._tokenizer.encode_with_offsets([text])))
-        return list(ids)
+        ((ids, _),) = self._tokenizer.encode_with_offsets([text])
+        return ids
 
     def render(self, turns: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
         """The chat as text, and the characters [start, end) that the assistant has said. Raises InputError."""

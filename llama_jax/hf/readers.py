@@ -112,7 +112,8 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     def read(name: str, index: Index) -> np.ndarray:
         shape, dtype = header[name]["shape"], np.dtype(_DTYPES[header[name]["dtype"]])
         if index and any(s.stop - s.start < n for s, n in zip(index[1:], shape[1:], strict=True)):
-            with safe_open(path, "np") as f:  # parts of rows lie apart
+            # Parts of rows lie apart. Opened for each: what is mapped counts as this process' memory while it is.
+            with safe_open(path, "np") as f:
                 return f.get_slice(name)[index]
         # Rows lie together. Read, they come three times as fast as out of the file mapped, which the library does.
         first, shape = (index[0].start, (index[0].stop - index[0].start, *shape[1:])) if index else (0, shape)
