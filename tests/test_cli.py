@@ -510,6 +510,11 @@ def test_message_by_the_chat_template(case: Case) -> None:
         assert outcome.code == 0, outcome.err
         answers.append(outcome.out)
     assert answers[0] == asked.out != answers[1]
+    nothing = run(llama_jax.generate.main, *generating, "--message", "")  # by a template that adds the beginning alone
+    assert nothing.code == 0, nothing.err
+    write_json(case.model / "tokenizer_config.json", config | {"chat_template": "{{ messages[0].content }}"})
+    nothing = run(llama_jax.generate.main, *generating, "--message", "")
+    assert nothing.code == 2 and "--message: the chat template makes no token" in error_line(nothing.err)
     both = run(llama_jax.generate.main, *generating, "--message", "Hi", "--input", "x")
     assert both.code == 2 and "--input belongs to --instruction" in error_line(both.err)
 

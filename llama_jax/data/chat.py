@@ -62,6 +62,8 @@ class Chat:
         """Ids of the chat, up to where the assistant is to speak. Raises InputError."""
         text, _ = self._apply(turns, where, add_generation_prompt=True)
         ((ids, _),) = self._tokenizer.encode_with_offsets([text])
+        if not ids:
+            raise InputError(f"{where}: the chat template makes no token of it")
         return ids
 
     def render(self, turns: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
