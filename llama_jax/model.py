@@ -74,7 +74,7 @@ class Tokens(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project(out: P, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
-    """x @ weight.T, laid out by `out`; the devices' shares of the weight's gradient are added in `sum_dtype`."""
+    """x @ weight.T, laid out by `out`; the weight's gradient is `sharding.weight_gradient`."""
     return jnp.einsum("BTI,OI->BTO", x, weight, out_sharding=out)
 
 
@@ -82,9 +82,7 @@ def _project_bwd(out: P, operands: tuple[jax.Array, jax.Array], dy: jax.Array) -
     x, weight = operands
     like_x, like_weight = (jax.typeof(operand).sharding.spec for operand in operands)
     dx = jnp.einsum("BTO,OI->BTI", dy, weight, out_sharding=like_x)
-    kind = sharding.sum_dtype(weight.dtype)
-    dw = jnp.einsum("BTO,BTI->OI", dy, x, out_sharding=like_weight, preferred_element_type=kind)
-    return dx, dw.astype(weight.dtype)
+    return dx, sharding.weight_gradient(dy, x, like_weight)
 
 
 project.defvjp(lambda out, x, weight: (project(out, x, weight), (x, weight)), _project_bwd)

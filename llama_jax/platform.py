@@ -47,12 +47,14 @@ def _pass_over_closed_loop(problem: Any) -> None:
 
 def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:
     """For a program on these devices. On several GPUs, gathers go together up to a GiB instead of up to 30 MiB, and
-    scatters up to so many bytes of results: an update of 7B on four is 3.5% shorter."""
+    scatters up to so many bytes of results: an update of 7B on four is 3.5% shorter. What GPUs of one process exchange
+    is copied by their copy engines, beside the multiprocessors: 1.5% shorter on two."""
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return {}
     return {
         "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": scattered,
+        "xla_gpu_use_memcpy_local_p2p": True,
     }
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 from test_training import GOLDEN, golden_flags, worst
 from tiny import ALPACA, CONFIG, ROOT, environment, make_records, run, write_json, write_model, write_tokenizer
@@ -262,9 +263,11 @@ def check_types(folder: str) -> None:
     for dump in dumps:
         text = dump.read_text()
         kinds = Counter(re.findall(rf"= (\w+)\[[\d,]*\]\S* ({KINDS})\(", text))
-        # Of each matrix but the embedding the copy in bfloat16 is gathered; no sum over devices is in bfloat16.
+        # Of each matrix but the embedding the copy in bfloat16 is gathered, and shares of the gradients of a layer's
+        # are exchanged in it. No sum over devices is in bfloat16.
         assert kinds["bf16", "all-gather"] >= len(MATRICES) + 1 and kinds["f32", "all-gather"] == 1, kinds
-        assert not kinds["bf16", "all-reduce"] and kinds["f32", "all-reduce"] >= len(MATRICES) + 2, kinds
+        assert kinds["bf16", "all-to-all"] >= len(MATRICES) and not kinds["f32", "all-to-all"], kinds
+        assert kinds["f32", "all-reduce"] >= 2 and not kinds["bf16", "all-reduce"], kinds
         # Before an unrolled layer's backward pass begins, a device has its part of the sums of the layer two behind it.
         waited = [
             sorted(math.prod(map(int, shape.split(","))) for shape in re.findall(r"bf16\[([\d,]+)\]", given))
@@ -273,6 +276,29 @@ def check_types(folder: str) -> None:
         assert waited in ([], [sorted(n // 8 for n in MATRICES)] * (L - 1))
         unrolled += bool(waited)
     assert unrolled == 1
+
+
+def check_weight_gradient() -> None:
+    """Small numbers, so that each device's share is a whole one below 256, which bfloat16 has, and their sum is not."""
+    rng = np.random.default_rng(0)
+    dy, x = (rng.integers(0, 4, (8, 16, width)) for width in (32, 48))
+    exact = np.einsum("BTO,BTI->OI", dy, x)
+    assert exact.max() > 256
+    for spec in ("fsdp=8", "data=2,fsdp=4", "context=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"):
+        for weight in (sharding.COLUMN_FD, sharding.ROW_DF, P("tensor", sharding.SHARDS)):
+            placed = sharding.ACT_BTF, sharding.ACT_BTD
+            if weight == sharding.ROW_DF:
+                placed = placed[::-1]
+            with jax.set_mesh(sharding.make_mesh(spec=spec)):
+                operands = (jax.device_put(a.astype(jnp.bfloat16), of) for a, of in zip((dy, x), placed, strict=True))
+                got = jax.jit(sharding.weight_gradient, static_argnums=2)(*operands, weight)
+            assert got.sharding.spec == weight and got.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(np.asarray(got), exact.astype(jnp.bfloat16), f"{spec}, {weight}")
+
+
+def test_weight_gradient() -> None:
+    """Against the whole product: devices' shares are added in float32, and lie where the weight does."""
+    on_eight_devices("check_weight_gradient()")
 
 
 @pytest.mark.slow
