@@ -43,8 +43,9 @@ class RunOptions:
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is what the backward pass computes
     again: "none"; all but "matmuls" and attention; all but "attention"; in "full" all but each layer's input.
-    `attention` is the kernel for packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` of
-    tokens where a block is shorter: a micro-batch may lie in several blocks.
+    `exchange` is how devices add their shares of a gradient (`sharding.weight_gradient`). `attention` is the kernel for
+    packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter:
+    a micro-batch may lie in several blocks.
     """
 
     param_dtype: Any = jnp.float32
@@ -52,6 +53,7 @@ class RunOptions:
     rope_dtype: Any = None
     scan_layers: bool = False
     remat: str = "none"
+    exchange: bool = False
     attention: Kernel = XLA
     longest: int = 0
 
@@ -72,20 +74,20 @@ class Tokens(NamedTuple):
     segment_ids: Int[Array, "B T"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(out: P, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def project(out: P, exchange: bool, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
     """x @ weight.T, laid out by `out`; the weight's gradient is `sharding.weight_gradient`."""
     return jnp.einsum("BTI,OI->BTO", x, weight, out_sharding=out)
 
 
-def _project_bwd(out: P, operands: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _project_bwd(out: P, exchange: bool, operands: tuple[jax.Array, jax.Array], dy: jax.Array):
     x, weight = operands
     like_x, like_weight = (jax.typeof(operand).sharding.spec for operand in operands)
     dx = jnp.einsum("BTO,OI->BTI", dy, weight, out_sharding=like_x)
-    return dx, sharding.weight_gradient(dy, x, like_weight)
+    return dx, sharding.weight_gradient(dy, x, like_weight, exchange)
 
 
-project.defvjp(lambda out, x, weight: (project(out, x, weight), (x, weight)), _project_bwd)
+project.defvjp(lambda *args: (project(*args), args[2:]), _project_bwd)
 
 
 class Linear(nnx.Module):
@@ -100,10 +102,11 @@ class Linear(nnx.Module):
         self.bias = None if zeros is None else nnx.Param(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
+        self.exchange = run.exchange
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         weight = self.weight[...].astype(self.dtype)
-        y = project(self.out, x.astype(self.dtype), weight)
+        y = project(self.out, self.exchange, x.astype(self.dtype), weight)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -93,6 +93,7 @@ class Planner:
             compute_dtype=compute,
             rope_dtype=compute if args.hf_compat == "4.37" else None,
             scan_layers=scan_layers,
+            exchange=sharding.exchanges(mesh),
             longest=max(int(examples.lengths.max()) for examples in (job.examples, job.eval_examples) if examples),
         )
         _, params = abstract_params(job.config, self.run, mesh)

@@ -234,16 +234,24 @@ def sum_dtype(dtype: Any) -> Any:
     return np.dtype(np.float32 if sums_gradients() else dtype)
 
 
-def weight_gradient(dy_BTO: jax.Array, x_BTI: jax.Array, spec: P) -> jax.Array:
+def exchanges(mesh: Mesh) -> bool:
+    """Whether `weight_gradient` exchanges shares on this mesh: where what SHARDS divide lies within a process, whose
+    devices are no TPUs. Over a network, and along a TPU's links, an exchange sends more than a scatter."""
+    groups = mesh.devices.transpose(0, 3, 1, 2).reshape(-1, mesh.shape["fsdp"] * mesh.shape["context"])
+    local = all(len({device.process_index for device in group}) == 1 for group in groups)
+    return local and mesh.devices.flat[0].platform != "tpu"
+
+
+def weight_gradient(dy_BTO: jax.Array, x_BTI: jax.Array, spec: P, exchange: bool) -> jax.Array:
     """The gradient [O, I] of a weight that `spec` places, of y = x @ weight.T, in x's type: the devices' shares of it
     are added in `sum_dtype`, and the sum is rounded.
 
-    But off TPUs, shares in bfloat16 are rounded before they are sent, as the Trainer's ranks round theirs: devices
+    With `exchange`, shares in bfloat16 are rounded before they are sent, as the Trainer's ranks round theirs: devices
     exchange parts of them and add those, which moves half of what a scatter of float32 does, and takes none of a GPU's
     multiprocessors (`platform.compiler_options`).
     """
-    dtype, ways, device = x_BTI.dtype, axis_size(SHARDS), jax.sharding.get_abstract_mesh().abstract_device
-    if ways == 1 or dtype != jnp.bfloat16 or device.platform == "tpu":
+    dtype, ways = x_BTI.dtype, axis_size(SHARDS)
+    if ways == 1 or dtype != jnp.bfloat16 or not exchange:
         kind = sum_dtype(dtype)
         dw = jnp.einsum("BTO,BTI->OI", dy_BTO, x_BTI, out_sharding=spec, preferred_element_type=kind)
         return dw.astype(dtype)

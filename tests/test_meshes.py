@@ -256,7 +256,7 @@ def check_types(folder: str) -> None:
     """As the partitioner leaves the program: the CPU's compiler then has all sums in float32."""
     jax.config.update("jax_enable_compilation_cache", False)  # what is found there is not dumped
     for spec, scan in (("fsdp=8", False), ("data=2,fsdp=4", True)):
-        compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16)
+        compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16, exchange=True)
     dumps = list(Path(folder).glob("*jit_update*after_spmd-partitioning*"))
     assert len(dumps) == 2
     unrolled = 0
@@ -291,7 +291,7 @@ def check_weight_gradient() -> None:
                 placed = placed[::-1]
             with jax.set_mesh(sharding.make_mesh(spec=spec)):
                 operands = (jax.device_put(a.astype(jnp.bfloat16), of) for a, of in zip((dy, x), placed, strict=True))
-                got = jax.jit(sharding.weight_gradient, static_argnums=2)(*operands, weight)
+                got = jax.jit(sharding.weight_gradient, static_argnums=(2, 3))(*operands, weight, True)
             assert got.sharding.spec == weight and got.dtype == jnp.bfloat16
             np.testing.assert_array_equal(np.asarray(got), exact.astype(jnp.bfloat16), f"{spec}, {weight}")
 

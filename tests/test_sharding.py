@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 from tiny import CONFIG, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
@@ -15,6 +17,7 @@ from llama_jax.errors import InputError
 from llama_jax.hf.load import abstract_params
 from llama_jax.model import RunOptions
 from llama_jax.sharding import mesh_sizes
+from llama_jax.topology import Named
 from llama_jax.train import _layer_gradient_bytes
 
 
@@ -119,6 +122,25 @@ def test_rows_of_the_vocabulary() -> None:
         abstract = jax.sharding.AbstractMesh((1, *sizes), sharding.AXES)
         with jax.sharding.use_abstract_mesh(abstract):
             assert sharding.vocab_rows(32001) == rows
+
+
+def test_where_gradients_are_exchanged() -> None:
+    """Within a process, on what is no TPU."""
+    for platform, a_process, spec, exchanges in (
+        ("gpu", 8, "fsdp=8", True),
+        ("cpu", 8, "fsdp=4,context=2", True),
+        ("tpu", 8, "fsdp=8", False),
+        ("gpu", 4, "fsdp=8", False),
+        ("gpu", 4, "data=2,fsdp=4", True),
+        ("gpu", 4, "data=2,fsdp=2,context=2", True),
+        ("gpu", 4, "data=2,context=2,tensor=2", True),
+        ("gpu", 4, "fsdp=4,tensor=2", False),
+        ("gpu", 1, "data=8", True),
+        ("gpu", 1, "fsdp=2,tensor=4", False),
+    ):
+        devices = [Named(i, platform, "some kind", i // a_process) for i in range(8)]
+        mesh = Mesh(np.array(devices).reshape(*mesh_sizes(spec, 8).values()), sharding.AXES)
+        assert sharding.exchanges(mesh) == exchanges, (platform, a_process, spec)
 
 
 def test_a_layers_gradients() -> None:
