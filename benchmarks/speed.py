@@ -31,7 +31,11 @@ from make_model import SHAPES, raw_config
 
 PEAK = 989e12
 PROFILED = 4  # updates, after the timed ones
-KINDS = {"collectives": "nccl", "matmuls": "gemm|nvjet|cutlass|cublas|xmma", "attention": "sdpa|fmha|flash|cudnn"}
+KINDS = {  # of kernels and copies by their names; copy engines do what GPUs of one process exchange
+    "collectives": "nccl|MemcpyP2P|MemcpyD2D",
+    "matmuls": "gemm|nvjet|cutlass|cublas|xmma",
+    "attention": "sdpa|fmha|flash|cudnn",
+}
 PEERS = ("trainer", "compiled", "fsdp", "fsdp_checkpointed")
 SEED_FLAGS = (
     "--num_train_epochs 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine"
