@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import InputError, Parser, run_command
-from llama_jax.files import make_output_dir, write_json
+from llama_jax.base.errors import InputError, Parser, run_command
+from llama_jax.base.files import make_output_dir, write_json
 from llama_jax.reporting.progress import byte_bar, say
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    from llama_jax.distributed.platform import set_up_jax
     from llama_jax.hf.source import Source, numpy_dtype, refuse_other_kind
-    from llama_jax.platform import set_up_jax
 
     set_up_jax(use_cpu=True)
     dtype = numpy_dtype(args.dtype) if args.dtype else None
@@ -42,19 +42,19 @@ def main(argv: list[str]) -> int:
 
 def to_flax(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
     """Write a Flax folder; returns the names of tensors that were found to differ from the source's."""
-    from llama_jax import checkpoint, sharding
     from llama_jax.data.tokenizer import copy_tokenizer
+    from llama_jax.distributed import sharding, storage
     from llama_jax.hf.load import abstract_params
     from llama_jax.hf.source import FLAX_JSON, dtype_summary, numpy_dtype
     from llama_jax.hf.writer import hf_tensors, write_config
-    from llama_jax.model import RunOptions
+    from llama_jax.model.llama import RunOptions
 
     mesh, run = sharding.make_mesh(), RunOptions(param_dtype=dtype or np.dtype(np.float32))
     tokenizer = source.tokenizer_to_copy()
     with byte_bar("reading weights", source.bytes) as bar:
         params = source.load(run, mesh, bar.update)
     (folder / FLAX_JSON).unlink(missing_ok=True)  # written last: without it this is no Flax folder
-    checkpoint.save_params(folder, params)
+    storage.save_params(folder, params)
     del params
     summary = dtype_summary(source.dtypes)
     write_config(folder, source.folder, source.raw, source.config, numpy_dtype(summary["dtype"]))
@@ -62,20 +62,20 @@ def to_flax(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> 
     write_json(folder / FLAX_JSON, {"stored_dtype": run.param_dtype.name, **summary})
     if not verify:
         return []
-    saved = checkpoint.load_params(folder, abstract_params(source.config, run, mesh)[1])
+    saved = storage.load_params(folder, abstract_params(source.config, run, mesh)[1])
     read = ((name, source.tensors[name].read(())) for name, _ in hf_tensors(saved, source.config))
     return compare(source, read, lambda name: run.param_dtype, hf_tensors(saved, source.config))
 
 
 def to_hf(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
     """Write an HF folder, each tensor in the type it once came in; returns the names of tensors that differ on disk."""
-    from llama_jax import sharding
     from llama_jax.data.tokenizer import copy_tokenizer
+    from llama_jax.distributed import sharding
     from llama_jax.hf.names import name_table
     from llama_jax.hf.readers import open_checkpoint
     from llama_jax.hf.source import dtype_summary, numpy_dtype
     from llama_jax.hf.writer import hf_tensors, write_config, write_weights
-    from llama_jax.model import RunOptions
+    from llama_jax.model.llama import RunOptions
 
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
     params = source.load(RunOptions(param_dtype=source.stored_dtype), sharding.make_mesh())

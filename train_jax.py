@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.arguments import Arguments, parse_arguments
-from llama_jax.config import LlamaConfig
+from llama_jax.base.errors import InputError, run_command
+from llama_jax.base.files import make_output_dir
 from llama_jax.data.tokenizer import copy_tokenizer
-from llama_jax.errors import InputError, run_command
-from llama_jax.files import make_output_dir
-from llama_jax.job import Job, make_job
+from llama_jax.model.config import LlamaConfig
 from llama_jax.reporting.progress import byte_bar, say, show, silence, update_bar
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
+from llama_jax.setup.arguments import Arguments, parse_arguments
+from llama_jax.setup.job import Job, make_job
 
 STOPPED = 143  # by SIGTERM, after saving
 
@@ -30,20 +30,22 @@ def main(argv: list[str]) -> int:
     args = parse_arguments(argv)
     # JAX is imported once the flags are good: its platform may be one of them.
     if args.dry_run:
-        from llama_jax.dry_run import dry_run
+        from llama_jax.plan.dry_run import dry_run
 
         return dry_run(args)
     import jax
 
-    from llama_jax import processes, sharding
-    from llama_jax.checkpoint import Checkpoints, read_run, remove_steps
-    from llama_jax.explain import as_json, as_text, explain, show_examples, wants_colour
+    from llama_jax.distributed import processes, sharding
+    from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
     from llama_jax.hf.load import resize_vocabulary
     from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
-    from llama_jax.milestones import Milestones
-    from llama_jax.plan import Planner, choose_scan
-    from llama_jax.platform import memory_limit, peak_memory, set_up_jax
-    from llama_jax.train import complete, fit, init_state, make_loss_step
+    from llama_jax.plan.explain import as_json, as_text, explain, show_examples, wants_colour
+    from llama_jax.plan.planner import Planner, choose_scan
+    from llama_jax.run.checkpoint import Checkpoints, read_run, remove_steps
+    from llama_jax.run.events import Milestones
+    from llama_jax.training.fit import fit
+    from llama_jax.training.state import complete, init_state
+    from llama_jax.training.step import make_loss_step
 
     processes.join(args.coordinator_address, args.num_processes, args.process_id)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
@@ -210,7 +212,7 @@ def main(argv: list[str]) -> int:
 
 def _make_evaluation(job: Job, loss_step: Any, max_tokens: int, mesh: Any, quiet: bool | None):
     """What evaluates, where the flags ask for it."""
-    from llama_jax.evaluation import Evaluation
+    from llama_jax.run.evaluation import Evaluation
 
     if job.eval_examples is None or not job.order.evaluated:
         return None
@@ -255,7 +257,7 @@ def _export(
     quiet: bool | None,
 ) -> None:
     """The HF folder: weights, config, and the job's tokenizer or that of the folder."""
-    from llama_jax import processes
+    from llama_jax.distributed import processes
     from llama_jax.hf.names import name_table
     from llama_jax.hf.writer import write_config, write_weights
 
@@ -298,7 +300,7 @@ def compare_with_saved(facts: dict[str, Any], saved: dict[str, Any], name: str) 
 
 def _resume_step(args: Arguments, output_dir: Path) -> int:
     """The checkpoint to go on from, 0 for none."""
-    from llama_jax.checkpoint import find_foreign, find_steps
+    from llama_jax.run.checkpoint import find_foreign, find_steps
 
     if foreign := find_foreign(output_dir):
         raise InputError(
@@ -342,7 +344,7 @@ def _stop_on_sigterm():
 
 def _stop_together():
     """The same for several processes: all are told at the same update when one of them has got a signal."""
-    from llama_jax.processes import stop_together
+    from llama_jax.distributed.processes import stop_together
 
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
     stop = stop_together()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The kernels of llama_jax/attention.py on the device at hand, against float32 by plain XLA: values, gradients, time.
+"""The kernels of model/attention.py on the device at hand, against float32 by plain XLA: values, gradients, time.
 
     python benchmarks/attention_kernels.py [KERNEL]
 
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-from llama_jax import sharding
-from llama_jax.attention import Kernel, packed_attention
+from llama_jax.distributed import sharding
+from llama_jax.model.attention import Kernel, packed_attention
 
 # (rows, length, heads, kv heads, head dim, segments a row)
 CASES = [

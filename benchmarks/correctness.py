@@ -32,18 +32,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention_kernels
 from make_model import SHAPES, raw_config
 
-from llama_jax import sharding
-from llama_jax.arguments import parse_arguments
-from llama_jax.attention import XLA, Kernel, choose_kernel
-from llama_jax.config import LlamaConfig
+from llama_jax.base.files import write_json
 from llama_jax.data.batches import Batch
-from llama_jax.files import write_json
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import memory_limit, set_up_jax
 from llama_jax.hf.load import abstract_params
-from llama_jax.job import make_job
-from llama_jax.model import RunOptions, halve, split_bits, stack_layers
-from llama_jax.plan import Planner
-from llama_jax.platform import memory_limit, set_up_jax
-from llama_jax.train import _losses, fit, init_state, put_batch
+from llama_jax.model.attention import XLA, Kernel, choose_kernel
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions, stack_layers
+from llama_jax.plan.planner import Planner
+from llama_jax.setup.arguments import parse_arguments
+from llama_jax.setup.job import make_job
+from llama_jax.training.fit import fit, put_batch
+from llama_jax.training.halves import halve, split_bits
+from llama_jax.training.state import init_state
+from llama_jax.training.step import _losses
 
 # bf16 rounds at 2^-9: a gradient is a sum of many rounded terms behind a few layers, and its error some of those
 # against its size; what a wrong mask or a lost row does is of the order of 1.

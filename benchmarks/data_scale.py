@@ -39,9 +39,9 @@ def write_records(source: Path, path: Path, count: int) -> None:
 
 def prepared(tokenizer: Path, data: Path) -> Any:
     """The examples as a run gets them, by the cache of XDG_CACHE_HOME."""
-    from llama_jax.arguments import parse_arguments
-    from llama_jax.config import LlamaConfig
-    from llama_jax.job import make_job
+    from llama_jax.model.config import LlamaConfig
+    from llama_jax.setup.arguments import parse_arguments
+    from llama_jax.setup.job import make_job
 
     config = LlamaConfig.from_hf({"model_type": "llama", "num_hidden_layers": 1, **CONFIG}, "config.json")
     flags = {"model_name_or_path": tokenizer, "data_path": data, "model_max_length": 512, "num_train_epochs": 1}
@@ -66,7 +66,7 @@ def work(stage: str, tokenizer: Path, data: Path) -> Callable[[], Any]:
 
 
 def row(stage: str, tokenizer: str, data: str) -> None:
-    import llama_jax.job  # noqa: F401  # its imports are no part of the work
+    import llama_jax.setup.job  # noqa: F401  # its imports are no part of the work
 
     measured = work(stage, Path(tokenizer), Path(data))
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

@@ -17,14 +17,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_jax.arguments import parse_arguments
-from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import MAX_SHAPES, ROW_MULTIPLE, Batches
 from llama_jax.data.examples import Examples
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order
 from llama_jax.data.packing import allowed_shapes, ladder
-from llama_jax.job import make_job
+from llama_jax.model.config import LlamaConfig
+from llama_jax.setup.arguments import parse_arguments
+from llama_jax.setup.job import make_job
 
 CONFIG = {"vocab_size": 32000, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
 

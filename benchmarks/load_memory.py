@@ -20,9 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_model import SHAPES, raw_config
 
-from llama_jax.config import LlamaConfig
 from llama_jax.hf.names import name_table
 from llama_jax.hf.writer import plan_shards, write_index
+from llama_jax.model.config import LlamaConfig
 
 
 def write_holes(folder: Path, raw: dict) -> int:
@@ -63,10 +63,10 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from llama_jax import sharding
+    from llama_jax.distributed import sharding
+    from llama_jax.distributed.platform import set_up_jax
     from llama_jax.hf.source import Source
-    from llama_jax.model import RunOptions
-    from llama_jax.platform import set_up_jax
+    from llama_jax.model.llama import RunOptions
 
     set_up_jax(use_cpu=True)
     with tempfile.TemporaryDirectory() as folder:

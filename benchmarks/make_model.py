@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from llama_jax.config import LlamaConfig
-from llama_jax.files import write_json
+from llama_jax.base.files import write_json
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import numpy_dtype
 from llama_jax.hf.writer import plan_shards, write_index
+from llama_jax.model.config import LlamaConfig
 
 # vocab, hidden, intermediate, layers, heads, kv heads, rope theta, positions, tied
 SHAPES = {

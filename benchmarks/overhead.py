@@ -23,17 +23,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from correctness import random_params
 from make_model import SHAPES, raw_config
 
-from llama_jax import sharding
-from llama_jax.attention import Kernel, choose_kernel, packed_attention
-from llama_jax.config import LlamaConfig
 from llama_jax.data.batches import Batch
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import set_up_jax
 from llama_jax.hf.load import abstract_params
-from llama_jax.loss import weighted_cross_entropy
-from llama_jax.model import RunOptions, halve, join
-from llama_jax.optimizer import make_optimizer
-from llama_jax.platform import set_up_jax
-from llama_jax.rope import apply_rope, rope_cos_sin
-from llama_jax.train import Steps, TrainState, _losses, init_state, put_batch
+from llama_jax.model.attention import Kernel, choose_kernel, packed_attention
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions
+from llama_jax.model.rope import apply_rope, rope_cos_sin
+from llama_jax.training.fit import put_batch
+from llama_jax.training.halves import halve, join
+from llama_jax.training.loss import weighted_cross_entropy
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.state import TrainState, init_state
+from llama_jax.training.step import Steps, _losses
 
 B1, B2, EPS, RATE = 0.9, 0.999, 1e-8, np.float32(1e-5)
 BF16 = jnp.bfloat16

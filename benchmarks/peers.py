@@ -1,7 +1,7 @@
 """What stands beside us in `speed.py`: the HF Trainer, and torch's own loop over the same HF model. One process a GPU.
 
 Each makes random weights on the device in float32 and trains with AdamW and clipping, its matmuls in bf16. Both return
-`speed.measured` of their updates, on the first rank. They are imported where they run: torch is no need of ours.
+`work.measured` of their updates, on the first rank. They are imported where they run: torch is no need of ours.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 from make_model import raw_config
-from speed import lengths_of, measured
+from work import lengths_of, measured
 
 CUDA = torch.cuda.is_available()
 WAYS, LOCAL = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))

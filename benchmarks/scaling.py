@@ -23,17 +23,18 @@ import jax
 import jax.numpy as jnp
 from make_model import SHAPES, raw_config
 
-from llama_jax import sharding
-from llama_jax.attention import Kernel
-from llama_jax.config import LlamaConfig
-from llama_jax.dry_run import operations
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import set_up_jax
 from llama_jax.hf.load import abstract_params
-from llama_jax.hlo import Program
-from llama_jax.model import RunOptions
-from llama_jax.optimizer import make_optimizer
-from llama_jax.platform import set_up_jax
-from llama_jax.topology import Topology, find_topology
-from llama_jax.train import Steps, abstract_state
+from llama_jax.model.attention import Kernel
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions
+from llama_jax.plan.chips import Topology, find_topology
+from llama_jax.plan.dry_run import operations
+from llama_jax.plan.hlo import Program
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.state import abstract_state
+from llama_jax.training.step import Steps
 
 ACHIEVED = {"v4": 0.93, "v5e": 0.88, "v5p": 0.90}
 

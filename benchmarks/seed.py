@@ -67,9 +67,9 @@ def load_ours(args: argparse.Namespace) -> float:
     """Returns when libraries and device were there."""
     import jax
 
-    from llama_jax import sharding
+    from llama_jax.distributed import sharding
     from llama_jax.hf.source import Source
-    from llama_jax.model import RunOptions
+    from llama_jax.model.llama import RunOptions
 
     mesh = sharding.make_mesh()
     began = time.monotonic()
@@ -98,8 +98,8 @@ def train_peer(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
+    from llama_jax.base.files import read_json
     from llama_jax.data.examples import alpaca_prompt
-    from llama_jax.files import read_json
 
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, model_max_length=512, padding_side="right")

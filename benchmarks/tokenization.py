@@ -28,9 +28,9 @@ CONFIG = {"vocab_size": 32000, "hidden_size": 32, "intermediate_size": 32, "num_
 
 def ours(tokenizer: Path, data: Path, limit: int) -> tuple[float, list[np.ndarray]]:
     """By the cache of XDG_CACHE_HOME."""
-    from llama_jax.arguments import parse_arguments
-    from llama_jax.config import LlamaConfig
-    from llama_jax.job import make_job
+    from llama_jax.model.config import LlamaConfig
+    from llama_jax.setup.arguments import parse_arguments
+    from llama_jax.setup.job import make_job
 
     config = LlamaConfig.from_hf({"model_type": "llama", "num_hidden_layers": 1, **CONFIG}, "config.json")
     flags = {"model_name_or_path": tokenizer, "data_path": data, "model_max_length": limit}

@@ -12,7 +12,7 @@ import hypothesis
 import jax
 import pytest
 
-from llama_jax.sharding import make_mesh
+from llama_jax.distributed.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parent.parent
 

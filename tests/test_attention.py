@@ -16,9 +16,9 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
 from tiny import ROOT, environment
 
-from llama_jax import sharding
-from llama_jax.attention import Kernel, choose_kernel, kv_copies, packed_attention, splash_block
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
+from llama_jax.model.attention import Kernel, choose_kernel, kv_copies, packed_attention, splash_block
 
 H200, A100, V5E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite"
 

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from tiny import ALPACA, CONFIG, log_entries, make_records, run, write_json, write_model, write_tokenizer
 
 import train_jax
-from llama_jax import job as job_module
-from llama_jax.arguments import parse_arguments
-from llama_jax.config import LlamaConfig
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import cache_folder
 from llama_jax.data import cache as cache_module
 from llama_jax.data.cache import data_digest, load_examples, save_examples
 from llama_jax.data.examples import Examples
-from llama_jax.errors import InputError
-from llama_jax.files import cache_folder
-from llama_jax.job import Job, make_job
+from llama_jax.model.config import LlamaConfig
+from llama_jax.setup import job as job_module
+from llama_jax.setup.arguments import parse_arguments
+from llama_jax.setup.job import Job, make_job
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 alpaca = st.lists(

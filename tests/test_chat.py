@@ -23,12 +23,12 @@ from tiny import write_tokenizer
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
+from llama_jax.base.errors import InputError
 from llama_jax.data import examples
 from llama_jax.data.chat import Chat
 from llama_jax.data.examples import tokenize
 from llama_jax.data.records import OPENAI, SHAREGPT
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
-from llama_jax.errors import InputError
 from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from test_training import Job, assert_same_run, checkpoints
 from tiny import run, write_json
 
 import train_jax
-from llama_jax.checkpoint import digests
+from llama_jax.run.checkpoint import digests
 
 TYPES = (np.float32, jnp.bfloat16, np.int16, np.int32)
 

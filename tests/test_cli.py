@@ -32,11 +32,11 @@ from tiny import (
 )
 
 import convert_torch_to_flax
-import llama_jax.generate
+import llama_jax.command.generate
 import train_jax
-from llama_jax.arguments import Arguments, parse_arguments
+from llama_jax.base.errors import run_command
 from llama_jax.data.examples import alpaca_prompt
-from llama_jax.errors import run_command
+from llama_jax.setup.arguments import Arguments, parse_arguments
 
 INDEX = "model.safetensors.index.json"
 KEY = "model.layers.1.mlp.down_proj.weight"
@@ -374,8 +374,8 @@ def test_truncated_pickle_and_bin_on_request(case: Case) -> None:
     assert outcome.code == 0, outcome.err
     case.flags["output_dir"] = case.output = case.folder / "out2"
     generating = ("--model_name_or_path", case.model, "--instruction", "Hi", "--use_cpu", "--max_new_tokens", 1)
-    assert "--allow_pickle" in error_line(run(llama_jax.generate.main, *generating).err)
-    assert run(llama_jax.generate.main, *generating, "--allow_pickle").code == 0
+    assert "--allow_pickle" in error_line(run(llama_jax.command.generate.main, *generating).err)
+    assert run(llama_jax.command.generate.main, *generating, "--allow_pickle").code == 0
     truncate(path, 0.9)
     check_refused(case, ["pytorch_model.bin"])
 
@@ -500,22 +500,24 @@ def test_message_by_the_chat_template(case: Case) -> None:
     config = json.loads((case.model / "tokenizer_config.json").read_text())
     written = f"{{{{ bos_token + {before!r} + messages[0].content + {after!r} }}}}"
     generating = ("--model_name_or_path", case.model, "--use_cpu", "--max_new_tokens", 12, "--temperature", 3)
-    asked = run(llama_jax.generate.main, *generating, "--instruction", "Name a fish")
-    without = run(llama_jax.generate.main, *generating, "--message", "Name a fish")
+    asked = run(llama_jax.command.generate.main, *generating, "--instruction", "Name a fish")
+    without = run(llama_jax.command.generate.main, *generating, "--message", "Name a fish")
     assert without.code == 2 and "no chat template" in error_line(without.err)
     answers = []
     for template in (written, "{{ bos_token }}{{ messages[0].content }}"):
         write_json(case.model / "tokenizer_config.json", config | {"chat_template": template})
-        outcome = run(llama_jax.generate.main, *generating, "--message", "Name a fish")
+        outcome = run(llama_jax.command.generate.main, *generating, "--message", "Name a fish")
         assert outcome.code == 0, outcome.err
         answers.append(outcome.out)
     assert answers[0] == asked.out != answers[1]
-    nothing = run(llama_jax.generate.main, *generating, "--message", "")  # by a template that adds the beginning alone
+    nothing = run(
+        llama_jax.command.generate.main, *generating, "--message", ""
+    )  # by a template that adds the beginning alone
     assert nothing.code == 0, nothing.err
     write_json(case.model / "tokenizer_config.json", config | {"chat_template": "{{ messages[0].content }}"})
-    nothing = run(llama_jax.generate.main, *generating, "--message", "")
+    nothing = run(llama_jax.command.generate.main, *generating, "--message", "")
     assert nothing.code == 2 and "--message: the chat template makes no token" in error_line(nothing.err)
-    both = run(llama_jax.generate.main, *generating, "--message", "Hi", "--input", "x")
+    both = run(llama_jax.command.generate.main, *generating, "--message", "Hi", "--input", "x")
     assert both.code == 2 and "--input belongs to --instruction" in error_line(both.err)
 
 
@@ -549,7 +551,7 @@ GENERATE_BAD: dict[str, tuple[Callable[[Case], list[str]], list[str]]] = {
 
 @pytest.mark.parametrize(("make", "named"), GENERATE_BAD.values(), ids=GENERATE_BAD.keys())
 def test_generate_refuses(make: Callable[[Case], list[str]], named: list[str], case: Case) -> None:
-    outcome = run(llama_jax.generate.main, *make(case), "--instruction", "Hi", "--use_cpu")
+    outcome = run(llama_jax.command.generate.main, *make(case), "--instruction", "Hi", "--use_cpu")
     assert outcome.code == 2, outcome.err
     line = error_line(outcome.err)
     assert all(part in line for part in named), line
@@ -561,7 +563,7 @@ def test_help() -> None:
     for main, flags in (
         (train_jax.main, [f"--{name}" for name in Arguments.__dataclass_fields__]),
         (convert_torch_to_flax.main, ["--to_hf", "--verify"]),
-        (llama_jax.generate.main, ["--instruction", "--temperature"]),
+        (llama_jax.command.generate.main, ["--instruction", "--temperature"]),
     ):
         outcome = run(main, "--help")
         assert outcome.code == 0 and not outcome.err
@@ -705,9 +707,9 @@ def parse_generate(argv: list[str]) -> None:
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(llama_jax.generate, "Source", opened)
-        patch.setattr(llama_jax.generate, "set_up_jax", lambda *args: None)
-        llama_jax.generate.main(argv)
+        patch.setattr(llama_jax.command.generate, "Source", opened)
+        patch.setattr(llama_jax.command.generate, "set_up_jax", lambda *args: None)
+        llama_jax.command.generate.main(argv)
 
 
 def check_command(words: list[str]) -> bool:

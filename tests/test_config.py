@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig as HFLlamaConfig
 
-from llama_jax.config import LlamaConfig, RopeConfig
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
+from llama_jax.model.config import LlamaConfig, RopeConfig
 
 # What transformers 4 wrote into every file of its time.
 _COMMON = {

@@ -34,14 +34,14 @@ from tiny import (
 from tqdm import tqdm
 
 import convert_torch_to_flax
-import llama_jax.generate
+import llama_jax.command.generate
 import train_jax
-from llama_jax import sharding
+from llama_jax.command.generate import generate
 from llama_jax.data.examples import alpaca_prompt
-from llama_jax.generate import generate
+from llama_jax.distributed import sharding
 from llama_jax.hf import writer
 from llama_jax.hf.source import Source, compare_digests
-from llama_jax.model import RunOptions
+from llama_jax.model.llama import RunOptions
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -232,9 +232,9 @@ def test_verify_notices_a_damaged_file(bit: int, tmp_path: Path, monkeypatch: py
 
 def test_verify_notices_damaged_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One number of the Flax folder is another when it is read back."""
-    from llama_jax import checkpoint
+    from llama_jax.distributed import storage
 
-    original = checkpoint.load_params
+    original = storage.load_params
 
     def damaged(folder: Path, abstract: Any) -> Any:
         params = original(folder, abstract)
@@ -244,7 +244,7 @@ def test_verify_notices_damaged_parameters(tmp_path: Path, monkeypatch: pytest.M
         layer["weight"] = jax.device_put(weight, layer["weight"].sharding)
         return params
 
-    monkeypatch.setattr(checkpoint, "load_params", damaged)
+    monkeypatch.setattr(storage, "load_params", damaged)
     outcome = convert(write_model(tmp_path / "hf"), tmp_path / "flax", "--verify")
     assert outcome.code == 1 and "model.layers.1.mlp.down_proj.weight" in outcome.err
     assert "verified" not in outcome.err
@@ -370,7 +370,7 @@ def test_an_answer_on_the_command_line(tmp_path: Path) -> None:
     expected = tokenizer.decode(answer, skip_special_tokens=True).strip()
     flags = ("--instruction", ALPACA[1]["instruction"], "--input", ALPACA[1]["input"], "--max_new_tokens", 12)
     for folder in (source, flax):
-        outcome = run(llama_jax.generate.main, "--model_name_or_path", folder, *flags, "--use_cpu")
+        outcome = run(llama_jax.command.generate.main, "--model_name_or_path", folder, *flags, "--use_cpu")
         assert outcome.code == 0, outcome.err
         assert outcome.out == expected + "\n"
 
@@ -380,7 +380,7 @@ def test_a_trained_model_tells_its_story(shared: Path) -> None:
     folder = shared / "data" / "stories260K"
     source, options = Source(folder), RunOptions()
     mesh = sharding.make_mesh(jax.devices()[:1])
-    tokenizer = llama_jax.generate.open_tokenizer(source.tokenizer_folder)
+    tokenizer = llama_jax.command.generate.open_tokenizer(source.tokenizer_folder)
     prompts = [[1], *tokenizer.encode_batch(["Once upon a time, there was a little", "Tom and Lily"])]
     hf = [hf_greedy(folder, prompt, 60, [2]) for prompt in prompts]
     new = generate(source.load(options, mesh), source.config, options, mesh, prompts, 60, [2])

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tiny import CONFIG, make_records, run, write_json, write_model, write_tokenizer
 
 import train_jax
-from llama_jax.arguments import parse_arguments
-from llama_jax.config import LlamaConfig
+from llama_jax.base.errors import InputError
 from llama_jax.data.doctor import as_lines
-from llama_jax.errors import InputError
-from llama_jax.explain import examine, show_examples, wants_colour
-from llama_jax.job import Job, make_job
+from llama_jax.model.config import LlamaConfig
+from llama_jax.plan.explain import examine, show_examples, wants_colour
+from llama_jax.setup.arguments import parse_arguments
+from llama_jax.setup.job import Job, make_job
 
 BOS, EOS, SMILE = 256, 257, 259
 Record = dict[str, str]

@@ -13,12 +13,12 @@ import pytest
 from tiny import CONFIG, ROOT, Outcome, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
-from llama_jax.arguments import parse_arguments
-from llama_jax.dry_run import make_planner
 from llama_jax.hf.source import Source
-from llama_jax.hlo import Program
-from llama_jax.plan import Option
-from llama_jax.topology import find_topology
+from llama_jax.plan.chips import find_topology
+from llama_jax.plan.dry_run import make_planner
+from llama_jax.plan.hlo import Program
+from llama_jax.plan.planner import Option
+from llama_jax.setup.arguments import parse_arguments
 
 FLAGS = ["--bf16", "True", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "8"]
 MODELS = {  # of configs/, by the beginnings of their names

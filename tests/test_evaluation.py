@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from llama_jax.checkpoint import kept_steps
 from llama_jax.data.batches import Batches
 from llama_jax.data.examples import IGNORE_INDEX, Examples
 from llama_jax.data.normalisation import evaluation_loss, evaluation_shares, training_loss
 from llama_jax.data.order import Order
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
+from llama_jax.setup.job import kept_steps
 
 examples_drawn = st.lists(
     st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), min_size=1, max_size=14

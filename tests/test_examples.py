@@ -16,11 +16,11 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_jax.base.errors import InputError
 from llama_jax.data import examples as examples_module
 from llama_jax.data.examples import Examples, alpaca_prompt, check_examples, from_tokenized, tokenize, tokenize_alpaca
 from llama_jax.data.records import ALPACA, CHAT, FORMS, TEXT, TOKENIZED
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
-from llama_jax.errors import InputError
 
 BEFORE_LONG = """\
 Below is an instruction that describes a task, paired with an input that provides further context. \

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from tiny import ROOT, run
 
 import train_jax
-from llama_jax.arguments import Arguments, flag_parser, parse_arguments
-from llama_jax.errors import InputError
-from llama_jax.flags import ALIAS, BOTH, FLAGS, IMPLEMENTED, NEW, NO_MEANING, OLD, OPTIMIZERS, REFUSED
-from llama_jax.flags_page import flags_page
+from llama_jax.base.errors import InputError
+from llama_jax.command.flags_page import flags_page
+from llama_jax.setup.arguments import Arguments, flag_parser, parse_arguments
+from llama_jax.setup.flags import ALIAS, BOTH, FLAGS, IMPLEMENTED, NEW, NO_MEANING, OLD, OPTIMIZERS, REFUSED
 
 NEEDED = ["--model_name_or_path", "m", "--data_path", "d.json"]
 EVAL = ["--eval_data_path", "e.json"]
@@ -69,7 +69,7 @@ def shown(value: Any) -> str:
 
 
 def test_page_is_the_generated_one() -> None:
-    """Else: python -m llama_jax.flags_page > docs/flags.md"""
+    """Else: python -m llama_jax.command.flags_page > docs/flags.md"""
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags_page()
 
 

@@ -1,4 +1,4 @@
-"""A room stands above all that it imports: no arrow runs up, and beside only where it is allowed below."""
+"""Folders are floors: a folder imports only from folders on lower floors, and no files form a circle."""
 
 import ast
 from pathlib import Path
@@ -7,52 +7,23 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+# The table of the design: folder -> floor.
 FLOORS = {
-    "train_jax": 6,
-    "convert_torch_to_flax": 5,
-    "llama_jax.generate": 5,
-    "llama_jax.milestones": 5,
-    "llama_jax.evaluation": 5,
-    "llama_jax.explain": 5,
-    "llama_jax.plan": 5,
-    "llama_jax.dry_run": 5,
-    "llama_jax.train": 4,
-    "llama_jax.hf": 4,
-    "llama_jax.model": 3,
-    "llama_jax.job": 2,
-    "llama_jax.flags_page": 2,
-    "llama_jax.attention": 2,
-    "llama_jax.rope": 2,
-    "llama_jax.loss": 2,
-    "llama_jax.optimizer": 2,
-    "llama_jax.checkpoint": 2,
-    "llama_jax.data": 1,
-    "llama_jax.reporting": 1,
-    "llama_jax.config": 1,
-    "llama_jax.arguments": 1,
-    "llama_jax.sharding": 1,
-    "llama_jax.processes": 1,
-    "llama_jax.schedule": 1,
-    "llama_jax.topology": 1,
-    "llama_jax.hlo": 1,
-    "llama_jax.platform": 1,
-    "llama_jax.files": 0,
-    "llama_jax.flags": 0,
-    "llama_jax.errors": 0,
+    "command": 7,
+    "run": 6,
+    "plan": 5,
+    "setup": 4,
+    "training": 3,
+    "hf": 3,
+    "model": 2,
+    "reporting": 2,
+    "data": 1,
+    "distributed": 1,
+    "base": 0,
 }
-# Rooms of one floor that may look at each other, in this direction only: the log reads what a batch counts, a dry run
-# tells what a plan needs, evaluations are among what is due, and reading a file or a flag fails as the user's mistake.
-BESIDE = {
-    ("llama_jax.reporting", "llama_jax.data"),
-    ("llama_jax.dry_run", "llama_jax.plan"),
-    ("llama_jax.milestones", "llama_jax.evaluation"),
-    ("llama_jax.files", "llama_jax.errors"),
-    ("llama_jax.flags", "llama_jax.errors"),
-}
-# Inside the data room the arrows run one way.
-DATA = "records tokenizer chat examples cache doctor order normalisation packing batches".split()
-
-FILES = sorted([*ROOT.glob("*.py"), *(ROOT / "llama_jax").rglob("*.py")])
+TOP = 8  # train_jax.py, convert_torch_to_flax.py, and the files of llama_jax/ itself
+HOUSE = sorted([*ROOT.glob("*.py"), *(ROOT / "llama_jax").rglob("*.py")])
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 def module_name(path: Path) -> str:
@@ -60,67 +31,49 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room(module: str) -> str | None:
-    fitting = [r for r in FLOORS if module == r or module.startswith(r + ".")]
-    return max(fitting, key=len, default=None)
+MODULES = {module_name(path): path for path in HOUSE} | {path.stem: path for path in BENCHMARKS}
+
+
+def floor(module: str) -> int:
+    parts = module.split(".")
+    is_folder = len(parts) > 1 and (ROOT / "llama_jax" / parts[1]).is_dir()
+    return FLOORS[parts[1]] if is_folder else TOP
 
 
 def imports(path: Path) -> set[str]:
+    """Return the modules of this project that a file imports, wherever in the file the import stands."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("llama_jax", "train_jax", "convert_torch_to_flax")}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return found & MODULES.keys()
 
 
-def test_every_file_has_a_floor():
-    for path in FILES:
-        name = module_name(path)
-        assert name == "llama_jax" or room(name), f"{path} stands on no floor"
-    for name in FLOORS:
-        assert any(room(module_name(p)) == name for p in FILES), f"{name} is on a floor but not in the house"
+def test_folders_are_those_of_the_table():
+    folders = {p.name for p in (ROOT / "llama_jax").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == FLOORS.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
+@pytest.mark.parametrize("path", HOUSE, ids=module_name)
 def test_no_arrow_runs_up(path: Path):
-    here = room(module_name(path))
-    if here is None:
-        return
-    for name in imports(path):
-        there = room(name)
-        if there is None or there == here:
-            continue
-        below = FLOORS[there] < FLOORS[here]
-        assert below or (here, there) in BESIDE, f"{module_name(path)} (floor {FLOORS[here]}) imports {name}"
+    here = module_name(path)
+    for there in imports(path):
+        same_folder = here.split(".")[:2] == there.split(".")[:2]
+        assert same_folder or floor(there) < floor(here), f"{here} (floor {floor(here)}) imports {there}"
 
 
-def test_data_runs_one_way():
-    for i, name in enumerate(DATA):
-        used = {
-            n.split(".")[2]
-            for n in imports(ROOT / "llama_jax" / "data" / f"{name}.py")
-            if n.startswith("llama_jax.data.")
-        }
-        assert used <= set(DATA[:i]), f"data/{name}.py imports {used - set(DATA[:i])}"
-
-
-def test_no_circle_inside_a_room():
-    graph = {module_name(p): imports(p) for p in FILES}
-    names = set(graph)
-    edges = {
-        m: {max((x for x in names if n == x or n.startswith(x + ".")), key=len, default=m) for n in ns} - {m}
-        for m, ns in graph.items()
-    }
+def test_no_circle():
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
         assert module not in path, " -> ".join((*path, module))
         if module not in done:
-            for other in edges[module]:
+            for other in imports(MODULES[module]) - {module}:
                 visit(other, (*path, module))
             done.add(module)
 
-    for module in names:
+    for module in MODULES:
         visit(module, ())

@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 import convert_torch_to_flax
 import train_jax
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
 from llama_jax.hf.gguf_file import read_gguf
 from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from llama_jax.hlo import Program, _axes
+from llama_jax.plan.hlo import Program, _axes
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tiny import make_records, run, slow_unless, write_json, write_model
 
-import llama_jax.train
+import llama_jax.training.fit
 import train_jax
 
 COMPATS = ("4.37", "5")
@@ -92,7 +92,7 @@ def train_ours(argv: list[str], out: Path) -> Ours:
     """`train_jax.py`, its metrics as they come from the devices and the rates as they are asked for."""
     metrics: list[Any] = []
     rates: dict[int, float] = {}
-    fit = llama_jax.train.fit
+    fit = llama_jax.training.fit.fit
 
     def watched(*args: Any, learning_rate: Callable, on_update: Callable, **others: Any) -> Any:
         def rate(k: int) -> float:
@@ -106,7 +106,7 @@ def train_ours(argv: list[str], out: Path) -> Ours:
         return fit(*args, learning_rate=rate, on_update=noted, **others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_jax.train, "fit", watched)
+        patch.setattr(llama_jax.training.fit, "fit", watched)
         outcome = run(train_jax.main, *argv)
     assert outcome.code == 0, outcome.err
     assert [m.step for m in metrics] == list(range(1, len(metrics) + 1))

@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from llama_jax import sharding
-from llama_jax.config import LlamaConfig
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
 from llama_jax.hf.load import READERS, _ahead, check_tensors, load_params, resize_vocabulary
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import open_checkpoint
-from llama_jax.model import RunOptions
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions
 
 Arrays = dict[str, np.ndarray]
 

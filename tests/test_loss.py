@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llama_jax.loss
-from llama_jax import sharding
-from llama_jax.loss import weighted_cross_entropy
+import llama_jax.training.loss
+from llama_jax.distributed import sharding
+from llama_jax.training.loss import weighted_cross_entropy
 
 torch = pytest.importorskip("torch")
 

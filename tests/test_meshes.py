@@ -25,17 +25,22 @@ from test_training import GOLDEN, golden_flags, worst
 from tiny import ALPACA, CONFIG, ROOT, environment, make_records, run, write_json, write_model, write_tokenizer
 
 import convert_torch_to_flax
-import llama_jax.job
+import llama_jax.setup.job
 import train_jax
-from llama_jax import generate, sharding
-from llama_jax.checkpoint import digests, tree_bytes
-from llama_jax.config import LlamaConfig
+from llama_jax.command import generate
 from llama_jax.data.batches import Batch, Batches
+from llama_jax.distributed import sharding
+from llama_jax.distributed.storage import tree_bytes
 from llama_jax.hf.load import abstract_params
-from llama_jax.model import RunOptions
-from llama_jax.optimizer import make_optimizer
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions
+from llama_jax.model.matmul import weight_gradient
 from llama_jax.reporting.run_log import RunLog
-from llama_jax.train import Steps, TrainState, abstract_batch, abstract_state, put_batch
+from llama_jax.run.checkpoint import digests
+from llama_jax.training.fit import put_batch
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.state import TrainState, abstract_state
+from llama_jax.training.step import Steps, abstract_batch
 
 ONE = "fsdp=1"
 EIGHT = "--xla_force_host_platform_device_count=8"
@@ -70,7 +75,7 @@ def laid_out(spec: str) -> Iterator[list[tuple[float, float]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda spec: mesh)
         patch.setattr(sharding, "batch_ways", lambda mesh: 1)
-        patch.setattr(llama_jax.job, "Batches", divided)
+        patch.setattr(llama_jax.setup.job, "Batches", divided)
         patch.setattr(RunLog, "on_update", lambda self, m: (seen.append((m.loss, m.grad_norm)), original(self, m))[1])
         yield seen
 
@@ -298,7 +303,7 @@ def check_weight_gradient() -> None:
                 placed = placed[::-1]
             with jax.set_mesh(sharding.make_mesh(spec=spec)):
                 operands = (jax.device_put(a.astype(jnp.bfloat16), of) for a, of in zip((dy, x), placed, strict=True))
-                got = jax.jit(sharding.weight_gradient, static_argnums=(2, 3))(*operands, weight, True)
+                got = jax.jit(weight_gradient, static_argnums=(2, 3))(*operands, weight, True)
             assert got.sharding.spec == weight and got.dtype == jnp.bfloat16
             np.testing.assert_array_equal(np.asarray(got), exact.astype(jnp.bfloat16), f"{spec}, {weight}")
 

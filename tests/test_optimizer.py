@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from tiny import CONFIG, ROOT
 
-from llama_jax import sharding
-from llama_jax.config import LlamaConfig
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
 from llama_jax.hf.names import name_table
-from llama_jax.optimizer import OPTIMIZERS, clip_by_global_norm, decay_mask, make_optimizer
+from llama_jax.model.config import LlamaConfig
+from llama_jax.training.optimizer import OPTIMIZERS, clip_by_global_norm, decay_mask, make_optimizer
 
 EPS32 = 2.0**-24  # the unit roundoff of float32
 BF16 = 2.0**-8  # and of bfloat16

@@ -22,9 +22,9 @@ import reference
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from llama_jax.base.errors import InputError
 from llama_jax.data import order as order_module
 from llama_jax.data.order import Order, epoch_seed, group_by_length, randperm
-from llama_jax.errors import InputError
 
 torch = pytest.importorskip("torch")
 accelerate = pytest.importorskip("accelerate")

@@ -33,13 +33,14 @@ from jax.sharding import Mesh
 from numpy_llama import llama_logits
 from tiny import slow_unless
 
-from llama_jax import rope, sharding
-from llama_jax.config import ACTIVATIONS, LlamaConfig
+from llama_jax.distributed import sharding
 from llama_jax.hf.load import abstract_params, check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import open_checkpoint
-from llama_jax.loss import weighted_cross_entropy
-from llama_jax.model import RunOptions, Tokens, make_cache
+from llama_jax.model import rope
+from llama_jax.model.config import ACTIVATIONS, LlamaConfig
+from llama_jax.model.llama import RunOptions, Tokens, make_cache
+from llama_jax.training.loss import weighted_cross_entropy
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ import tiny
 
 import convert_torch_to_flax
 import train_jax
-from llama_jax import generate
+from llama_jax.command import generate
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 MAINS = {

@@ -18,11 +18,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json
 from llama_jax.data import records as records_module
 from llama_jax.data.examples import check_examples, from_tokenized
 from llama_jax.data.records import read_records
-from llama_jax.errors import InputError
-from llama_jax.files import read_json
 
 TEXT: dict[str, Any] = {"instruction": "Add them.", "input": "1\n2", "output": "3"}
 TOKENS: dict[str, Any] = {"input_ids": [1, 5, 2], "labels": [-100, 5, 2]}

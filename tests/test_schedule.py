@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
 
-from llama_jax.errors import InputError
-from llama_jax.schedule import make_schedule
+from llama_jax.base.errors import InputError
+from llama_jax.training.schedule import make_schedule
 
 EPS64 = 2.0**-52
 ALWAYS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")

@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 from tiny import CONFIG, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
-from llama_jax import sharding
-from llama_jax.config import LlamaConfig
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
+from llama_jax.distributed.sharding import mesh_sizes
 from llama_jax.hf.load import abstract_params
-from llama_jax.model import RunOptions
-from llama_jax.sharding import mesh_sizes
-from llama_jax.topology import Named
-from llama_jax.train import _layer_gradient_bytes
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions
+from llama_jax.plan.chips import Named
+from llama_jax.training.step import _layer_gradient_bytes
 
 
 def test_every_layout_by_its_name() -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from llama_jax.base.errors import InputError
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.tokenizer import (
     FastTokenizer,
@@ -29,7 +30,6 @@ from llama_jax.data.tokenizer import (
     copy_tokenizer,
     open_tokenizer,
 )
-from llama_jax.errors import InputError
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

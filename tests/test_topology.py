@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax import sharding, topology
-from llama_jax.attention import Kernel, packed_attention
-from llama_jax.errors import InputError
-from llama_jax.topology import CHIPS, all_topologies, find_topology
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
+from llama_jax.model.attention import Kernel, packed_attention
+from llama_jax.plan import chips as topology
+from llama_jax.plan.chips import CHIPS, all_topologies, find_topology
 
 
 @pytest.mark.parametrize(

@@ -41,16 +41,17 @@ from tiny import (
     write_tokenizer,
 )
 
-import llama_jax.evaluation
-import llama_jax.job
-import llama_jax.train
+import llama_jax.run.evaluation
+import llama_jax.setup.job
+import llama_jax.training.fit
 import train_jax
-from llama_jax import sharding
-from llama_jax.checkpoint import read_run
+from llama_jax.distributed import sharding
 from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
-from llama_jax.model import RunOptions, halve, join
+from llama_jax.model.llama import RunOptions
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
+from llama_jax.run.checkpoint import read_run
+from llama_jax.training.halves import halve, join
 
 GOLDEN = ["4.37-mha-accum8", "4.37-gqa-wd", "5.x-mha-accum8", "5.x-gqa-wd", "5.x-bf16"]
 EVALUATION = ("--eval_strategy", "--eval_steps", "--per_device_eval_batch_size")
@@ -709,7 +710,7 @@ def test_sigterm_while_it_evaluates(
     """The evaluation is not waited for: the state is saved, and the resumed run makes it, whole."""
     job = Job(tmp_path, **VARIANTS[name], per_device_eval_batch_size=1)
     asked: list[int] = []
-    original = llama_jax.evaluation.token_losses
+    original = llama_jax.run.evaluation.token_losses
 
     def token_losses(*args: Any) -> list[jax.Array]:
         asked.append(len(asked))
@@ -717,8 +718,8 @@ def test_sigterm_while_it_evaluates(
             signal.raise_signal(signal.SIGTERM)
         return original(*args)
 
-    monkeypatch.setattr(llama_jax.evaluation, "token_losses", token_losses)
-    monkeypatch.setattr(llama_jax.evaluation, "FILL", 1e-9)  # a batch at a time
+    monkeypatch.setattr(llama_jax.run.evaluation, "token_losses", token_losses)
+    monkeypatch.setattr(llama_jax.run.evaluation, "FILL", 1e-9)  # a batch at a time
     stop_at: int | None = None
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -740,14 +741,14 @@ def test_sigterm_while_it_evaluates(
 def test_sigterm_before_the_first_update_is_done(tmp_path: Path) -> None:
     """The first update is finished and saved."""
     job = Job(tmp_path)
-    original = llama_jax.train.fit
+    original = llama_jax.training.fit.fit
 
     def fit(*args: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return original(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_jax.train, "fit", fit)
+        patch.setattr(llama_jax.training.fit, "fit", fit)
         out = job.train("out", code=143)
     assert checkpoints(out) == ["checkpoint-1"]
     job.train("out", resume_from_checkpoint=True)

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from tiny import CONFIG, Arrays, hf_shapes, make_arrays, write_model
 
-from llama_jax.config import LlamaConfig
+from llama_jax.distributed.sharding import make_mesh
 from llama_jax.hf import writer
 from llama_jax.hf.source import Source
 from llama_jax.hf.writer import write_config, write_weights
-from llama_jax.model import RunOptions
-from llama_jax.sharding import make_mesh
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions
 
 SMALL = {**CONFIG, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIG_SMALL = LlamaConfig.from_hf(SMALL)

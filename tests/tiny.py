@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llama_jax.errors import run_command
+from llama_jax.base.errors import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = tempfile.TemporaryDirectory(prefix="llama_jax-tests-")  # tokenised data, for as long as the tests run

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.base.errors import InputError
 from llama_jax.data.examples import Examples
 from llama_jax.data.tokenizer import FILES
-from llama_jax.errors import InputError
 
 LIBRARIES = ("jinja2", "sentencepiece", "tokenizers", "transformers")  # whose versions may decide ids
 ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it

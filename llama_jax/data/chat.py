@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json_object
 from llama_jax.data.records import Record, messages
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.errors import InputError
-from llama_jax.files import read_json_object
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MEND = "mark the assistant's text in the template by {% generation %} and {% endgeneration %}"

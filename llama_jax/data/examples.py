@@ -8,10 +8,10 @@ from itertools import islice
 
 import numpy as np
 
+from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Chat
 from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Record
 from llama_jax.data.tokenizer import Tokenizer
-from llama_jax.errors import InputError
 
 IGNORE_INDEX = -100
 CHUNK = 2000  # records at a time: enough for every core, small enough for the progress bar and for temporaries

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
 
 DRAWS = 1 << 16  # of a permutation, that are Python's numbers at a time
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-from llama_jax.errors import InputError
-from llama_jax.files import parse_json, read_json, read_json_object
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import parse_json, read_json, read_json_object
 
 Record = dict[str, Any]
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.errors import InputError
-from llama_jax.files import read_json_object, write_json, write_text
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json_object, write_json, write_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # The files of a tokenizer in an HF folder.

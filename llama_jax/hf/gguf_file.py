@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
 from llama_jax.hf.tensor import Index, Tensor
 
 _TOP = {

@@ -10,8 +10,8 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import write_tokenizer_json
-from llama_jax.errors import InputError
 from llama_jax.hf.gguf_file import TOKEN_IDS, open_gguf
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from llama_jax import sharding
-from llama_jax.config import LlamaConfig
-from llama_jax.errors import InputError
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
 from llama_jax.hf.names import IGNORED, name_table
 from llama_jax.hf.tensor import Index, Tensor
-from llama_jax.model import Llama, RunOptions
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import Llama, RunOptions
 
 Params = dict[str, Any]
 

@@ -2,7 +2,7 @@
 
 import re
 
-from llama_jax.config import LlamaConfig
+from llama_jax.model.config import LlamaConfig
 
 Path = tuple[str | int, ...]
 

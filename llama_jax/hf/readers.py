@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from llama_jax.errors import InputError
-from llama_jax.files import read_json
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json
 from llama_jax.hf.tensor import Index, Tensor
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

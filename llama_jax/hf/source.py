@@ -12,14 +12,14 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax import checkpoint
-from llama_jax.config import LlamaConfig
-from llama_jax.errors import InputError
-from llama_jax.files import read_json_object
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json_object
+from llama_jax.distributed import storage
 from llama_jax.hf.load import Params, abstract_params, check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, open_checkpoint
-from llama_jax.model import RunOptions, stack_layers
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions, stack_layers
 from llama_jax.reporting.progress import say
 
 FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
@@ -103,13 +103,13 @@ class Source:
             return load_params(self.tensors, self.config, run, mesh, progress)
         self._check_shapes()
         _, abstract = abstract_params(self.config, RunOptions(param_dtype=run.param_dtype), mesh)
-        params = checkpoint.load_params(self.folder, abstract)
+        params = storage.load_params(self.folder, abstract)
         with jax.set_mesh(mesh):
             return stack_layers(params) if run.scan_layers else params
 
     def _check_shapes(self) -> None:
         """Only the vocabulary's rows may be more in a Flax folder than config.json says. Raises InputError."""
-        saved = checkpoint.saved_shapes(self.folder)
+        saved = storage.saved_shapes(self.folder)
         for name, (path, shape) in name_table(self.config).items():
             found: Any = saved
             for key in path:

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from llama_jax import sharding
-from llama_jax.config import LlamaConfig
-from llama_jax.files import write_json
+from llama_jax.base.files import write_json
+from llama_jax.distributed import sharding
+from llama_jax.distributed.processes import exchange, is_first
 from llama_jax.hf.names import name_table
-from llama_jax.processes import exchange, is_first
+from llama_jax.model.config import LlamaConfig
 
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from llama_jax.files import write_json
+from llama_jax.base.files import write_json
 from llama_jax.reporting.progress import say
 
 

@@ -1,0 +1,53 @@
+"""The work that `speed.py` and its peers are timed at, and the figures of a run."""
+
+import argparse
+
+import numpy as np
+
+from llama_jax.model.config import LlamaConfig
+from llama_jax.plan.dry_run import operations
+
+PEAK = 989e12
+PROFILED = 4  # updates, after the timed ones
+
+
+def lengths_of(args: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int, int]:
+    """Tokens of every example, and of each rank: examples a micro-batch, micro-batches an update."""
+    if not args.work.startswith("alpaca"):
+        rows, length = map(int, args.work.split("x"))
+        return np.full(rows * ranks * (args.updates + PROFILED + 10), length), rows, 1
+    micro_batches = int(args.work.removeprefix("alpaca").removeprefix("-") or 8) // ranks
+    if args.data_path:
+        from fill import alpaca
+
+        return alpaca(args.tokenizer, args.data_path, 512).lengths, 1, micro_batches
+    drawn = np.random.default_rng(0).lognormal(4.72, 0.5, 52002)  # mean 127 tokens
+    return np.clip(drawn, 30, 512).astype(int), 1, micro_batches
+
+
+def count_flops(raw: dict, lengths: np.ndarray) -> float:
+    """Of forward and backward over examples of these lengths."""
+    config = LlamaConfig.from_hf(raw)
+    return sum(operations(config, n, n, "none")[0] for n in lengths.tolist())
+
+
+def measured(raw: dict, lengths: np.ndarray, done: list[float], examples: list[np.ndarray], devices: int = 1) -> dict:
+    """Of all updates but the first three and the last: milliseconds with their spread, the tokens of an update on all
+    devices, and what one device did in them.
+
+    Metrics of an update are read when the device is some way into the next one, those of the last one at once.
+    """
+    laps = np.diff(done)[2:-1]
+    each = [lengths[i] for i in examples[3:-1]]
+    seconds, tokens = laps.sum(), sum(int(x.sum()) for x in each)
+    rate = sum(count_flops(raw, x) for x in each) / seconds
+    return {
+        "updates": len(laps),
+        "ms": 1000 * laps.mean(),
+        "ms_median": 1000 * float(np.median(laps)),
+        "ms_spread": [1000 * float(x) for x in np.quantile(laps, (0.1, 0.9))],
+        "tokens_an_update": tokens / len(laps),
+        "tokens_s": tokens / seconds / devices,
+        "tflops": rate / 1e12 / devices,
+        "mfu": rate / PEAK / devices,
+    }

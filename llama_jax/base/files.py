@@ -1,0 +1,96 @@
+"""Reading and writing small files: clear errors one way, never a half-written file the other."""
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from llama_jax.base.errors import InputError
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of the user's cache for things of one kind."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax" / name
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file. Raises InputError that names file, line and column."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
+    return parse_json(data, str(path))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A file that holds an object. Raises InputError."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: should hold a JSON object")
+    return value
+
+
+def parse_json(data: bytes, where: str, first_line: int = 1) -> Any:
+    """UTF-8 JSON in which no object has a key twice; lines are counted from `first_line`. Raises InputError."""
+    try:
+        text = data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except UnicodeDecodeError as e:
+        line = first_line + data.count(b"\n", 0, e.start)
+        raise InputError(f"{where}: not UTF-8 at line {line}: {e.reason}") from None
+    except json.JSONDecodeError as e:
+        line = first_line + e.lineno - 1
+        raise InputError(f"{where}: not valid JSON at line {line}, column {e.colno}: {e.msg}") from None
+    except (ValueError, RecursionError) as e:  # a key twice, a number of thousands of digits, nesting without end
+        line = first_line + _lines_before_problem(text)
+        raise InputError(f"{where}: not usable JSON at line {line}: {str(e)[:100]}") from None
+
+
+def _lines_before_problem(text: str) -> int:
+    """Lines before the first element of a JSON array that cannot be read, 0 where the text is no array."""
+    decoder, at = json.JSONDecoder(object_pairs_hook=_no_duplicates), 0
+    if not text.lstrip().startswith("["):
+        return 0
+    at = text.index("[") + 1
+    try:
+        while True:
+            while text[at] in " \t\r\n,":
+                at += 1
+            at = decoder.raw_decode(text, at)[1]
+    except (ValueError, RecursionError, IndexError):
+        return text.count("\n", 0, at)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [k for k, _ in pairs]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object")
+    return result
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write the whole file or nothing; of several processes that do, one."""
+    temporary = path.with_name(f"{path.name}-{platform.node()}-{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON as HF writes it: indent 2, sorted keys, a newline at the end."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def make_output_dir(path: Path) -> Path:
+    """Create the folder and prove that files can be written to it. Raises InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".write-test-{platform.node()}-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"output_dir {path} is not writable: {e.strerror}") from None
+    return path

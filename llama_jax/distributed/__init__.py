@@ -1,0 +1,1 @@
+"""Mesh, placement, processes and the settings of jax."""

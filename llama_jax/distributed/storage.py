@@ -1,0 +1,79 @@
+"""Trees of arrays on disk, by orbax."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint._src.serialization import types as ocp_types  # its callback has no public name yet
+
+from llama_jax.base.errors import InputError
+
+PARAMS_DIR = "params"  # of a Flax folder
+
+
+class _InPieces(ocp_types.DefaultSerializationStatusCallback):
+    """Tells orbax to move no array to the host before those ahead of it are written."""
+
+    def key_priority(self, keypath: Any) -> ocp_types.TransferPriority:
+        return ocp_types.TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
+
+
+def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
+    # What lies in host memory at a time beside the arrays; orbax refuses an array that is larger.
+    largest = max(tree_bytes(x) for x in jax.tree.leaves(state))
+    gigabytes = math.ceil(max(4e9, 2 * largest) / 1e9)
+    options: dict[str, Any] = {}
+    if piecewise:
+        # The handler's own `is_prioritized_key_fn` reaches nothing in orbax 0.12: the array handler's callback does.
+        arrays = ocp.type_handlers.ArrayHandler(callback=_InPieces())
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        options = {"save_device_host_concurrent_gb": gigabytes, "type_handler_registry": registry}
+    # Trained float32 does not compress, and trying costs seven times the time of writing.
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False, save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes, **options
+    )
+
+
+def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.constructrestore_args(abstract, strict=False)
+    )
+
+
+def save_params(folder: Path, params: Any) -> None:
+    """Write unstacked parameters as the `params` of a Flax folder, all of them or none."""
+    try:
+        with ocp.Checkpointer(handler(params)) as checkpointer:
+            checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
+    except BaseException:
+        for half in folder.glob(f"{PARAMS_DIR}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+        raise
+
+
+def saved_shapes(folder: Path) -> Any:
+    """The shapes of the `params` of a Flax folder, as a tree whose keys are strings. Raises InputError."""
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            metadata = checkpointer.metadata(folder.absolute() / PARAMS_DIR).item_metadata
+            return jax.tree.map(lambda leaf: leaf.shape, metadata.tree)
+    except (AttributeError, ValueError, KeyError, FileNotFoundError) as e:
+        raise InputError(f"{folder / PARAMS_DIR}: is not a whole checkpoint: {str(e).splitlines()[0][:200]}") from None
+
+
+def load_params(folder: Path, abstract: Any) -> Any:
+    """Read the `params` of a Flax folder into the types and placements of `abstract`, longer or shorter by padding."""
+    try:
+        with ocp.Checkpointer(handler(abstract)) as checkpointer:
+            return checkpointer.restore(folder.absolute() / PARAMS_DIR, args=restore_args(abstract))
+    except (ValueError, KeyError, FileNotFoundError) as e:
+        reason = str(e).splitlines()[0][:200]
+        raise InputError(f"{folder / PARAMS_DIR}: does not hold the parameters of its config.json: {reason}") from None
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of their shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

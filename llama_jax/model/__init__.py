@@ -1,0 +1,1 @@
+"""The mathematics of the model, and its kernels."""

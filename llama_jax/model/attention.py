@@ -1,0 +1,236 @@
+"""Packed causal attention: every token sees the earlier tokens of its own segment, and nothing else.
+
+Letters: B rows, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim, M segments of a row; X
+devices that a row is divided over.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llama_jax.base.errors import InputError
+from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, axis_size
+
+KERNELS = ("xla", "cudnn", "splash")
+
+
+class Kernel(NamedTuple):
+    """How a run attends: one of KERNELS, and the most segments that one of its rows holds, which cudnn must know."""
+
+    name: str = "xla"
+    segments: int = 0
+
+
+XLA = Kernel()
+
+
+def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, dtype: str) -> tuple[str, str]:
+    """The kernel for `--attention wanted` ("auto" or a name), and why. Raises InputError where it cannot run.
+
+    `device_kind` is the name of the device that jax gives, `dtype` that of the matmuls.
+    """
+    reasons = {"xla": "", "cudnn": "", "splash": ""}
+    if platform != "gpu":
+        reasons["cudnn"] = f"cudnn needs an NVIDIA GPU, this is {platform}"
+    elif not any(name in device_kind for name in ("H100", "H200", "H20", "GH200", "B100", "B200", "GB200", "B300")):
+        reasons["cudnn"] = f"cudnn packs on Hopper and later, this is {device_kind}"
+    elif dtype not in ("bfloat16", "float16"):
+        reasons["cudnn"] = f"cudnn needs 16-bit matmuls (--bf16 True), these are {dtype}"
+    elif head_dim % 8 or head_dim > 128:
+        reasons["cudnn"] = f"cudnn takes head dims that 8 divides, up to 128, this is {head_dim}"
+    if platform != "tpu":
+        reasons["splash"] = f"splash needs a TPU, this is {platform}"
+    elif head_dim % 128:
+        reasons["splash"] = f"splash takes head dims that 128 divides, this is {head_dim}"
+    if wanted != "auto":
+        if reasons[wanted]:
+            raise InputError(f"--attention {wanted}: {reasons[wanted]}; use auto or xla")
+        return wanted, "as asked"
+    for name in ("cudnn", "splash"):
+        if not reasons[name]:
+            return name, f"this is {device_kind}"
+    return "xla", reasons["splash" if platform == "tpu" else "cudnn"]
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    q_segments: Int[Array, "B T"],
+    q_positions: Int[Array, "B T"],
+    kv_segments: Int[Array, "B S"],
+    kv_positions: Int[Array, "B S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k' / sqrt(H)) v over the keys of the same segment at no later position.
+
+    Plain XLA, for any device: products in the operands' type, scores and softmax in float32. Every query must have at
+    least one key that it may see (itself, in training).
+    """
+    return _on_devices(_xla, q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions)
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions):
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    same = q_segments[:, :, None] == kv_segments[:, None, :]
+    visible = same & (q_positions[:, :, None] >= kv_positions[:, None, :])
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return out.reshape(B, T, N, H)
+
+
+def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: jax.Array) -> jax.Array:
+    """`attend(q, k, v, *tokens)` by each device on rows and heads of its own, the [B, T] arrays of `tokens` whole rows:
+    a kernel is opaque to the compiler's partitioner.
+
+    Devices that have a row together change places first, tokens for heads, and back with what comes out: two
+    all-to-alls (DeepSpeed-Ulysses, arXiv:2309.14509). Each then has whole rows, whatever the kernel, the segments and
+    the mask, and none has more to do than another.
+    """
+    X = axis_size("context")
+
+    def change_places(x, heads_to_tokens: bool):
+        split, concatenated = (1, 2) if heads_to_tokens else (2, 1)
+        return jax.lax.all_to_all(x, "context", split, concatenated, tiled=True)
+
+    def local(q, k, v, *tokens):
+        N, K = q.shape[2], k.shape[2]
+        copies, kv_heads = kv_copies(K, N // K, X)
+        heads = kv_heads * (N // K // copies)
+        k, v = (_pad_heads(jnp.repeat(x, copies, axis=2), kv_heads) for x in (k, v))
+        q, k, v = (change_places(x, False) for x in (_pad_heads(q, heads), k, v))
+        tokens = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in tokens)
+        return change_places(attend(q, k, v, *tokens), True)[:, :, :N]
+
+    specs = (ACT_BTNH, ACT_BTNH, ACT_BTNH, *(ACT_BT for _ in tokens))
+    on_devices = jax.shard_map(local if X > 1 else attend, in_specs=specs, out_specs=ACT_BTNH, check_vma=False)
+    return on_devices(q_BTNH, k_BSKH, v_BSKH, *(jax.sharding.reshard(x, ACT_BT) for x in tokens))
+
+
+def kv_copies(kv_heads: int, group: int, ways: int) -> tuple[int, int]:
+    """How often each kv head, with `group` query heads, is repeated so that so many devices divide them, and how many
+    there are then, with those of zeros that fill up: as few query heads as can be, then as few copies."""
+    options = []
+    for copies in (n for n in range(1, group + 1) if group % n == 0):
+        filled = -(-kv_heads * copies // ways) * ways
+        options.append((filled * group // copies, copies, filled))
+    _, copies, filled = min(options)
+    return copies, filled
+
+
+def _pad_heads(x_BTNH: jax.Array, heads: int) -> jax.Array:
+    return jnp.pad(x_BTNH, ((0, 0), (0, 0), (0, heads - x_BTNH.shape[2]), (0, 0)))
+
+
+def keeps_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A `jax.checkpoint` policy: what cuDNN's forward pass gives, its softmax statistics too, is not computed again."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+def packed_attention(
+    kernel: Kernel,
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """`attention` of packed rows to themselves, by the kernel of the run.
+
+    A row's segments are 1, 2, ... side by side, and padding (0) is at its end. What comes out for padding is finite,
+    and not the same for all kernels. `interpret` runs splash on the CPU.
+    """
+    if kernel.name == "xla":
+        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions)
+    inner = partial(_splash, interpret=interpret)
+    if kernel.name == "cudnn":
+        inner = partial(_cudnn, segments=kernel.segments)
+    return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids)
+
+
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
+    """cuDNN's flash attention (Hopper and later), in the form for packed rows that jax's public function lacks.
+
+    It is told where each segment starts and how long it is. Unused places must be -1, the last start included:
+    anything else gives garbage, and NaN gradients, without an error. Padding is made a segment of its own, as what the
+    kernel leaves of tokens outside any segment is not defined.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    last = jnp.max(segment_ids, axis=1, keepdims=True)
+    ids = jnp.where(segment_ids == 0, last + 1, segment_ids)
+    size_BM = jnp.sum(ids[:, None, :] == jnp.arange(1, segments + 2)[None, :, None], axis=-1, dtype=jnp.int32)
+    used = size_BM > 0
+    start_BM = jnp.where(used, jnp.cumsum(size_BM, axis=1) - size_BM, -1)
+    starts = jnp.concatenate([start_BM, jnp.full_like(start_BM[:, :1], -1)], axis=1)
+    sizes = jnp.where(used, size_BM, -1)
+    return cudnn.dot_product_attention(
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        q_seqlen=sizes,
+        kv_seqlen=sizes,
+        q_offsets=starts,
+        kv_offsets=starts,
+        scale=q_BTNH.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+
+
+def splash_block(T: int, dtype: Any) -> int:
+    """The tokens of Splash's blocks: large ones keep the matrix units busy. Of 32-bit operands, which it multiplies in
+    parts, blocks of 1,024 exceed a TPU v5e's fast memory (found by its compiler)."""
+    most = 1024 if jnp.dtype(dtype).itemsize == 2 else 512
+    return max(block for block in range(128, most + 1, 128) if T % block == 0)
+
+
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
+    """jax's Splash attention for TPUs: causal blocks only, segments told apart inside them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    block = splash_block(T, q_BTNH.dtype)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = splash.BlockSizes(**cast(Any, {f"block_{name}": block for name in names}))
+    causal = masks.MultiHeadMask([masks.CausalMask((T, T))] * (N // K))
+    kernel = splash.make_splash_mqa(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    if q_BTNH.dtype != jnp.float32:
+        kernel = _with_precision("default", kernel)
+
+    def row(q_TNH, k_TKH, v_TKH, ids_T):
+        q_KGTH = jnp.transpose((q_TNH * H**-0.5).reshape(T, K, N // K, H), (1, 2, 0, 3))
+        k_KTH, v_KTH = jnp.swapaxes(k_TKH, 0, 1), jnp.swapaxes(v_TKH, 0, 1)
+        out_KGTH = jax.vmap(kernel, (0, 0, 0, None))(q_KGTH, k_KTH, v_KTH, splash.SegmentIds(ids_T, ids_T))
+        return jnp.transpose(out_KGTH, (2, 0, 1, 3)).reshape(T, N, H)
+
+    return jax.vmap(row)(q_BTNH, k_BTKH, v_BTKH, segment_ids)
+
+
+def _with_precision(precision: str, f: Any) -> Any:
+    """`f`, itself and its gradient traced under a matmul precision: Mosaic refuses bfloat16 operands under the
+    "highest" of the process, which means nothing to them."""
+
+    @jax.custom_vjp
+    def traced(*args):
+        with jax.default_matmul_precision(precision):
+            return f(*args)
+
+    def forward(*args):
+        with jax.default_matmul_precision(precision):
+            return jax.vjp(f, *args)
+
+    def backward(pull, d_out):
+        with jax.default_matmul_precision(precision):
+            return pull(d_out)
+
+    traced.defvjp(forward, backward)
+    return traced

@@ -1,0 +1,230 @@
+"""The architecture: what a `config.json` of `model_type: llama` says about the mathematics, and nothing else.
+
+Keys are read from a white list (transformers' `LlamaConfig`, versions 4 and 5). A key that is not on it stops the load:
+it might change the mathematics. Keys that are known to have no effect on the forward pass are passed over.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_jax.base.errors import InputError
+
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+# Keys without effect on the forward pass: bookkeeping, generation defaults, and leftovers of PretrainedConfig.
+_WITHOUT_EFFECT = frozenset(
+    """
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id id2label is_decoder is_llama_config keys_to_ignore_at_inference
+    label2id length_penalty max_length max_sequence_length min_length model_type name_or_path
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_scores prefix pretraining_tp problem_type remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
+    use_bfloat16 use_cache
+    """.split()
+)
+
+# Keys that are harmless at one value only.
+_ONLY_AT: dict[str, Any] = {
+    "add_cross_attention": False,
+    "attention_dropout": 0.0,
+    "is_encoder_decoder": False,
+    "partial_rotary_factor": 1.0,
+    "pruned_heads": {},
+    "rope_interleaved": False,
+    "use_sliding_window": False,
+}
+
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+_ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary parameters under transformers 5's names; `original_max_position_embeddings` is filled in."""
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    original_max_position_embeddings: int = 2048
+    factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture of one LLaMA. Attribute names are those of transformers' `LlamaConfig`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    pad_token_id: int | None = None
+    """The row of the input embedding that gets no gradient: torch's `padding_idx`."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, padding not counted."""
+        return self.num_non_embedding_parameters + self.vocab_size * self.hidden_size
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """All but the input embedding, as transformers counts them for `total_flos`."""
+        D, H = self.hidden_size, self.head_dim
+        q, kv = self.num_attention_heads * H, self.num_key_value_heads * H
+        layer = 2 * D * q + 2 * D * kv + 3 * D * self.intermediate_size + 2 * D
+        layer += self.attention_bias * (q + 2 * kv + D) + self.mlp_bias * (2 * self.intermediate_size + D)
+        return self.num_hidden_layers * layer + D + (0 if self.tie_word_embeddings else self.vocab_size * D)
+
+    @staticmethod
+    def from_hf(raw: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
+        """Read a `config.json` dict; `source` names it in messages. Raises InputError for what it cannot honour."""
+        if raw.get("model_type") != "llama":
+            raise InputError(f"{source}: model_type is {raw.get('model_type')!r}; this program reads 'llama' only")
+        values = {k: v for k, v in raw.items() if k in LlamaConfig.__dataclass_fields__ and k != "rope"}
+        values = {k: v for k, v in values.items() if v is not None}
+        for key, value in raw.items():
+            known = key in LlamaConfig.__dataclass_fields__ or key in _WITHOUT_EFFECT or key in _ROPE_KEYS
+            if (known and key != "rope") or value is None or key.startswith("_"):
+                continue
+            if key not in _ONLY_AT:
+                raise InputError(
+                    f"{source}: unknown key {key!r} ({repr(value)[:60]}) could change the mathematics; "
+                    "remove it if it does not"
+                )
+            if value != _ONLY_AT[key]:
+                raise InputError(f"{source}: {key} = {value} is not supported, only {_ONLY_AT[key]}")
+        for key in _REQUIRED:
+            if key not in values:
+                raise InputError(f"{source}: key {key!r} is missing")
+        _check_types(values, source)
+        heads = values["num_attention_heads"]
+        values.setdefault("num_key_value_heads", heads)
+        values.setdefault("head_dim", values["hidden_size"] // heads)
+        if "head_dim" not in raw and values["hidden_size"] % heads:
+            raise InputError(
+                f"{source}: hidden_size {values['hidden_size']} is not a multiple of num_attention_heads {heads}"
+            )
+        if "pad_token_id" in values:
+            values["pad_token_id"] = _padding_idx(values["pad_token_id"], values["vocab_size"], source)
+        config = LlamaConfig(**values, rope=_rope_from_hf(raw, values, source))
+        if heads % config.num_key_value_heads:
+            raise InputError(
+                f"{source}: num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
+            )
+        if config.head_dim % 2:
+            raise InputError(f"{source}: head_dim {config.head_dim} is odd; rotary embedding needs an even one")
+        if config.hidden_act not in ACTIVATIONS:
+            raise InputError(f"{source}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+        return config
+
+
+def _check_types(values: dict[str, Any], source: str) -> None:
+    for key, value in values.items():
+        if key == "pad_token_id":
+            continue
+        kind = LlamaConfig.__dataclass_fields__[key].type
+        ok = {
+            int: isinstance(value, int) and not isinstance(value, bool) and value > 0,
+            float: isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
+            bool: isinstance(value, bool),
+            str: isinstance(value, str),
+        }[kind]  # type: ignore[index]  # annotations are real types in this module
+        if not ok:
+            raise InputError(f"{source}: {key} = {value!r} should be a positive {kind.__name__}")  # type: ignore[union-attr]
+
+
+def _padding_idx(value: Any, vocab_size: int, source: str) -> int:
+    """torch's `padding_idx`: a negative one counts from the end."""
+    if type(value) is not int or not -vocab_size <= value < vocab_size:
+        raise InputError(f"{source}: pad_token_id {value!r} is not a row of the vocabulary of {vocab_size}")
+    return value % vocab_size
+
+
+def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> RopeConfig:
+    """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5), read as transformers 5 reads them."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{source}: rope_scaling and rope_parameters should be objects, not {given!r}")
+    rope = dict(given)
+    old_type = rope.pop("type", None)
+    rope_type = rope.pop("rope_type", None) or old_type or "default"
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
+        raise InputError(f"{source}: rope type {rope_type!r} is not one of {', '.join(_ROPE_FIELDS)}")
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    rope.pop("finetuned", None)  # of Yarn-Llama-2: says how the model was made
+    if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise InputError(f"{source}: partial_rotary_factor other than 1 is not supported")
+    original = rope.pop("original_max_position_embeddings", None)
+    maximum = values.get("max_position_embeddings", LlamaConfig.max_position_embeddings)
+    original = raw.get("original_max_position_embeddings") or original or maximum
+    fields = {k: v for k, v in rope.items() if v is not None}
+    for key in fields:
+        if key not in _ROPE_FIELDS[rope_type]:
+            raise InputError(f"{source}: unknown key {key!r} in the rope parameters of type {rope_type!r}")
+    for key in _ROPE_REQUIRED[rope_type]:
+        if key not in fields:
+            raise InputError(f"{source}: rope type {rope_type!r} needs {key!r}")
+    half = values["head_dim"] // 2
+    for key in ("short_factor", "long_factor"):
+        if key in fields:
+            if not isinstance(fields[key], list) or not all(map(_is_positive, fields[key])):
+                raise InputError(f"{source}: {key} should be a list of positive numbers")
+            fields[key] = tuple(float(x) for x in fields[key])
+            if len(fields[key]) != half:
+                raise InputError(f"{source}: {key} has {len(fields[key])} numbers, head_dim / 2 is {half}")
+    numbers = {k: v for k, v in fields.items() if k not in ("short_factor", "long_factor", "truncate")}
+    for key, value in {"rope_theta": theta, "original_max_position_embeddings": original, **numbers}.items():
+        if not _is_positive(value):
+            raise InputError(f"{source}: {key} {value!r} of the rope parameters should be a positive number")
+    if rope_type == "dynamic" and values["head_dim"] <= 2:
+        raise InputError(f"{source}: rope type 'dynamic' needs a head_dim over 2")
+    if rope_type in ("yarn", "longrope"):
+        fields.setdefault("factor", maximum / original)
+    return RopeConfig(rope_type, float(theta), int(original), **fields)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,316 @@
+"""The LLaMA decoder in Flax NNX, with HF's attribute names and torch's [out, in] weights.
+
+NNX defines, JAX transforms: `split` gives a graph definition and a pure dict of arrays; everything else is `jax.jit`.
+
+Letters: B rows, T query, S key, D model, N heads, K kv heads, H head dim, F ffn, V vocab, L layers. N, K, F and V are
+padded to what the mesh divides.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from llama_jax.distributed import sharding
+from llama_jax.model.attention import XLA, Kernel, attention, keeps_kernel, packed_attention
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.matmul import project
+from llama_jax.model.rope import apply_rope, rope_cos_sin
+
+ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# What the backward pass keeps beside each layer's input, q and k rotated; what lies between is computed again.
+SAVED = {"matmuls": ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), "attention": ("attention",)}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Properties of a run, never of a checkpoint.
+
+    `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
+    for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
+    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is what the backward pass computes
+    again: "none"; all but "matmuls" and attention; all but "attention"; in "full" all but each layer's input.
+    `exchange` is how devices add their shares of a gradient (`matmul.weight_gradient`). `attention` is the kernel for
+    packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter:
+    a micro-batch may lie in several blocks.
+    """
+
+    param_dtype: Any = jnp.float32
+    compute_dtype: Any = None
+    rope_dtype: Any = None
+    scan_layers: bool = False
+    remat: str = "none"
+    exchange: bool = False
+    attention: Kernel = XLA
+    longest: int = 0
+
+
+class KVCache(NamedTuple):
+    """Keys and values by position, [B, S, K, H] each, with a leading L where layers are stacked."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+class Tokens(NamedTuple):
+    """What attention has to know of a block of tokens besides their values."""
+
+    cos: Float[Array, "B T H/2"]
+    sin: Float[Array, "B T H/2"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+
+
+class Linear(nnx.Module):
+    """x @ weight.T + bias in the compute type."""
+
+    def __init__(self, out_in: tuple[int, int], spec: P, bias: bool, config: LlamaConfig, run: RunOptions, rngs):
+        init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
+        self.weight = nnx.Param(init(rngs.params(), out_in, run.param_dtype))
+        row = spec == sharding.ROW_DF
+        bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
+        zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=bias_spec) if bias else None
+        self.bias = None if zeros is None else nnx.Param(zeros)
+        self.dtype = run.compute_dtype or run.param_dtype
+        self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
+        self.exchange = run.exchange
+
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        weight = self.weight[...].astype(self.dtype)
+        y = project(self.out, self.exchange, x.astype(self.dtype), weight)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """weight * x / sqrt(mean(x^2) + eps), computed in float32, rounded to x's type before the weight."""
+
+    def __init__(self, config: LlamaConfig, run: RunOptions):
+        self.weight = nnx.Param(jnp.ones(config.hidden_size, run.param_dtype, out_sharding=sharding.REPLICATED))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        x32 = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * (x32 * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        D, H = config.hidden_size, config.head_dim
+        kv_dim = sharding.padded(config.num_key_value_heads, "tensor") * H
+        q_dim = kv_dim * (config.num_attention_heads // config.num_key_value_heads)
+        linear = partial(Linear, bias=config.attention_bias, config=config, run=run, rngs=rngs)
+        self.q_proj = linear((q_dim, D), sharding.column(q_dim))
+        self.k_proj = linear((kv_dim, D), sharding.column(kv_dim))
+        self.v_proj = linear((kv_dim, D), sharding.column(kv_dim))
+        self.o_proj = linear((D, q_dim), sharding.ROW_DF)
+        self.head_dim = H
+        self.rope_dtype, self.kernel = run.rope_dtype, run.attention
+
+    def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
+        """Returns the block's output [B, T, D] and the cache with this block's keys and values written."""
+
+        def heads(y: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
+            shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
+            return jnp.reshape(y, shape, out_sharding=sharding.ACT_BTNH)
+
+        q, k, v = (heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        dtype = self.rope_dtype or x.dtype
+        cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
+        q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)
+        q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), ("q", "k", "v"), strict=True))
+        if cache is None:
+            out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions)
+        else:
+            row = jnp.arange(k.shape[0])[:, None]
+            k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=sharding.ACT_BTNH)
+            v = cache.v.at[row, tokens.positions].set(v, mode="drop", out_sharding=sharding.ACT_BTNH)
+            cache = KVCache(k, v)
+            kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=sharding.ACT_BT)
+            kv_segments = jnp.ones_like(kv_positions)
+            out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions)
+        out = checkpoint_name(out, "attention")
+        out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=sharding.ACT_BTF)
+        return checkpoint_name(self.o_proj(out), "o_proj"), cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        D, F = config.hidden_size, sharding.padded(config.intermediate_size, "tensor")
+        linear = partial(Linear, bias=config.mlp_bias, config=config, run=run, rngs=rngs)
+        self.gate_proj = linear((F, D), sharding.column(F))
+        self.up_proj = linear((F, D), sharding.column(F))
+        self.down_proj = linear((D, F), sharding.ROW_DF)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = checkpoint_name(self.gate_proj(x), "gate_proj")
+        up = checkpoint_name(self.up_proj(x), "up_proj")
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        self.input_layernorm = RMSNorm(config, run)
+        self.self_attn = Attention(config, run, rngs)
+        self.post_attention_layernorm = RMSNorm(config, run)
+        self.mlp = MLP(config, run, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
+        attended, cache = self.self_attn(self.input_layernorm(x), tokens, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Embedding(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, spec: P, rngs):
+        init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
+        self.weight = nnx.Param(
+            init(rngs.params(), (sharding.vocab_rows(config.vocab_size), config.hidden_size), run.param_dtype)
+        )
+        self.padding_idx = config.pad_token_id
+
+    def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.weight[...].at[input_ids].get(out_sharding=sharding.ACT_BTD)
+        if self.padding_idx is None:
+            return x
+        return jnp.where((input_ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
+
+
+class Llama(nnx.Module):
+    """`LlamaForCausalLM`: token ids to final hidden states; `head` gives the weights that make logits of them."""
+
+    def __init__(self, config: LlamaConfig, run: RunOptions = RunOptions(), *, rngs: nnx.Rngs):
+        sharding.check_width(config.hidden_size)
+        self.config, self.run = config, run
+        self.embed_tokens = Embedding(config, run, sharding.EMBED_VD, rngs)
+        blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
+        self.layers: Any = _stack(blocks) if run.scan_layers else nnx.List(blocks)
+        self.norm = RMSNorm(config, run)
+        head = sharding.column(sharding.vocab_rows(config.vocab_size))
+        self.lm_head = None if config.tie_word_embeddings else Embedding(config, run, head, rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        lengths: Int[Array, "B T"] | None = None,
+        cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states (normed) and the cache.
+
+        Tokens of one row attend to earlier positions of the same segment id only. `lengths` is the sequence length
+        that `dynamic` and `longrope` scale by; the default is transformers' rule, the largest position of the batch
+        plus one. With `cache` (of `make_cache`) the block is written at its positions and attends to all before it.
+        """
+        x = self.embed_tokens(input_ids)
+        if lengths is None:
+            lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
+        slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
+        cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
+        tokens = Tokens(cos, sin, positions, segment_ids)
+        if self.run.scan_layers:
+            graphdef, stacked = nnx.split(self.layers)
+            x, cache = jax.lax.scan(
+                lambda x, layer: _run_block(graphdef, self.run.remat, layer[0], x, tokens, layer[1]),
+                x,
+                (stacked, cache),
+            )
+        else:
+            caches, (graphdefs, weights) = [], map(list, zip(*map(nnx.split, self.layers), strict=True))
+            for i, graphdef in enumerate(graphdefs):
+                if sharding.sums_gradients() and i + 1 < len(weights):
+                    x, weights[i + 1] = _in_order(x, weights[i + 1])
+                x, layer_cache = _run_block(graphdef, self.run.remat, weights[i], x, tokens, cache and cache[i])
+                caches.append(layer_cache)
+            cache = cache and caches
+        return self.norm(x), cache
+
+    def head(self) -> Float[Array, "V D"]:
+        """The output projection in the compute type; rows past `vocab_size` are padding."""
+        weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        return jax.sharding.reshard(weight.astype(self.run.compute_dtype or weight.dtype), sharding.HEAD_VD)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
+        """Float32 logits over the real vocabulary. For a few positions: training uses `loss.py`."""
+        head = self.head()
+        out = jnp.einsum("BTD,VD->BTV", hidden.astype(head.dtype), head, out_sharding=sharding.ACT_BTF)
+        out = jax.sharding.reshard(out, sharding.ACT_BTD)
+        return out[..., : self.config.vocab_size].astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _in_order(x: Float[Array, "B T D"], later: Any):
+    """The input of a layer and the weights of the one behind it, as they are. Backward, nothing before this layer may
+    begin until those weights' gradients are summed over the devices, which has been going on during this layer. Left to
+    itself, XLA does most such sums at the end, when there is nothing left to do meanwhile."""
+    return x, later
+
+
+_in_order.defvjp(
+    lambda x, later: (_in_order(x, later), None), lambda _, gradients: jax.lax.optimization_barrier(gradients)
+)
+
+
+def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None):
+    def run(params, x, tokens, cache):
+        y, cache = nnx.merge(graphdef, params)(x, tokens, cache)
+        return y.astype(x.dtype), cache
+
+    if remat == "full":
+        run = jax.checkpoint(run)
+    elif remat != "none":
+        named = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel))
+    return run(params, x, tokens, cache)
+
+
+def _stack(blocks: list[Block]) -> Block:
+    """One block whose parameters carry the layers on a leading axis."""
+    graphdef, _ = nnx.split(blocks[0])
+    states = [nnx.to_pure_dict(nnx.state(b)) for b in blocks]
+    return nnx.merge(graphdef, jax.tree.map(lambda *xs: jnp.stack(xs), *states))
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a list of layers (`layers: {0: ..., 1: ...}`) as those of stacked ones, one tensor after another.
+
+    The input is used up: a layer's arrays are dropped as soon as they are stacked.
+    """
+    layers = [params["layers"][i] for i in range(len(params["layers"]))]
+    leaves, treedef = zip(*(jax.tree.flatten(layer) for layer in layers), strict=True)
+    stacked = []
+    for i in range(len(leaves[0])):
+        stacked.append(jnp.stack([leaf[i] for leaf in leaves]))
+        for leaf in leaves:
+            leaf[i] = None
+    params["layers"].clear()
+    return {**params, "layers": jax.tree.unflatten(treedef[0], stacked)}
+
+
+def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> Any:
+    """Empty keys and values for `slots` positions of each row."""
+    shape = (rows, slots, sharding.padded(config.num_key_value_heads, "tensor"), config.head_dim)
+    dtype = run.compute_dtype or run.param_dtype
+
+    def empty(*lead: int, spec: P = sharding.ACT_BTNH) -> KVCache:
+        return KVCache(*(jnp.zeros((*lead, *shape), dtype, out_sharding=spec) for _ in "kv"))
+
+    if run.scan_layers:
+        return empty(config.num_hidden_layers, spec=sharding.stacked(sharding.ACT_BTNH))
+    return [empty() for _ in range(config.num_hidden_layers)]

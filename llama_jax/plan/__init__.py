@@ -1,0 +1,1 @@
+"""What will run on which device, before it runs."""

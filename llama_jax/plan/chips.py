@@ -1,0 +1,149 @@
+"""Accelerators by name: what a device of each has, and devices that can be compiled for where there are none."""
+
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llama_jax.base.errors import InputError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a device (as jax counts them) has.
+
+    `kind` is the name that jax gives it, `memory` the bytes that a program may use, `flops` the peak of bfloat16
+    products a second, `memory_rate` bytes a second of its memory, `link_rate` bytes a second that it can send over all
+    its links together, and `clock` the cycles a second of a TPU where its published peak and matrix units tell (a unit
+    of 128 x 128 makes 32,768 operations a cycle).
+    """
+
+    platform: str
+    kind: str
+    memory: int
+    flops: float
+    memory_rate: float
+    link_rate: float
+    clock: float | None = None
+
+
+# Peak, memory and interconnect as published in 2026: Google's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and
+# "TPU7x (Ironwood)" under docs.cloud.google.com/tpu/docs, NVIDIA's data sheets of the H100 and H200 SXM. Links are
+# published for both directions together; here stands half of that. A TPU's memory is what libtpu 0.0.42.1 lets a
+# program have (published: 32, 16, 95, 32 and 192 GiB a chip); a TPU7x chip is two devices, each with half of it; a
+# GPU's is the published one less what the driver and the CUDA context take.
+CHIPS = {
+    "v4": Chip("tpu", "TPU v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, 1.05e9),
+    "v5e": Chip("tpu", "TPU v5 lite", int(15.75 * GIB), 197e12, 819e9, 200e9, 1.5e9),
+    "v5p": Chip("tpu", "TPU v5", int(95.74 * GIB), 459e12, 2765e9, 600e9, 1.75e9),
+    "v6e": Chip("tpu", "TPU v6 lite", int(31.25 * GIB), 918e12, 1638e9, 400e9),
+    "tpu7x": Chip("tpu", "TPU7x", int(94.75 * GIB), 1153.5e12, 3690e9, 300e9),
+    "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", int(78.5 * GIB), 989e12, 3350e9, 450e9),
+    "h200": Chip("gpu", "NVIDIA H200", int(139 * GIB), 989e12, 4800e9, 450e9),
+}
+# Chips along each side of a slice, by their number. v4, v5p and tpu7x are named by cores, of which a chip has two.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBIC = {
+    **{4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
+    **{128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16"},
+}
+_CORES = ("v4", "v5p", "tpu7x")
+_GPUS = (1, 2, 4, 8)  # of one host
+KNOWN = (
+    "v4-8 to v4-2048, v5e-1 to v5e-256, v5p-8 to v5p-2048, v6e-1 to v6e-256, tpu7x-8 to tpu7x-2048, h100:1 to h100:8, "
+    "h200:1 to h200:8"
+)
+
+
+@dataclass(frozen=True)
+class Named:
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int = 0
+
+
+@dataclass(frozen=True)
+class Topology:
+    """`count` devices of one kind. `name` is the cloud's, `shape` the chips along each side of a TPU slice."""
+
+    name: str
+    family: str
+    count: int
+    shape: str = ""
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.family]
+
+    @property
+    def larger(self) -> list["Topology"]:
+        """The same kind of devices, more of them."""
+        family = [t for t in all_topologies() if t.family == self.family]
+        return [t for t in family if t.count > self.count]
+
+    def devices(self) -> list[Any]:
+        """Devices that programs can be compiled for and not run on: a TPU's from its compiler, in the libtpu package.
+        For GPUs, whose compiler is not asked, names stand in. Raises InputError where libtpu is missing.
+        """
+        if self.chip.platform == "gpu":
+            return [Named(i, self.chip.platform, self.chip.kind) for i in range(self.count)]
+        if importlib.util.find_spec("libtpu") is None:
+            raise InputError(
+                f"--dry_run {self.name}: the TPU compiler is not installed; on Linux, pip install "
+                f"'{libtpu_requirement()}' (no TPU is needed)"
+            )
+        from jax.experimental import topologies
+
+        # Not one of these is asked for by a machine without a TPU, but a second process would fail on a lock file.
+        told = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        for name, value in (told | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
+            os.environ.setdefault(name, value)
+        sides = [int(n) for n in self.shape.split("x")]
+        options: dict[str, Any] = {}
+        if self.family == "v4":
+            options["chip_config_name"] = "megacore"  # a chip's two cores are one device
+        if self.count == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        if len(sides) == 3 and all(n % 4 == 0 for n in sides):
+            options["wrap"] = (True, True, True)  # whole cubes of 64 chips are a torus
+        return list(topologies.get_topology_desc(f"{self.family}:{self.shape}", "tpu", **options).devices)
+
+
+def find_topology(name: str) -> Topology:
+    """The devices of a name such as v5e-16 (or v5litepod-16), v5p-128 or h200:8. Raises InputError."""
+    wanted = re.sub("^v5litepod", "v5e", name.strip().lower())
+    for topology in all_topologies():
+        if topology.name == wanted:
+            return topology
+    raise InputError(f"--dry_run {name}: no such topology; known are {KNOWN}, by powers of two")
+
+
+def all_topologies() -> list[Topology]:
+    """All that can be named, a family after the other, from few devices to many."""
+    found = []
+    for family, chip in CHIPS.items():
+        if chip.platform == "gpu":
+            found += [Topology(f"{family}:{n}", family, n) for n in _GPUS]
+        elif family in _CORES:
+            per_chip = 2 if family == "tpu7x" else 1
+            found += [Topology(f"{family}-{2 * n}", family, n * per_chip, shape) for n, shape in _CUBIC.items()]
+        else:
+            found += [Topology(f"{family}-{n}", family, n, shape) for n, shape in _FLAT.items()]
+    assert all(math.prod(map(int, t.shape.split("x"))) <= t.count for t in found if t.shape)
+    return found
+
+
+def libtpu_requirement() -> str:
+    """What `jax[tpu]` of the installed jax asks for."""
+    for requirement in importlib.metadata.requires("jax") or []:
+        if requirement.startswith("libtpu"):
+            return requirement.partition(";")[0].strip().replace(" ", "")
+    return "libtpu"

@@ -1,0 +1,345 @@
+"""`--dry_run TOPOLOGY`: the run's own step compiled for devices that need not be there, and whether it fits them."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import MEMORY_SHARE, set_up_jax
+from llama_jax.hf.source import Source, training_dtype
+from llama_jax.model.config import LlamaConfig
+from llama_jax.plan.chips import Chip, Topology, find_topology
+from llama_jax.plan.hlo import Collective, Program
+from llama_jax.plan.planner import Option, Plan, Planner, activation_bytes, choose_scan
+from llama_jax.reporting.progress import say, waiting
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job, make_job
+from llama_jax.training.loss import CHUNK
+from llama_jax.training.state import saving_bytes
+
+GIB = 2**30
+DOES_NOT_FIT = 3
+# Forward passes of the layers that each choice of `RunOptions.remat` makes again, as a share of one.
+AGAIN = {"none": 0.0, "matmuls": 0.0, "attention": 1.0, "full": 1.0}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of planning a run: `needed` bytes a device, infinite where the compiler refuses; None where nothing
+    tells. `seconds` were spent."""
+
+    planner: Planner
+    plan: Plan
+    needed: float | None
+    seconds: float
+
+
+def dry_run(args: Arguments) -> int:
+    """Print the report of `--dry_run`, and return the exit code: 0 where the run fits, 3 where not. Raises InputError.
+
+    With `--dry_run_effort fast` there is no verdict, unless arithmetic alone shows that the run cannot fit.
+    """
+    topology = find_topology(args.dry_run or "")
+    chip, quiet, fast = topology.chip, args.disable_tqdm or None, args.dry_run_effort == "fast"
+    set_up_jax(use_cpu=True)
+    for note in args.notes(chip.platform):
+        say(note)
+    # What is compiled for absent devices is written to the cache and never found there.
+    settings = {"jax_enable_compilation_cache": False, "jax_optimization_level": "O0" if fast else "UNKNOWN"}
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        source = Source(Path(args.model_name_or_path), args.allow_pickle, weights=False)
+        devices = topology.devices()
+        planner = make_planner(args, source, topology, devices, quiet)
+        limit = int(MEMORY_SHARE * chip.memory)
+        outcome = _plan(planner, chip, limit, fast, quiet)
+        print("\n".join(_report(outcome, topology, fast)), flush=True)
+        fits = outcome.needed is None or outcome.needed <= limit
+        print("\n".join(_verdict(outcome, topology, limit)), flush=True)
+        if not fits:
+            print(_nearest(args, source, topology, devices, planner, limit, fast, quiet), flush=True)
+        return 0 if fits else DOES_NOT_FIT
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def make_planner(
+    args: Arguments, source: Source, topology: Topology, devices: list[Any], quiet: bool | None
+) -> Planner:
+    """What plans the run of these flags on the devices, as train_jax.py makes it."""
+    mesh = sharding.make_mesh(devices, args.mesh)
+    job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
+    dtype, platform = args.dtype or training_dtype(source, args.hf_compat), topology.chip.platform
+    return Planner(job, mesh, platform, dtype, choose_scan(args, job.config, platform))
+
+
+def _plan(planner: Planner, chip: Chip, limit: int, fast: bool, quiet: bool | None) -> Outcome:
+    """Choose what fits, as the run would; a GPU's by arithmetic."""
+    started = time.monotonic()
+    first = planner.options(limit)[0]
+    if chip.platform == "gpu":
+        best = next((o for o in planner.options(limit) if _estimate(planner, o) <= limit), first)
+        return Outcome(planner, planner.make(best), _estimate(planner, best), time.monotonic() - started)
+    if (least := planner.least_bytes(first)) > limit:  # no compiler can mend that
+        return Outcome(planner, planner.make(first), least, time.monotonic() - started)
+    with waiting("planning", quiet) as bar:
+
+        def told(line: str) -> None:
+            bar.set_description(line)
+            say(line)
+
+        plan, needed = planner.choose(limit, told, remember=not fast)
+    # What low effort lets pass may not fit; what it refuses, full effort would have to save.
+    unknown = fast and needed <= limit
+    return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started)
+
+
+def _estimate(planner: Planner, option: Option) -> int:
+    """Bytes of a device by arithmetic alone: what it holds, and gradients beside what is kept for the backward pass,
+    logits of a chunk with their gradient, and two layers' weights gathered; or what saving takes, if that is more."""
+    job, run, mesh = planner.job, planner.run, planner.mesh
+    kept = option.max_tokens * activation_bytes(job.config, run, option.remat, mesh)
+    grads = sharding.bytes_on_device(planner.state.params)
+    itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
+    layer = (job.config.num_parameters - 2 * job.config.vocab_size * job.config.hidden_size) // (
+        job.config.num_hidden_layers * mesh.shape["tensor"]
+    )
+    head = job.config.vocab_size * job.config.hidden_size // mesh.shape["tensor"]
+    logits = min(CHUNK, option.max_tokens * job.config.vocab_size // mesh.shape["tensor"])
+    gathered = (2 * layer + head) * itemsize if mesh.size > 1 else 0
+    step = kept + grads + logits * (4 + itemsize) + gathered
+    return planner.held_bytes(option) + max(step, saving_bytes(planner.state))
+
+
+def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
+    """The lines of the report, the verdict left out."""
+    planner, plan, chip = outcome.planner, outcome.plan, topology.chip
+    job, mesh, state = planner.job, planner.mesh, plan.abstract
+    rows, length = plan.largest_block
+    blocks = int(plan.batches.block_counts.max())
+    held = sharding.bytes_on_device(state)
+    several = ", the largest of its shapes" if len(plan.batches.shapes) > 1 else ""
+    lines = [
+        f"{topology.name}: {topology.count} x {chip.kind}"
+        + (f", {topology.shape} chips" if topology.shape else "")
+        + f", {chip.memory / GIB:.4g} GiB each",
+        f"mesh: {sharding.describe_mesh(mesh)}",
+        f"model: {job.config.num_parameters:,} parameters in {np.dtype(plan.run.param_dtype).name}, "
+        f"{np.dtype(plan.run.compute_dtype or plan.run.param_dtype).name} matmuls, attention by {planner.kernel}, "
+        f"layers {'under one scan' if plan.run.scan_layers else 'unrolled'}",
+        f"update: {_examples(job):,} examples in at most {blocks} block(s) of {rows:,} x {length:,} tokens{several}, "
+        f"--remat {plan.option.remat}",
+        "",
+        "GiB a device:",
+        *(
+            f"  {name:<34}{sharding.bytes_on_device(part) / GIB:9.2f}"
+            for name, part in (
+                ("parameters", (state.params, state.lower)),
+                ("optimizer's state", state.opt_state),
+            )
+        ),
+    ]
+    if blocks > 1 and job.args.accumulation == "sum":
+        sums = sharding.bytes_on_device(planner.saved.params)
+        lines.append(f"  {'sums of gradients':<34}{sums / GIB:9.2f}")
+        held += sums
+    programs = plan.steps.programs
+    if not programs:
+        kept = plan.option.max_tokens * activation_bytes(job.config, plan.run, plan.option.remat, mesh)
+        lines += [
+            f"  {'kept for the backward pass':<34}{kept / GIB:9.2f}   (by arithmetic)",
+            f"  {'gradients':<34}{sharding.bytes_on_device(state.params) / GIB:9.2f}",
+        ]
+        return [*lines, *_floors(planner, plan, chip, 2.0 * held, [], None)]
+    needed = outcome.needed
+    if needed is not None and needed < math.inf:
+        lines += [
+            f"  {'activations and all else':<34}{(needed - held) / GIB:9.2f}",
+            f"  {'peak':<34}{needed / GIB:9.2f}",
+        ]
+    of_block = Program(programs[plan.largest_block].as_text())
+    collectives = of_block.collectives(mesh.shape)
+    lines += ["", "the largest tensors, MiB a device:"]
+    lines += [f"  {size / 2**20:9,.0f}  {text}  {name}" for size, text, name in _largest(state, of_block)]
+    lines += ["", "collectives of a block, MB that a device sends (a ring's):"]
+    lines += _by_kind(collectives) or ["  none"]
+    moved = 0.0
+    for program in programs.values():
+        memory = program.memory_analysis()
+        moved += memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return [*lines, *_floors(planner, plan, chip, moved, collectives, None if fast else of_block.estimated_cycles)]
+
+
+def _examples(job: Job) -> int:
+    """Examples of the largest update."""
+    order = job.order
+    return int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
+
+
+def _largest(state: Any, program: Program, count: int = 8) -> Iterator[tuple[int, str, str]]:
+    """Bytes, type and name of the largest arrays of the state, and of those that the step makes."""
+    held = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        text = f"{leaf.dtype.name}[{','.join(map(str, shape))}]"
+        held.append((math.prod(shape) * leaf.dtype.itemsize, text, f"held: {name}"))
+    made = [(size, text, f"made: {_short(name)}") for text, size, name in program.largest(count)]
+    for part in (sorted(held, key=lambda x: -x[0])[: count // 2], made[: count // 2]):
+        yield from part
+
+
+def _short(name: str) -> str:
+    """The end of the path of an operation, and whether it is of the backward pass."""
+    parts = [p for p in name.split("/") if p not in ("while", "body", "closed_call", "checkpoint")]
+    return ("backward " if "transpose" in name else "") + "/".join(parts[-2:])
+
+
+def _by_kind(collectives: list[Collective]) -> list[str]:
+    sums: dict[tuple[str, str], tuple[int, float]] = {}
+    for c in collectives:
+        key = (c.kind, "+".join(c.axes) or "no axis")
+        count, sent = sums.get(key, (0, 0.0))
+        sums[key] = (count + c.times, sent + c.sent * c.times)
+    ordered = sorted(sums.items(), key=lambda item: -item[1][1])
+    return [f"  {sent / 1e6:9,.1f}  {kind} over {axes}, {count:,} times" for (kind, axes), (count, sent) in ordered]
+
+
+def operations(config: LlamaConfig, tokens: int, row: int, remat: str) -> tuple[float, float]:
+    """Floating-point operations of an update: the model's, and those that it takes with recomputation.
+
+    Six for each weight of a matmul and token, and for attention 12 times the layers' heads' width and half of a row
+    (it is causal; a kernel may skip more, where segments end).
+    """
+    D, L = config.hidden_size, config.num_hidden_layers
+    head = config.vocab_size * D
+    weights = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
+    width = config.num_attention_heads * config.head_dim
+    layers = tokens * (6.0 * weights + 12.0 * L * width * row / 2)
+    return layers + 6.0 * tokens * head, layers * (1 + AGAIN[remat] / 3) + 6.0 * tokens * head
+
+
+def _floors(
+    planner: Planner, plan: Plan, chip: Chip, moved: float, collectives: list[Collective], cycles: int | None
+) -> list[str]:
+    """What an update must take at least, at the chip's published rates."""
+    rows, length = plan.largest_block
+    blocks = int(plan.batches.block_counts.max())
+    model, made = operations(planner.job.config, rows * length, length, plan.option.remat)
+    devices = planner.mesh.size
+    sent = sum(c.sent * c.times for c in collectives)
+    lines = [
+        "",
+        f"floors of a block, the largest ({blocks} at most make an update); a floor is no prediction:",
+        f"  {made / devices / chip.flops * 1e3:9,.1f} ms  {made / devices / 1e12:,.1f} TFLOP a device "
+        f"({model / devices / 1e12:,.1f} without recomputation) at {chip.flops / 1e12:,.5g} TFLOP/s",
+        f"  {moved / chip.memory_rate * 1e3:9,.1f} ms  {moved / 1e9:,.1f} GB in and out of the program at "
+        f"{chip.memory_rate / 1e9:,.0f} GB/s",
+    ]
+    if collectives:
+        lines.append(
+            f"  {sent / chip.link_rate * 1e3:9,.1f} ms  {sent / 1e9:,.1f} GB sent at {chip.link_rate / 1e9:,.0f} GB/s "
+            "over all links"
+        )
+    if cycles and chip.clock:
+        lines.append(
+            f"the compiler's estimate: {cycles / chip.clock * 1e3:,.1f} ms ({cycles:,} cycles at "
+            f"{chip.clock / 1e9:.2f} GHz, one operation after the other, without collectives); nobody has measured it"
+        )
+    return lines
+
+
+def _verdict(outcome: Outcome, topology: Topology, limit: int) -> list[str]:
+    needed, room = outcome.needed, f"{limit / GIB:.2f} GiB"
+    spent = f"{outcome.seconds:,.0f} s"
+    if needed is None:
+        told = f"compiled at low effort in {spent}; that gives no verdict on memory: --dry_run_effort full does"
+    elif needed == math.inf:
+        told = f"DOES NOT FIT: the compiler refuses it ({spent}); a device has {room} for a program"
+    elif not outcome.plan.steps.programs:
+        by = "an estimate by arithmetic, no compiler was asked"
+        if topology.chip.platform == "tpu":
+            by = "by arithmetic at least, the compiler was not asked"
+        told = f"{'fits' if needed <= limit else 'DOES NOT FIT'}: {needed / GIB:.2f} of {room} on a device ({by})"
+    else:
+        told = f"{'fits' if needed <= limit else 'DOES NOT FIT'}: {needed / GIB:.2f} of {room} on a device ({spent})"
+    return ["", f"{topology.name}: {told}"]
+
+
+def _nearest(
+    args: Arguments,
+    source: Source,
+    topology: Topology,
+    devices: list[Any],
+    planner: Planner,
+    limit: int,
+    fast: bool,
+    quiet: bool | None,
+) -> str:
+    """The first change that fits, the global batch being the same: recomputation and blocks, then the mesh; and where
+    none does, the fewest devices that hold what arithmetic can count."""
+    whole = sharding.bytes_on_device(planner.state) * planner.mesh.size // planner.mesh.shape["data"]
+    for changes in _changes(args, planner) if whole < limit * planner.mesh.size else ():
+        changed = copy.copy(args)
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        try:
+            other = make_planner(changed, source, topology, devices, quiet)
+        except InputError:
+            continue
+        if other.least_bytes(other.options(limit)[0]) > limit:
+            continue
+        outcome = _plan(other, topology.chip, limit, fast, quiet)
+        if outcome.needed is None or outcome.needed <= limit:
+            option = outcome.plan.option
+            flags = {**changes, "remat": option.remat, "max_tokens_per_device": option.max_tokens}
+            told = " ".join(f"--{name} {value}" for name, value in flags.items())
+            return f"what fits, with the same examples in an update: {told}"
+    for larger in (t for t in topology.larger if whole < limit * t.count):
+        changed = _same_batch(args, planner, larger)
+        try:
+            other = make_planner(changed, source, larger, larger.devices(), quiet)
+        except InputError:
+            continue
+        if other.least_bytes(other.options(limit)[0]) <= limit:
+            return (
+                "no --remat, --max_tokens_per_device or --mesh fits; by arithmetic, the smallest that has room is "
+                f"{larger.name}"
+            )
+    return f"no --remat, --max_tokens_per_device or --mesh fits, nor any larger {topology.family}"
+
+
+def _same_batch(args: Arguments, planner: Planner, larger: Topology) -> Arguments:
+    """The flags on more devices, with the same examples in an update where they can be divided so."""
+    changed = copy.copy(args)
+    batches = args.gradient_accumulation_steps * sharding.batch_ways(planner.mesh)
+    changed.mesh, changed.remat, changed.max_tokens_per_device = "auto", "auto", "auto"
+    changed.gradient_accumulation_steps = max(1, batches // larger.count)
+    return changed
+
+
+def _changes(args: Arguments, planner: Planner) -> Iterator[dict[str, Any]]:
+    """Flags to change, the nearest first. A mesh with fewer parts for rows gets as many more micro-batches."""
+    free: dict[str, Any] = {"remat": "auto", "max_tokens_per_device": "auto"}
+    if (args.remat, args.max_tokens_per_device) != ("auto", "auto"):
+        yield free
+    ways, size = sharding.batch_ways(planner.mesh), planner.mesh.size
+    for together in (1, 2, 4, 8):
+        batches = args.gradient_accumulation_steps * ways * together
+        if batches % size or size % together:
+            continue
+        for axis in ("tensor", "context")[:together]:
+            mesh = f"fsdp={size // together}" + (f",{axis}={together}" if together > 1 else "")
+            if mesh != sharding.describe_mesh(planner.mesh):
+                yield {**free, "mesh": mesh, "gradient_accumulation_steps": batches // size}

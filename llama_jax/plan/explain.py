@@ -1,0 +1,193 @@
+"""`--explain`: what the flags mean for this model and data, before anything compiles."""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from llama_jax.data.batches import Batches
+from llama_jax.data.doctor import as_lines, diagnose
+from llama_jax.data.examples import IGNORE_INDEX
+from llama_jax.data.records import Record, read_records
+from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.distributed.storage import tree_bytes
+from llama_jax.reporting.progress import count_bar
+from llama_jax.setup.job import Job, kept_steps, tokenized
+from llama_jax.training.state import TrainState
+
+# What each version of transformers decides, by the number that it decides.
+RULES = {
+    "4.37": {
+        "updates_per_epoch": "floor(micro-batches / accumulation); the rest carries over into the next epoch",
+        "loss": "mean over the tokens of each micro-batch, then over the accumulation's micro-batches",
+        "first_examples": "one generator from --seed draws every epoch's permutation; evaluations move later ones",
+        "warmup_updates": "ceil(updates * warmup_ratio), or warmup_steps",
+        "learning_rate": "a log line shows the next update's rate",
+        "checkpoints_left": "where save_steps divides; none at the end for being the end",
+        "dtype": "parameters in float32 whatever the checkpoint holds",
+        "rotary": "rotated in bfloat16 under --bf16 True",
+    },
+    "5": {
+        "updates_per_epoch": "ceil(micro-batches / accumulation); an epoch's last update may be short",
+        "loss": "sum over the update's tokens, divided by their number",
+        "first_examples": "each epoch's permutation from (data_seed or seed) + epoch",
+        "warmup_updates": "ceil(updates * share), or warmup_steps where it is 1 or more",
+        "learning_rate": "a log line shows this update's rate",
+        "checkpoints_left": "where save_steps divides, and at the end",
+        "dtype": "parameters in the checkpoint's type",
+        "rotary": "rotated in float32",
+    },
+}
+
+
+def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[str, Any]:
+    """The facts of a run by name, for JSON. `state` is the abstract train state."""
+    order, args, lengths = job.order, job.args, job.examples.lengths
+    updates = order.updates
+    saved, evaluated = job.steps(job.save_at), list(order.evaluated)
+    tokens = order.reduce(np.add, lengths, order.bounds)
+    trained = order.reduce(np.add, job.examples.trained, order.bounds)
+    computed = sum(rows * length for k in range(updates) for rows, length in batches.shapes_of(k))
+    warmup = job.warmup_updates
+    chosen = sorted({1, *range(warmup, warmup + 2), updates // 2, updates} & set(range(1, updates + 1)))
+    opt_bytes = tree_bytes(state.opt_state)
+    return {
+        "hf_compat": args.hf_compat,
+        "examples": len(job.examples),
+        "eval_examples": len(job.eval_examples) if job.eval_examples else 0,
+        "ranks": order.ranks,
+        "micro_batches_per_epoch": order.batches_per_epoch,
+        "updates_per_epoch": order.updates_per_epoch,
+        "updates": updates,
+        "epochs": order.epoch_at(updates),
+        "warmup_updates": warmup,
+        "learning_rates": {k: job.schedule.rate(k - 1) for k in chosen},
+        "first_examples": order.examples_of(0).tolist(),
+        "examples_trained": int(order.reduce(np.add, np.ones_like(lengths), order.bounds).sum()),
+        "tokens_an_update": float(tokens.mean()),
+        "trained_tokens_an_update": float(trained.mean()),
+        "shapes": [list(shape) for shape in batches.shapes],
+        "blocks_an_update": int(batches.block_counts.max()),
+        "fill": float(tokens.sum() / computed),
+        "evaluations": evaluated,
+        "checkpoints": [f"checkpoint-{k}" for k in saved],
+        "checkpoints_left": [f"checkpoint-{k}" for k in kept_steps(saved, args.save_total_limit)],
+        "best_checkpoint_kept": bool(args.metric_for_best_model and evaluated),
+        "parameters": job.config.num_parameters,
+        "dtype": dtype,
+        "state_bytes": {
+            "parameters": tree_bytes((state.params, state.lower)),
+            "optimizer": opt_bytes,
+            "gradient": tree_bytes(state.params),
+        },
+        "rules": RULES[args.hf_compat],
+        "data": examine(job),
+    }
+
+
+def examine(job: Job) -> dict[str, Any]:
+    """What the data doctor says of the examples that are trained on. Text is read and tokenized once more for it."""
+    args, quiet = job.args, job.args.disable_tqdm or None
+    records: Sequence[Record] = []
+    whole = None
+    if job.tokenizer is not None:
+        path = Path(args.data_path or "")
+        records = read_records(path)[1][job.held_out :]
+        whole = tokenized(job.form, records, job.tokenizer, sys.maxsize, path, quiet)
+    with count_bar("comparing prompts", len(records), "record", quiet) as bar:
+        return diagnose(
+            *(job.form, job.examples, records, whole, job.tokenizer, args.model_max_length),
+            first=job.held_out + 1,
+            progress=bar.update,
+        )
+
+
+def show_examples(job: Job, n: int, colour: bool) -> str:
+    """The first n examples in the order of training, as text; trained tokens are green, or between brackets."""
+    order, shown = job.order, []
+    indices = (int(i) for k in range(order.updates) for micro in order.update(k) for rank in micro for i in rank)
+    for _, i in zip(range(n), indices, strict=False):
+        ids, labels = job.examples[i]
+        trained = labels != IGNORE_INDEX
+        trained[0] = False  # nothing predicts the first token
+        title = f"example {i} (record {job.held_out + i + 1}): {len(ids):,} tokens, {trained.sum():,} trained"
+        shown.append(f"--- {title} ---\n{_rendered(ids, trained, job.tokenizer, colour)}\n")
+    return "\n".join(shown)
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether to print colours there: on a terminal, or where FORCE_COLOR is set."""
+    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+
+
+def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None, colour: bool) -> str:
+    """The text of these tokens, special ones by name; of data that came as tokens the numbers."""
+    special = {tokenizer.token_to_id(token): token for token in tokenizer.special_texts()} if tokenizer else {}
+    alone = np.isin(ids, [i for i in special if i is not None])
+    cuts = np.flatnonzero((trained[1:] != trained[:-1]) | alone[1:] | alone[:-1]) + 1
+    runs, decoded = [], ""
+    for start, end in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        if tokenizer is None:
+            text = " ".join(map(str, ids[start:end])) + (" " if end < len(ids) else "")
+        elif alone[start]:
+            text = special[ids[start]]
+        else:
+            # Decoded from the start each time, as a run alone would lose its first space; what is half a character here
+            # is whole in the next run.
+            before, decoded = decoded, tokenizer.decode(ids[:end].tolist()).rstrip("\ufffd")
+            text = decoded[len(before) :].replace("\x1b", "\\x1b")
+        runs.append((bool(trained[start]), text))
+    around = {True: ("\x1b[32m", "\x1b[0m"), False: ("\x1b[2m", "\x1b[0m")} if colour else {True: "⟦⟧", False: ("", "")}
+    joined = [(kind, "".join(text for _, text in group)) for kind, group in itertools.groupby(runs, lambda run: run[0])]
+    return "".join(around[kind][0] + text + around[kind][1] for kind, text in joined)
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for a reader, one subject a line, each with the rule that decided it."""
+    rates = ", ".join(f"{rate:.3g} at {k}" for k, rate in facts["learning_rates"].items())
+    shapes = ", ".join(f"{r}x{t}" for r, t in facts["shapes"])
+    sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in facts["state_bytes"].items())
+    best = " (and the best)" if facts["best_checkpoint_kept"] else ""
+    subjects = {  # name: value, the rule that decided it
+        "examples": (f"{facts['examples']:,}; trained on, repeats counted: {facts['examples_trained']:,}", ""),
+        "updates per epoch": (f"{facts['updates_per_epoch']:,}", "updates_per_epoch"),
+        "updates": (f"{facts['updates']:,}, {facts['epochs']:.4g} epochs", ""),
+        "warm-up": (f"{facts['warmup_updates']:,} updates", "warmup_updates"),
+        "learning rate": (rates, "learning_rate"),
+        "loss": ("", "loss"),
+        "first update": (f"examples {_some(facts['first_examples'])}", "first_examples"),
+        "tokens an update": (
+            f"{facts['tokens_an_update']:,.0f}, of which trained {facts['trained_tokens_an_update']:,.0f}",
+            "",
+        ),
+        "on the device": (
+            f"at most {facts['blocks_an_update']} block(s) an update, of {shapes} tokens, {facts['fill']:.1%} filled",
+            "",
+        ),
+        "evaluations": (f"{len(facts['evaluations'])}, after updates {_some(facts['evaluations'])}", ""),
+        "checkpoints": (f"{len(facts['checkpoints'])}: {_some(facts['checkpoints'])}", ""),
+        "left at the end": (_some(facts["checkpoints_left"]) + best, "checkpoints_left"),
+        "type": (facts["dtype"], "dtype"),
+        "rotary": ("", "rotary"),
+        "state": (f"{facts['parameters']:,} parameters; over all devices: {sizes}", ""),
+    }
+    lines = [
+        f"{name + ':':19}" + " - ".join(x for x in (value, facts["rules"].get(rule)) if x)
+        for name, (value, rule) in subjects.items()
+    ]
+    lines += [f"{name + ':' if name else '':19}{text}" for name, text in as_lines(facts["data"])]
+    return "\n".join([f"by the rules of transformers {facts['hf_compat']}:", *lines])
+
+
+def _some(items: list[Any], limit: int = 8) -> str:
+    shown = ", ".join(str(x) for x in items[:limit])
+    return (shown + (f", ... {items[-1]}" if len(items) > limit else "")) or "none"
+
+
+def as_json(facts: dict[str, Any]) -> str:
+    return json.dumps(facts, indent=2)

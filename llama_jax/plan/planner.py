@@ -1,0 +1,279 @@
+"""What a run's device programs are, and which blocks and how much recomputation fit a device: the compiler tells."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh
+
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import cache_folder, write_json
+from llama_jax.data.batches import ROW_MULTIPLE, Batches
+from llama_jax.data.packing import Shape
+from llama_jax.distributed import sharding
+from llama_jax.hf.load import abstract_params
+from llama_jax.hf.names import name_table
+from llama_jax.model.attention import Kernel, choose_kernel
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import RunOptions
+from llama_jax.reporting.progress import say
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job
+from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.state import TrainState, abstract_saved, abstract_state, saving_bytes
+from llama_jax.training.step import Steps
+
+ROW_LIMIT = 2048  # tokens of a row that holds several examples
+MAX_TOKENS = 4096  # of a block on a device, where nothing tells what fits
+SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)  # of blocks to choose from
+UNROLLED = 48  # layers at most on a GPU: some 30 s a program, where a scan compiles in 3 s but runs 7 to 20% longer
+# The time of a token for each choice of `RunOptions.remat`, and of one more block an update in tokens (the gradients so
+# far, 8 bytes a parameter, are read and written at a GPU's usual 170 operations a byte).
+TIME = {"none": 1.0, "matmuls": 1.015, "attention": 1.25, "full": 1.32}
+BLOCK = 227
+
+
+class Option(NamedTuple):
+    """Tokens of a block on a device, where examples are packed, and `RunOptions.remat`. Devices that divide rows among
+    them have a multiple of it together."""
+
+    max_tokens: int
+    remat: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with one choice of blocks: their shapes, the options, and the programs (compiled by `settle`)."""
+
+    option: Option
+    batches: Batches
+    run: RunOptions
+    tx: optax.GradientTransformationExtraArgs
+    graphdef: Any
+    abstract: TrainState
+    steps: Steps
+
+    @property
+    def largest_block(self) -> Shape:
+        return max(self.batches.shapes, key=math.prod)
+
+    def compile(self, shape: Shape, mesh: Mesh) -> int:
+        """`Steps.compile`; returns the bytes that a device needs."""
+        return self.steps.compile(self.abstract, shape, mesh)
+
+
+class Planner:
+    """Makes the plans of a job whose parameters are of `dtype`. `state` and `saved` have the types of the train state
+    and of a checkpoint's, and `run` the options that do not depend on the choice."""
+
+    def __init__(self, job: Job, mesh: Mesh, platform: str, dtype: str, scan_layers: bool):
+        self.job, self.mesh = job, mesh
+        args, self.device_kind = job.args, mesh.devices.flat[0].device_kind
+        compute = jnp.bfloat16 if args.bf16 else None
+        kind = "bfloat16" if args.bf16 else dtype
+        self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, job.config.head_dim, kind)
+        say(f"attention by {self.kernel}: {why}")
+        self._row_ways = sharding.row_ways(mesh)
+        self._largest_update = math.ceil(_largest_update(job) / self._row_ways)
+        self._longest = math.ceil(int(job.examples.lengths.max()) / self._row_ways)
+        self.run = RunOptions(
+            param_dtype=jnp.dtype(dtype),
+            compute_dtype=compute,
+            rope_dtype=compute if args.hf_compat == "4.37" else None,
+            scan_layers=scan_layers,
+            exchange=sharding.exchanges(mesh),
+            longest=max(int(examples.lengths.max()) for examples in (job.examples, job.eval_examples) if examples),
+        )
+        _, params = abstract_params(job.config, self.run, mesh)
+        self.state = abstract_state(params, self._optimizer(), self.run, mesh)
+        self.saved = abstract_saved(self.state, mesh)
+
+    def make(self, option: Option) -> Plan:
+        """Packing the whole run, and defining its programs; nothing compiles."""
+        args, job, max_tokens = self.job.args, self.job, option.max_tokens * self._row_ways
+        # Attention costs the square of a row where a kernel does not skip other segments.
+        batches = job.batches(max_tokens, max_tokens if self.kernel == "cudnn" else ROW_LIMIT)
+        kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens))
+        run = replace(self.run, remat=option.remat, attention=kernel)
+        blocks = batches.block_counts.astype(np.int32)
+        several = bool(blocks.max() > 1)
+        tx = self._optimizer(blocks if several and args.accumulation == "multisteps" else None)
+        graphdef, params = abstract_params(job.config, run, self.mesh)
+        sums = several and args.accumulation == "sum"
+        steps = Steps(graphdef, tx, run, job.config.vocab_size, args.label_smoothing_factor, sums)
+        return Plan(option, batches, run, tx, graphdef, abstract_state(params, tx, run, self.mesh), steps)
+
+    def _optimizer(self, blocks: np.ndarray | None = None) -> optax.GradientTransformationExtraArgs:
+        args = self.job.args
+        return make_optimizer(
+            args.optim,
+            b1=args.adam_beta1,
+            b2=args.adam_beta2,
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            blocks=blocks,
+            sizes={path: math.prod(shape) for path, shape in name_table(self.job.config).values()},
+        )
+
+    def options(self, limit: int | None) -> list[Option]:
+        """What may be tried, the fastest first; of devices with `limit` bytes, without what cannot fit."""
+        args, asked = self.job.args, self.job.args.max_tokens
+        remats = list(TIME) if args.remat == "auto" else [args.remat]
+        if limit is None:
+            return [Option(asked or MAX_TOKENS, "matmuls" if args.remat == "auto" else args.remat)]
+        longest, update = self._longest, self._largest_update
+        # An eighth more: rows are not always full, and what is compiled is what the updates take.
+        sizes = {asked} if asked else {update * 9 // 8, *(size for size in SIZES if longest <= size < update)}
+        if not args.packing:
+            sizes = {args.per_device_train_batch_size * longest}
+        options = [Option(size, remat) for size, remat in product(sizes, remats)]
+
+        def slowness(option: Option) -> tuple[float, int]:
+            blocks = math.ceil(update / option.max_tokens)
+            return update * TIME[option.remat] + BLOCK * blocks * (blocks > 1), -option.max_tokens
+
+        fitting = [o for o in sorted(options, key=slowness) if self.least_bytes(o) < limit]
+        return fitting or [min(options, key=self.least_bytes)]
+
+    def held_bytes(self, option: Option) -> int:
+        """What a device holds all the time: the state, and sums of gradients where an update has several blocks."""
+        state, sums = map(sharding.bytes_on_device, (self.state, self.saved.params))
+        return state + (option.max_tokens < self._largest_update) * sums
+
+    def least_bytes(self, option: Option) -> int:
+        """What a device needs at least, by arithmetic: what it holds, and the largest of what is kept for the backward
+        pass, the gradients, and what saving takes."""
+        grads = sharding.bytes_on_device(self.state.params)
+        kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
+        return self.held_bytes(option) + max(kept, grads, saving_bytes(self.state))
+
+    def choose(
+        self, limit: int | None, told: Callable[[str], None] = lambda line: None, remember: bool = True
+    ) -> tuple[Plan, float]:
+        """The first of the options that fits `limit` bytes a device (None: the first), or the last, the program of its
+        largest block compiled; and the bytes that it needs, infinite where the compiler refuses it. What is found is
+        remembered for the next such run, where the compiler's effort was the run's."""
+        options = self.options(limit)
+        found_before = self._found_before(limit)
+        with contextlib.suppress(OSError, ValueError, TypeError):  # also where it is no longer among them
+            options = options[options.index(Option(**json.loads(found_before.read_text()))) :]
+        for option in options:
+            plan = self.make(option)
+            rows, length = plan.largest_block
+            told(f"compiling a block of {rows:,} x {length:,} tokens, --remat {option.remat}")
+            try:
+                needed: float = plan.compile(plan.largest_block, self.mesh)
+            except JaxRuntimeError as e:
+                if "RESOURCE_EXHAUSTED" not in str(e):
+                    raise
+                needed = math.inf
+            if limit is None or needed <= limit:
+                break
+        if remember and limit is not None and needed <= limit:
+            with contextlib.suppress(OSError):  # it only saves time
+                found_before.parent.mkdir(parents=True, exist_ok=True)
+                write_json(found_before, option._asdict())
+        return plan, needed
+
+    def settle(self, limit: int | None) -> Plan:
+        """The plan that `choose` finds, all its programs compiled. Raises InputError where none fits."""
+        plan, needed = self.choose(limit)
+        self._check_room(plan.option, needed, limit)
+        others = [shape for shape in plan.batches.shapes if shape != plan.largest_block]
+        with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda shape: plan.compile(shape, self.mesh), others))
+        return plan
+
+    def check_room(self, limit: int | None) -> None:
+        """Raises InputError where arithmetic alone tells that nothing fits: before weights are read."""
+        option = self.options(limit)[0]
+        self._check_room(option, self.least_bytes(option), limit)
+
+    def _check_room(self, option: Option, needed: float, limit: int | None) -> None:
+        if limit is not None and needed > limit:
+            told = f"needs {needed / 2**30:.3g} GiB" if needed < math.inf else "does not fit"
+            raise InputError(
+                f"the run {told}, and a device has {limit / 2**30:.3g} GiB for it, even in blocks of "
+                f"{option.max_tokens} tokens with --remat {option.remat}; use more devices, a smaller "
+                "--model_max_length, or --dtype bfloat16"
+            )
+
+    def _found_before(self, limit: int | None) -> Path:
+        """The file of the option that was found for such a job on such devices."""
+        args, job, run = self.job.args, self.job, self.run
+        flags = [args.optim, args.accumulation, args.remat, args.max_tokens_per_device, args.packing]
+        told = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
+        told += [self._largest_update, int(job.examples.lengths.max())]
+        return cache_folder("plans") / f"{hashlib.blake2b(repr(told).encode(), digest_size=20).hexdigest()}.json"
+
+
+def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
+    """Bytes that a token leaves on its device for the backward pass, over all layers."""
+    compute, stream = (jnp.dtype(t).itemsize for t in (run.compute_dtype or run.param_dtype, run.param_dtype))
+    ways, D, H = mesh.shape["tensor"], config.hidden_size, config.head_dim
+    kv_heads, ffn = -(-config.num_key_value_heads // ways) * H, -(-config.intermediate_size // ways)
+    heads = kv_heads * (config.num_attention_heads // config.num_key_value_heads)
+    a_layer = stream * D  # its input
+    if remat != "full":
+        a_layer += compute * heads  # what attention gives
+    if remat in ("matmuls", "none"):
+        a_layer += compute * (heads + 2 * kv_heads + D + 2 * ffn)
+    if remat == "none":
+        a_layer += compute * ffn
+    return config.num_hidden_layers * a_layer
+
+
+def _largest_update(job: Job) -> int:
+    """Tokens that a rank gets of the largest update."""
+    lengths, order = job.examples.lengths, job.order
+    most = order.reduce(np.add, lengths, order.bounds).max()
+    return max(math.ceil(most / order.ranks), int(lengths.max()))
+
+
+def _most_segments(job: Job, batches: Batches, max_tokens: int) -> int:
+    """A bound of the segments in a row: all of an update's examples, or as many of the shortest as fit."""
+    order, size = job.order, job.args.per_device_eval_batch_size
+    an_update = int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
+    an_epoch = order.batches_per_epoch * order.per_device_batch * order.ranks
+    most = 0
+    for examples, dealt, limit in (
+        (job.examples, an_epoch, an_update),
+        (job.eval_examples, 0 if job.eval_examples is None else _up(len(job.eval_examples), size * order.ranks), None),
+    ):
+        if examples is not None:
+            row = _up(max(*(length for _, length in batches.shapes), max_tokens, examples.lengths.max()), ROW_MULTIPLE)
+            # Several ranks are topped up with examples that they have already, and an update may begin a new epoch.
+            repeats = -(-dealt // len(examples)) * (1 if limit is None else -(-limit // dealt) + 1)
+            shortest = np.repeat(np.sort(examples.lengths)[:row], repeats)
+            fitting = int(np.searchsorted(np.cumsum(shortest), row, side="right"))
+            most = max(most, min(fitting, limit or fitting))
+    return most
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-int(number) // multiple) * multiple
+
+
+def choose_scan(args: Arguments, config: LlamaConfig, platform: str) -> bool:
+    """Whether layers are stacked. Unrolled ones run faster and compile slower: a few, or as many as a GPU's user waits
+    for."""
+    if args.optim == "adafactor":  # it factors each matrix by itself, not a stack of them
+        if args.scan_layers:
+            raise InputError("--scan_layers True: adafactor needs each layer by itself; leave the flag out")
+        return False
+    limit = UNROLLED if platform == "gpu" else 8
+    return config.num_hidden_layers > limit if args.scan_layers is None else args.scan_layers

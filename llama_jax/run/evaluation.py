@@ -1,0 +1,86 @@
+"""`eval_loss` as the HF Trainer computes it: the mean over tokens of each batch, batches weighted by their examples."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.data.batches import Batches
+from llama_jax.data.examples import Examples
+from llama_jax.data.normalisation import evaluation_loss, evaluation_shares
+from llama_jax.data.order import Order
+from llama_jax.distributed import sharding
+from llama_jax.reporting.progress import count_bar
+from llama_jax.training.fit import token_losses
+from llama_jax.training.step import LossStep
+
+FILL = 0.9  # of the tokens that a device takes at once, what a group of batches is planned to have
+
+
+class Evaluation:
+    """Calling it with parameters gives the metrics of one evaluation, by the Trainer's names.
+
+    A batch is `batch_size` examples on each rank; as many batches as a device takes tokens at once go there together.
+    A batch without trained tokens makes the loss NaN, unless (5 with `nan_filter`) it is left out.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        loss_step: LossStep,
+        mesh: Mesh,
+        *,
+        compat: str,
+        batch_size: int,
+        drop_last: bool,
+        nan_filter: bool,
+        max_tokens: int,
+        disable_bar: bool | None = None,
+    ):
+        self._step, self._mesh, self._disable_bar = loss_step, mesh, disable_bar
+        ranks, max_tokens = sharding.batch_ways(mesh), max_tokens * sharding.row_ways(mesh)
+        tokens_of_a_batch = float(examples.lengths.mean()) * batch_size * ranks
+        together = max(1, int(FILL * max_tokens * ranks / tokens_of_a_batch))
+        order = Order(
+            len(examples),
+            batch_size,
+            together,
+            1.0,
+            "5",  # as 5 accumulates: the last group is a short one
+            ranks=ranks,
+            drop_last=drop_last,
+            sampling="sequential",
+        )
+        self.batches = Batches(examples, order, evaluation_loss(order, compat), ranks, max_tokens)
+        nan = [self.batches.is_nan(k) for k in range(order.updates)]
+        shares = [np.asarray(evaluation_shares(order, k)) for k in range(order.updates)]
+        counted = sum(int(s[~n].sum()) for s, n in zip(shares, nan, strict=True))
+        filtered = compat == "5" and nan_filter and counted > 0
+        self.has_nan = any(n.any() for n in nan)
+        self._examples = math.nan if self.has_nan and not filtered else counted
+        self._num_batches = math.ceil(len(examples) / (batch_size * ranks))
+
+    def __call__(self, params: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """None where `stop`, asked before each group, became true."""
+        started = time.monotonic()
+        losses: list[jax.Array] = []
+        groups = self.batches.order.updates
+        with count_bar("evaluating", groups, "group", self._disable_bar) as bar:
+            for k in range(groups):
+                if stop():
+                    return None
+                losses += [x.sum() for x in token_losses(params, self._step, self.batches, self._mesh, k)]
+                sharding.keep_pace(losses)
+                bar.update(1)
+            loss = sum(float(x) for x in sharding.read(losses)) / self._examples
+        seconds = time.monotonic() - started
+        return {
+            "eval_loss": loss,
+            "eval_runtime": round(seconds, 4),
+            "eval_samples_per_second": round(len(self.batches.examples) / seconds, 3),
+            "eval_steps_per_second": round(self._num_batches / seconds, 3),
+        }

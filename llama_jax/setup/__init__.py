@@ -1,0 +1,1 @@
+"""Flags, and the job that flags, model and data make."""

@@ -1,0 +1,1 @@
+"""The train state, one update, optimizers, schedules and the loss."""

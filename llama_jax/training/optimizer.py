@@ -1,0 +1,142 @@
+"""The HF Trainer's optimizers, made of optax: clipping, decay groups, the update's rate, accumulation."""
+
+from collections.abc import Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llama_jax.base.errors import InputError
+
+OPTIMIZERS = ("adamw_torch", "sgd", "adafactor", "lion_32bit")
+
+
+class ClipState(NamedTuple):
+    """The norm of the last update's gradient, before clipping."""
+
+    grad_norm: jax.Array
+
+
+def _to_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """torch's `clip_grad_norm_`: scale by min(1, max_norm / (norm + 1e-6)); max_norm <= 0 only records the norm."""
+
+    def update(updates, state, params=None):
+        norm = optax.tree.norm(_to_float32(updates))
+        if max_norm > 0:
+            scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
+            updates = jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
+        return updates, ClipState(norm)
+
+    return optax.GradientTransformation(lambda params: ClipState(jnp.zeros((), jnp.float32)), update)
+
+
+def decay_mask(params):
+    """True for weights that decay: matrices. The norms' weights and all biases are vectors and do not."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
+
+
+def _decayed(rule: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
+    """`rule`, and then the decay of the matrices. The state is the rule's: a run may go on with another decay."""
+    if not weight_decay:
+        return rule
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
+
+    def update(updates, state, params=None):
+        updates, state = rule.update(updates, state, params)
+        return decay.update(updates, decay.init(params), params)[0], state
+
+    return optax.GradientTransformation(rule.init, update)
+
+
+def _is_vector(path) -> bool:
+    names = [str(k.key) for k in path]
+    return names[-1] == "bias" or any(name.endswith("norm") for name in names)
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """State, arithmetic and the update in float32, whatever the parameters are."""
+
+    return optax.GradientTransformation(
+        lambda params: tx.init(_to_float32(params)),
+        lambda updates, state, params: tx.update(_to_float32(updates), state, _to_float32(params)),
+    )
+
+
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Times minus `learning_rate`. A low-precision update becomes float32: only its sum with the weight is rounded."""
+
+    def update(updates, state, params=None, *, learning_rate, **extra):
+        return jax.tree.map(lambda u: -learning_rate * u.astype(jnp.float32), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _clip_by_rms(sizes: Mapping[tuple, int]) -> optax.GradientTransformation:
+    """Each leaf's root mean square to at most 1, over the elements that `sizes` tells by its path: the updates of those
+    that pad it are 0 and do not count."""
+
+    def clip(path, u):
+        size = sizes.get(tuple(k.key for k in path), u.size)
+        return u / jnp.maximum(1.0, jnp.sqrt(jnp.sum(u * u) / size))
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clip, updates))
+
+
+def make_optimizer(
+    name: str = "adamw_torch",
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    blocks: np.ndarray | None = None,
+    sizes: Mapping[tuple, int] = MappingProxyType({}),
+) -> optax.GradientTransformationExtraArgs:
+    """Clip, then what the Trainer makes of `--optim name`, at the rate given to the update.
+
+    `update(grads, state, params, learning_rate=rate)` with a float32 scalar.
+
+    - `adamw_torch`: torch's AdamW. State in the parameters' dtype.
+    - `sgd`: torch's SGD without momentum; the decay is added to the (clipped) gradient.
+    - `adafactor`: transformers' Adafactor with `scale_parameter=False, relative_step=False`; betas and eps are not its
+      own. It takes a leaf of two axes for one matrix and clips each leaf's update by its own RMS: right for layers that
+      are leaves of their own, wrong for layers stacked on a leading axis. `sizes` are the elements of padded leaves,
+      padding left out, by their paths.
+    - `lion_32bit`: Lion (Chen et al. 2023) with decoupled decay, as in bitsandbytes' main branch. Its releases up to
+      0.49.2 put the decay into the gradient in 32 bits, a bug by its issue 1992.
+
+    The last two keep their state in float32, as torch's do. `blocks` holds the number of blocks of each update: where
+    one has several, their gradients are summed by `optax.MultiSteps` (each block's loss already carries its share of
+    the normalisation) and the rest runs at the last block, with that block's rate. Where every update is one block,
+    MultiSteps and its accumulator stand aside.
+    """
+    clip, decayed = clip_by_global_norm(max_grad_norm), partial(_decayed, weight_decay=weight_decay)
+    if name == "adamw_torch":
+        rules = [clip, decayed(optax.scale_by_adam(b1, b2, eps))]
+    elif name == "sgd":
+        rules = [decayed(clip)]
+    elif name == "adafactor":
+        rms = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=1, epsilon=1e-30)
+        rules = [clip, _in_float32(decayed(optax.chain(rms, _clip_by_rms(sizes))))]
+    elif name == "lion_32bit":
+        rules = [clip, _in_float32(decayed(optax.chain(optax.scale_by_lion(b1, b2))))]
+    else:
+        raise InputError(f"--optim {name!r} is not one of {', '.join(OPTIMIZERS)}")
+    tx = optax.chain(*rules, _scale_by_rate())
+    if blocks is None or blocks.max() == 1:
+        return tx
+
+    def count(update: jax.Array) -> jax.Array:
+        return jnp.asarray(blocks)[jnp.minimum(update, len(blocks) - 1)]
+
+    multi = optax.MultiSteps(tx, count, use_grad_mean=False)
+    return optax.GradientTransformationExtraArgs(multi.init, multi.update)

@@ -1,0 +1,158 @@
+"""One update: the compiled programs of a run, and what a device needs for them."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from llama_jax.data.batches import Batch
+from llama_jax.data.packing import Shape
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import compiler_options
+from llama_jax.model.llama import RunOptions
+from llama_jax.training.halves import halve, join
+from llama_jax.training.loss import weighted_cross_entropy
+from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
+
+LossStep = Callable[[Any, Batch], jax.Array]
+
+
+def _losses(graphdef: nnx.GraphDef, params: Any, batch: Batch, vocab_size: int, label_smoothing: float):
+    """The block's loss, and its parts by token [B, T]."""
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model(batch.input_ids, batch.positions, batch.segment_ids, batch.lengths)
+    return weighted_cross_entropy(hidden, model.head(), batch.targets, batch.weights, vocab_size, label_smoothing)
+
+
+class Steps:
+    """The compiled programs of a run, and an update made of its blocks by them.
+
+    Where every update is one block, one program makes it: gradients, optimizer, halves. So does `optax.MultiSteps` as
+    the optimizer, called once a block. Otherwise (`sums`) a program adds a block's gradient to those of the update's
+    other blocks, in the whole parameters' types, and another gives the sums to the optimizer.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        tx: optax.GradientTransformationExtraArgs,
+        run: RunOptions,
+        vocab_size: int,
+        label_smoothing: float = 0.0,
+        sums: bool = False,
+    ):
+        def gradients(params: Any, batch: Batch):
+            def loss(params):
+                return _losses(graphdef, params, batch, vocab_size, label_smoothing)
+
+            (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            return grads, {"loss": loss, "losses": losses}
+
+        def optimize(state: TrainState, grads: Any, learning_rate: jax.Array):
+            params = join(state.params, state.lower)
+            grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+            updates, opt_state = tx.update(grads, state.opt_state, params, learning_rate=learning_rate)
+            params, lower = halve(optax.apply_updates(params, updates), run)
+            multi_steps = isinstance(opt_state, optax.MultiStepsState)
+            done = opt_state.gradient_step if multi_steps else state.step + 1
+            norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
+            return TrainState(done, params, opt_state, lower), norm
+
+        def update(state: TrainState, batch: Batch, learning_rate: jax.Array):
+            grads, out = gradients(state.params, batch)
+            state, norm = optimize(state, grads, learning_rate)
+            return state, out | {"grad_norm": norm}
+
+        def add(sums: Any, state: TrainState, batch: Batch):
+            grads, out = gradients(state.params, batch)
+            return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), out
+
+        def apply(state: TrainState, sums: Any, learning_rate: jax.Array):
+            state, norm = optimize(state, sums, learning_rate)
+            return state, jax.tree.map(jnp.zeros_like, sums), norm
+
+        self._sums, self._summing = None, sums
+        self._zeros = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, join(state.params, state.lower)))
+        self._apply = jax.jit(apply, donate_argnums=(0, 1))
+        self._of_block = jax.jit(add if sums else update, donate_argnums=0)
+        self._compiled: dict[Any, Any] = {}
+
+    def compile(self, state: TrainState, shape: Shape, mesh: Mesh) -> int:
+        """Compile what a block of this shape needs, for a state of these types; returns the bytes that a device needs
+        for it, the state included. Raises jax's error where the compiler finds that it does not fit."""
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+        held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
+        programs: dict[Any, Any] = {}
+        options = compiler_options(mesh, _layer_gradient_bytes(state.params))
+        with jax.set_mesh(mesh):
+            if self._summing:
+                sums = abstract_saved(state, mesh).params
+                held += sharding.bytes_on_device(sums)
+                programs[shape] = self._of_block.lower(sums, state, block).compile(options)
+                if "apply" not in self._compiled:
+                    programs["apply"] = self._apply.lower(state, sums, rate).compile(options)
+            else:
+                programs[shape] = self._of_block.lower(state, block, rate).compile(options)
+        self._compiled |= programs
+        platform = mesh.devices.flat[0].platform
+        return max(saving_bytes(state) + held, *(_bytes_needed(p, held, platform) for p in programs.values()))
+
+    @property
+    def programs(self) -> dict[Any, Any]:
+        """What has been compiled, by the shape of the block; "apply" gives sums to the optimizer."""
+        return self._compiled
+
+    def update(self, state: TrainState, blocks: list[Batch], rate: jax.Array, mesh: Mesh):
+        """The state after an update by these blocks, the state given being donated; and of each block {"loss",
+        "losses"}, its weighted sum and the sum's parts by token [B, T], and of the last one "grad_norm"."""
+        outputs = []
+        with jax.set_mesh(mesh):
+            for batch in blocks:
+                program = self._compiled[batch.input_ids.shape]
+                if self._summing:
+                    if self._sums is None:
+                        self._sums = self._zeros(state)
+                    self._sums, out = program(self._sums, state, batch)
+                else:
+                    state, out = program(state, batch, rate)
+                outputs.append(out)
+                sharding.keep_pace(outputs)
+            if self._summing:
+                state, self._sums, norm = self._compiled["apply"](state, self._sums, rate)
+                outputs[-1]["grad_norm"] = norm
+        return state, outputs
+
+
+def _layer_gradient_bytes(params: Any) -> int:
+    """What a device keeps of a layer's gradients once they are summed, in float32; of the matrices alone."""
+    layers = params["layers"]
+    stacked = 0 not in layers
+    leaves = jax.tree.leaves(layers if stacked else layers[0])
+    shapes = [x.sharding.shard_shape(x.shape)[int(stacked) :] for x in leaves]
+    return sum(4 * math.prod(shape) for shape in shapes if len(shape) > 1)
+
+
+def _bytes_needed(program: Any, held: int, platform: str) -> int:
+    """The most that a device has in use while a compiled program runs, where it holds so many bytes."""
+    memory = program.memory_analysis()
+    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # The sum overstates on a TPU, whose compiler tells the peak; that of a CPU leaves out what is temporary.
+    peak = memory.peak_memory_in_bytes if platform == "tpu" else arguments + results + memory.temp_size_in_bytes
+    return peak + max(0, held - arguments)
+
+
+def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
+    """The compiled `(params, block) -> weighted loss of each token`, [B, T]."""
+    return jax.jit(lambda params, batch: _losses(graphdef, params, batch, vocab_size, label_smoothing)[1])
+
+
+def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:
+    """The types and placements of a block of this shape."""
+    kinds = dict.fromkeys(Batch._fields, jnp.int32) | {"weights": jnp.float32}
+    rows = sharding.row_sharding(mesh)
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()})
