@@ -44,9 +44,9 @@ def to_flax(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> 
     """Write a Flax folder; returns the names of tensors that were found to differ from the source's."""
     from llama_jax.data.tokenizer import copy_tokenizer
     from llama_jax.distributed import sharding, storage
-    from llama_jax.hf.load import abstract_params
     from llama_jax.hf.source import FLAX_JSON, dtype_summary, numpy_dtype
     from llama_jax.hf.writer import hf_tensors, write_config
+    from llama_jax.model.definition import define
     from llama_jax.model.llama import RunOptions
 
     mesh, run = sharding.make_mesh(), RunOptions(param_dtype=dtype or np.dtype(np.float32))
@@ -62,7 +62,7 @@ def to_flax(source: Any, folder: Path, dtype: np.dtype | None, verify: bool) -> 
     write_json(folder / FLAX_JSON, {"stored_dtype": run.param_dtype.name, **summary})
     if not verify:
         return []
-    saved = storage.load_params(folder, abstract_params(source.config, run, mesh)[1])
+    saved = storage.load_params(folder, define(source.config, run, mesh).params)
     read = ((name, source.tensors[name].read(())) for name, _ in hf_tensors(saved, source.config))
     return compare(source, read, lambda name: run.param_dtype, hf_tensors(saved, source.config))
 

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
     from llama_jax.hf.load import resize_vocabulary
     from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
+    from llama_jax.model.definition import merge
     from llama_jax.plan.explain import as_json, as_text, explain, show_examples, wants_colour
     from llama_jax.plan.planner import Planner, choose_scan
     from llama_jax.run.checkpoint import Checkpoints, read_run, remove_steps
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> int:
         if resume_step:
             checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved, resume_step)
             restored = checkpoints.restore_state(resume_step, planner.saved)
+            frozen = source.load(planner.run, mesh, like=planner.definition.frozen) if planner.definition.frozen else {}
         else:
             with byte_bar("reading weights", source.bytes, quiet) as bar:
                 params = source.load(planner.run, mesh, bar.update)
@@ -118,13 +120,13 @@ def main(argv: list[str]) -> int:
     batches, run = plan.batches, plan.run
     shapes = ", ".join(f"{r}x{t}" for r, t in batches.shapes)
     say(f"at most {batches.block_counts.max()} block(s) an update of {shapes} tokens; --remat {run.remat}")
-    loss_step = make_loss_step(plan.graphdef, config.vocab_size, args.label_smoothing_factor)
+    loss_step = make_loss_step(plan.definition.graphdef, config.vocab_size, args.label_smoothing_factor)
     evaluation = _make_evaluation(job, loss_step, plan.option.max_tokens, mesh, quiet)
     log = _make_log(job)
     if resume_step:
         log.resume(saved["trainer_state"], output_dir)
         schedule.load(saved["schedule"])
-        state = complete(restored, plan.tx, run, mesh)
+        state = complete(restored, frozen, plan.tx, plan.definition, mesh)
         del restored
         say(f"resumed from {output_dir / f'checkpoint-{resume_step}'}")
     else:
@@ -132,7 +134,7 @@ def main(argv: list[str]) -> int:
             remove_steps(output_dir)
         processes.exchange("removed")
         checkpoints = Checkpoints(output_dir, args.save_total_limit, planner.saved, 0)
-        state = init_state(params, plan.tx, run, mesh)
+        state = init_state(params, plan.tx, plan.definition, mesh)
         del params
 
     log_step = job.log_at
@@ -193,12 +195,13 @@ def main(argv: list[str]) -> int:
         return STOPPED
 
     run_log.finish()
-    params = state.saved.params
+    params = state.whole_params
     if log.best_step and args.load_best_model_at_end and log.best_step != order.updates:
         best = f"{args.best_metric_key} {log.values['best_metric']:.6g}"
         say(f"the best model is that of checkpoint-{log.best_step}: {best}")
+        frozen = state.frozen
         del state, params  # the restored one takes their place
-        params = checkpoints.restore_state(log.best_step, planner.saved).params
+        params = merge(checkpoints.restore_state(log.best_step, planner.saved).params, frozen)
     if log.best_step and args.save_total_limit == 1:
         checkpoints.keep_only(log.best_step)
     checkpoints.close()

@@ -36,9 +36,9 @@ from llama_jax.base.files import write_json
 from llama_jax.data.batches import Batch
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_limit, set_up_jax
-from llama_jax.hf.load import abstract_params
 from llama_jax.model.attention import XLA, Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions, stack_layers
 from llama_jax.plan.planner import Planner
 from llama_jax.setup.arguments import parse_arguments
@@ -46,7 +46,7 @@ from llama_jax.setup.job import make_job
 from llama_jax.training.fit import fit, put_batch
 from llama_jax.training.halves import halve, split_bits
 from llama_jax.training.state import init_state
-from llama_jax.training.step import _losses
+from llama_jax.training.step import losses_of
 
 # bf16 rounds at 2^-9: a gradient is a sum of many rounded terms behind a few layers, and its error some of those
 # against its size; what a wrong mask or a lost row does is of the order of 1.
@@ -94,23 +94,27 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
         tokens, positions, ids, np.full((B, T), 512, np.int32), np.roll(tokens, -1, 1), weights.astype(np.float32)
     )
     batch, good = put_batch(mesh, host), True
-    _, abstract = abstract_params(config, RunOptions(), mesh)
+    abstract = define(config, RunOptions(), mesh).params
     params = random_params(abstract, mesh)
 
     def compiled(options: RunOptions):
-        graphdef, abstract = abstract_params(config, options, mesh)
+        definition = define(config, options, mesh)
+        abstract = definition.params
 
         def gradients(weights, batch):
-            return jax.value_and_grad(lambda w: _losses(graphdef, w, batch, config.vocab_size, 0.0)[0])(weights)
+            def loss(weights):
+                return losses_of(definition.graphdef, weights, batch, config.vocab_size)[0]
+
+            return jax.value_and_grad(loss)(weights)
 
         with jax.set_mesh(mesh):
-            weights = jax.eval_shape(lambda params: halve(params, options)[0], abstract)
+            weights = jax.eval_shape(lambda params: halve(params, definition.halved)[0], abstract)
             weights = jax.tree.map(lambda a: sharding.on(mesh, a), weights)
             return jax.jit(gradients).lower(weights, batch).compile()
 
     def run(program, options: RunOptions, params):
         with jax.set_mesh(mesh):
-            value, grads = program(halve(params, options, jax.jit(split_bits))[0], batch)
+            value, grads = program(halve(params, define(config, options, mesh).halved, jax.jit(split_bits))[0], batch)
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     choices = [(scan, remat) for scan in (False, True) for remat in ("none", "matmuls", "attention", "full")]
@@ -152,11 +156,11 @@ def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform:
     plan = Planner(job, mesh, platform, "float32", bool(args.scan_layers)).settle(memory_limit())
     blocks = f"at most {plan.batches.block_counts.max()} block(s) an update of {plan.batches.shapes}"
     print(f"{plan.run.attention.name}, --remat {plan.run.remat}, {blocks}", flush=True)
-    _, abstract = abstract_params(config, RunOptions(), mesh)
+    abstract = define(config, RunOptions(), mesh).params
     params = random_params(abstract, mesh)
     curve: list[tuple[float, float]] = []
     state = fit(
-        init_state(stack_layers(params) if args.scan_layers else params, plan.tx, plan.run, mesh),
+        init_state(stack_layers(params) if args.scan_layers else params, plan.tx, plan.definition, mesh),
         *(plan.steps, plan.batches, mesh, range(updates)),
         learning_rate=job.schedule.rate,
         on_update=lambda m: curve.append((m.loss, m.grad_norm)),

@@ -26,9 +26,9 @@ from make_model import SHAPES, raw_config
 from llama_jax.data.batches import Batch
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
-from llama_jax.hf.load import abstract_params
 from llama_jax.model.attention import Kernel, choose_kernel, packed_attention
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.rope import apply_rope, rope_cos_sin
 from llama_jax.training.fit import put_batch
@@ -36,7 +36,7 @@ from llama_jax.training.halves import halve, join
 from llama_jax.training.loss import weighted_cross_entropy
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.state import TrainState, init_state
-from llama_jax.training.step import Steps, _losses
+from llama_jax.training.step import Steps, losses_of
 
 B1, B2, EPS, RATE = 0.9, 0.999, 1e-8, np.float32(1e-5)
 BF16 = jnp.bfloat16
@@ -72,7 +72,7 @@ def bare_loss(config: LlamaConfig, kernel: Kernel, w, batch: Batch):
     return weighted_cross_entropy(hidden, head, batch.targets, batch.weights, config.vocab_size)[0]
 
 
-def bare_step(config: LlamaConfig, kernel: Kernel):
+def bare_step(config: LlamaConfig, kernel: Kernel, halved):
     """(params, lower, mu, nu, count), block -> the same after an update, and the loss."""
 
     def step(params, lower, mu, nu, count, batch):
@@ -87,24 +87,27 @@ def bare_step(config: LlamaConfig, kernel: Kernel):
 
         new = jax.tree.map(adam, join(params, lower), grads, mu, nu)
         params, mu, nu = (jax.tree.map(lambda t, i=i: t[i], new, is_leaf=lambda x: type(x) is tuple) for i in range(3))
-        return (*halve(params, RunOptions(compute_dtype=BF16)), mu, nu, count), loss
+        return (*halve(params, halved), mu, nu, count), loss
 
     return jax.jit(step, donate_argnums=(0, 1, 2, 3, 4))
 
 
-def scan_step(graphdef, tx, vocab_size: int, run: RunOptions):
+def scan_step(definition: Definition, tx, vocab_size: int):
     """state, stacked blocks -> the state after an update that scans over its blocks, and the loss."""
 
     def step(state: TrainState, blocks: Batch):
         def add(sums, batch):
-            loss, grads = jax.value_and_grad(lambda w: _losses(graphdef, w, batch, vocab_size, 0.0)[0])(state.params)
+            def loss_of(params):
+                return losses_of(definition.graphdef, params, batch, vocab_size)[0]
+
+            loss, grads = jax.value_and_grad(loss_of)(state.trainable)
             return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), loss
 
-        params = join(state.params, state.lower)
+        params = join(state.trainable, state.lower)
         sums, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), blocks)
         updates, opt_state = tx.update(sums, state.opt_state, params, learning_rate=RATE)
-        params, lower = halve(optax.apply_updates(params, updates), run)
-        return TrainState(state.step + 1, params, opt_state, lower), losses.sum()
+        params, lower = halve(optax.apply_updates(params, updates), definition.halved)
+        return TrainState(state.step + 1, params, state.frozen, opt_state, lower), losses.sum()
 
     return jax.jit(step, donate_argnums=0)
 
@@ -133,12 +136,12 @@ def main() -> None:
     name, _ = choose_kernel("auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, "bfloat16")
     kernel = Kernel(name, segments)
     run = RunOptions(compute_dtype=BF16, attention=kernel)
-    graphdef, abstract = abstract_params(config, run, mesh)
+    definition = define(config, run, mesh)
     blocks = [put_batch(mesh, make_block(config, args.tokens, segments, seed)) for seed in (1, 2)]
     rate = jax.device_put(RATE, sharding.replicated(mesh))
 
     def fresh(tx):
-        return init_state(random_params(abstract, mesh), tx, run, mesh)
+        return init_state(random_params(definition.params, mesh), tx, definition, mesh)
 
     def measure(what: str, update, state) -> None:
         """`update` maps the state to the next one and the loss. As in `fit`, the device is told of an update before the
@@ -154,9 +157,9 @@ def main() -> None:
     print(f"{args.shape}, {args.layers} layers, blocks of {args.tokens} tokens, attention by {name}")
     plain = make_optimizer(b1=B1, b2=B2, eps=EPS, max_grad_norm=1.0)
     with jax.set_mesh(mesh):
-        bare, state = bare_step(config, kernel), fresh(plain)
-        zeros = [jax.tree.map(jnp.zeros_like, join(state.params, state.lower)) for _ in "mv"]
-        held = (state.params, state.lower, *zeros, jnp.zeros((), jnp.int32))
+        bare, state = bare_step(config, kernel, definition.halved), fresh(plain)
+        zeros = [jax.tree.map(jnp.zeros_like, join(state.trainable, state.lower)) for _ in "mv"]
+        held = (state.trainable, state.lower, *zeros, jnp.zeros((), jnp.int32))
         del state, zeros
         measure("one block, plain functions", lambda held: bare(*held, blocks[0]), held)
         del held
@@ -167,7 +170,7 @@ def main() -> None:
         "two blocks, optax.MultiSteps": (several, False, blocks),
     }
     for what, (tx, sums, used) in ways.items():
-        steps, state = Steps(graphdef, tx, run, config.vocab_size, sums=sums), fresh(tx)
+        steps, state = Steps(definition, tx, config.vocab_size, sums=sums), fresh(tx)
         steps.compile(state, used[0].input_ids.shape, mesh)
 
         def update(state, steps=steps, used=used):
@@ -177,7 +180,7 @@ def main() -> None:
         measure(what, update, state)
         del state, steps, update
     with jax.set_mesh(mesh):
-        scanned = scan_step(graphdef, plain, config.vocab_size, run)
+        scanned = scan_step(definition, plain, config.vocab_size)
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
         measure("two blocks, lax.scan in the step", lambda state: scanned(state, stacked), fresh(plain))
 

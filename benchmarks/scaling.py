@@ -25,9 +25,9 @@ from make_model import SHAPES, raw_config
 
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
-from llama_jax.hf.load import abstract_params
 from llama_jax.model.attention import Kernel
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.plan.chips import Topology, find_topology
 from llama_jax.plan.dry_run import operations
@@ -46,9 +46,9 @@ def parts(topology: Topology, config: LlamaConfig, rows: int, tokens: int, spec:
         jnp.float32, jnp.bfloat16, jnp.bfloat16, scan_layers=True, remat="full", attention=Kernel("splash")
     )
     tx = make_optimizer()
-    graphdef, params = abstract_params(config, run, mesh)
-    state = abstract_state(params, tx, run, mesh)
-    steps, block = Steps(graphdef, tx, run, config.vocab_size), (rows * sharding.batch_ways(mesh), tokens)
+    definition = define(config, run, mesh)
+    state = abstract_state(tx, definition, mesh)
+    steps, block = Steps(definition, tx, config.vocab_size), (rows * sharding.batch_ways(mesh), tokens)
     steps.compile(state, block, mesh)
     sent = {}
     for c in Program(steps.programs[block].as_text()).collectives(mesh.shape):

@@ -28,6 +28,7 @@ from llama_jax.hf.load import READERS, _ahead, check_tensors, load_params, resiz
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import open_checkpoint
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 
 Arrays = dict[str, np.ndarray]
@@ -91,7 +92,7 @@ def load(folder: Path, run: RunOptions, mesh: Mesh, **options: Any) -> Arrays:
     config = LlamaConfig.from_hf(checkpoint.config)
     tensors = check_tensors(checkpoint.tensors, config, str(folder))
     sizes: list[int] = []
-    params = load_params(tensors, config, run, mesh, progress=sizes.append)
+    params = load_params(tensors, config, define(config, run, mesh).params, mesh, progress=sizes.append)
     assert sum(sizes) == sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors.values())
     result = {}
     for name, (path, shape) in name_table(config).items():
@@ -585,7 +586,12 @@ def test_resized_vocabulary(old: int, new: int, new_tokens: int, tied: bool, tmp
             weight[-new_tokens:] = weight[:-new_tokens].mean(dim=0, keepdim=True)
 
     write_folder(tmp_path, raw, [arrays])
-    params = load_params(check_tensors(open_checkpoint(tmp_path).tensors, config, ""), config, RunOptions(), mesh)
+    params = load_params(
+        check_tensors(open_checkpoint(tmp_path).tensors, config, ""),
+        config,
+        define(config, RunOptions(), mesh).params,
+        mesh,
+    )
     result = resize_vocabulary(params, resized, new_tokens, mesh)
     assert params["embed_tokens"]["weight"].shape[0] == sharding.vocab_rows(old)  # the argument is left as it was
     assert ("lm_head" in result) == (not tied)

@@ -31,10 +31,11 @@ from llama_jax.command import generate
 from llama_jax.data.batches import Batch, Batches
 from llama_jax.distributed import sharding
 from llama_jax.distributed.storage import tree_bytes
-from llama_jax.hf.load import abstract_params
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.matmul import weight_gradient
+from llama_jax.model.roles import EmbeddingTable, MatmulWeight
 from llama_jax.reporting.run_log import RunLog
 from llama_jax.run.checkpoint import digests
 from llama_jax.training.fit import put_batch
@@ -186,10 +187,10 @@ KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 def compiled_step(spec: str, **options: Any) -> tuple[Any, TrainState, Any]:
     """The compiled update of a block [B, T], and the types of its state."""
     mesh, config, run = sharding.make_mesh(spec=spec), LlamaConfig.from_hf(WIDE), RunOptions(**options)
-    tx = make_optimizer(weight_decay=0.1)
-    graphdef, params = abstract_params(config, run, mesh)
-    state = abstract_state(params, tx, run, mesh)
-    steps = Steps(graphdef, tx, run, config.vocab_size)
+    definition = define(config, run, mesh)
+    tx = make_optimizer(weight_decay=0.1, decays=definition.having(MatmulWeight, EmbeddingTable))
+    state = abstract_state(tx, definition, mesh)
+    steps = Steps(definition, tx, config.vocab_size)
     steps.compile(state, (B, T), mesh)
     return steps._compiled[B, T], state, mesh
 
@@ -239,7 +240,7 @@ def check_placement() -> None:
         ways = mesh.size // mesh.shape["data"]
         for scan in (False, True):
             program, state, _ = compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16)
-            specs = jax.tree.map(lambda x: x.sharding.spec, state.params)
+            specs = jax.tree.map(lambda x: x.sharding.spec, state.trainable)
             adam = optax.tree_utils.tree_get(state.opt_state, "mu"), optax.tree_utils.tree_get(state.opt_state, "nu")
             for moments in adam:
                 assert jax.tree.map(lambda x: x.sharding.spec, moments) == specs
@@ -249,7 +250,7 @@ def check_placement() -> None:
                 lambda x, a, b: a.is_equivalent_to(b, x.ndim), state, placed, program.output_shardings[0]
             )
             assert all(jax.tree.leaves(same))
-            for tree in (state.params, *adam):
+            for tree in (state.trainable, *adam):
                 vectors, matrices = [], []
                 for path, x in jax.tree_util.tree_leaves_with_path(tree):
                     (vectors if "norm" in str(path) else matrices).append(x)
@@ -334,9 +335,9 @@ def tell_many() -> None:
     """An update of many blocks, the digests of many arrays."""
     mesh, config, run = sharding.make_mesh(spec="fsdp=8"), LlamaConfig.from_hf(WIDE), RunOptions()
     tx = make_optimizer()
-    graphdef, params = abstract_params(config, run, mesh)
-    state = abstract_state(params, tx, run, mesh)
-    steps = Steps(graphdef, tx, run, config.vocab_size, sums=True)
+    definition = define(config, run, mesh)
+    state = abstract_state(tx, definition, mesh)
+    steps = Steps(definition, tx, config.vocab_size, sums=True)
     steps.compile(state, (B, T), mesh)
     placed = jax.tree.map(lambda x: x.sharding, state)
     state = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state), out_shardings=placed)()

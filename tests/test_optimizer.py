@@ -23,7 +23,10 @@ from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.hf.names import name_table
 from llama_jax.model.config import LlamaConfig
-from llama_jax.training.optimizer import OPTIMIZERS, clip_by_global_norm, decay_mask, make_optimizer
+from llama_jax.model.definition import define
+from llama_jax.model.llama import RunOptions
+from llama_jax.model.roles import EmbeddingTable, MatmulWeight
+from llama_jax.training.optimizer import OPTIMIZERS, clip_by_global_norm, make_optimizer
 
 EPS32 = 2.0**-24  # the unit roundoff of float32
 BF16 = 2.0**-8  # and of bfloat16
@@ -61,6 +64,11 @@ def torch_parameters(tree: Any, weight_decay: float) -> tuple[list[torch.nn.Para
         {"params": [p for p in leaves if p.ndim == 1], "weight_decay": 0.0},
     ]
     return leaves, groups
+
+
+def decays(tree: Any) -> Any:
+    """The same groups as a tree of booleans."""
+    return jax.tree.map(lambda x: x.ndim > 1, tree)
 
 
 STEPS, PEAK = 20, 1e-2
@@ -137,7 +145,7 @@ def check_run(
     optim: str, seed: int, scale: float, options: dict[str, float], norms: np.ndarray, history: list[Any]
 ) -> None:
     params, grads, rates = draw_run(seed, scale)
-    tx = make_optimizer(optim, **options)
+    tx = make_optimizer(optim, decays=decays, **options)
     params = jax.tree.map(jnp.asarray, params)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -202,7 +210,8 @@ def test_updates_are_those_of_4_37(tmp_path: Path) -> None:
 def test_lion(seed: int, b1: float, b2: float, weight_decay: float) -> None:
     """Against the rule of the paper (Chen et al. 2023, algorithm 2) in float64, unclipped."""
     params, grads, rates = draw_run(seed, 1.0)
-    tx = make_optimizer("lion_32bit", b1=b1, b2=b2, eps=1.0, weight_decay=weight_decay, max_grad_norm=0.0)
+    options = {"weight_decay": weight_decay, "decays": decays, "max_grad_norm": 0.0}
+    tx = make_optimizer("lion_32bit", b1=b1, b2=b2, eps=1.0, **options)
     state = tx.init(params)
     update = jax.jit(tx.update)
     expected = [np.asarray(x, np.float64) for x in jax.tree.leaves(params)]
@@ -260,8 +269,8 @@ def check_blocks(optim: str, weight_decay: float, compiled: bool) -> None:
     rng = np.random.default_rng(1)
     counts = [3, 1, 2, 1]
     options = {"weight_decay": weight_decay, "max_grad_norm": 1.0}
-    at_once = make_optimizer(optim, blocks=np.ones(len(counts), np.int32), **options)
-    in_blocks = make_optimizer(optim, blocks=np.asarray(counts, np.int32), **options)
+    at_once = make_optimizer(optim, decays=decays, blocks=np.ones(len(counts), np.int32), **options)
+    in_blocks = make_optimizer(optim, decays=decays, blocks=np.asarray(counts, np.int32), **options)
     params = jax.tree.map(jnp.asarray, make_tree(rng, 1.0))
     state_1, state_n, params_1, params_n = at_once.init(params), in_blocks.init(params), params, params
     assert not isinstance(state_1, optax.MultiStepsState) and isinstance(state_n, optax.MultiStepsState)
@@ -311,7 +320,7 @@ def test_low_precision(optim: str) -> None:
     low = [jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), make_tree(rng, 1.0)) for _ in range(2)]
     params, grads = low
     options = {"weight_decay": 0.1, "max_grad_norm": 0.0}
-    tx = make_optimizer(optim, **options)
+    tx = make_optimizer(optim, decays=decays, **options)
     fresh = tx.init(params)
     updates, state = jax.jit(tx.update)(grads, fresh, params, learning_rate=np.float32(0.1))
     assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, fresh)
@@ -342,7 +351,7 @@ def test_low_precision(optim: str) -> None:
     kept = {x.dtype for x in jax.tree.leaves(state) if x.ndim > 0}
     assert kept == {"adamw_torch": {jnp.dtype(jnp.bfloat16)}, "sgd": set()}.get(optim, {jnp.dtype(jnp.float32)})
 
-    in_blocks = make_optimizer(optim, blocks=np.asarray([2], np.int32), **options)
+    in_blocks = make_optimizer(optim, decays=decays, blocks=np.asarray([2], np.int32), **options)
     halves = jax.tree.map(lambda g: g / 2, grads)
     state, update = in_blocks.init(params), jax.jit(in_blocks.update)
     for _ in range(2):
@@ -378,7 +387,7 @@ def update_on_two_devices() -> None:
         return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
     for optim in OPTIMIZERS:
-        tx = make_optimizer(optim, weight_decay=0.1, blocks=np.asarray([1, 2], np.int32))
+        tx = make_optimizer(optim, weight_decay=0.1, decays=decays, blocks=np.asarray([1, 2], np.int32))
 
         def run(params: Any, grads: list[Any], tx: Any = tx) -> tuple[Any, Any, Any]:
             first = state = tx.init(params)
@@ -412,7 +421,7 @@ def test_two_devices() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_decay_groups_are_the_trainers(tied: bool, bias: bool) -> None:
+def test_decay_groups_are_the_trainers(mesh: jax.sharding.Mesh, tied: bool, bias: bool) -> None:
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM, Trainer
 
@@ -423,13 +432,7 @@ def test_decay_groups_are_the_trainers(tied: bool, bias: bool) -> None:
     expected = set(Trainer.get_decay_parameter_names(None, model)) & names
     table = name_table(LlamaConfig.from_hf(raw))
     assert set(table) == names
-    params: dict[Any, Any] = {}
-    for path, _ in table.values():
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = 0
-    mask = decay_mask(params)
+    mask = define(LlamaConfig.from_hf(raw), RunOptions(), mesh).having(MatmulWeight, EmbeddingTable)
 
     def at(path: tuple) -> bool:
         node = mask

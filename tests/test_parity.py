@@ -34,11 +34,12 @@ from numpy_llama import llama_logits
 from tiny import slow_unless
 
 from llama_jax.distributed import sharding
-from llama_jax.hf.load import abstract_params, check_tensors, load_params
+from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import open_checkpoint
 from llama_jax.model import rope
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions, Tokens, make_cache
 from llama_jax.training.loss import weighted_cross_entropy
 
@@ -129,7 +130,8 @@ def make_params(config: LlamaConfig, run: RunOptions, mesh: Mesh, weights: Weigh
         value = np.pad(value, [(0, n - m) for n, m in zip(target.shape, value.shape, strict=True)])
         return jax.device_put(value.astype(target.dtype), target.sharding)
 
-    graphdef, abstract = abstract_params(config, run, mesh)
+    definition = define(config, run, mesh)
+    graphdef, abstract = definition.graphdef, definition.params
     return graphdef, jax.tree_util.tree_map_with_path(place, abstract)
 
 
@@ -790,8 +792,8 @@ def check_golden(checkpoint_path: Path, golden_path: Path, mesh: Mesh, run: RunO
     checkpoint = open_checkpoint(checkpoint_path)
     config = LlamaConfig.from_hf(checkpoint.config)
     tensors = check_tensors(checkpoint.tensors, config, str(checkpoint_path))
-    graphdef, _ = abstract_params(config, run, mesh)
-    params = load_params(tensors, config, run, mesh)
+    graphdef = define(config, run, mesh).graphdef
+    params = load_params(tensors, config, define(config, run, mesh).params, mesh)
     golden = np.load(golden_path)
     ids = golden["input_ids"][None]
 

@@ -102,10 +102,10 @@ def test_bytes_kept_for_the_backward_pass(kv_heads: int, bf16: bool, tmp_path: P
 
             def hidden(params: Any, plan: Plan = plan, block: Any = block) -> Any:
                 zeros = [jnp.zeros(x.shape, x.dtype, out_sharding=x.sharding.spec) for x in block[:4]]
-                return nnx.merge(plan.graphdef, params)(*zeros)[0]
+                return nnx.merge(plan.definition.graphdef, params)(*zeros)[0]
 
             with jax.set_mesh(plans.mesh):
-                found = saved_residuals(hidden, plan.abstract.params)
+                found = saved_residuals(hidden, plan.abstract.trainable)
             sizes = [x.size * x.dtype.itemsize for x, how in found if "argument" not in how and 128 in x.shape]
             formula = activation_bytes(plans.job.config, plans.run, remat, plans.mesh)
             kept.setdefault(remat, []).append((sum(sizes), 128 * formula))

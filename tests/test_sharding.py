@@ -14,8 +14,8 @@ import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import mesh_sizes
-from llama_jax.hf.load import abstract_params
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.plan.chips import Named
 from llama_jax.training.step import _layer_gradient_bytes
@@ -149,5 +149,5 @@ def test_a_layers_gradients() -> None:
     shapes = hf_shapes({**CONFIG, "num_hidden_layers": 10})
     layer = [shape for name, shape in shapes.items() if ".layers.3." in name and len(shape) == 2]
     for scanned in (False, True):
-        _, params = abstract_params(config, RunOptions(scan_layers=scanned), mesh)
+        params = define(config, RunOptions(scan_layers=scanned), mesh).params
         assert _layer_gradient_bytes(params) == 4 * sum(map(math.prod, layer)), scanned

@@ -46,8 +46,9 @@ import llama_jax.setup.job
 import llama_jax.training.fit
 import train_jax
 from llama_jax.distributed import sharding
-from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.run.checkpoint import read_run
@@ -183,7 +184,7 @@ def test_halves_are_the_whole(bits: list[int]) -> None:
     takes. A NaN is one in both."""
     values = np.asarray(bits, np.uint32).view(np.float32)
     tree = {"mlp": {"up_proj": values}, "norm": values}
-    params, lower = halve(tree, RunOptions(compute_dtype=jnp.bfloat16))
+    params, lower = halve(tree, {"mlp": {"up_proj": True}, "norm": False})
     upper, nan = np.asarray(params["mlp"]["up_proj"]), np.isnan(values)
     assert params["norm"] is values and lower["norm"] is None and lower["mlp"]["up_proj"].dtype == np.int16
     back = np.asarray(join(params, lower)["mlp"]["up_proj"])
@@ -196,10 +197,11 @@ def test_halves_are_the_whole(bits: list[int]) -> None:
     np.testing.assert_array_equal(upper.view(np.uint16)[~nan & tie], away[~nan & tie])
 
 
-def test_nothing_is_halved_without_need() -> None:
+def test_nothing_is_halved_without_need(mesh: jax.sharding.Mesh) -> None:
     for options in (RunOptions(), RunOptions(param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)):
-        tree = {"up_proj": np.ones(3, options.param_dtype)}
-        assert halve(tree, options) == (tree, None) and join(tree, None) is tree
+        assert define(LlamaConfig.from_hf(CONFIG), options, mesh).halved is None
+    tree = {"up_proj": np.ones(3)}
+    assert halve(tree, None) == (tree, None) and join(tree, None) is tree
 
 
 @pytest.mark.slow
@@ -780,7 +782,7 @@ def our_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     from flax import nnx
 
     source, options, mesh = Source(folder), RunOptions(), sharding.make_mesh()
-    graphdef, _ = abstract_params(source.config, options, mesh)
+    graphdef = define(source.config, options, mesh).graphdef
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
 
     def logits(params: Any, *block: Any) -> jax.Array:

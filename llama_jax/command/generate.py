@@ -24,9 +24,9 @@ from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
-from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions, make_cache
 
 SLOT_MULTIPLE = 128  # prompts are padded to it, so that few lengths are compiled
@@ -47,7 +47,7 @@ def generate(
 
     Greedy at temperature 0; otherwise drawn from softmax(logits / temperature).
     """
-    graphdef, _ = abstract_params(config, run, mesh)
+    graphdef = define(config, run, mesh).graphdef
     B, longest = len(prompts), max(map(len, prompts))
     T = -(-longest // SLOT_MULTIPLE) * SLOT_MULTIPLE
     S = T + -(-max_new_tokens // SLOT_MULTIPLE) * SLOT_MULTIPLE

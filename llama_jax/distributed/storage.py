@@ -39,7 +39,7 @@ def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
 
 def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(
-        abstract, restore_args=ocp.checkpoint_utils.constructrestore_args(abstract, strict=False)
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract, strict=False)
     )
 
 

@@ -4,14 +4,11 @@ import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from llama_jax.base.errors import InputError
@@ -19,21 +16,11 @@ from llama_jax.distributed import sharding
 from llama_jax.hf.names import IGNORED, name_table
 from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import Llama, RunOptions
-
-Params = dict[str, Any]
+from llama_jax.model.definition import define
+from llama_jax.model.llama import RunOptions, is_stacked
+from llama_jax.model.roles import Params
 
 READERS = 4  # threads: copying out of the page cache takes several to keep up with a device's bus
-
-
-@lru_cache(maxsize=4)
-def abstract_params(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> tuple[Any, Params]:
-    """The graph definition and the parameter tree as shapes with their shardings."""
-    # Shapes do not depend on keys, and a stream of them would take four fifths of the time.
-    rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
-    with jax.set_mesh(mesh):
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: Llama(config, run, rngs=rngs)))
-    return graphdef, jax.tree.map(lambda a: sharding.on(mesh, a), nnx.to_pure_dict(state))
 
 
 def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) -> dict[str, Tensor]:
@@ -69,22 +56,21 @@ def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
 def load_params(
     tensors: dict[str, Tensor],
     config: LlamaConfig,
-    run: RunOptions,
+    abstract: Params,
     mesh: Mesh,
     progress: Callable[[int], None] = lambda bytes_read: None,
 ) -> Params:
-    """Read checked tensors (of `check_tensors`) into the parameter tree that `run` asks for.
+    """Read checked tensors (of `check_tensors`) into a tree of parameters like `abstract`, which may lack some.
 
     Each device's part goes from the file to the device in the file's type and is cast there. Besides the parameters,
     host and devices hold READERS tensors at a time.
     """
-    _, abstract = abstract_params(config, run, mesh)
-    unstacked = RunOptions(param_dtype=run.param_dtype)
-    _, placed = abstract_params(config, unstacked, mesh)
+    placed = define(config, RunOptions(), mesh).params
     names = {path: name for name, (path, _) in name_table(config).items()}
+    stacked = is_stacked(abstract)
 
     def stacks(path: tuple) -> bool:
-        return run.scan_layers and path[0] == "layers"
+        return stacked and path[0] == "layers"
 
     def load_one(path: tuple) -> jax.Array:
         tensor, target = tensors[names[path]], _at(placed, path)

@@ -1,8 +1,13 @@
 """The one table between HF's tensor names and the model's parameters; its inverse is derived."""
 
 import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from llama_jax.base.errors import InputError
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import is_stacked
+from llama_jax.model.roles import Params
 
 Path = tuple[str | int, ...]
 
@@ -36,3 +41,29 @@ def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
     if not config.tie_word_embeddings:
         table["lm_head.weight"] = (("lm_head", "weight"), (V, D))
     return table
+
+
+def check_names(params: Params, config: LlamaConfig) -> None:
+    """Raise InputError for parameters that the table has no name for: an export would lose them."""
+    stacked = is_stacked(params)
+    known = {without_layer(path) if stacked else path for path, _ in name_table(config).values()}
+    nameless = sorted(".".join(map(str, path)) for path in _paths(params) if path not in known)
+    if nameless:
+        shown = ", ".join(nameless[:4]) + (f" and {len(nameless) - 4} more" if len(nameless) > 4 else "")
+        raise InputError(
+            f"{len(nameless)} parameter(s) of the model have no name in an HF folder, so no export can hold them: "
+            f"{shown}; add them to llama_jax/hf/names.py"
+        )
+
+
+def without_layer(path: Path) -> Path:
+    """Return the path of a parameter in the tree of stacked layers."""
+    return (path[0], *path[2:]) if path[0] == "layers" else path
+
+
+def _paths(tree: Mapping[Any, Any], above: Path = ()) -> Iterator[Path]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, (*above, key))
+        else:
+            yield (*above, key)

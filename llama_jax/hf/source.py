@@ -15,11 +15,13 @@ from jax.sharding import Mesh
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
-from llama_jax.hf.load import Params, abstract_params, check_tensors, load_params
+from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, open_checkpoint
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define, pick
 from llama_jax.model.llama import RunOptions, stack_layers
+from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import say
 
 FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
@@ -97,15 +99,24 @@ class Source:
         """Size of all tensors in their files."""
         return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in self.tensors.values())
 
-    def load(self, run: RunOptions, mesh: Mesh, progress: Callable[[int], None] = lambda n: None) -> Params:
-        """The parameters on the mesh, in the layout and type of `run`."""
+    def load(
+        self,
+        run: RunOptions,
+        mesh: Mesh,
+        progress: Callable[[int], None] = lambda n: None,
+        like: Params | None = None,
+    ) -> Params:
+        """Return the parameters on the mesh, in the layout and type of `run`; with `like` only those."""
+        abstract = define(self.config, run, mesh).params
         if not self.is_flax:
-            return load_params(self.tensors, self.config, run, mesh, progress)
+            wanted = abstract if like is None else pick(abstract, like)
+            return load_params(self.tensors, self.config, wanted, mesh, progress)
         self._check_shapes()
-        _, abstract = abstract_params(self.config, RunOptions(param_dtype=run.param_dtype), mesh)
-        params = storage.load_params(self.folder, abstract)
+        unstacked = define(self.config, RunOptions(param_dtype=run.param_dtype), mesh).params
+        params = storage.load_params(self.folder, unstacked)
         with jax.set_mesh(mesh):
-            return stack_layers(params) if run.scan_layers else params
+            params = stack_layers(params) if run.scan_layers else params
+        return params if like is None else pick(params, like)
 
     def _check_shapes(self) -> None:
         """Only the vocabulary's rows may be more in a Flax folder than config.json says. Raises InputError."""

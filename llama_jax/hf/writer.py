@@ -15,8 +15,10 @@ from safetensors.numpy import save_file
 from llama_jax.base.files import write_json
 from llama_jax.distributed import sharding
 from llama_jax.distributed.processes import exchange, is_first
-from llama_jax.hf.names import name_table
+from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import is_stacked
+from llama_jax.model.roles import Params
 
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -24,19 +26,19 @@ _INDEX = "model.safetensors.index.json"
 
 
 def hf_tensors(
-    params: dict[str, Any], config: LlamaConfig, wanted: Callable[[str], bool] = lambda name: True
+    params: Params, config: LlamaConfig, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, np.ndarray]]:
     """HF names and host arrays of the tensors wanted, one at a time; padding is stripped, stacked layers are unstacked.
 
     With several processes, each gathers all tensors onto its devices, and has those on the host that it wants.
     """
-    stacked = "self_attn" in params["layers"]
+    check_names(params, config)
+    stacked = is_stacked(params)
     for name, (path, shape) in name_table(config).items():
         leaf: Any = params
-        layer = path[1] if stacked and path[0] == "layers" else None
-        for key in path:
-            leaf = leaf if key is layer else leaf[key]
-        array = leaf if layer is None else leaf[layer]
+        for key in without_layer(path) if stacked else path:
+            leaf = leaf[key]
+        array = leaf[path[1]] if stacked and path[0] == "layers" else leaf
         array = jax.block_until_ready(sharding.whole(array))
         if wanted(name):
             yield name, np.asarray(array)[tuple(map(slice, shape))]
@@ -44,7 +46,7 @@ def hf_tensors(
 
 def write_weights(
     folder: Path,
-    params: dict[str, Any],
+    params: Params,
     config: LlamaConfig,
     dtypes: dict[str, np.dtype],
     progress: Callable[[int], None] = lambda bytes_written: None,

@@ -22,6 +22,7 @@ from llama_jax.distributed import sharding
 from llama_jax.model.attention import XLA, Kernel, attention, keeps_kernel, packed_attention
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.matmul import project
+from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params
 from llama_jax.model.rope import apply_rope, rope_cos_sin
 
 ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -75,16 +76,21 @@ class Tokens(NamedTuple):
     segment_ids: Int[Array, "B T"]
 
 
+def _draw(shape: tuple[int, int], spec: P, config: LlamaConfig, run: RunOptions, rngs) -> Float[Array, "O I"]:
+    """Draw a matrix as transformers initializes it, placed by `spec`."""
+    normal = jax.nn.initializers.normal(config.initializer_range)
+    return normal(rngs.params(), shape, run.param_dtype, out_sharding=spec)
+
+
 class Linear(nnx.Module):
     """x @ weight.T + bias in the compute type."""
 
     def __init__(self, out_in: tuple[int, int], spec: P, bias: bool, config: LlamaConfig, run: RunOptions, rngs):
-        init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
-        self.weight = nnx.Param(init(rngs.params(), out_in, run.param_dtype))
+        self.weight = MatmulWeight(_draw(out_in, spec, config, run, rngs))
         row = spec == sharding.ROW_DF
         bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
         zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=bias_spec) if bias else None
-        self.bias = None if zeros is None else nnx.Param(zeros)
+        self.bias = None if zeros is None else Bias(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
         self.exchange = run.exchange
@@ -99,7 +105,7 @@ class RMSNorm(nnx.Module):
     """weight * x / sqrt(mean(x^2) + eps), computed in float32, rounded to x's type before the weight."""
 
     def __init__(self, config: LlamaConfig, run: RunOptions):
-        self.weight = nnx.Param(jnp.ones(config.hidden_size, run.param_dtype, out_sharding=sharding.REPLICATED))
+        self.weight = NormWeight(jnp.ones(config.hidden_size, run.param_dtype, out_sharding=sharding.REPLICATED))
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -177,11 +183,9 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    def __init__(self, config: LlamaConfig, run: RunOptions, spec: P, rngs):
-        init = partial(jax.nn.initializers.normal(config.initializer_range), out_sharding=spec)
-        self.weight = nnx.Param(
-            init(rngs.params(), (sharding.vocab_rows(config.vocab_size), config.hidden_size), run.param_dtype)
-        )
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        shape = (sharding.vocab_rows(config.vocab_size), config.hidden_size)
+        self.weight = EmbeddingTable(_draw(shape, sharding.EMBED_VD, config, run, rngs))
         self.padding_idx = config.pad_token_id
 
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -191,18 +195,24 @@ class Embedding(nnx.Module):
         return jnp.where((input_ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
 
 
+class Head(nnx.Module):
+    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+        rows = sharding.vocab_rows(config.vocab_size)
+        spec = sharding.column(rows)
+        self.weight = MatmulWeight(_draw((rows, config.hidden_size), spec, config, run, rngs))
+
+
 class Llama(nnx.Module):
     """`LlamaForCausalLM`: token ids to final hidden states; `head` gives the weights that make logits of them."""
 
     def __init__(self, config: LlamaConfig, run: RunOptions = RunOptions(), *, rngs: nnx.Rngs):
         sharding.check_width(config.hidden_size)
         self.config, self.run = config, run
-        self.embed_tokens = Embedding(config, run, sharding.EMBED_VD, rngs)
+        self.embed_tokens = Embedding(config, run, rngs)
         blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
         self.layers: Any = _stack(blocks) if run.scan_layers else nnx.List(blocks)
         self.norm = RMSNorm(config, run)
-        head = sharding.column(sharding.vocab_rows(config.vocab_size))
-        self.lm_head = None if config.tie_word_embeddings else Embedding(config, run, head, rngs)
+        self.lm_head = None if config.tie_word_embeddings else Head(config, run, rngs)
 
     def __call__(
         self,
@@ -287,7 +297,12 @@ def _stack(blocks: list[Block]) -> Block:
     return nnx.merge(graphdef, jax.tree.map(lambda *xs: jnp.stack(xs), *states))
 
 
-def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+def is_stacked(params: Params) -> bool:
+    """Return whether the layers of a parameter tree are stacked on a leading axis, and not keyed by their numbers."""
+    return any(isinstance(key, str) for key in params.get("layers", ()))
+
+
+def stack_layers(params: Params) -> Params:
     """Parameters of a list of layers (`layers: {0: ..., 1: ...}`) as those of stacked ones, one tensor after another.
 
     The input is used up: a layer's arrays are dropped as soon as they are stacked.

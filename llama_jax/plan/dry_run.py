@@ -110,7 +110,7 @@ def _estimate(planner: Planner, option: Option) -> int:
     logits of a chunk with their gradient, and two layers' weights gathered; or what saving takes, if that is more."""
     job, run, mesh = planner.job, planner.run, planner.mesh
     kept = option.max_tokens * activation_bytes(job.config, run, option.remat, mesh)
-    grads = sharding.bytes_on_device(planner.state.params)
+    grads = sharding.bytes_on_device(planner.state.trainable)
     itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
     layer = (job.config.num_parameters - 2 * job.config.vocab_size * job.config.hidden_size) // (
         job.config.num_hidden_layers * mesh.shape["tensor"]
@@ -145,9 +145,11 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         *(
             f"  {name:<34}{sharding.bytes_on_device(part) / GIB:9.2f}"
             for name, part in (
-                ("parameters", (state.params, state.lower)),
+                ("parameters", (state.trainable, state.lower)),
+                ("frozen parameters", state.frozen),
                 ("optimizer's state", state.opt_state),
             )
+            if part
         ),
     ]
     if blocks > 1 and job.args.accumulation == "sum":
@@ -159,7 +161,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         kept = plan.option.max_tokens * activation_bytes(job.config, plan.run, plan.option.remat, mesh)
         lines += [
             f"  {'kept for the backward pass':<34}{kept / GIB:9.2f}   (by arithmetic)",
-            f"  {'gradients':<34}{sharding.bytes_on_device(state.params) / GIB:9.2f}",
+            f"  {'gradients':<34}{sharding.bytes_on_device(state.trainable) / GIB:9.2f}",
         ]
         return [*lines, *_floors(planner, plan, chip, 2.0 * held, [], None)]
     needed = outcome.needed

@@ -81,9 +81,10 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[s
         "parameters": job.config.num_parameters,
         "dtype": dtype,
         "state_bytes": {
-            "parameters": tree_bytes((state.params, state.lower)),
+            "parameters": tree_bytes((state.trainable, state.lower)),
+            **({"frozen": tree_bytes(state.frozen)} if state.frozen else {}),
             "optimizer": opt_bytes,
-            "gradient": tree_bytes(state.params),
+            "gradient": tree_bytes(state.trainable),
         },
         "rules": RULES[args.hf_compat],
         "data": examine(job),

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
@@ -24,11 +25,12 @@ from llama_jax.base.files import cache_folder, write_json
 from llama_jax.data.batches import ROW_MULTIPLE, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
-from llama_jax.hf.load import abstract_params
-from llama_jax.hf.names import name_table
+from llama_jax.hf.names import check_names, name_table
 from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.roles import EmbeddingTable, MatmulWeight
 from llama_jax.reporting.progress import say
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
@@ -62,7 +64,7 @@ class Plan:
     batches: Batches
     run: RunOptions
     tx: optax.GradientTransformationExtraArgs
-    graphdef: Any
+    definition: Definition
     abstract: TrainState
     steps: Steps
 
@@ -77,10 +79,11 @@ class Plan:
 
 class Planner:
     """Makes the plans of a job whose parameters are of `dtype`. `state` and `saved` have the types of the train state
-    and of a checkpoint's, and `run` the options that do not depend on the choice."""
+    and of a checkpoint's, and `run` the options that do not depend on the choice. `trainable` is the NNX filter of the
+    parameters to train."""
 
-    def __init__(self, job: Job, mesh: Mesh, platform: str, dtype: str, scan_layers: bool):
-        self.job, self.mesh = job, mesh
+    def __init__(self, job: Job, mesh: Mesh, platform: str, dtype: str, scan_layers: bool, trainable: Any = nnx.Param):
+        self.job, self.mesh, self._trainable = job, mesh, trainable
         args, self.device_kind = job.args, mesh.devices.flat[0].device_kind
         compute = jnp.bfloat16 if args.bf16 else None
         kind = "bfloat16" if args.bf16 else dtype
@@ -97,8 +100,9 @@ class Planner:
             exchange=sharding.exchanges(mesh),
             longest=max(int(examples.lengths.max()) for examples in (job.examples, job.eval_examples) if examples),
         )
-        _, params = abstract_params(job.config, self.run, mesh)
-        self.state = abstract_state(params, self._optimizer(), self.run, mesh)
+        self.definition = define(job.config, self.run, mesh, trainable)
+        check_names(self.definition.params, job.config)
+        self.state = abstract_state(self._optimizer(), self.definition, mesh)
         self.saved = abstract_saved(self.state, mesh)
 
     def make(self, option: Option) -> Plan:
@@ -111,10 +115,18 @@ class Planner:
         blocks = batches.block_counts.astype(np.int32)
         several = bool(blocks.max() > 1)
         tx = self._optimizer(blocks if several and args.accumulation == "multisteps" else None)
-        graphdef, params = abstract_params(job.config, run, self.mesh)
+        definition = define(job.config, run, self.mesh, self._trainable)
         sums = several and args.accumulation == "sum"
-        steps = Steps(graphdef, tx, run, job.config.vocab_size, args.label_smoothing_factor, sums)
-        return Plan(option, batches, run, tx, graphdef, abstract_state(params, tx, run, self.mesh), steps)
+        steps = Steps(definition, tx, job.config.vocab_size, args.label_smoothing_factor, sums)
+        return Plan(
+            option=option,
+            batches=batches,
+            run=run,
+            tx=tx,
+            definition=definition,
+            abstract=abstract_state(tx, definition, self.mesh),
+            steps=steps,
+        )
 
     def _optimizer(self, blocks: np.ndarray | None = None) -> optax.GradientTransformationExtraArgs:
         args = self.job.args
@@ -124,6 +136,7 @@ class Planner:
             b2=args.adam_beta2,
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
+            decays=self.definition.having(MatmulWeight, EmbeddingTable),
             max_grad_norm=args.max_grad_norm,
             blocks=blocks,
             sizes={path: math.prod(shape) for path, shape in name_table(self.job.config).values()},
@@ -157,7 +170,7 @@ class Planner:
     def least_bytes(self, option: Option) -> int:
         """What a device needs at least, by arithmetic: what it holds, and the largest of what is kept for the backward
         pass, the gradients, and what saving takes."""
-        grads = sharding.bytes_on_device(self.state.params)
+        grads = sharding.bytes_on_device(self.state.trainable)
         kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
         return self.held_bytes(option) + max(kept, grads, saving_bytes(self.state))
 

@@ -1,18 +1,19 @@
-"""Float32 weights as their nearest bfloat16 and the bits that rounding took: an update loses none of them."""
+"""Split float32 weights into their nearest bfloat16 and the bits that rounding took, so that updates lose no bit."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from llama_jax.model.llama import RunOptions
+from llama_jax.model.roles import Params
 
 
 def split_bits(x: Float[Array, "..."]) -> tuple[jax.Array, jax.Array]:
-    """The nearest bfloat16 of a float32 (of two, that away from zero), and the difference of its bits to the float32's
-    as int16."""
+    """Return the nearest bfloat16 of each float32, and the difference of their bits as int16.
+
+    Of two nearest, the result is the one away from zero.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     upper = jnp.where(jnp.isnan(x), jnp.uint32(0x7FC0), (bits + 0x8000) >> 16)
     lower = (bits - (upper << 16)).astype(jnp.uint16)
@@ -21,28 +22,25 @@ def split_bits(x: Float[Array, "..."]) -> tuple[jax.Array, jax.Array]:
 
 
 def halve(
-    params: dict[str, Any], run: RunOptions, split: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = split_bits
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The parameters that the model computes with, and the bits that rounding took from them.
+    params: Params,
+    halved: Params | None,
+    split: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = split_bits,
+) -> tuple[Params, Params | None]:
+    """Return the parameters that the model computes with, and their lower halves.
 
-    Where matmuls are in bfloat16 and parameters in float32, the matmuls' weights are taken apart (`split_bits`): the
-    second tree has their lower halves, and None in the places of all others. `join` gives the float32 back, bit for
-    bit; a NaN stays one. Otherwise that tree is None.
+    `halved` is a tree of booleans (`model.definition.Definition.halved`): parameters under true are split by `split`.
+    The second tree has None for all others; it is None where `halved` is. `join` restores the float32 bit for bit,
+    but for a NaN, which stays a NaN.
     """
-    if (run.param_dtype, run.compute_dtype) != (jnp.float32, jnp.bfloat16):
+    if halved is None:
         return params, None
-
-    def of_weight(path, x):
-        in_matmul = any(str(k.key).endswith("_proj") or k.key == "lm_head" for k in path)
-        return split(x) if in_matmul else (x, None)
-
-    halves = jax.tree_util.tree_map_with_path(of_weight, params)
-    upper, lower = (jax.tree.map(lambda _, h, i=i: h[i], params, halves) for i in (0, 1))
+    halves = jax.tree.map(lambda x, is_halved: split(x) if is_halved else (x, None), params, halved)
+    upper, lower = (jax.tree.map(lambda _, pair, i=i: pair[i], params, halves) for i in (0, 1))
     return upper, lower
 
 
-def join(params: dict[str, Any], lower: dict[str, Any] | None) -> dict[str, Any]:
-    """The parameters of which `halve` made these."""
+def join(params: Params, lower: Params | None) -> Params:
+    """Return the whole parameters from both results of `halve`."""
     if lower is None:
         return params
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,27 +38,17 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: ClipState(jnp.zeros((), jnp.float32)), update)
 
 
-def decay_mask(params):
-    """True for weights that decay: matrices. The norms' weights and all biases are vectors and do not."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
-
-
-def _decayed(rule: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
-    """`rule`, and then the decay of the matrices. The state is the rule's: a run may go on with another decay."""
+def _decayed(rule: optax.GradientTransformation, weight_decay: float, decays: Any) -> optax.GradientTransformation:
+    """Return `rule` followed by weight decay. The state is the rule's: a run may resume with another decay."""
     if not weight_decay:
         return rule
-    decay = optax.add_decayed_weights(weight_decay, decay_mask)
+    decay = optax.add_decayed_weights(weight_decay, decays)
 
     def update(updates, state, params=None):
         updates, state = rule.update(updates, state, params)
         return decay.update(updates, decay.init(params), params)[0], state
 
     return optax.GradientTransformation(rule.init, update)
-
-
-def _is_vector(path) -> bool:
-    names = [str(k.key) for k in path]
-    return names[-1] == "bias" or any(name.endswith("norm") for name in names)
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -97,6 +87,7 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decays: Any = None,
     max_grad_norm: float = 1.0,
     blocks: np.ndarray | None = None,
     sizes: Mapping[tuple, int] = MappingProxyType({}),
@@ -114,12 +105,14 @@ def make_optimizer(
     - `lion_32bit`: Lion (Chen et al. 2023) with decoupled decay, as in bitsandbytes' main branch. Its releases up to
       0.49.2 put the decay into the gradient in 32 bits, a bug by its issue 1992.
 
+    `decays` is a tree of booleans: the parameters that `weight_decay` applies to; None for all.
+
     The last two keep their state in float32, as torch's do. `blocks` holds the number of blocks of each update: where
     one has several, their gradients are summed by `optax.MultiSteps` (each block's loss already carries its share of
     the normalisation) and the rest runs at the last block, with that block's rate. Where every update is one block,
     MultiSteps and its accumulator stand aside.
     """
-    clip, decayed = clip_by_global_norm(max_grad_norm), partial(_decayed, weight_decay=weight_decay)
+    clip, decayed = clip_by_global_norm(max_grad_norm), partial(_decayed, weight_decay=weight_decay, decays=decays)
     if name == "adamw_torch":
         rules = [clip, decayed(optax.scale_by_adam(b1, b2, eps))]
     elif name == "sgd":

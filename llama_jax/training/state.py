@@ -1,4 +1,4 @@
-"""The train state: what an update changes, and what a checkpoint holds of it."""
+"""Hold what an update changes, and what a checkpoint keeps of it."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,76 +10,109 @@ import optax
 from jax.sharding import Mesh
 
 from llama_jax.distributed import sharding
-from llama_jax.model.llama import RunOptions
+from llama_jax.model.definition import Definition, merge
+from llama_jax.model.roles import Params
 from llama_jax.training.halves import halve, join, split_bits
 
 
-class TrainState(NamedTuple):
-    """`step` updates have been made.
+class SavedState(NamedTuple):
+    """Hold the arrays of a checkpoint: `params` are the trainable parameters in `RunOptions.param_dtype`.
 
-    `params` are those that the model computes with, and gradients come in their types; `lower` is what they leave of
-    float32 weights (`model.halve`). So a weight of matmuls in bfloat16 takes no room beside its float32, no step reads
-    that only to round it, and no bit is lost.
+    The names of the fields are those on disk. `lower` is None and has no array.
     """
 
     step: Any
-    params: Any
+    params: Params
     opt_state: Any
-    lower: Any = None
+    lower: None = None
+
+
+class TrainState(NamedTuple):
+    """Hold the state after `step` updates.
+
+    The optimizer, gradients and checkpoints see `trainable` alone; gradients have its types. `frozen` is read by the
+    model and never written. `lower` holds the lower halves of float32 weights (`training.halves`), None without halves.
+    """
+
+    step: Any
+    trainable: Params
+    frozen: Params
+    opt_state: Any
+    lower: Params | None = None
 
     @property
-    def saved(self) -> "TrainState":
-        """What a checkpoint holds: whole parameters; and between updates, MultiSteps adds nothing to its optimizer's
-        state."""
+    def params(self) -> Params:
+        """Return all parameters in the types that the model computes with."""
+        return merge(self.trainable, self.frozen)
+
+    @property
+    def whole_params(self) -> Params:
+        """Return all parameters, halves joined: for an export."""
+        return merge(_join(self.trainable, self.lower), self.frozen)
+
+    @property
+    def saved(self) -> SavedState:
+        """Return the state for a checkpoint. Between updates, MultiSteps adds nothing to its optimizer's state."""
         multi_steps = isinstance(self.opt_state, optax.MultiStepsState)
         opt_state = self.opt_state.inner_opt_state if multi_steps else self.opt_state
-        return TrainState(self.step, _join(self.params, self.lower), opt_state)
+        return SavedState(self.step, _join(self.trainable, self.lower), opt_state)
 
 
 _split_bits, _join = jax.jit(split_bits), jax.jit(join)
 
 
 def _split_and_delete(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Halves take the place of the last float32 that was deleted: the device's free memory stays in one piece, which
-    the step's temporaries need."""
+    """Return the halves of an array and free it.
+
+    Halves then fill the place of the last float32 that was freed. The device's free memory stays in one piece, as the
+    temporaries of a step need.
+    """
     halves = _split_bits(x)
     x.delete()
     return halves
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
-    """A fresh state around the parameters, which it uses up; moments are placed like them."""
+def init_state(params: Params, tx: optax.GradientTransformation, definition: Definition, mesh: Mesh) -> TrainState:
+    """Return the state before the first update, moments placed like parameters. The parameters are consumed."""
+    trainable, frozen = definition.split(params)
     with jax.set_mesh(mesh):
-        params, lower = halve(params, run, _split_and_delete)
-        opt_state = jax.jit(lambda params, lower: tx.init(join(params, lower)))(params, lower)
-        return TrainState(sharding.put_scalar(mesh, np.int32(0)), params, opt_state, lower)
+        trainable, lower = halve(trainable, definition.halved, _split_and_delete)
+        opt_state = jax.jit(lambda trainable, lower: tx.init(join(trainable, lower)))(trainable, lower)
+        return TrainState(sharding.put_scalar(mesh, np.int32(0)), trainable, frozen, opt_state, lower)
 
 
-def complete(saved: TrainState, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
-    """The state of which this is what a checkpoint holds; it is used up."""
+def complete(
+    saved: SavedState, frozen: Params, tx: optax.GradientTransformation, definition: Definition, mesh: Mesh
+) -> TrainState:
+    """Return the state of a checkpoint's arrays, which are consumed, and the frozen parameters."""
     opt_state = saved.opt_state
     with jax.set_mesh(mesh):
         if isinstance(jax.eval_shape(tx.init, saved.params), optax.MultiStepsState):
             zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))(saved.params)
             opt_state = optax.MultiStepsState(sharding.put_scalar(mesh, np.int32(0)), saved.step + 0, opt_state, zeros)
-        params, lower = halve(saved.params, run, _split_and_delete)
-        return TrainState(saved.step, params, opt_state, lower)
+        trainable, lower = halve(saved.params, definition.halved, _split_and_delete)
+        return TrainState(saved.step, trainable, frozen, opt_state, lower)
 
 
-def abstract_state(params: Any, tx: optax.GradientTransformation, run: RunOptions, mesh: Mesh) -> TrainState:
-    """The types and placements of `init_state`, from those of the parameters."""
+def abstract_state(tx: optax.GradientTransformation, definition: Definition, mesh: Mesh) -> TrainState:
+    """Return the types and placements of `init_state`."""
+
+    def init(trainable: Params) -> tuple[Any, tuple[Params, Params | None]]:
+        return tx.init(trainable), halve(trainable, definition.halved)
+
     with jax.set_mesh(mesh):
-        opt_state, (params, lower) = jax.eval_shape(lambda params: (tx.init(params), halve(params, run)), params)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, lower)
+        opt_state, (trainable, lower) = jax.eval_shape(init, definition.trainable)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(step, trainable, definition.frozen, opt_state, lower)
     return jax.tree.map(lambda a: sharding.on(mesh, a), state)
 
 
-def abstract_saved(state: TrainState, mesh: Mesh) -> TrainState:
-    """The types and placements of what a checkpoint holds of such a state."""
+def abstract_saved(state: TrainState, mesh: Mesh) -> SavedState:
+    """Return the types and placements of the arrays that a checkpoint holds of an abstract state."""
     with jax.set_mesh(mesh):
         return jax.tree.map(lambda a: sharding.on(mesh, a), jax.eval_shape(lambda state: state.saved, state))
 
 
 def saving_bytes(state: TrainState) -> int:
-    """What a device needs beside such a state while its parameters are whole, as a checkpoint has them."""
+    """Return the bytes that a device needs beside a state while its halves are joined for a checkpoint."""
     return 2 * sharding.bytes_on_device(state.lower)

@@ -14,7 +14,9 @@ from llama_jax.data.batches import Batch
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import compiler_options
-from llama_jax.model.llama import RunOptions
+from llama_jax.model.definition import Definition, merge
+from llama_jax.model.llama import is_stacked
+from llama_jax.model.roles import Params
 from llama_jax.training.halves import halve, join
 from llama_jax.training.loss import weighted_cross_entropy
 from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
@@ -22,8 +24,8 @@ from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
 LossStep = Callable[[Any, Batch], jax.Array]
 
 
-def _losses(graphdef: nnx.GraphDef, params: Any, batch: Batch, vocab_size: int, label_smoothing: float):
-    """The block's loss, and its parts by token [B, T]."""
+def losses_of(graphdef: nnx.GraphDef, params: Params, batch: Batch, vocab_size: int, label_smoothing: float = 0.0):
+    """Return the loss of a block, and its part of each token [B, T]."""
     model = nnx.merge(graphdef, params)
     hidden, _ = model(batch.input_ids, batch.positions, batch.segment_ids, batch.lengths)
     return weighted_cross_entropy(hidden, model.head(), batch.targets, batch.weights, vocab_size, label_smoothing)
@@ -39,37 +41,37 @@ class Steps:
 
     def __init__(
         self,
-        graphdef: nnx.GraphDef,
+        definition: Definition,
         tx: optax.GradientTransformationExtraArgs,
-        run: RunOptions,
         vocab_size: int,
         label_smoothing: float = 0.0,
         sums: bool = False,
     ):
-        def gradients(params: Any, batch: Batch):
-            def loss(params):
-                return _losses(graphdef, params, batch, vocab_size, label_smoothing)
+        def gradients(state: TrainState, batch: Batch):
+            def loss(trainable):
+                params = merge(trainable, state.frozen)
+                return losses_of(definition.graphdef, params, batch, vocab_size, label_smoothing)
 
-            (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
             return grads, {"loss": loss, "losses": losses}
 
         def optimize(state: TrainState, grads: Any, learning_rate: jax.Array):
-            params = join(state.params, state.lower)
+            params = join(state.trainable, state.lower)
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
             updates, opt_state = tx.update(grads, state.opt_state, params, learning_rate=learning_rate)
-            params, lower = halve(optax.apply_updates(params, updates), run)
+            trainable, lower = halve(optax.apply_updates(params, updates), definition.halved)
             multi_steps = isinstance(opt_state, optax.MultiStepsState)
             done = opt_state.gradient_step if multi_steps else state.step + 1
             norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
-            return TrainState(done, params, opt_state, lower), norm
+            return TrainState(done, trainable, state.frozen, opt_state, lower), norm
 
         def update(state: TrainState, batch: Batch, learning_rate: jax.Array):
-            grads, out = gradients(state.params, batch)
+            grads, out = gradients(state, batch)
             state, norm = optimize(state, grads, learning_rate)
             return state, out | {"grad_norm": norm}
 
         def add(sums: Any, state: TrainState, batch: Batch):
-            grads, out = gradients(state.params, batch)
+            grads, out = gradients(state, batch)
             return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), out
 
         def apply(state: TrainState, sums: Any, learning_rate: jax.Array):
@@ -77,7 +79,7 @@ class Steps:
             return state, jax.tree.map(jnp.zeros_like, sums), norm
 
         self._sums, self._summing = None, sums
-        self._zeros = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, join(state.params, state.lower)))
+        self._zeros = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, join(state.trainable, state.lower)))
         self._apply = jax.jit(apply, donate_argnums=(0, 1))
         self._of_block = jax.jit(add if sums else update, donate_argnums=0)
         self._compiled: dict[Any, Any] = {}
@@ -88,7 +90,7 @@ class Steps:
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
         programs: dict[Any, Any] = {}
-        options = compiler_options(mesh, _layer_gradient_bytes(state.params))
+        options = compiler_options(mesh, _layer_gradient_bytes(state.trainable))
         with jax.set_mesh(mesh):
             if self._summing:
                 sums = abstract_saved(state, mesh).params
@@ -128,11 +130,10 @@ class Steps:
         return state, outputs
 
 
-def _layer_gradient_bytes(params: Any) -> int:
+def _layer_gradient_bytes(params: Params) -> int:
     """What a device keeps of a layer's gradients once they are summed, in float32; of the matrices alone."""
-    layers = params["layers"]
-    stacked = 0 not in layers
-    leaves = jax.tree.leaves(layers if stacked else layers[0])
+    layers, stacked = params.get("layers", {}), is_stacked(params)
+    leaves = jax.tree.leaves(layers if stacked else next(iter(layers.values()), None))
     shapes = [x.sharding.shard_shape(x.shape)[int(stacked) :] for x in leaves]
     return sum(4 * math.prod(shape) for shape in shapes if len(shape) > 1)
 
@@ -148,7 +149,7 @@ def _bytes_needed(program: Any, held: int, platform: str) -> int:
 
 def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
     """The compiled `(params, block) -> weighted loss of each token`, [B, T]."""
-    return jax.jit(lambda params, batch: _losses(graphdef, params, batch, vocab_size, label_smoothing)[1])
+    return jax.jit(lambda params, batch: losses_of(graphdef, params, batch, vocab_size, label_smoothing)[1])
 
 
 def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:

@@ -1,0 +1,76 @@
+"""Describe a model without its arrays: graph, shapes with placements, roles, and which parameters are trained."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from llama_jax.distributed import sharding
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import Llama, RunOptions
+from llama_jax.model.roles import MatmulWeight, Params
+
+
+@dataclass(frozen=True)
+class Definition:
+    """Hold the graph of a model and trees of its parameters, as `jax.ShapeDtypeStruct` with shardings.
+
+    `trainable` and `frozen` have no leaf in common. `roles` holds the tag (`model.roles`) of each trainable parameter.
+    """
+
+    run: RunOptions
+    graphdef: Any
+    trainable: Params
+    frozen: Params
+    roles: Params
+
+    @property
+    def params(self) -> Params:
+        """Return the tree of all parameters."""
+        return merge(self.trainable, self.frozen)
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """Return the trainable and the frozen parameters of a tree with all of them."""
+        return pick(params, self.trainable), pick(params, self.frozen)
+
+    def having(self, *roles: type[nnx.Param]) -> Params:
+        """Return a tree of booleans over the trainable parameters: true for these roles."""
+        return jax.tree.map(lambda role: issubclass(role, roles), self.roles)
+
+    @property
+    def halved(self) -> Params | None:
+        """Return a tree of booleans, true for parameters that `training.halves` splits; None where none is split.
+
+        Float32 weights of bfloat16 matmuls are split: no step then reads a weight only to round it.
+        """
+        types = (self.run.param_dtype, self.run.compute_dtype)
+        return self.having(MatmulWeight) if types == (jax.numpy.float32, jax.numpy.bfloat16) else None
+
+
+@lru_cache(maxsize=4)
+def define(config: LlamaConfig, run: RunOptions, mesh: Mesh, trainable: Any = nnx.Param) -> Definition:
+    """Return the definition of a model on a mesh; `trainable` is the NNX filter of the parameters to train."""
+    # Shapes do not depend on keys; splitting a key for each parameter would take four fifths of the time.
+    rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        graphdef, *states = nnx.split(nnx.eval_shape(lambda: Llama(config, run, rngs=rngs)), trainable, ...)
+    trained, frozen = (jax.tree.map(lambda a: sharding.on(mesh, a), nnx.to_pure_dict(state)) for state in states)
+    roles: Any = nnx.to_pure_dict(states[0], extract_fn=type)
+    return Definition(run, graphdef, trained, frozen, roles)
+
+
+def merge(a: Params, b: Params) -> Params:
+    """Return the union of two parameter trees without a common leaf; no array is copied."""
+    if not b:
+        return a
+    both = {key: merge(a[key], b[key]) for key in a.keys() & b.keys()}
+    return {**a, **b, **both}
+
+
+def pick(tree: Params, like: Params) -> Params:
+    """Return the part of a tree that has the keys of `like`, which has no other keys."""
+    return {key: pick(tree[key], value) if isinstance(value, dict) else tree[key] for key, value in like.items()}

@@ -1,0 +1,26 @@
+"""Tag each parameter with its role: the type of its variable, given where the parameter is made.
+
+Code that treats parameters differently (optimizer, halves, sharded sums, adapters) reads the tag and never the name.
+"""
+
+from typing import Any
+
+from flax import nnx
+
+Params = dict[str | int, Any]  # a parameter tree: nested, by attribute names and layer numbers
+
+
+class MatmulWeight(nnx.Param):
+    """Mark the matrix of a projection or of the output head, [outputs, inputs]."""
+
+
+class Bias(nnx.Param):
+    """Mark the bias of a projection, [outputs]."""
+
+
+class NormWeight(nnx.Param):
+    """Mark the scale of a norm, [model]."""
+
+
+class EmbeddingTable(nnx.Param):
+    """Mark the rows that token ids select, [vocabulary, model]; with tied embeddings also the output head."""
