@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import CONFIG, make_records, write_json
 
 from llama_jax.data import batches as batches_module
 from llama_jax.data.batches import Batch, Batches
@@ -21,6 +22,9 @@ from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order
 from llama_jax.data.records import ALPACA
 from llama_jax.data.tokenizer import open_tokenizer
+from llama_jax.model.config import LlamaConfig
+from llama_jax.setup.arguments import parse_arguments
+from llama_jax.setup.job import make_job
 
 STRIDE = 2048  # more than the longest example
 
@@ -589,3 +593,40 @@ def test_the_trainer_itself_reports_the_same_losses(tmp_path, batch, accumulatio
         placed = [p for block in batches.update(k) for p in read_back(block, examples)]
         got.append(sum(float(p.weights.astype(np.float64) @ losses[p.example]) for p in placed))
     assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("ranks", "batch", "accumulation"), [(1, 2, 3), (2, 1, 3), (3, 2, 2), (4, 1, 1)])
+@pytest.mark.parametrize("average", [True, False])
+def test_the_gradient_of_several_ranks_is_ddps(tmp_path, average, ranks, batch, accumulation):
+    """Version 5's `training_step` on each rank by torch, gradients averaged over ranks as DDP does.
+
+    The loss of a token is half the square of an entry of a table, found by the label.
+    """
+    records = make_records(17, seed=ranks)
+    flags = {
+        **{"model_name_or_path": tmp_path, "data_path": write_json(tmp_path / "data.json", records)},
+        **{"output_dir": tmp_path, "hf_compat": "5", "average_tokens_across_devices": average},
+        **{"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation},
+    }
+    arguments = parse_arguments([str(x) for name, value in flags.items() for x in (f"--{name}", value)])
+    job = make_job(arguments, LlamaConfig.from_hf(CONFIG), lambda: tmp_path, ranks, True)
+    batches = job.batches(128, 128)
+    table = np.random.default_rng(0).normal(0, 1, CONFIG["vocab_size"])
+    for k in range(job.order.updates):
+        micros = job.order.update(k)
+        learned = [[[y for i in rank for y in records[i]["labels"][1:] if y != -100] for rank in m] for m in micros]
+        counts = [sum(len(m[rank]) for m in learned) for rank in range(ranks)]
+        losses, gradients = [], []
+        for rank in range(ranks):
+            weight = torch.tensor(table, requires_grad=True)
+            items, scale = (sum(counts), ranks) if average else (counts[rank], 1)
+            loss = sum((weight[m[rank]] ** 2 / 2).sum() / items * scale for m in learned)
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(weight.grad.numpy())
+        targets, weights = (np.concatenate([b[j].ravel() for b in batches.update(k)]) for j in (4, 5))
+        weights = weights.astype(np.float64)
+        # Weights are float32, one rounding each; the rest is float64.
+        assert weights @ (table[targets] ** 2 / 2) == pytest.approx(np.mean(losses), rel=1e-6)
+        gradient = np.bincount(targets, weights * table[targets], len(table))
+        np.testing.assert_allclose(gradient, np.mean(gradients, axis=0), rtol=1e-6, atol=1e-12)
