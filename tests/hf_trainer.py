@@ -62,6 +62,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     - `argv`: flags for HfArgumentParser and TrainingArguments, `--output_dir` left out; `QUIET` is added
     - `model`: an HF folder; `data`, `eval_data` (may be absent): JSON files of records of `input_ids` and `labels`
     - `output_dir`
+    - `new_tokens` (0): how many rows stanford_alpaca's resize adds to the vocabulary
     - `pad_token_id` (0): what pads the ids; `attn` ("sdpa"): the attention implementation; `threads` (1): torch's
 
     The answer is {"error": what the Trainer said} where it refuses or fails; else, for each update,
@@ -104,6 +105,11 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     data = _Examples(spec["data"])
     eval_data = _Examples(spec["eval_data"]) if spec.get("eval_data") else None
     model = transformers.LlamaForCausalLM.from_pretrained(spec["model"], attn_implementation=spec.get("attn", "sdpa"))
+    if new_tokens := spec.get("new_tokens", 0):
+        model.resize_token_embeddings(model.config.vocab_size + new_tokens)
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = embedding.weight.data
+            rows[-new_tokens:] = rows[:-new_tokens].mean(0, keepdim=True)
     collated: deque[list[int]] = deque()  # a loader is a batch ahead of the training
 
     def collate(records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
