@@ -496,6 +496,20 @@ def test_tied_head(model: Model, mesh: Mesh) -> None:
         assert "lm_head.weight" in refusal(model.folder) and "tie_word_embeddings" in refusal(model.folder)
 
 
+@pytest.mark.parametrize("row", [0, 4095, 4096, 4098])
+def test_tied_head_of_many_rows(row: int, tmp_path: Path) -> None:
+    """Any row may differ; they are compared 4,096 at a time."""
+    raw = RAW | {"vocab_size": 4099, "tie_word_embeddings": True}
+    arrays = make_arrays(raw, np.float32)
+    head = arrays["lm_head.weight"] = arrays[EMBEDDING].copy()
+    write_folder(tmp_path, raw, [arrays])
+    checkpoint = open_checkpoint(tmp_path)
+    assert "lm_head.weight" not in check_tensors(checkpoint.tensors, LlamaConfig.from_hf(raw), str(tmp_path))
+    head.view(np.uint32)[row, 0] ^= 1
+    write_folder(tmp_path, raw, [arrays])
+    assert "lm_head.weight differs" in refusal(tmp_path)
+
+
 # --- pickles ---------------------------------------------------------------------------------------------------------
 
 
