@@ -2,10 +2,12 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
@@ -122,18 +124,25 @@ class NoBar:
 
 
 @pytest.mark.parametrize("nan_filter", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_nan_filter(nan_filter: bool, every: int) -> None:
-    """Against the Trainer's loop over micro-batches of one rank (section 7 of the facts), under 4.37's rule."""
+def test_nan_filter(nan_filter: bool, ranks: int, every: int) -> None:
+    """Against the Trainer's loop over micro-batches of each rank (section 7 of the facts), under 4.37's rule.
+
+    Of two ranks, both have nothing to learn at the same time: else the mean that each starts from differs from its own
+    sum.
+    """
     shapes = [(9, 2), (7, 7), (12, 4), (5, 5), (6, 6), (8, 1), (4, 2), (3, 3), (10, 9), (11, 11)]
+    shapes = [(n + r, masked + r) for n, masked in shapes for r in range(ranks)]
     examples = make_examples(shapes)
-    order = Order(len(shapes), 1, 3, 3.0, "4.37", seed=3)
-    batches = Batches(examples, order, training_loss(order), 1, 128, 128)
+    sampling = "random" if ranks == 1 else "sequential"
+    order = Order(len(shapes), 1, 3, 3.0, "4.37", seed=3, ranks=ranks, sampling=sampling)
+    batches = Batches(examples, order, training_loss(order), ranks, 128, 128)
     state = TrainerState(
         "4.37", max_steps=9, num_train_epochs=3, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
     )
     log = RunLog(state, batches, lambda k: 0.0, lambda step: step % every == 0, 0.0, NoBar(), nan_filter)
-    expected, running, last_logged = [], 0.0, 0
+    expected, running, last_logged = [], np.zeros(ranks), 0
     for k in range(order.updates):
         parts = weighted(batches, k)
         log.on_update(
@@ -141,15 +150,16 @@ def test_nan_filter(nan_filter: bool, every: int) -> None:
                 k + 1, float(sum(p.sum() for p in parts)), 0.0, 1, 0.0, lambda k=k, p=parts: batches.micro_losses(k, p)
             )
         )
-        for (indices,) in order.update(k):
-            tokens = np.concatenate([token_losses(examples, int(i)) for i in indices])
-            loss = tokens.mean() / 3 if len(tokens) else math.nan
-            if nan_filter and math.isnan(loss):
-                running += running / (1 + k - last_logged)
-            else:
-                running += loss
+        for micro in order.update(k):
+            for rank, indices in enumerate(micro):
+                tokens = np.concatenate([token_losses(examples, int(i)) for i in indices])
+                loss = tokens.mean() / 3 if len(tokens) else math.nan
+                if nan_filter and math.isnan(loss):
+                    running[rank] += running[rank] / (1 + k - last_logged)
+                else:
+                    running[rank] += loss
         if (k + 1) % every == 0:
-            expected.append(round(running / (k + 1 - last_logged), 4))
+            expected.append(round(running.mean() / (k + 1 - last_logged), 4))
             running -= running  # NaN stays
             last_logged = k + 1
     got = [entry["loss"] for entry in state.values["log_history"]]
@@ -174,3 +184,24 @@ def test_rotation_is_the_trainers(
     rotate_checkpoints(str(folder), limit, path)
     left = sorted(int(p.name.removeprefix("checkpoint-")) for p in Path(folder).iterdir())
     assert kept_steps(steps, limit, best_step) == left
+
+
+@given(
+    metrics=st.lists(st.sampled_from([1.0, 2.0, 3.0, math.nan, math.inf]), min_size=1, max_size=6),
+    greater=st.booleans(),
+    strategy=st.sampled_from(["no", "steps"]),
+)
+def test_the_best_is_the_trainers(metrics: list[float], greater: bool, strategy: str) -> None:
+    """Version 5's own comparison: a metric that is only as good as the best is no better."""
+    real = transformers.TrainerState()
+    arguments = SimpleNamespace(metric_for_best_model="loss", greater_is_better=greater, save_strategy=strategy)
+    trainer: Any = SimpleNamespace(args=arguments, state=real)
+    sizes = {"num_train_epochs": 1, "train_batch_size": 1, "logging_steps": 1, "eval_steps": 1, "save_steps": 1}
+    ours = TrainerState("5", max_steps=9, greater_is_better=greater, **sizes)
+    for step, metric in enumerate(metrics, start=1):
+        real.global_step = step
+        ours.at(step, 0.0, 0.0, 0)
+        best = transformers.Trainer._determine_best_metric(trainer, {"eval_loss": metric}, None)
+        assert ours.evaluated(metric, strategy != "no") == best
+        assert ours.values["best_metric"] == real.best_metric
+        assert ours.values["best_global_step"] == real.best_global_step
