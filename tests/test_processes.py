@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -21,6 +22,7 @@ from test_training import CLOCK, EPSILON, Job, checkpoints, worst
 from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
+from llama_jax.distributed import processes
 
 # The command, which tells what it read of the weights, and whose shards are small.
 COUNTED = """
@@ -28,7 +30,7 @@ import dataclasses, functools, sys
 sys.path.insert(0, {root!r})
 from llama_jax.hf import source, writer
 import train_jax
-from llama_jax.errors import run_command
+from llama_jax.base.errors import run_command
 
 read = 0
 load_params, plan_shards = source.load_params, writer.plan_shards
@@ -239,3 +241,11 @@ def test_half_a_meeting(tmp_path: Path) -> None:
         assert outcome.code == 2, outcome.err
         (line,) = outcome.err.splitlines()
         assert said in line
+
+
+def test_the_least_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that knows no limit leaves all without one."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for told, expected in ((["7", "5", "6"], 5), (["7", "", "6"], None), (["", "", ""], None)):
+        monkeypatch.setattr(processes, "exchange", lambda value, told=told: told)
+        assert processes.least(7) == expected
