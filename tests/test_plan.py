@@ -73,7 +73,7 @@ def needed(planner: Planner, option: Option) -> int:
 @pytest.mark.parametrize("accumulation", ["sum", "multisteps"])
 def test_the_first_that_fits(accumulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every limit between what the leanest and what the fastest choice needs."""
-    monkeypatch.setattr(llama_jax.plan, "SIZES", (128,))
+    monkeypatch.setattr(llama_jax.plan.planner, "SIZES", (128,))
     plans = planner(tmp_path, accumulation=accumulation)
     everything = plans.options(10**12)
     assert len(everything) == 8  # a block an update, or of 128 tokens; each with all choices of recomputation
@@ -178,7 +178,7 @@ def test_no_row_has_more_segments_than_the_kernel_is_told(
 
 def test_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second start compiles no program that the first found not to fit."""
-    monkeypatch.setattr(llama_jax.plan, "SIZES", (128,))
+    monkeypatch.setattr(llama_jax.plan.planner, "SIZES", (128,))
     plans = planner(tmp_path)
     limit = min(needed(plans, option) for option in plans.options(10**12))
     made: list[Option] = []
