@@ -55,7 +55,7 @@ def test_loss_and_gradients(B: int, T: int, vocab: int, e: float, chunk: int, se
     weights = (rng.random((B, T)) * (rng.random((B, T)) < 0.7)).astype(np.float32)
     mesh = sharding.make_mesh()
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        patch.setattr(llama_jax.loss, "CHUNK", chunk)
+        patch.setattr(llama_jax.training.loss, "CHUNK", chunk)
         got = ours(mesh, [hidden, head, targets, weights], vocab, e)
     for mine, theirs in zip(got, by_torch(hidden, head, targets, weights, vocab, e), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=2e-5)
@@ -63,7 +63,7 @@ def test_loss_and_gradients(B: int, T: int, vocab: int, e: float, chunk: int, se
 
 def test_chunks_are_of_what_a_device_holds(mesh: jax.sharding.Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """No array of the compiled program has more logits than `CHUNK`."""
-    monkeypatch.setattr(llama_jax.loss, "CHUNK", 2 * 8 * V)
+    monkeypatch.setattr(llama_jax.training.loss, "CHUNK", 2 * 8 * V)
     rows = [sharding.put(mesh, np.zeros(s, k)) for s, k in (((2, 64, D), "f"), ((2, 64), "i"), ((2, 64), "f"))]
     arrays = [rows[0], jax.device_put(np.zeros((V, D), "f"), jax.NamedSharding(mesh, sharding.HEAD_VD)), *rows[1:]]
 
