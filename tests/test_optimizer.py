@@ -26,7 +26,8 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.roles import EmbeddingTable, MatmulWeight
-from llama_jax.training.optimizer import OPTIMIZERS, clip_by_global_norm, make_optimizer
+from llama_jax.training.optimizer import clip_by_global_norm, make_optimizer
+from llama_jax.training.optimizer_names import OPTIMIZERS
 
 EPS32 = 2.0**-24  # the unit roundoff of float32
 BF16 = 2.0**-8  # and of bfloat16

@@ -529,7 +529,7 @@ def draws(draw: st.DrawFn, rope_type: str) -> Draw:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        hidden_act=draw(st.sampled_from(ACTIVATIONS)),
+        hidden_act=draw(st.sampled_from([*ACTIVATIONS])),
         max_position_embeddings=draw(st.integers(4, 16)),
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6, 1e-8, 1e-3])),
         attention_bias=draw(st.booleans()),

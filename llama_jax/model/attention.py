@@ -13,8 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, axis_size
-
-KERNELS = ("xla", "cudnn", "splash")
+from llama_jax.model.kernels import KERNELS
 
 
 class Kernel(NamedTuple):
@@ -32,7 +31,7 @@ def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, d
 
     `device_kind` is the name of the device that jax gives, `dtype` that of the matmuls.
     """
-    reasons = {"xla": "", "cudnn": "", "splash": ""}
+    reasons = dict.fromkeys(KERNELS, "")
     if platform != "gpu":
         reasons["cudnn"] = f"cudnn needs an NVIDIA GPU, this is {platform}"
     elif not any(name in device_kind for name in ("H100", "H200", "H20", "GH200", "B100", "B200", "GB200", "B300")):

@@ -9,7 +9,14 @@ from typing import Any
 
 from llama_jax.base.errors import InputError
 
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+# HF's `hidden_act` -> the function of `jax.nn` and its keywords.
+ACTIVATIONS: dict[str, tuple[str, dict[str, bool]]] = {
+    "silu": ("silu", {}),
+    "gelu": ("gelu", {"approximate": False}),
+    "gelu_new": ("gelu", {"approximate": True}),
+    "gelu_pytorch_tanh": ("gelu", {"approximate": True}),
+    "relu": ("relu", {}),
+}
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 

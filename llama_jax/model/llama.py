@@ -20,21 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.distributed import sharding
 from llama_jax.model.attention import XLA, Kernel, attention, keeps_kernel, packed_attention
-from llama_jax.model.config import LlamaConfig
+from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.matmul import project
+from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params
 from llama_jax.model.rope import apply_rope, rope_cos_sin
 
 ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
+    name: partial(getattr(jax.nn, function), **keywords) for name, (function, keywords) in ACTIVATIONS.items()
 }
-
-# What the backward pass keeps beside each layer's input, q and k rotated; what lies between is computed again.
-SAVED = {"matmuls": ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), "attention": ("attention",)}
 
 
 @dataclass(frozen=True)
@@ -43,8 +37,7 @@ class RunOptions:
 
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
-    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is what the backward pass computes
-    again: "none"; all but "matmuls" and attention; all but "attention"; in "full" all but each layer's input.
+    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`.
     `exchange` is how devices add their shares of a gradient (`matmul.weight_gradient`). `attention` is the kernel for
     packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter:
     a micro-batch may lie in several blocks.
@@ -282,10 +275,11 @@ def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache |
         y, cache = nnx.merge(graphdef, params)(x, tokens, cache)
         return y.astype(x.dtype), cache
 
-    if remat == "full":
+    kept = REMAT[remat].kept
+    if kept == ():
         run = jax.checkpoint(run)
-    elif remat != "none":
-        named = jax.checkpoint_policies.save_only_these_names(*SAVED[remat])
+    elif kept is not None:
+        named = jax.checkpoint_policies.save_only_these_names(*kept)
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel))
     return run(params, x, tokens, cache)
 

@@ -16,6 +16,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import MEMORY_SHARE, set_up_jax
 from llama_jax.hf.source import Source, training_dtype
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.remat import REMAT
 from llama_jax.plan.chips import Chip, Topology, find_topology
 from llama_jax.plan.hlo import Collective, Program
 from llama_jax.plan.planner import Option, Plan, Planner, activation_bytes, choose_scan
@@ -27,8 +28,6 @@ from llama_jax.training.state import saving_bytes
 
 GIB = 2**30
 DOES_NOT_FIT = 3
-# Forward passes of the layers that each choice of `RunOptions.remat` makes again, as a share of one.
-AGAIN = {"none": 0.0, "matmuls": 0.0, "attention": 1.0, "full": 1.0}
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ def operations(config: LlamaConfig, tokens: int, row: int, remat: str) -> tuple[
     weights = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
     width = config.num_attention_heads * config.head_dim
     layers = tokens * (6.0 * weights + 12.0 * L * width * row / 2)
-    return layers + 6.0 * tokens * head, layers * (1 + AGAIN[remat] / 3) + 6.0 * tokens * head
+    return layers + 6.0 * tokens * head, layers * (1 + REMAT[remat].again / 3) + 6.0 * tokens * head
 
 
 def _floors(

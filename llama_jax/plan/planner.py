@@ -30,6 +30,7 @@ from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import EmbeddingTable, MatmulWeight
 from llama_jax.reporting.progress import say
 from llama_jax.setup.arguments import Arguments
@@ -42,9 +43,8 @@ ROW_LIMIT = 2048  # tokens of a row that holds several examples
 MAX_TOKENS = 4096  # of a block on a device, where nothing tells what fits
 SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)  # of blocks to choose from
 UNROLLED = 48  # layers at most on a GPU: some 30 s a program, where a scan compiles in 3 s but runs 7 to 20% longer
-# The time of a token for each choice of `RunOptions.remat`, and of one more block an update in tokens (the gradients so
-# far, 8 bytes a parameter, are read and written at a GPU's usual 170 operations a byte).
-TIME = {"none": 1.0, "matmuls": 1.015, "attention": 1.25, "full": 1.32}
+# The time of one more block an update, in tokens: the gradients so far, 8 bytes a parameter, are read and written at a
+# GPU's usual 170 operations a byte.
 BLOCK = 227
 
 
@@ -145,7 +145,7 @@ class Planner:
     def options(self, limit: int | None) -> list[Option]:
         """What may be tried, the fastest first; of devices with `limit` bytes, without what cannot fit."""
         args, asked = self.job.args, self.job.args.max_tokens
-        remats = list(TIME) if args.remat == "auto" else [args.remat]
+        remats = list(REMAT) if args.remat == "auto" else [args.remat]
         if limit is None:
             return [Option(asked or MAX_TOKENS, "matmuls" if args.remat == "auto" else args.remat)]
         longest, update = self._longest, self._largest_update
@@ -157,7 +157,7 @@ class Planner:
 
         def slowness(option: Option) -> tuple[float, int]:
             blocks = math.ceil(update / option.max_tokens)
-            return update * TIME[option.remat] + BLOCK * blocks * (blocks > 1), -option.max_tokens
+            return update * REMAT[option.remat].time + BLOCK * blocks * (blocks > 1), -option.max_tokens
 
         fitting = [o for o in sorted(options, key=slowness) if self.least_bytes(o) < limit]
         return fitting or [min(options, key=self.least_bytes)]
@@ -240,14 +240,11 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
     ways, D, H = mesh.shape["tensor"], config.hidden_size, config.head_dim
     kv_heads, ffn = -(-config.num_key_value_heads // ways) * H, -(-config.intermediate_size // ways)
     heads = kv_heads * (config.num_attention_heads // config.num_key_value_heads)
-    a_layer = stream * D  # its input
-    if remat != "full":
-        a_layer += compute * heads  # what attention gives
-    if remat in ("matmuls", "none"):
-        a_layer += compute * (heads + 2 * kv_heads + D + 2 * ffn)
-    if remat == "none":
-        a_layer += compute * ffn
-    return config.num_hidden_layers * a_layer
+    named = {"q": heads, "k": kv_heads, "v": kv_heads, "attention": heads, "o_proj": D}
+    named |= {"gate_proj": ffn, "up_proj": ffn}
+    kept = REMAT[remat].kept
+    width = sum(named.values()) + ffn if kept is None else sum(named[name] for name in kept)  # ffn: down_proj's input
+    return config.num_hidden_layers * (stream * D + compute * width)
 
 
 def _largest_update(job: Job) -> int:

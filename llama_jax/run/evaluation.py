@@ -14,6 +14,7 @@ from llama_jax.data.examples import Examples
 from llama_jax.data.normalisation import evaluation_loss, evaluation_shares
 from llama_jax.data.order import Order
 from llama_jax.distributed import sharding
+from llama_jax.reporting.metrics import EVALUATION_METRICS
 from llama_jax.reporting.progress import count_bar
 from llama_jax.training.fit import token_losses
 from llama_jax.training.step import LossStep
@@ -78,9 +79,6 @@ class Evaluation:
                 bar.update(1)
             loss = sum(float(x) for x in sharding.read(losses)) / self._examples
         seconds = time.monotonic() - started
-        return {
-            "eval_loss": loss,
-            "eval_runtime": round(seconds, 4),
-            "eval_samples_per_second": round(len(self.batches.examples) / seconds, 3),
-            "eval_steps_per_second": round(self._num_batches / seconds, 3),
-        }
+        rates = (len(self.batches.examples) / seconds, self._num_batches / seconds)
+        values = (loss, round(seconds, 4), *(round(rate, 3) for rate in rates))
+        return dict(zip(EVALUATION_METRICS, values, strict=True))

@@ -15,16 +15,14 @@ from typing import Any, Protocol, cast
 import yaml
 
 from llama_jax.base.errors import InputError, Parser
+from llama_jax.model.kernels import KERNELS
+from llama_jax.model.remat import REMAT
+from llama_jax.reporting.metrics import EVALUATION_METRICS
 from llama_jax.setup.flags import OtherFlags, overridden, read_json, read_others, resolve_optimizer
+from llama_jax.training.schedule import LISTENING, SCHEDULES
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
-_LISTENING = ("reduce_lr_on_plateau", "greedy")
-_SCHEDULES = [
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
-    *("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", *_LISTENING),
-]
 _INTERVALS = ("logging", "eval", "save")
-_METRICS = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 _PATHS = ("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir")
 _ARGS_FILE = Path(__file__).resolve().parents[2] / "train_jax.args"  # beside train_jax.py
 CONFIG = "YAML or JSON file of flags by their names; the command line overrides it; alone, it needs no --config"
@@ -128,7 +126,7 @@ class Arguments:
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_epsilon: float = _flag(1e-8, "added to the square root of the second moment")
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less does not clip")
-    lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=_SCHEDULES)
+    lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=[*SCHEDULES])
     lr_scheduler_kwargs: str | None = _flag(
         None, "the schedule's keywords: a JSON object or a file of one (4.37's default: {}, which is the same)"
     )
@@ -139,7 +137,7 @@ class Arguments:
     bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
     tf32: bool | None = _flag(None, "float32 matmuls in TF32 (NVIDIA Ampere and later)")
     packing: bool = _flag(True, "examples side by side in rows; False pads each micro-batch, as the Trainer does")
-    attention: str = _flag("auto", "kernel: auto takes the device's best", choices=["auto", "xla", "cudnn", "splash"])
+    attention: str = _flag("auto", "kernel: auto takes the device's best", choices=["auto", *KERNELS])
     scan_layers: bool | None = _flag(
         None, "stack the layers under one lax.scan; by default where there are over 8, on a GPU over 48"
     )
@@ -150,7 +148,7 @@ class Arguments:
         "auto",
         "what the backward pass computes again: nothing; all but the matmuls; all but attention; all but each layer's "
         "input; auto: as little as fits",
-        choices=["auto", "none", "matmuls", "attention", "full"],
+        choices=["auto", *REMAT],
     )
     accumulation: str = _flag(
         "sum",
@@ -231,7 +229,7 @@ class Arguments:
             self.remat = "full"
         if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.logging_steps
-        listens = self.lr_scheduler_type in _LISTENING
+        listens = self.lr_scheduler_type in LISTENING
         if self.metric_for_best_model is None and (self.load_best_model_at_end or listens):
             self.metric_for_best_model = "loss"
         if self.greater_is_better is None and (metric := self.metric_for_best_model) is not None:
@@ -322,15 +320,14 @@ class Arguments:
             raise InputError(
                 f"--{name}: no data to evaluate on; give --eval_data_path or --validation_split_percentage"
             )
-        if self.metric_for_best_model is not None and self.best_metric_key not in _METRICS:
-            raise InputError(
-                f"--metric_for_best_model {self.metric_for_best_model}: an evaluation has {', '.join(_METRICS)}"
-            )
+        if self.metric_for_best_model is not None and self.best_metric_key not in EVALUATION_METRICS:
+            known = ", ".join(EVALUATION_METRICS)
+            raise InputError(f"--metric_for_best_model {self.metric_for_best_model}: an evaluation has {known}")
         if self.save_strategy == "best" and self.hf_compat == "4.37":
             raise InputError("--save_strategy best: transformers 4.37 has none; give --hf_compat 5, or steps or epoch")
         if self.eval_strategy == "no":
             follows = "follows evaluations; give --eval_strategy steps or epoch"
-            if self.lr_scheduler_type in _LISTENING:
+            if self.lr_scheduler_type in LISTENING:
                 raise InputError(f"--lr_scheduler_type {self.lr_scheduler_type}: {follows}")
             if self.save_strategy == "best":
                 raise InputError(f"--save_strategy best: {follows}")

@@ -11,8 +11,7 @@ import numpy as np
 import optax
 
 from llama_jax.base.errors import InputError
-
-OPTIMIZERS = ("adamw_torch", "sgd", "adafactor", "lion_32bit")
+from llama_jax.training.optimizer_names import OPTIMIZERS
 
 
 class ClipState(NamedTuple):

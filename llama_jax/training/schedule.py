@@ -325,8 +325,8 @@ _FIXED: dict[str, Callable[..., Factor]] = {
     "cosine_warmup_with_min_lr": _cosine_warmup_with_min_lr,
     "warmup_stable_decay": _warmup_stable_decay,
 }
-_LISTENING: dict[str, type[_Listening]] = {"reduce_lr_on_plateau": Plateau, "greedy": Greedy}
-SCHEDULES = (*_FIXED, *_LISTENING)
+LISTENING: dict[str, type[_Listening]] = {"reduce_lr_on_plateau": Plateau, "greedy": Greedy}
+SCHEDULES = (*_FIXED, *LISTENING)
 _NOT_IN_4_37 = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy")
 
 
@@ -342,9 +342,9 @@ def make_schedule(kind: str, peak: float, warmup: int, total: int, compat: str, 
         raise InputError(f"--lr_scheduler_type {kind!r} is not one of {', '.join(SCHEDULES)}")
     if compat == "4.37" and kind in _NOT_IN_4_37:
         raise InputError(f"--lr_scheduler_type {kind} is not in transformers 4.37: give --hf_compat 5")
-    if kind in _LISTENING:
-        _check(kind, _LISTENING[kind], kwargs)
-        return _LISTENING[kind](peak, **kwargs)
+    if kind in LISTENING:
+        _check(kind, LISTENING[kind], kwargs)
+        return LISTENING[kind](peak, **kwargs)
     maker = _inverse_sqrt_4_37 if compat == "4.37" and kind == "inverse_sqrt" else _FIXED[kind]
     _check(kind, maker, kwargs)
     factor = maker(peak, warmup, total, **kwargs)

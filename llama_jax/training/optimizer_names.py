@@ -1,0 +1,8 @@
+"""List the implemented values of `--optim`. Jax is not imported, so that the flags can read the table."""
+
+OPTIMIZERS = {
+    "adamw_torch": "AdamW with decoupled weight decay",
+    "sgd": "gradient descent without momentum",
+    "adafactor": "Adafactor with the Trainer's settings: no relative step, no scaling by the parameter",
+    "lion_32bit": "Lion with decoupled weight decay",
+}
