@@ -26,7 +26,8 @@ import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.command.flags_page import flags_page
 from llama_jax.setup.arguments import Arguments, flag_parser, parse_arguments
-from llama_jax.setup.flags import ALIAS, BOTH, FLAGS, IMPLEMENTED, NEW, NO_MEANING, OLD, OPTIMIZERS, REFUSED
+from llama_jax.setup.flags import _MEANT, ALIAS, BOTH, FLAGS, IMPLEMENTED, NEW, NO_MEANING, OLD, OPTIMIZERS, REFUSED
+from llama_jax.setup.help import COMMON, GROUPS
 
 NEEDED = ["--model_name_or_path", "m", "--data_path", "d.json"]
 EVAL = ["--eval_data_path", "e.json"]
@@ -84,7 +85,7 @@ def test_every_flag_is_in_the_table(live: dict[str, dict[str, Any]]) -> None:
             assert theirs == default or f"{compat}'s default: {theirs.strip('`')}" in meaning, (name, compat, theirs)
     for name, (versions, *_) in rows.items():
         assert (versions in (OLD, NEW, BOTH)) == (name in live[OLD] or name in live[NEW]), name
-    ours = {f.name for f in fields(Arguments)} | OTHERS.keys() | {"config"}
+    ours = {f.name for f in fields(Arguments)} | OTHERS.keys()
     assert rows.keys() == ours
 
 
@@ -211,6 +212,13 @@ def test_every_optimizer(live: dict[str, dict[str, Any]], old: Server) -> None:
         assert OPTIMIZERS[arguments.optim][1] == IMPLEMENTED
         expected = [f"--optim {name}: read as {arguments.optim}"] if status == ALIAS else []
         assert arguments.notes("cpu") == expected
+    for typed, meant in {
+        **{"adam": "adamw_torch", "adamw": "adamw_torch", "lion": "lion_32bit", "adamw_torhc": "adamw_torch"},
+        **{"adafacter": "adafactor", "muon": "adamw_torch", "paged_lion_8bit": "lion_32bit", "rmsprop": "adamw_torch"},
+        **{"galore_adafactor": "adafactor", "schedule_free_sgd": "sgd", "adamw_bnb_8bit": "adamw_torch"},
+    }.items():
+        with pytest.raises(InputError, match=rf"^--optim {typed}: .*use {meant}\b"):
+            parse_arguments([*NEEDED, "--optim", typed])
     with pytest.raises(InputError, match=r"^--optim paged_adamw_32bit: with --weight_decay"):
         parse_arguments([*NEEDED, "--optim", "paged_adamw_32bit", "--weight_decay", "0.1"])
 
@@ -299,7 +307,7 @@ def test_grammar_is_the_trainers(live: dict[str, dict[str, Any]], old: Server, d
     names = data.draw(some)
     argv = [w for n in names for w in data.draw(spelled(n, live[compat][n], wild))]
     real, (ours, reason) = real_parse(compat, old, argv), our_parse(argv)
-    if ours is None and "ambiguous option" in reason:
+    if ours is None and reason.startswith("unknown argument"):
         # A prefix of a flag that only the other version or this one has, or of a name with `_` and with `-`.
         written = [re.sub("=.*", "", w)[2:].replace("-", "_") for w in argv if w.startswith("--")]
         assert not all(name.removeprefix("no_") in names for name in written), argv
@@ -372,6 +380,118 @@ def test_the_command_line_overrides_a_file_under_any_name(
     file = write(tmp_path / "a.yaml", config)
     arguments = parse_arguments([*NEEDED, *EVAL, *words.split(), "--config", file])
     assert {name: getattr(arguments, name) for name in meant} == meant
+
+
+def test_a_config_file_without_its_flag(tmp_path: Path) -> None:
+    """Taken as the first argument; elsewhere the error names the fix."""
+    file = write(tmp_path / "a.yaml", "model_name_or_path: m\ndata_path: d\nlearning_rate: 1e-3\n")
+    assert parse_arguments([file, "--seed", "3"]).learning_rate == 1e-3
+    assert parse_arguments([file, "--learning_rate", "1"]).learning_rate == 1
+    for argv in ([*NEEDED, file], ["--config", file, file], [file, "--config", file], [file, file]):
+        with pytest.raises(InputError, match=rf"^unknown argument {file}; give one config file, as --config {file}$"):
+            parse_arguments(argv)
+    with pytest.raises(InputError, match=r"^unknown argument True; a value belongs after its flag"):
+        parse_arguments([*NEEDED, "--bf16", "True", "True"])
+    for key in ("config", "help"):
+        with pytest.raises(InputError, match=rf"^--config .*unknown flag '{key}'"):
+            parse_arguments([write(tmp_path / "b.yaml", f"{key}: c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("typed", "advice"),
+    [
+        ("lr", "use --learning_rate"),
+        ("epochs", "use --num_train_epochs"),
+        ("batch_size", "use --per_device_train_batch_size"),
+        ("gradient_accumulation", None),  # a prefix
+        ("grad_accum", "use --gradient_accumulation_steps"),
+        ("lr_scheduler", "use --lr_scheduler_type"),
+        ("warmup", "use --warmup_steps or --warmup_ratio"),
+        ("max_length", "use --model_max_length"),
+        ("max_seq_length", "use --model_max_length"),
+        ("dataset", "use --data_path"),
+        ("data", "use --data_path"),
+        ("model", "use --model_name_or_path"),
+        ("output", "use --output_dir"),
+        ("optimizer", "use --optim"),
+        ("torch_dtype", "use --bf16 True"),
+        ("num_gpus", "use --mesh"),
+        ("gpus", "use --mesh"),
+        ("load_in_8bit", "use --dtype bfloat16"),
+        ("use_lora", "adapters are not there yet"),
+        ("use_peft", "adapters are not there yet"),
+        ("lora_r", "adapters are not there yet"),
+        ("logging", "could mean --logging_"),
+        ("learning_rat", None),
+        ("learning_rtae", "did you mean --learning_rate?"),
+        ("quite_another", "--help all"),
+    ],
+)
+def test_advice_for_names_that_are_no_flags(tmp_path: Path, typed: str, advice: str | None) -> None:
+    for spelled in (typed, typed.replace("_", "-")):
+        for words in ([f"--{spelled}", "4"], [f"--{spelled}=4"]):
+            if advice is None:
+                assert parse_arguments([*NEEDED, *words]).data_path == "d.json"
+                continue
+            with pytest.raises(InputError) as refused:
+                parse_arguments([*NEEDED, *words])
+            assert str(refused.value).startswith(f"unknown argument --{spelled}; {advice}"), refused.value
+            assert "-" not in str(refused.value).partition("could mean")[2].replace("--", "")
+    if advice and "use" in advice:
+        with pytest.raises(InputError, match=rf"a\.yaml: unknown flag '{typed}'; {advice}"):
+            parse_arguments([write(tmp_path / "a.yaml", f"{typed}: 4")])
+
+
+def test_advice_names_flags_that_work() -> None:
+    for name, advice in _MEANT.items():
+        named = re.findall(r"--(\w+)", advice)
+        assert all(flag in Arguments.__dataclass_fields__ for flag in named), advice
+        assert name not in Arguments.__dataclass_fields__ and name not in OTHERS
+
+
+# -- The help ----------------------------------------------------------------------------------------------------------
+
+
+def help_lines(*words: str) -> list[str]:
+    outcome = run(train_jax.main, *words)
+    assert outcome.code == 0 and not outcome.err
+    lines = outcome.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    return lines
+
+
+def test_help_shows_the_common_flags_in_groups() -> None:
+    lines = help_lines("--help")
+    assert lines == help_lines("-h") == help_lines("--learning_rate", "x", "--help")
+    assert len(lines) < 50
+    flags = [line.split()[0][2:] for line in lines if re.match("  --", line)]
+    assert sorted(flags) == sorted(COMMON)
+    for line in lines:  # a line each, with its default
+        if match := re.match(r"  --(\w+) +\S", line):
+            default = Arguments.__dataclass_fields__[match[1]].default
+            assert default in (None, "") or line.endswith(f"(default: {default})")
+    titles = [line[:-1] for line in lines if re.match("[A-Z].*:$", line) and line != "Example:"]
+    assert titles == list(GROUPS.values())
+    assert any("python train_jax.py --model_name_or_path" in line for line in lines)
+    assert "--help all" in lines[-1] and "docs/flags.md" in lines[-1]
+
+
+def test_help_all_names_every_flag_once() -> None:
+    lines = help_lines("--help", "all")
+    assert len(lines) < 300
+    headed = [re.match(r"  (--\w+)(?=  |$)|  ((?:--\w+, )*--\w+[,:])$", line) for line in lines]
+    named = [name for match in headed if match for name in re.findall(r"--(\w+)", match[0])]
+    assert sorted(named) == sorted([*Arguments.__dataclass_fields__, *OTHERS])
+    assert GROUPS.keys() <= Arguments.__dataclass_fields__.keys()
+
+
+def test_help_needs_no_large_import() -> None:
+    code = (
+        "import sys, train_jax\ntry: train_jax.main(['--help'])\n"
+        "except SystemExit as e: print(e.code, [m for m in ('transformers', 'jax', 'torch') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "0 []", result.stdout + result.stderr
 
 
 def test_args_file_beside_the_script(tmp_path: Path) -> None:

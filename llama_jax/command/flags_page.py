@@ -1,9 +1,10 @@
-"""docs/flags.md: what every flag does here, made of the flags themselves."""
+"""Write docs/flags.md from the flags themselves: `python -m llama_jax.command.flags_page > docs/flags.md`."""
 
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from llama_jax.setup.arguments import CONFIG, Arguments
+from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.flags import (
     ALIAS,
     ALPACA,
@@ -20,78 +21,83 @@ from llama_jax.setup.flags import (
     Flag,
 )
 
-# The flags of one version alone, of stanford_alpaca, and of this project; all others are of both versions.
+# The origin of each implemented flag that is not in both versions of TrainingArguments.
 _ORIGIN = {
-    **dict.fromkeys(("model_name_or_path", "data_path", "model_max_length", "cache_dir"), ALPACA),
-    **dict.fromkeys(("eval_data_path", "validation_split_percentage", "allow_pickle", "dtype", "hf_compat"), HERE),
-    **dict.fromkeys(
-        (
-            "max_tokens_per_device",
-            "remat",
-            "accumulation",
-            "packing",
-            "attention",
-            "scan_layers",
-            "mesh",
-            "coordinator_address",
-            "num_processes",
-            "process_id",
-            "explain",
-            "dry_run",
-            "dry_run_effort",
-            "show_examples",
-            "config",
-        ),
-        HERE,
-    ),
-    **dict.fromkeys(("warmup_ratio", "overwrite_output_dir"), OLD),
-    **dict.fromkeys(
-        ("average_tokens_across_devices", "train_sampling_strategy", "eval_strategy", "eval_on_start"), NEW
-    ),
+    name: origin
+    for origin, names in {
+        ALPACA: "model_name_or_path data_path model_max_length cache_dir",
+        OLD: "warmup_ratio overwrite_output_dir",
+        NEW: "average_tokens_across_devices train_sampling_strategy eval_strategy eval_on_start",
+        HERE: "eval_data_path validation_split_percentage allow_pickle dtype hf_compat max_tokens_per_device remat "
+        "accumulation packing attention scan_layers mesh coordinator_address num_processes process_id explain dry_run "
+        "dry_run_effort show_examples config",
+    }.items()
+    for name in names.split()
 }
 
 
 def flags_page() -> str:
-    """docs/flags.md, from the flags."""
-    rows = [
-        Flag(f.name, _ORIGIN.get(f.name, BOTH), None, f.default, IMPLEMENTED, f.metadata["help"])
-        for f in fields(Arguments)
-    ]
-    rows = sorted([*rows, *FLAGS, Flag("config", HERE, None, None, IMPLEMENTED, CONFIG)])
+    """Return docs/flags.md."""
+    rows = sorted(
+        [
+            *(
+                Flag(f.name, _ORIGIN.get(f.name, BOTH), None, f.default, IMPLEMENTED, f.metadata["help"])
+                for f in fields(Arguments)
+            ),
+            *FLAGS,
+        ]
+    )
     counts = ", ".join(f"{s} {sum(r.status == s for r in rows)}" for s in (IMPLEMENTED, ALIAS, NO_MEANING, REFUSED))
     lines = [
         "# Flags",
         "",
-        "Every flag of transformers' TrainingArguments, 4.37.2's and 5.24's, of stanford_alpaca, and of this project. "
-        "Made by `python -m llama_jax.command.flags_page`.",
+        "The table holds every flag of transformers' TrainingArguments (4.37.2 and 5.24), of stanford_alpaca, and of "
+        "this project. `python train_jax.py --help` shows the common flags in groups.",
         "",
-        "An alias and a flag without meaning here are said in one line when they have another value than the default; "
-        "a refused one ends the command with exit code 2 and the reason.",
+        "- implemented: has an effect; for a flag of the Trainer, the Trainer's.",
+        "- alias: read as the other flag that the table names. A line at the start of the run names it.",
+        "- no meaning: accepted and ignored, for the reason in the table. A line at the start of the run names it.",
+        "- refused: ends the command with exit code 2, the reason and the fix.",
+        "",
+        "An alias, a flag without meaning and a refused flag pass silently with their default value.",
         "",
         f"Flags: {counts}.",
         "",
-        "| flag | versions | default | status | what it does here |",
+        "| flag | versions | default | status | effect here |",
         "|---|---|---|---|---|",
-        *(_row(f"--{r.name}", r.versions, _shown(r.default), r.status, _meaning(r)) for r in rows),
+        *(_row(f"`--{r.name}`", r.versions, _shown(r.default), r.status, _meaning(r)) for r in rows),
         "",
         "## Values",
         "",
-        "| `--optim` | versions | status | what it is here |",
+        "| `--optim` | versions | status | effect here |",
         "|---|---|---|---|",
-        *(
-            _row(name, versions, status, f"read as `{text}`" if status == ALIAS else text)
-            for name, (versions, status, text) in OPTIMIZERS.items()
-        ),
+        *_optimizer_rows(),
+        "",
+        "The error line of a refused optimizer names an implemented one to use instead.",
         "",
         "## Differences that stay",
         "",
         *(f"- {difference}" for difference in DIFFERENCES),
+        "",
+        "This page is made by `python -m llama_jax.command.flags_page > docs/flags.md`.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _row(name: str, *cells: str) -> str:
-    return f"| `{name}` | " + " | ".join(cells) + " |"
+def _optimizer_rows() -> Iterator[str]:
+    """Yield a row for each accepted optimizer, and a row for all refused ones of the same versions."""
+    refused: dict[str, list[str]] = {}
+    for name, (versions, status, text) in OPTIMIZERS.items():
+        if status == REFUSED:
+            refused.setdefault(versions, []).append(f"`{name}`")
+        else:
+            yield _row(f"`{name}`", versions, status, f"read as `{text}`" if status == ALIAS else text)
+    for versions, names in refused.items():
+        yield _row(", ".join(names), versions, REFUSED, "not there")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _shown(default: Any) -> str:

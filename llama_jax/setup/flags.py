@@ -1,23 +1,24 @@
-"""The flags of `transformers.TrainingArguments` (4.37.2 and 5.24) that are not fields of `Arguments`.
+"""List the flags of `transformers.TrainingArguments` (4.37.2 and 5.24) that are not fields of `Arguments`.
 
-Each is accepted and either read as another flag, or without meaning here and said in one line, or refused with the
-reason and the mend. Nothing is said of a flag that has the Trainer's own default.
+An alias is read as another flag. A flag without meaning here is accepted, with a line that gives the reason. A refused
+flag raises InputError with the reason and the fix. A flag with the Trainer's own default prints nothing.
 """
 
 import dataclasses
-import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_jax.base.errors import InputError
+from llama_jax.training.optimizer_names import OPTIMIZERS as IMPLEMENTED_OPTIMIZERS
 
 BOTH, OLD, NEW, ALPACA, HERE = "both", "4.37", "5", "alpaca", "here"
 IMPLEMENTED, ALIAS, NO_MEANING, REFUSED = "implemented", "alias", "no meaning", "refused"
 
 
 class Flag(NamedTuple):
-    """One flag. `text` says why; of an alias, it is the flag that is meant, and its value where that is another."""
+    """Describe a flag. `text` is the reason; for an alias, the target flag and, where fixed, its value."""
 
     name: str
     versions: str
@@ -25,11 +26,12 @@ class Flag(NamedTuple):
     default: Any
     status: str
     text: str
-    also: tuple[Any, ...] = ()  # further values that mean the default
+    also: tuple[Any, ...] = ()  # further values with the meaning of the default
     options: dict[str, Any] | None = None  # argparse's
-    differs: str = ""  # a default of one version that differs
+    differs: str = ""  # the other default, where the versions differ
 
     def said(self) -> str:
+        """Return the line that is printed when the flag is given."""
         if self.status == ALIAS:
             return f"--{self.name}: read as --{self.text}"
         return f"--{self.name}: " + (f"no meaning here: {self.text}" if self.status == NO_MEANING else self.text)
@@ -37,35 +39,35 @@ class Flag(NamedTuple):
 
 _LEVELS = {"choices": ["detail", "debug", "info", "warning", "error", "critical", "passive"]}
 _HALF = {"choices": ["auto", "apex", "cpu_amp"]}
-_MESH = "one program runs on all devices; there are no ranks to launch"
+_MESH = "one program runs on all devices, without ranks to launch"
 _LOADER = "there is no DataLoader; batches are planned ahead"
-_METRICS = "an evaluation computes the loss alone, and keeps no outputs"
+_METRICS = "an evaluation computes the loss alone and keeps no outputs"
 _HUB = "nothing is uploaded; OUTPUT_DIR holds the HF folder"
 _TRACKERS = "there are no trackers; the log is in trainer_state.json"
 _BOARD = "there is no TensorBoard; the log is in trainer_state.json"
 _COMPILE = "XLA compiles every step"
-_APEX = "a setting of --fp16; there is no loss scaling here"
+_APEX = "belongs to --fp16; there is no loss scaling here"
 _LOG = "no log of transformers or torch is printed"
-_SCRIPT = "this command always trains; --eval_strategy says when it evaluates"
-_SHARDS = "shards come from the device mesh; torch's FSDP is not used"
+_SCRIPT = "this command always trains; --eval_strategy turns evaluation on"
+_SHARDS = "the device mesh makes the shards; torch's FSDP is not used"
+_FULL_EVAL = "the Trainer casts only for evaluations outside training; there are none here"
 _FP16 = "float16 needs loss scaling, which is not there; use --bf16 True"
-_DEBUG = "these reports are torch's; leave it out and set JAX_DEBUG_NANS=True, which stops at the first NaN"
-_KEPT = "what the backward pass recomputes is decided by --gradient_checkpointing alone; results are the same"
+_DEBUG = "torch's reports are not there; leave it out and set JAX_DEBUG_NANS=True, which stops at the first NaN"
+_KEPT = "--gradient_checkpointing alone decides what is recomputed; results are the same"
 _SPLIT = "would deal other examples to the devices; leave it out and give --per_device_train_batch_size"
 
 # fmt: off
 FLAGS = (
     Flag("accelerator_config", NEW, str | None, None, REFUSED,
-         "batches are dealt as accelerate does by default; leave it out"),
+         "batches are dealt as with accelerate's defaults; leave it out"),
     Flag("activation_checkpointing", NEW, bool | None, None, ALIAS, "gradient_checkpointing",
          options={"nargs": "?", "const": True}),
     Flag("activation_checkpointing_kwargs", NEW, str | None, None, NO_MEANING, _KEPT),
     Flag("adafactor", OLD, bool, False, ALIAS, "optim adafactor"),
     Flag("auto_find_batch_size", BOTH, bool, False, NO_MEANING,
-         "the batch never shrinks; lower --max_tokens_per_device where memory is short, the updates stay the same"),
+         "the batch never shrinks; where memory is short, lower --max_tokens_per_device: the updates stay the same"),
     Flag("batch_eval_metrics", NEW, bool, False, NO_MEANING, _METRICS),
-    Flag("bf16_full_eval", BOTH, bool, False, NO_MEANING,
-         "the Trainer casts for evaluations outside training, and here all are made during it"),
+    Flag("bf16_full_eval", BOTH, bool, False, NO_MEANING, _FULL_EVAL),
     Flag("dataloader_in_order", NEW, bool, True, NO_MEANING, _LOADER),
     Flag("dataloader_multiprocessing_context", NEW, str | None, None, NO_MEANING, _LOADER,
          options={"choices": ["fork", "spawn", "forkserver"]}),
@@ -94,8 +96,7 @@ FLAGS = (
     Flag("evaluation_strategy", OLD, str, "no", ALIAS, "eval_strategy", options={"choices": ["no", "steps", "epoch"]}),
     Flag("fp16", BOTH, bool, False, REFUSED, _FP16),
     Flag("fp16_backend", OLD, str, "auto", NO_MEANING, _APEX, options=_HALF),
-    Flag("fp16_full_eval", BOTH, bool, False, NO_MEANING,
-         "the Trainer casts for evaluations outside training, and here all are made during it"),
+    Flag("fp16_full_eval", BOTH, bool, False, NO_MEANING, _FULL_EVAL),
     Flag("fp16_opt_level", OLD, str, "O1", NO_MEANING, _APEX),
     Flag("fsdp", BOTH, str | None, None, NO_MEANING, _SHARDS, options={"nargs": "?", "const": "True"},
          differs="4.37's default: ''"),
@@ -113,12 +114,12 @@ FLAGS = (
          options={"choices": ["end", "every_save", "checkpoint", "all_checkpoints"]}),
     Flag("hub_token", BOTH, str | None, None, NO_MEANING, _HUB),
     Flag("ignore_data_skip", BOTH, bool, False, REFUSED,
-         "a resumed run always goes on with the examples that are next; leave it out"),
+         "a resumed run always continues with the next examples; leave it out"),
     Flag("include_for_metrics", NEW, list[str], [], NO_MEANING, _METRICS),
     Flag("include_inputs_for_metrics", OLD, bool, False, NO_MEANING, _METRICS),
     Flag("include_tokens_per_second", OLD, bool, False, REFUSED,
-         "4.37 counts the tokens in a pass of its own, which moves the order of the examples; leave it out, the tokens "
-         "per second are printed anyway"),
+         "4.37 counts the tokens in an extra pass, which changes the order of the examples; leave it out: tokens per "
+         "second are always printed"),
     Flag("jit_mode_eval", OLD, bool, False, NO_MEANING, _COMPILE),
     Flag("label_names", BOTH, list[str] | None, None, REFUSED,
          "the labels are the key 'labels' of the records; rename it there and leave this out", also=("labels",)),
@@ -135,13 +136,13 @@ FLAGS = (
          "noise on the embeddings is not there; leave it out"),
     Flag("no_cuda", OLD, bool, False, ALIAS, "use_cpu"),
     Flag("optim_args", BOTH, str | None, None, REFUSED,
-         "no optimizer here takes further arguments; leave it out and give --adam_beta1, --adam_beta2 or "
-         "--adam_epsilon where they are meant"),
+         "no optimizer here takes further arguments; leave it out, or give --adam_beta1, --adam_beta2 or "
+         "--adam_epsilon"),
     Flag("optim_target_modules", NEW, str | None, None, REFUSED,
-         "only GaLore and APOLLO take it, which are not there; leave it out"),
+         "only GaLore and APOLLO use it, which are not there; leave it out"),
     Flag("parallelism_config", NEW, str | None, None, REFUSED,
-         "leave it out and give --mesh, which lays out all devices"),
-    Flag("past_index", OLD, int, -1, REFUSED, "no state is carried from one batch to the next; leave it out"),
+         "leave it out and give --mesh, the layout of all devices"),
+    Flag("past_index", OLD, int, -1, REFUSED, "batches share no state; leave it out"),
     Flag("per_gpu_eval_batch_size", OLD, int | None, None, ALIAS, "per_device_eval_batch_size"),
     Flag("per_gpu_train_batch_size", OLD, int | None, None, ALIAS, "per_device_train_batch_size"),
     Flag("prediction_loss_only", BOTH, bool, False, NO_MEANING, _METRICS),
@@ -154,20 +155,20 @@ FLAGS = (
     Flag("ray_scope", OLD, str, "last", NO_MEANING, "there is no hyperparameter search"),
     Flag("remove_unused_columns", BOTH, bool, True, NO_MEANING, "other keys of the records are never used"),
     Flag("report_to", BOTH, list[str], "none", NO_MEANING,
-         _TRACKERS, also=("None",), differs="4.37's default: None, which means all that are installed"),
+         _TRACKERS, also=("None",), differs="4.37's default: None, which means all installed trackers"),
     Flag("restore_callback_states_from_checkpoint", NEW, bool, False, NO_MEANING, "there are no callbacks"),
     Flag("run_name", BOTH, str | None, None, NO_MEANING, _TRACKERS),
     Flag("save_on_each_node", BOTH, bool, False, NO_MEANING, "each host writes its own share of a checkpoint"),
     Flag("save_only_model", BOTH, bool, False, REFUSED,
-         "a checkpoint holds all that resuming needs, and the HF folder is written at the end; leave it out, and give "
-         "--save_strategy no or --save_total_limit 1 to save disk"),
+         "a checkpoint always holds the optimizer state too, for resuming; leave it out, and give --save_strategy no "
+         "or --save_total_limit 1 to save disk"),
     Flag("save_safetensors", OLD, bool, True, REFUSED, "weights are written as safetensors only; leave it out"),
     Flag("skip_memory_metrics", BOTH, bool, True, NO_MEANING, "the peak of device memory is always printed"),
     Flag("split_batches", OLD, bool, False, REFUSED, _SPLIT),
     Flag("torch_compile", BOTH, bool, False, NO_MEANING, _COMPILE),
     Flag("torch_compile_backend", BOTH, str | None, None, NO_MEANING, _COMPILE),
     Flag("torch_compile_mode", BOTH, str | None, None, NO_MEANING, _COMPILE),
-    Flag("torch_empty_cache_steps", NEW, int | None, None, NO_MEANING, "there is no torch, and so no cache of its"),
+    Flag("torch_empty_cache_steps", NEW, int | None, None, NO_MEANING, "there is no torch, and no cache of torch"),
     Flag("torchdynamo", OLD, str | None, None, NO_MEANING, _COMPILE),
     Flag("tpu_metrics_debug", OLD, bool, False, REFUSED, _DEBUG),
     Flag("tpu_num_cores", OLD, int | None, None, NO_MEANING, _MESH),
@@ -177,96 +178,104 @@ FLAGS = (
     Flag("use_cache", NEW, bool, False, NO_MEANING, "training keeps no cache, and config.json keeps its own use_cache"),
     Flag("use_ipex", OLD, bool, False, NO_MEANING, _COMPILE),
     Flag("use_legacy_prediction_loop", OLD, bool, False, REFUSED,
-         "it averages eval_loss in another way; leave it out"),
+         "averages eval_loss differently; leave it out"),
     Flag("use_liger_kernel", NEW, bool, False, NO_MEANING, _COMPILE),
     Flag("use_mps_device", OLD, bool, False, REFUSED, "there is no MPS backend; leave it out or use --use_cpu True"),
 )
 
-_BITS = "quantized state; use adamw_torch, or --dtype bfloat16 for a smaller state"
-_LOW_RANK = "low-rank gradients of its own library; use adamw_torch or adafactor"
-_OWN = "an algorithm of its own library; use adamw_torch"
-_LAYERWISE = "updates layer by layer during the backward pass; use adafactor"
-_SAME = "adamw_torch"
-
-# Every value of --optim in either version: of an alias, the text is the optimizer that is meant.
+# The values of --optim in either version that are not implemented: the read ones with the optimizer that they mean.
+_READ_AS = {
+    "adamw_torch_fused": (BOTH, "adamw_torch"),
+    "adamw_torch_xla": (BOTH, "adamw_torch"),
+    "adamw_torch_npu_fused": (BOTH, "adamw_torch"),
+    "adamw_apex_fused": (OLD, "adamw_torch"),
+    "paged_adamw_32bit": (BOTH, "adamw_torch"),
+    "paged_lion_32bit": (BOTH, "lion_32bit"),
+}
+_NOT_THERE = {
+    OLD: "adamw_hf",
+    BOTH: "adamw_anyprecision adamw_bnb_8bit adamw_8bit paged_adamw_8bit lion_8bit paged_lion_8bit adagrad rmsprop",
+    NEW: "adamw_torch_4bit adamw_torch_8bit ademamix ademamix_8bit paged_ademamix_32bit paged_ademamix_8bit "
+    "rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor "
+    "galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise apollo_adamw apollo_adamw_layerwise "
+    "lomo adalomo grokadamw schedule_free_radam schedule_free_adamw schedule_free_sgd stable_adamw",
+}
+# Every value of --optim in either version -> versions, status, and the text or the optimizer that is meant or to use.
 OPTIMIZERS: dict[str, tuple[str, str, str]] = {
-    "adamw_torch": (BOTH, IMPLEMENTED, "AdamW: decay apart from the gradient"),
-    "sgd": (BOTH, IMPLEMENTED, "plain gradient descent, without momentum"),
-    "adafactor": (BOTH, IMPLEMENTED, "the Trainer's settings: no relative step, no scaling by the parameter"),
-    "lion_32bit": (BOTH, IMPLEMENTED, "Lion"),
-    "adamw_torch_fused": (BOTH, ALIAS, _SAME),
-    "adamw_torch_xla": (BOTH, ALIAS, _SAME),
-    "adamw_torch_npu_fused": (BOTH, ALIAS, _SAME),
-    "adamw_apex_fused": (OLD, ALIAS, _SAME),
-    "paged_adamw_32bit": (BOTH, ALIAS, _SAME),
-    "paged_lion_32bit": (BOTH, ALIAS, "lion_32bit"),
-    "adamw_hf": (OLD, REFUSED, "a deprecated AdamW with another epsilon and a decay after the update; use adamw_torch"),
-    "adamw_anyprecision": (BOTH, REFUSED, "needs torchdistx, and sums with compensation; use adamw_torch"),
-    "adamw_torch_4bit": (NEW, REFUSED, _BITS),
-    "adamw_torch_8bit": (NEW, REFUSED, _BITS),
-    "adamw_bnb_8bit": (BOTH, REFUSED, _BITS),
-    "adamw_8bit": (BOTH, REFUSED, _BITS),
-    "paged_adamw_8bit": (BOTH, REFUSED, _BITS),
-    "lion_8bit": (BOTH, REFUSED, "quantized state; use lion_32bit"),
-    "paged_lion_8bit": (BOTH, REFUSED, "quantized state; use lion_32bit"),
-    "ademamix": (NEW, REFUSED, _OWN),
-    "ademamix_8bit": (NEW, REFUSED, _BITS),
-    "paged_ademamix_32bit": (NEW, REFUSED, _OWN),
-    "paged_ademamix_8bit": (NEW, REFUSED, _BITS),
-    "adagrad": (BOTH, REFUSED, "not there; use sgd or adamw_torch"),
-    "rmsprop": (BOTH, REFUSED, "not there; use adamw_torch"),
-    "rmsprop_bnb": (NEW, REFUSED, "not there; use adamw_torch"),
-    "rmsprop_bnb_8bit": (NEW, REFUSED, _BITS),
-    "rmsprop_bnb_32bit": (NEW, REFUSED, "not there; use adamw_torch"),
-    "galore_adamw": (NEW, REFUSED, _LOW_RANK),
-    "galore_adamw_8bit": (NEW, REFUSED, _LOW_RANK),
-    "galore_adafactor": (NEW, REFUSED, _LOW_RANK),
-    "galore_adamw_layerwise": (NEW, REFUSED, _LOW_RANK),
-    "galore_adamw_8bit_layerwise": (NEW, REFUSED, _LOW_RANK),
-    "galore_adafactor_layerwise": (NEW, REFUSED, _LOW_RANK),
-    "apollo_adamw": (NEW, REFUSED, _LOW_RANK),
-    "apollo_adamw_layerwise": (NEW, REFUSED, _LOW_RANK),
-    "lomo": (NEW, REFUSED, _LAYERWISE),
-    "adalomo": (NEW, REFUSED, _LAYERWISE),
-    "grokadamw": (NEW, REFUSED, _OWN),
-    "schedule_free_radam": (NEW, REFUSED, _OWN),
-    "schedule_free_adamw": (NEW, REFUSED, _OWN),
-    "schedule_free_sgd": (NEW, REFUSED, _OWN),
-    "stable_adamw": (NEW, REFUSED, _OWN),
+    **{name: (BOTH, IMPLEMENTED, text) for name, text in IMPLEMENTED_OPTIMIZERS.items()},
+    **{name: (versions, ALIAS, meant) for name, (versions, meant) in _READ_AS.items()},
+    **{name: (v, REFUSED, "") for v, names in _NOT_THERE.items() for name in names.split()},
 }
 
-# What stays other than in the Trainer, with the reason: one paragraph each, in docs/flags.md.
+# Names that people type -> the flag of that meaning, or advice.
+_PLAIN_NAMES = {
+    "--model_name_or_path": "model model_name model_path base_model pretrained_model_name_or_path",
+    "--data_path": "data dataset dataset_name dataset_path data_file train_data train_file",
+    "--eval_data_path": "eval_data eval_dataset eval_file val_data validation_data validation_file",
+    "--validation_split_percentage": "val_set_size validation_split test_size",
+    "--model_max_length": "max_length max_seq_length max_seq_len seq_length seq_len sequence_len cutoff_len block_size "
+    "context_length",
+    "--output_dir": "output out out_dir output_path save_dir",
+    "--num_train_epochs": "epochs epoch num_epochs n_epochs",
+    "--max_steps": "steps num_steps train_steps max_train_steps",
+    "--per_device_train_batch_size": "batch_size train_batch_size micro_batch_size per_device_batch_size bs",
+    "--per_device_eval_batch_size": "eval_batch_size",
+    "--gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accumulation grad_accumulation_steps "
+    "accumulation_steps accum_steps",
+    "--learning_rate": "lr learning_rates peak_lr",
+    "--lr_scheduler_type": "lr_scheduler lr_schedule scheduler scheduler_type",
+    "--warmup_steps or --warmup_ratio": "warmup num_warmup_steps",
+    "--optim": "optimizer optimizer_type",
+    "--weight_decay": "wd decay",
+    "--max_grad_norm": "grad_clip gradient_clip gradient_clipping clip_grad_norm",
+    "--logging_steps": "log_steps log_interval log_every",
+    "--resume_from_checkpoint": "resume checkpoint resume_from",
+    "--packing": "sample_packing pack",
+    "--attention, which takes the device's best kernel by default": "attn_implementation flash_attention flash_attn "
+    "use_flash_attention use_flash_attn use_flash_attention_2",
+    "--bf16 True for matmuls in bfloat16, or --dtype for the parameters": "torch_dtype precision mixed_precision half "
+    "bfloat16",
+    "--mesh to lay out the devices: all are used, of GPUs those in CUDA_VISIBLE_DEVICES": "gpus gpu gpu_ids n_gpu "
+    "n_gpus num_gpus num_devices devices device nproc_per_node tensor_parallel tensor_parallel_size tp",
+    "--dtype bfloat16 to halve the memory of parameters and optimizer state: quantized weights are not there":
+    "load_in_8bit load_in_4bit quantization quantize bits",
+    "trainer_state.json for the log: there are no trackers": "wandb use_wandb wandb_project tensorboard",
+}
+_MEANT = {name: advice for advice, names in _PLAIN_NAMES.items() for name in names.split()}
+
+# The differences from the Trainer that stay, with the reason: one paragraph each in docs/flags.md.
 DIFFERENCES = (
-    "All flags of both versions are accepted under either `--hf_compat`; a value that only one version has (as a "
-    "schedule of 5) may still be refused under the other.",
-    "A flag may be shortened to a prefix that no other flag has. As both versions' flags are known here, some prefixes "
-    "that one Trainer takes are ambiguous and refused; none ever means another flag.",
-    "`--load_best_model_at_end` with shares: `--save_steps` and `--eval_steps` are compared as the decimals that were "
-    "typed. 4.37 refuses 0.3 with 0.1, and 5 refuses 0.07 with 0.01, both by rounding. A share with a number of "
-    "updates is always refused; the Trainer lets some pass (save 500, eval 0.5).",
+    "All flags of both versions are accepted under either `--hf_compat`. A value that only one version has (a schedule "
+    "of 5, for example) may still be refused under the other.",
+    "A flag may be shortened to a prefix that no other flag has. Since the flags of both versions are known here, some "
+    "prefixes that one Trainer takes are ambiguous and refused; no prefix ever means another flag.",
+    "`--load_best_model_at_end` with shares: `--save_steps` and `--eval_steps` are compared as typed decimals. By "
+    "rounding, 4.37 refuses 0.3 with 0.1, and 5 refuses 0.07 with 0.01. A share with a number of updates is always "
+    "refused; the Trainer accepts some pairs (save 500, eval 0.5).",
     "`--logging_steps`, `--eval_steps` and `--save_steps` below 0, `--save_steps 0`, a `--warmup_steps` above 1 that "
-    "is not whole, and numbers that are not finite are refused; the Trainer takes them and does something unmeant.",
-    "`--save_strategy best` without `--eval_strategy` is refused: it would never save.",
-    "`--report_to` without a value means none under 4.37 too, where the Trainer means all that are installed.",
+    "is not whole, and numbers that are not finite are refused. The Trainer accepts them, with unintended effects.",
+    "`--save_strategy best` without `--eval_strategy` is refused: no checkpoint would ever be saved.",
+    "`--report_to` without a value means none under 4.37 too, where the Trainer means all installed trackers.",
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
-    "The Trainer's checks of flags that have no meaning here are not made.",
-    "A token inside a text that is also the pad token, as `<unk>` where that pads, is attended to like any other. "
-    "stanford_alpaca's collator makes its mask from the ids, so that the tokens after such a one do not see it.",
-    "A resumed run goes on exactly as the run that was not stopped would have. The Trainer's own does not always: 4.37 "
-    "in the middle of a later epoch, or with a tail that carries over, takes other examples; so does 5 with "
+    "The Trainer's checks of flags without meaning here are not made.",
+    "A token inside a text that equals the pad token (`<unk>`, where the tokenizer pads with it) is attended to like "
+    "any other token. stanford_alpaca's collator derives its mask from the ids, so that later tokens do not see it.",
+    "A resumed run continues exactly as the uninterrupted run would have. The Trainer's does not always: 4.37 takes "
+    "other examples in the middle of a later epoch, or with a tail that carries over; so does 5 with "
     "`group_by_length`.",
-    "`dynamic` rope scaling goes by the length of a micro-batch; transformers' goes by the longest that it has seen: "
-    "there a batch's loss depends on those before it (5 forgets once a batch is within the original context).",
-    "4.37's order is that of accelerate 0.26 and 0.27; accelerate 0.24 and 0.25 gave it 5's. With "
-    "`--dataloader_persistent_workers True` and workers, 4.37 draws once less an epoch; here the order stays.",
+    "`dynamic` rope scaling depends on the length of a micro-batch. In transformers it depends on the longest length "
+    "so far, so that a loss depends on earlier batches (5 resets after a batch within the original context).",
+    "4.37's order is that of accelerate 0.26 and 0.27; accelerate 0.24 and 0.25 gave 4.37 the order of 5. With "
+    "`--dataloader_persistent_workers True` and workers, 4.37 draws one random number less an epoch; here the order "
+    "stays.",
     "A NaN that `--logging_nan_inf_filter` replaces: with several devices and several updates a log line, each device "
-    "starts from the mean over devices instead of its own sum. Only the logged loss is touched.",
+    "starts from the mean over devices instead of its own sum. Only the logged loss differs.",
 )
 # fmt: on
 
 
-# Of each alias the flag that is meant, and its value where that is another.
+# Each alias -> the flag that is meant, and its value where that is fixed.
 ALIASES = {
     flag.name: (target, fixed)
     for flag in FLAGS
@@ -276,14 +285,14 @@ ALIASES = {
 
 
 def overridden(name: str, given: set[str]) -> bool:
-    """Whether what the flag of this name says is said by one of the given flags under another name."""
-    said = {target for target, fixed in (ALIASES.get(g, (g, "")) for g in given) if not fixed}
-    return name not in given and ALIASES.get(name, (name, ""))[0] in said
+    """Return whether one of the `given` flags sets the same value as the flag `name` under another name."""
+    targets = {target for target, fixed in (ALIASES.get(g, (g, "")) for g in given) if not fixed}
+    return name not in given and ALIASES.get(name, (name, ""))[0] in targets
 
 
 def _field(flag: Flag) -> tuple[str, Any, Any]:
     metadata = {"help": f"{flag.status}: {flag.text}", **(flag.options or {})}
-    if flag.name in ALIASES and flag.type is str:  # so that its default, given, is told from none
+    if flag.name in ALIASES and flag.type is str:  # None, so that a given default differs from no flag at all
         return flag.name, str | None, dataclasses.field(default=None, metadata=metadata)
     if isinstance(flag.default, list):
         return flag.name, flag.type, dataclasses.field(default_factory=list, metadata=metadata)
@@ -295,7 +304,7 @@ OtherFlags = dataclasses.make_dataclass("OtherFlags", [_field(flag) for flag in 
 
 
 def read_others(others: Any) -> tuple[dict[str, Any], list[str]]:
-    """What aliases mean, by the name of the field of `Arguments`, and the lines to say. Raises InputError."""
+    """Return the values that aliases set, by field of `Arguments`, and the lines to print. Raises InputError."""
     meant: dict[str, Any] = {}
     said = []
     for flag in FLAGS:
@@ -315,14 +324,29 @@ def read_others(others: Any) -> tuple[dict[str, Any], list[str]]:
     return meant, said
 
 
+def suggest_flag(name: str, near: Iterable[str] = (), among: Iterable[str] = ()) -> str:
+    """Return the advice for an unknown name: the flag of that meaning, else all of `near`, else the nearest `among`.
+
+    The advice is empty where nothing resembles the name.
+    """
+    import difflib  # here, because --help does without
+
+    name = name.lower().replace("-", "_")
+    if name in _MEANT:
+        return f"use {_MEANT[name]}"
+    if "lora" in name or "peft" in name:
+        return "adapters are not there yet, all parameters are trained: leave it out"
+    if near:
+        return f"could mean {' or '.join(near)}"
+    matches = difflib.get_close_matches(name, among, n=1)
+    return f"did you mean {matches[0]}?" if matches else ""
+
+
 def resolve_optimizer(name: str, weight_decay: float) -> tuple[str, list[str]]:
-    """The optimizer meant by `--optim name`, and the line to say of an alias. Raises InputError."""
-    if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-        raise InputError(f"--optim {name}: no such optimizer; use {near[0] if near else _SAME}")
-    _, status, text = OPTIMIZERS[name]
+    """Return the optimizer meant by `--optim name`, and the line to print for an alias. Raises InputError."""
+    _, status, text = OPTIMIZERS.get(name, (BOTH, REFUSED, ""))
     if status == REFUSED:
-        raise InputError(f"--optim {name}: {text}")
+        raise InputError(f"--optim {name}: not there; use {_nearest_optimizer(name)}")
     if status == IMPLEMENTED:
         return name, []
     if name == "paged_adamw_32bit" and weight_decay:
@@ -331,14 +355,23 @@ def resolve_optimizer(name: str, weight_decay: float) -> tuple[str, list[str]]:
     return text, [f"--optim {name}: read as {text}"]
 
 
+def _nearest_optimizer(name: str) -> str:
+    """Return an implemented optimizer of the same family, else of a similar name, else AdamW."""
+    import difflib
+
+    family = [known for known in IMPLEMENTED_OPTIMIZERS if known.partition("_")[0] in name]
+    (nearest,) = (family or difflib.get_close_matches(name, IMPLEMENTED_OPTIMIZERS, n=1) or ["adamw_torch"])[:1]
+    return nearest + (", and --dtype bfloat16 for a smaller state" if name.endswith(("4bit", "8bit")) else "")
+
+
 def read_json(name: str, text: str) -> dict[str, Any]:
-    """The JSON object that a flag holds, or whose file it names. Raises InputError."""
+    """Read the JSON object in a flag, or in the file that the flag names. Raises InputError."""
     try:
         if not text.startswith("{"):
             text = Path(text).expanduser().read_text(encoding="utf-8")
         value = json.loads(text)
     except OSError as e:
-        raise InputError(f"--{name} {text}: neither a JSON object nor a file of one: {e.strerror}") from None
+        raise InputError(f"--{name} {text}: neither a JSON object nor a file that holds it: {e.strerror}") from None
     except ValueError as e:
         raise InputError(f"--{name}: not valid JSON: {e}") from None
     if not isinstance(value, dict):

@@ -1,14 +1,15 @@
-"""The learning rate of every update, on the host: the Trainer's schedules by their names and keywords.
+"""Compute the learning rate of every update on the host, by the Trainer's schedules, names and keywords.
 
-Formulas of transformers' `optimization.py` (4.37.2 and 5.23) and torch's `ReduceLROnPlateau`, in float64. An update
-gets its rate as an argument, so that no schedule is part of the compiled program.
+The formulas are those of transformers' `optimization.py` (4.37.2 and 5.23) and torch's `ReduceLROnPlateau`, in float64.
+An update takes its rate as an argument, so that no schedule is part of the compiled program. Jax is not imported: the
+flags read SCHEDULES and LISTENING.
 """
 
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal, get_args
 
 from llama_jax.base.errors import InputError
 
@@ -17,29 +18,29 @@ Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
 class Schedule:
-    """A rate for every update, fixed from the start."""
+    """Give every update a rate that is fixed from the start."""
 
     def __init__(self, rate: Factor):
         self._rate = rate
 
     def rate(self, done: int) -> float:
-        """The learning rate of the update made after `done` updates."""
+        """Return the learning rate of the update that follows `done` updates."""
         return self._rate(done)
 
     def observe(self, metric: float) -> None:
-        """Hear the metric of an evaluation during training; that of `--eval_on_start` is not for this."""
+        """Take the metric of an evaluation during training (not the metric of `--eval_on_start`)."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, for JSON."""
+        """Return the values that a checkpoint must hold, ready for JSON."""
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state()` of a schedule made with the same arguments."""
+        """Continue from the `state()` of a schedule that was made with the same arguments."""
 
 
 @dataclass
 class _Listening(Schedule):
-    """One rate until an evaluation changes it. All of `HEARD` is what it remembers."""
+    """Keep one rate until an evaluation changes it. `HEARD` names the attributes of its state."""
 
     peak: float
     _: KW_ONLY
@@ -88,7 +89,7 @@ class _Listening(Schedule):
 
 @dataclass
 class Plateau(_Listening):
-    """torch's ReduceLROnPlateau: lower the rate when more than `patience` evaluations in a row were no better."""
+    """Lower the rate after more than `patience` evaluations in a row without progress (torch's ReduceLROnPlateau)."""
 
     def observe(self, metric: float) -> None:
         if self._is_better(metric):
@@ -105,10 +106,10 @@ class Plateau(_Listening):
 
 @dataclass(kw_only=True)
 class Greedy(_Listening):
-    """transformers' GreedyLR: Plateau that also raises the rate after more than `patience` better evaluations in a row.
+    """Lower the rate as Plateau, and raise it after more than `patience` better evaluations (transformers' GreedyLR).
 
     `smooth` compares the mean of the last `window_size` metrics. After `reset_start` decisions to lower a rate that is
-    at `min_lr` already, all starts anew.
+    already at `min_lr`, rate and state start anew.
     """
 
     factor: float = 0.95
@@ -137,7 +138,7 @@ class Greedy(_Listening):
 
     def observe(self, metric: float) -> None:
         if self.smooth:
-            # A running sum, for the Trainer's own roundings.
+            # A running sum rounds as the Trainer's does.
             self.window = [*self.window, metric]
             self.sum += metric
             if len(self.window) > self.window_size:
@@ -192,7 +193,7 @@ def _cosine(peak: float, warmup: int, total: int, *, num_cycles: float = 0.5) ->
 
 
 def _wave(cycles: float, progress: float, floor: float) -> float:
-    """A cosine from 1 down to `floor` in half a cycle."""
+    """Return a cosine that falls from 1 to `floor` in half a cycle."""
     return max(0.0, floor + (1 - floor) * 0.5 * (1 + math.cos(2 * math.pi * cycles * progress)))
 
 
@@ -292,7 +293,7 @@ def _warmup_stable_decay(
     stable_end = total - num_decay_steps if num_stable_steps is None else warmup + num_stable_steps
 
     def shape(kind: Shape, up: float, cycles: float) -> float:
-        """From 1 at `up` = 0 down."""
+        """Return a curve that falls from 1 at `up` = 0."""
         if kind == "linear":
             part = 1 - up
         elif kind == "cosine":
@@ -331,12 +332,12 @@ _NOT_IN_4_37 = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stabl
 
 
 def make_schedule(kind: str, peak: float, warmup: int, total: int, compat: str, kwargs: dict[str, Any]) -> Schedule:
-    """The schedule `--lr_scheduler_type kind --lr_scheduler_kwargs kwargs`, as the Trainer of `compat` makes it.
+    """Make the schedule `--lr_scheduler_type kind --lr_scheduler_kwargs kwargs` as the Trainer of `compat` makes it.
 
-    `peak` is --learning_rate, `warmup` and `total` are numbers of updates. The two kinds that listen to evaluations
-    take no warm-up, and their direction is kwargs' `mode` alone: the Trainer does not hand `greater_is_better` on.
-    Raises InputError for a kind or a keyword that the Trainer does not have, and for a keyword that it would ignore
-    (4.37's `inverse_sqrt` and both constants drop all of them).
+    `peak` is --learning_rate, `warmup` and `total` are numbers of updates. The kinds in LISTENING take no warm-up, and
+    their direction is the keyword `mode` alone: the Trainer does not pass `greater_is_better` on. Raises InputError for
+    a kind or a keyword that the Trainer does not have, and for a keyword that the Trainer would ignore (4.37's
+    `inverse_sqrt` and both constants ignore all keywords).
     """
     if kind not in SCHEDULES:
         raise InputError(f"--lr_scheduler_type {kind!r} is not one of {', '.join(SCHEDULES)}")
@@ -352,31 +353,15 @@ def make_schedule(kind: str, peak: float, warmup: int, total: int, compat: str, 
 
 
 def _check(kind: str, maker: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """The keywords against the maker's signature."""
+    """Raise InputError unless `kwargs` fit the keyword-only parameters of `maker`."""
     takes = {p.name: p for p in inspect.signature(maker).parameters.values() if p.kind is p.KEYWORD_ONLY}
     known = f"--lr_scheduler_type {kind} takes {', '.join(takes) or 'none'}"
+    if unknown := [name for name in kwargs if name not in takes]:
+        raise InputError(f"--lr_scheduler_kwargs: unknown keyword {unknown[0]!r}: {known}")
+    if missing := [name for name, p in takes.items() if p.default is p.empty and name not in kwargs]:
+        raise InputError(f"--lr_scheduler_kwargs: {missing[0]} is missing: {known}")
     for name, value in kwargs.items():
-        if name not in takes:
-            raise InputError(f"--lr_scheduler_kwargs: unknown keyword {name!r}: {known}")
-        if not _fits(value, takes[name].annotation):
-            wanted = " or ".join(_WORDS.get(o, repr(o)) for o in _options(takes[name].annotation))
+        options = get_args(takes[name].annotation) or (takes[name].annotation,)
+        if value not in options and type(value) not in (options if float not in options else (*options, int)):
+            wanted = " or ".join(getattr(option, "__name__", repr(option)) for option in options)
             raise InputError(f"--lr_scheduler_kwargs: {name} is {value!r}, not {wanted}")
-    for name, parameter in takes.items():
-        if parameter.default is parameter.empty and name not in kwargs:
-            raise InputError(f"--lr_scheduler_kwargs: {name} is missing: {known}")
-
-
-_WORDS: dict[Any, str] = {float: "a number", int: "an integer", bool: "true or false", type(None): "null"}
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) or (annotation,)
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    options = _options(annotation)
-    if get_origin(annotation) is Literal:
-        return value in options
-    if isinstance(value, bool):
-        return bool in options
-    return isinstance(value, options) or (float in options and isinstance(value, int))
