@@ -253,7 +253,7 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "not a type": (lambda c: c.flags.update(dtype="float8"), ["--dtype", "float8", "bfloat16"]),
     "a bucket": (
         lambda c: c.flags.update(output_dir="gs://bucket/output"),
-        ["--output_dir gs://bucket/output: is no path of files", "mount"],
+        ["--output_dir gs://bucket/output: URLs are not read", "mount"],
     ),
     "best in 4.37": (
         lambda c: c.flags.update(save_strategy="best", eval_strategy="steps", validation_split_percentage=50),
@@ -565,7 +565,7 @@ def test_help() -> None:
         (convert_torch_to_flax.main, ["--to_hf", "--verify"]),
         (llama_jax.command.generate.main, ["--instruction", "--temperature"]),
     ):
-        outcome = run(main, "--help")
+        outcome = run(main, "--help", "all")
         assert outcome.code == 0 and not outcome.err
         assert all(flag in outcome.out for flag in flags)
 

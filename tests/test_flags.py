@@ -422,6 +422,7 @@ def test_a_config_file_without_its_flag(tmp_path: Path) -> None:
         ("use_peft", "adapters are not there yet"),
         ("lora_r", "adapters are not there yet"),
         ("logging", "could mean --logging_"),
+        ("logging_st", "could mean --logging_strategy or --logging_steps"),
         ("learning_rat", None),
         ("learning_rtae", "did you mean --learning_rate?"),
         ("quite_another", "--help all"),

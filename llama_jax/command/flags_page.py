@@ -38,15 +38,11 @@ _ORIGIN = {
 
 def flags_page() -> str:
     """Return docs/flags.md."""
-    rows = sorted(
-        [
-            *(
-                Flag(f.name, _ORIGIN.get(f.name, BOTH), None, f.default, IMPLEMENTED, f.metadata["help"])
-                for f in fields(Arguments)
-            ),
-            *FLAGS,
-        ]
-    )
+    implemented = [
+        Flag(f.name, _ORIGIN.get(f.name, BOTH), None, f.default, IMPLEMENTED, f.metadata["help"])
+        for f in fields(Arguments)
+    ]
+    rows = sorted([*implemented, *FLAGS])
     counts = ", ".join(f"{s} {sum(r.status == s for r in rows)}" for s in (IMPLEMENTED, ALIAS, NO_MEANING, REFUSED))
     lines = [
         "# Flags",

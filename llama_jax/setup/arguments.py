@@ -217,7 +217,7 @@ class Arguments:
     )
 
     def __post_init__(self) -> None:
-        self.said: list[str] = []  # one line for each alias and each flag without meaning
+        self.read_as: list[str] = []  # one line for each alias and each flag without meaning
 
     @property
     def max_tokens(self) -> int | None:
@@ -236,8 +236,8 @@ class Arguments:
 
     def settle(self) -> None:
         """Set the values that follow from other values, as TrainingArguments does. Raises InputError."""
-        self.optim, said = resolve_optimizer(self.optim, self.weight_decay)
-        self.said += said
+        self.optim, lines = resolve_optimizer(self.optim, self.weight_decay)
+        self.read_as += lines
         seen = self.include_num_input_tokens_seen.lower()
         words = {**dict.fromkeys("yes true t y 1".split(), "all"), **dict.fromkeys("false f n 0".split(), "no")}
         self.include_num_input_tokens_seen = words.get(seen, seen)
@@ -262,20 +262,20 @@ class Arguments:
 
     def notes(self, platform: str) -> list[str]:
         """Return a line for each given flag that is an alias, or has no meaning or no effect here."""
-        said = list(self.said)
+        lines = list(self.read_as)
         if self.tf32 and platform != "gpu":
-            said.append(f"--tf32 True: no effect on {platform}; float32 matmuls stay float32")
+            lines.append(f"--tf32 True: no effect on {platform}; float32 matmuls stay float32")
         if self.warmup_ratio and self.warmup_steps:
-            said.append("--warmup_ratio: ignored, because --warmup_steps is given")
+            lines.append("--warmup_ratio: ignored, because --warmup_steps is given")
         if self.data_seed is not None and self.hf_compat == "4.37":
-            said.append("--data_seed: ignored under --hf_compat 4.37, as by transformers 4.37")
+            lines.append("--data_seed: ignored under --hf_compat 4.37, as by transformers 4.37")
         if not self.average_tokens_across_devices and self.hf_compat == "4.37":
-            said.append("--average_tokens_across_devices: no effect under --hf_compat 4.37")
+            lines.append("--average_tokens_across_devices: no effect under --hf_compat 4.37")
         if self.max_tokens_per_device != "auto" and not self.packing:
-            said.append("--max_tokens_per_device: no effect with --packing False; a device takes a micro-batch at once")
+            lines.append("--max_tokens_per_device: no effect with --packing False; blocks are micro-batches then")
         if self.eval_data_path and self.eval_strategy == "no" and not self.eval_on_start:
-            said.append("--eval_data_path: no effect, because --eval_strategy is no")
-        return said
+            lines.append("--eval_data_path: no effect, because --eval_strategy is no")
+        return lines
 
     def check(self) -> None:
         """Raise InputError for values that are refused in every run."""
@@ -415,9 +415,9 @@ def flag_parser() -> Any:
     class FlagParser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
             if ambiguous := re.match(r"ambiguous option: --([\w-]+).* could match (.*)", message):
-                # Every flag is listed with underscores and with dashes: one spelling is enough.
-                flags = [flag for flag in ambiguous[2].split(", ") if "-" not in flag[2:]]
-                raise InputError(f"unknown argument --{ambiguous[1]}; {suggest_flag(ambiguous[1], near=flags)}")
+                # argparse lists a flag with underscores and with dashes: one spelling is enough.
+                near = dict.fromkeys("--" + flag[2:].replace("-", "_") for flag in ambiguous[2].split(", "))
+                raise InputError(f"unknown argument --{ambiguous[1]}; {suggest_flag(ambiguous[1], near=near)}")
             raise InputError(message.replace("argument ", "", 1))
 
     return FlagParser(cast(Any, (Arguments, OtherFlags)), prog="train_jax.py", add_help=False)
@@ -445,7 +445,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         arguments, others, unknown = read(argv)
     if unknown:
         raise InputError(_unknown_argument(unknown[0]))
-    meant, arguments.said = read_others(others)
+    meant, arguments.read_as = read_others(others)
     for name, value in meant.items():
         setattr(arguments, name, value)
     arguments.settle()

@@ -30,7 +30,7 @@ class Flag(NamedTuple):
     options: dict[str, Any] | None = None  # argparse's
     differs: str = ""  # the other default, where the versions differ
 
-    def said(self) -> str:
+    def note(self) -> str:
         """Return the line that is printed when the flag is given."""
         if self.status == ALIAS:
             return f"--{self.name}: read as --{self.text}"
@@ -306,7 +306,7 @@ OtherFlags = dataclasses.make_dataclass("OtherFlags", [_field(flag) for flag in 
 def read_others(others: Any) -> tuple[dict[str, Any], list[str]]:
     """Return the values that aliases set, by field of `Arguments`, and the lines to print. Raises InputError."""
     meant: dict[str, Any] = {}
-    said = []
+    lines = []
     for flag in FLAGS:
         value = getattr(others, flag.name)
         if isinstance(value, list) and len(value) == 1:
@@ -317,11 +317,11 @@ def read_others(others: Any) -> tuple[dict[str, Any], list[str]]:
         if value in (None, "", [], flag.default, *flag.also):
             continue
         if flag.status == REFUSED:
-            raise InputError(flag.said())
+            raise InputError(flag.note())
         if flag.name.endswith(("_kwargs", "_config", "deepspeed")) and value.startswith("{"):
             read_json(flag.name, value)
-        said.append(flag.said())
-    return meant, said
+        lines.append(flag.note())
+    return meant, lines
 
 
 def suggest_flag(name: str, near: Iterable[str] = (), among: Iterable[str] = ()) -> str:

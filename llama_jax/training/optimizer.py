@@ -1,4 +1,4 @@
-"""The HF Trainer's optimizers, made of optax: clipping, decay groups, the update's rate, accumulation."""
+"""Build the HF Trainer's optimizers from optax: clipping, decay groups, the update's rate, accumulation."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +15,7 @@ from llama_jax.training.optimizer_names import OPTIMIZERS
 
 
 class ClipState(NamedTuple):
-    """The norm of the last update's gradient, before clipping."""
+    """Hold the norm of the last update's gradient, before clipping."""
 
     grad_norm: jax.Array
 
@@ -25,7 +25,7 @@ def _to_float32(tree):
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """torch's `clip_grad_norm_`: scale by min(1, max_norm / (norm + 1e-6)); max_norm <= 0 only records the norm."""
+    """Scale by min(1, max_norm / (norm + 1e-6)), as torch's `clip_grad_norm_`; max_norm <= 0 only records the norm."""
 
     def update(updates, state, params=None):
         norm = optax.tree.norm(_to_float32(updates))
@@ -51,7 +51,7 @@ def _decayed(rule: optax.GradientTransformation, weight_decay: float, decays: An
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """State, arithmetic and the update in float32, whatever the parameters are."""
+    """Keep state, arithmetic and update of `tx` in float32 for parameters of any type."""
 
     return optax.GradientTransformation(
         lambda params: tx.init(_to_float32(params)),
@@ -60,7 +60,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 
 
 def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
-    """Times minus `learning_rate`. A low-precision update becomes float32: only its sum with the weight is rounded."""
+    """Multiply by minus `learning_rate`, in float32: only the sum with a low-precision weight is rounded."""
 
     def update(updates, state, params=None, *, learning_rate, **extra):
         return jax.tree.map(lambda u: -learning_rate * u.astype(jnp.float32), updates), state
