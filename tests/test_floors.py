@@ -1,6 +1,7 @@
 """Folders are floors: a folder imports only from folders on lower floors, and no files form a circle."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,21 @@ def test_no_circle():
 
     for module in MODULES:
         visit(module, ())
+
+
+PRIVATE = re.compile(r"(^|\.)(_(?!_)\w*|experimental)\b")
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=module_name)
+def test_private_and_experimental_names_have_one_file(path: Path):
+    """Only `distributed/compat.py` imports or names them, so that a new jax or orbax breaks a single file."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("llama_jax"):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute) and re.fullmatch(r"(jax|jnp|np|nnx|ocp|optax)(\.\w+)+", ast.unparse(node)):
+            names.append(ast.unparse(node))
+    private = [name for name in names if PRIVATE.search(name)]
+    assert bool(private) == (module_name(path) == "llama_jax.distributed.compat"), private

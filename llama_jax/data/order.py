@@ -51,7 +51,8 @@ def _permutation(n: int, twister: np.random.MT19937) -> np.ndarray:
 
 def _twister(seed: int) -> np.random.MT19937:
     twister = np.random.MT19937()
-    twister._legacy_seeding(seed & 0xFFFFFFFF)  # the classic initialisation; NumPy has no public name for it
+    # RandomState seeds as torch does. `MT19937(seed)` hashes the seed first.
+    twister.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
     return twister
 
 

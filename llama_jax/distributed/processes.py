@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import clusters, distributed  # what jax finds by itself, and its store, have no public names yet
-from jax.experimental import multihost_utils
 
 from llama_jax.base.errors import InputError
+from llama_jax.distributed.compat import find_cluster, key_value_store, multihost_utils
 
 WAIT = 24 * 3600 * 1000  # milliseconds: a host may tokenise for hours; one that died is noticed by its heartbeat
 _exchanges = itertools.count()
@@ -30,8 +29,7 @@ def join(address: str | None, count: int | None, index: int | None) -> None:
         raise InputError(f"--process_id {index}: should be at least 0 and below --num_processes {count}")
     if address is not None and not address.rpartition(":")[2].isdigit():
         raise InputError(f"--coordinator_address {address}: should be HOST:PORT")
-    kinds = [kind for kind in clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    found = next((kind for kind in kinds if kind.is_env_present()), None)
+    found = find_cluster()
     if address and count is None and found is None:
         raise InputError(f"--coordinator_address {address}: give --num_processes and --process_id too")
     if address or (found and found.get_process_count() > 1):
@@ -48,8 +46,7 @@ def exchange(value: str) -> list[str]:
     """What each process has given, in their order; returns when all have."""
     if jax.process_count() == 1:
         return [value]
-    store, key = distributed.global_state.client, f"llama_jax/{next(_exchanges)}"
-    assert store is not None
+    store, key = key_value_store(), f"llama_jax/{next(_exchanges)}"
     store.key_value_set(f"{key}/{jax.process_index()}", f"={value}")
     return [store.blocking_key_value_get(f"{key}/{i}", WAIT)[1:] for i in range(jax.process_count())]
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax.base.errors import InputError
+from llama_jax.distributed.compat import create_device_mesh, create_hybrid_device_mesh
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH = ("data", "fsdp")

@@ -7,18 +7,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint._src.serialization import types as ocp_types  # its callback has no public name yet
 
 from llama_jax.base.errors import InputError
+from llama_jax.distributed.compat import piecewise_transfer
 
 PARAMS_DIR = "params"  # of a Flax folder
-
-
-class _InPieces(ocp_types.DefaultSerializationStatusCallback):
-    """Tells orbax to move no array to the host before those ahead of it are written."""
-
-    def key_priority(self, keypath: Any) -> ocp_types.TransferPriority:
-        return ocp_types.TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
 
 
 def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
@@ -27,8 +20,7 @@ def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
     gigabytes = math.ceil(max(4e9, 2 * largest) / 1e9)
     options: dict[str, Any] = {}
     if piecewise:
-        # The handler's own `is_prioritized_key_fn` reaches nothing in orbax 0.12: the array handler's callback does.
-        arrays = ocp.type_handlers.ArrayHandler(callback=_InPieces())
+        arrays = ocp.type_handlers.ArrayHandler(callback=piecewise_transfer())
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         options = {"save_device_host_concurrent_gb": gigabytes, "type_handler_registry": registry}
     # Trained float32 does not compress, and trying costs seven times the time of writing.

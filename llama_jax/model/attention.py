@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.base.errors import InputError
+from llama_jax.distributed.compat import cudnn_attention, splash_attention
 from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, axis_size
 from llama_jax.model.kernels import KERNELS
 
@@ -161,8 +162,7 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
     anything else gives garbage, and NaN gradients, without an error. Padding is made a segment of its own, as what the
     kernel leaves of tokens outside any segment is not defined.
     """
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
+    cudnn = cudnn_attention()
     last = jnp.max(segment_ids, axis=1, keepdims=True)
     ids = jnp.where(segment_ids == 0, last + 1, segment_ids)
     size_BM = jnp.sum(ids[:, None, :] == jnp.arange(1, segments + 2)[None, :, None], axis=-1, dtype=jnp.int32)
@@ -192,9 +192,7 @@ def splash_block(T: int, dtype: Any) -> int:
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
     """jax's Splash attention for TPUs: causal blocks only, segments told apart inside them."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
+    splash, masks = splash_attention()
     _, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     block = splash_block(T, q_BTNH.dtype)

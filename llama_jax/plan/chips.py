@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.base.errors import InputError
+from llama_jax.distributed.compat import tpu_topology
 
 GIB = 2**30
 
@@ -100,8 +101,6 @@ class Topology:
                 f"--dry_run {self.name}: the TPU compiler is not installed; on Linux, pip install "
                 f"'{libtpu_requirement()}' (no TPU is needed)"
             )
-        from jax.experimental import topologies
-
         # Not one of these is asked for by a machine without a TPU, but a second process would fail on a lock file.
         told = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
         for name, value in (told | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
@@ -114,7 +113,7 @@ class Topology:
             options["chips_per_host_bounds"] = (1, 1, 1)
         if len(sides) == 3 and all(n % 4 == 0 for n in sides):
             options["wrap"] = (True, True, True)  # whole cubes of 64 chips are a torus
-        return list(topologies.get_topology_desc(f"{self.family}:{self.shape}", "tpu", **options).devices)
+        return tpu_topology(f"{self.family}:{self.shape}", **options)
 
 
 def find_topology(name: str) -> Topology:
