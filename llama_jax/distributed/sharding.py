@@ -123,7 +123,7 @@ def column(outputs: int) -> P:
 
 def check_width(hidden_size: int) -> None:
     """Raises InputError where the mesh that is set does not divide the residual stream, which cannot be padded."""
-    shape = jax.sharding.get_abstract_mesh().shape
+    shape = {axis: axis_size(axis) for axis in AXES}
     fitting = {"context": math.gcd(hidden_size, shape["context"]), "tensor": math.gcd(hidden_size, shape["tensor"])}
     fitting["fsdp"] = math.gcd(hidden_size // fitting["context"], shape["fsdp"])
     fitting["data"] = math.prod(shape.values()) // math.prod(fitting.values())
@@ -140,9 +140,19 @@ def describe_mesh(mesh: Mesh) -> str:
 
 
 def axis_size(axes: str | tuple[str, ...]) -> int:
-    """Of an axis of the mesh that is set, or the product of several."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+    """Return the size of an axis of the mesh that is set, or the product of several sizes; outside a mesh, 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def placed(spec: P) -> P | None:
+    """Return the `out_sharding` of an operation: the spec, or None outside a mesh, where jax refuses any spec."""
+    return None if jax.sharding.get_abstract_mesh().empty else spec
+
+
+def reshard(array: jax.Array, spec: P) -> jax.Array:
+    """Return the array as `spec` divides it on the mesh that is set; outside a mesh, as it is."""
+    return array if placed(spec) is None else jax.sharding.reshard(array, spec)
 
 
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
@@ -238,13 +248,15 @@ def in_parts(array_BT: jax.Array) -> jax.Array:
     """Rows [B, T, ...] as [B, X, T / X, ...], X the devices that a row is divided over: the parts of the third axis can
     be taken one by one, each device having its own."""
     (B, T, *rest), X = array_BT.shape, axis_size("context")
-    return jax.lax.reshape(array_BT, (B, X, T // X, *rest), out_sharding=P(BATCH, "context", None, *[None] * len(rest)))
+    spec = P(BATCH, "context", None, *[None] * len(rest))
+    return jax.lax.reshape(array_BT, (B, X, T // X, *rest), out_sharding=placed(spec))
 
 
 def in_rows(array_BXT: jax.Array) -> jax.Array:
     """What `in_parts` took apart."""
     B, X, T, *rest = array_BXT.shape
-    return jax.lax.reshape(array_BXT, (B, X * T, *rest), out_sharding=P(BATCH, "context", *[None] * len(rest)))
+    spec = P(BATCH, "context", *[None] * len(rest))
+    return jax.lax.reshape(array_BXT, (B, X * T, *rest), out_sharding=placed(spec))
 
 
 def stacked(spec: P) -> P:

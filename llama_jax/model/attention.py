@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.compat import cudnn_attention, splash_attention
-from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, axis_size
+from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, axis_size, placed
 from llama_jax.model.kernels import KERNELS
 
 
@@ -93,6 +93,8 @@ def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.A
     all-to-alls (DeepSpeed-Ulysses, arXiv:2309.14509). Each then has whole rows, whatever the kernel, the segments and
     the mask, and none has more to do than another.
     """
+    if placed(ACT_BTNH) is None:
+        return attend(q_BTNH, k_BSKH, v_BSKH, *tokens)
     X = axis_size("context")
 
     def change_places(x, heads_to_tokens: bool):

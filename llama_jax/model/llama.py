@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from llama_jax.distributed import sharding
+from llama_jax.distributed.sharding import placed
 from llama_jax.model.attention import XLA, Kernel, attention, keeps_kernel, packed_attention
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.matmul import project
@@ -72,7 +73,7 @@ class Tokens(NamedTuple):
 def _draw(shape: tuple[int, int], spec: P, config: LlamaConfig, run: RunOptions, rngs) -> Float[Array, "O I"]:
     """Draw a matrix as transformers initializes it, placed by `spec`."""
     normal = jax.nn.initializers.normal(config.initializer_range)
-    return normal(rngs.params(), shape, run.param_dtype, out_sharding=spec)
+    return normal(rngs.params(), shape, run.param_dtype, out_sharding=placed(spec))
 
 
 class Linear(nnx.Module):
@@ -82,7 +83,7 @@ class Linear(nnx.Module):
         self.weight = MatmulWeight(_draw(out_in, spec, config, run, rngs))
         row = spec == sharding.ROW_DF
         bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
-        zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=bias_spec) if bias else None
+        zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=placed(bias_spec)) if bias else None
         self.bias = None if zeros is None else Bias(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
@@ -98,7 +99,8 @@ class RMSNorm(nnx.Module):
     """weight * x / sqrt(mean(x^2) + eps), computed in float32, rounded to x's type before the weight."""
 
     def __init__(self, config: LlamaConfig, run: RunOptions):
-        self.weight = NormWeight(jnp.ones(config.hidden_size, run.param_dtype, out_sharding=sharding.REPLICATED))
+        ones = jnp.ones(config.hidden_size, run.param_dtype, out_sharding=placed(sharding.REPLICATED))
+        self.weight = NormWeight(ones)
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -125,7 +127,7 @@ class Attention(nnx.Module):
 
         def heads(y: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
             shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
-            return jnp.reshape(y, shape, out_sharding=sharding.ACT_BTNH)
+            return jnp.reshape(y, shape, out_sharding=placed(sharding.ACT_BTNH))
 
         q, k, v = (heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         dtype = self.rope_dtype or x.dtype
@@ -136,14 +138,14 @@ class Attention(nnx.Module):
             out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions)
         else:
             row = jnp.arange(k.shape[0])[:, None]
-            k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=sharding.ACT_BTNH)
-            v = cache.v.at[row, tokens.positions].set(v, mode="drop", out_sharding=sharding.ACT_BTNH)
+            k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=placed(sharding.ACT_BTNH))
+            v = cache.v.at[row, tokens.positions].set(v, mode="drop", out_sharding=placed(sharding.ACT_BTNH))
             cache = KVCache(k, v)
-            kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=sharding.ACT_BT)
+            kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=placed(sharding.ACT_BT))
             kv_segments = jnp.ones_like(kv_positions)
             out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions)
         out = checkpoint_name(out, "attention")
-        out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=sharding.ACT_BTF)
+        out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
         return checkpoint_name(self.o_proj(out), "o_proj"), cache
 
 
@@ -182,7 +184,7 @@ class Embedding(nnx.Module):
         self.padding_idx = config.pad_token_id
 
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        x = self.weight[...].at[input_ids].get(out_sharding=sharding.ACT_BTD)
+        x = self.weight[...].at[input_ids].get(out_sharding=placed(sharding.ACT_BTD))
         if self.padding_idx is None:
             return x
         return jnp.where((input_ids == self.padding_idx)[..., None], jax.lax.stop_gradient(x), x)
@@ -247,13 +249,13 @@ class Llama(nnx.Module):
     def head(self) -> Float[Array, "V D"]:
         """The output projection in the compute type; rows past `vocab_size` are padding."""
         weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
-        return jax.sharding.reshard(weight.astype(self.run.compute_dtype or weight.dtype), sharding.HEAD_VD)
+        return sharding.reshard(weight.astype(self.run.compute_dtype or weight.dtype), sharding.HEAD_VD)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
         """Float32 logits over the real vocabulary. For a few positions: training uses `loss.py`."""
         head = self.head()
-        out = jnp.einsum("BTD,VD->BTV", hidden.astype(head.dtype), head, out_sharding=sharding.ACT_BTF)
-        out = jax.sharding.reshard(out, sharding.ACT_BTD)
+        out = jnp.einsum("BTD,VD->BTV", hidden.astype(head.dtype), head, out_sharding=placed(sharding.ACT_BTF))
+        out = sharding.reshard(out, sharding.ACT_BTD)
         return out[..., : self.config.vocab_size].astype(jnp.float32)
 
 
@@ -318,7 +320,7 @@ def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> A
     dtype = run.compute_dtype or run.param_dtype
 
     def empty(*lead: int, spec: P = sharding.ACT_BTNH) -> KVCache:
-        return KVCache(*(jnp.zeros((*lead, *shape), dtype, out_sharding=spec) for _ in "kv"))
+        return KVCache(*(jnp.zeros((*lead, *shape), dtype, out_sharding=placed(spec)) for _ in "kv"))
 
     if run.scan_layers:
         return empty(config.num_hidden_layers, spec=sharding.stacked(sharding.ACT_BTNH))

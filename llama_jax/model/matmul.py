@@ -13,18 +13,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from llama_jax.distributed import sharding
+from llama_jax.distributed.sharding import placed
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def project(out: P, exchange: bool, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
     """x @ weight.T, laid out by `out`; the weight's gradient is `weight_gradient`."""
-    return jnp.einsum("BTI,OI->BTO", x, weight, out_sharding=out)
+    return jnp.einsum("BTI,OI->BTO", x, weight, out_sharding=placed(out))
 
 
 def _project_bwd(out: P, exchange: bool, operands: tuple[jax.Array, jax.Array], dy: jax.Array):
     x, weight = operands
     like_x, like_weight = (jax.typeof(operand).sharding.spec for operand in operands)
-    dx = jnp.einsum("BTO,OI->BTI", dy, weight, out_sharding=like_x)
+    dx = jnp.einsum("BTO,OI->BTI", dy, weight, out_sharding=placed(like_x))
     return dx, weight_gradient(dy, x, like_weight, exchange)
 
 
@@ -49,7 +50,7 @@ def weight_gradient(dy_BTO: jax.Array, x_BTI: jax.Array, spec: P, exchange: bool
     dtype, ways = x_BTI.dtype, sharding.axis_size(sharding.SHARDS)
     if ways == 1 or dtype != jnp.bfloat16 or not exchange:
         kind = sum_dtype(dtype)
-        dw = jnp.einsum("BTO,BTI->OI", dy_BTO, x_BTI, out_sharding=spec, preferred_element_type=kind)
+        dw = jnp.einsum("BTO,BTI->OI", dy_BTO, x_BTI, out_sharding=placed(spec), preferred_element_type=kind)
         return dw.astype(dtype)
     axis = next(i for i, axes in enumerate(spec) if axes and set(sharding.SHARDS) <= set(axes))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llama_jax.distributed.sharding import ACT_BTD
+from llama_jax.distributed.sharding import ACT_BTD, placed
 from llama_jax.model.config import LlamaConfig, RopeConfig
 
 F32 = np.float32
@@ -31,7 +31,7 @@ def rope_cos_sin(
     if rope.rope_type == "dynamic":
         table = jnp.asarray(_dynamic_inv_freq(config, max_length))
         rows = jnp.maximum(lengths - config.max_position_embeddings, 0)
-        inv_freq = table.at[rows].get(out_sharding=ACT_BTD)
+        inv_freq = table.at[rows].get(out_sharding=placed(ACT_BTD))
     elif rope.rope_type == "longrope":
         assert rope.short_factor is not None and rope.long_factor is not None
         inv_freq = jnp.where(

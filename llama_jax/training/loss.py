@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.distributed import sharding
+from llama_jax.distributed.sharding import placed
 from llama_jax.model.matmul import sum_dtype
 
 # Logits of one chunk on a device are at most so many, unless one token has more: 512 MiB of float32.
@@ -54,9 +55,11 @@ def _loss_fwd(vocab_size: int, label_smoothing: float, hidden_BTD, head_VD, targ
         hidden, targets, weights = (x[:, :, c] for x in inputs)
         losses, d_logits = _chunk(vocab_size, label_smoothing, head_VD, hidden, targets, weights)
         parts.append(losses)
-        d_hidden.append(jnp.einsum("BXCV,VD->BXCD", d_logits, head_VD, out_sharding=sharding.PARTS_BXTD))
+        d_hidden.append(jnp.einsum("BXCV,VD->BXCD", d_logits, head_VD, out_sharding=placed(sharding.PARTS_BXTD)))
         kind = sum_dtype(head_VD.dtype)
-        here = jnp.einsum("BXCV,BXCD->VD", d_logits, hidden, out_sharding=sharding.HEAD_VD, preferred_element_type=kind)
+        here = jnp.einsum(
+            "BXCV,BXCD->VD", d_logits, hidden, out_sharding=placed(sharding.HEAD_VD), preferred_element_type=kind
+        )
         d_head = here if d_head is None else d_head + here
     losses = sharding.in_rows(jnp.concatenate(parts, axis=2))
     assert d_head is not None
@@ -85,7 +88,7 @@ def _chunk(vocab_size: int, label_smoothing: float, head_VD, hidden_BXCD, target
     V = head_VD.shape[0]
     real_V = jnp.arange(V) < vocab_size
     hidden = hidden_BXCD.astype(head_VD.dtype)
-    logits = jnp.einsum("BXCD,VD->BXCV", hidden, head_VD, out_sharding=sharding.PARTS_BXTV)
+    logits = jnp.einsum("BXCD,VD->BXCV", hidden, head_VD, out_sharding=placed(sharding.PARTS_BXTV))
     logits = logits.astype(jnp.float32)
     masked = jnp.where(real_V, logits, -jnp.inf) if vocab_size < V else logits
     log_z = jax.nn.logsumexp(masked, axis=-1)
