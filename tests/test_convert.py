@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -36,11 +37,12 @@ from tqdm import tqdm
 import convert_torch_to_flax
 import llama_jax.command.generate
 import train_jax
-from llama_jax.command.generate import generate
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.distributed import sharding
 from llama_jax.hf import writer
 from llama_jax.hf.source import Source, compare_digests
+from llama_jax.model.definition import define
+from llama_jax.model.generate import generate
 from llama_jax.model.llama import RunOptions
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -334,6 +336,19 @@ def hf_greedy(folder: Path, prompt: Sequence[int], count: int, eos: Sequence[int
     return new[: ends[0]] if ends else new, min(float(top[0] - top[1]) for top in tops)
 
 
+def answering(source: Source, options: RunOptions) -> Callable[..., list[list[int]]]:
+    """Return `generate` with the model of the source on a mesh of one device."""
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    graphdef = define(source.config, options, mesh).graphdef
+    model = nnx.merge(graphdef, source.load(options, mesh))
+
+    def answer(*args: Any, **kwargs: Any) -> list[list[int]]:
+        with jax.set_mesh(mesh):
+            return generate(model, *args, **kwargs)
+
+    return answer
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_greedy_answers_are_transformers(scan_layers: bool, tmp_path: Path) -> None:
     """Three prompts of different lengths in one block, with and without an end token."""
@@ -341,20 +356,19 @@ def test_greedy_answers_are_transformers(scan_layers: bool, tmp_path: Path) -> N
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, 259, n).tolist() for n in (1, 7, 130)]
     source, options = Source(folder), RunOptions(scan_layers=scan_layers)
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    params = source.load(options, mesh)
+    answer_all = answering(source, options)
     free = [hf_greedy(folder, prompt, 20, ()) for prompt in prompts]
     # Our logits are within 1e-4 of transformers' (test_training): a lead above twice that decides alike.
     assert all(lead > 2e-4 for _, lead in free)
-    assert generate(params, source.config, options, mesh, prompts, 20) == [answer for answer, _ in free]
+    assert answer_all(prompts, 20) == [answer for answer, _ in free]
 
     eos = [free[0][0][4], free[1][0][9]]  # what one says in fifth place ends it, what another says in tenth that one
     ended = [hf_greedy(folder, prompt, 20, eos)[0] for prompt in prompts]
     assert {len(answer) for answer in ended} != {20}
-    assert generate(params, source.config, options, mesh, prompts, 20, eos) == ended
-    assert generate(params, source.config, options, mesh, prompts[:1], 1) == [free[0][0][:1]]
+    assert answer_all(prompts, 20, eos) == ended
+    assert answer_all(prompts[:1], 1) == [free[0][0][:1]]
     before = tiny.compiled()
-    assert generate(params, source.config, options, mesh, [prompts[0], prompts[1], prompts[2][:129]], 20, eos)
+    assert answer_all([prompts[0], prompts[1], prompts[2][:129]], 20, eos)
     assert tiny.compiled() == before  # of these lengths there is a program already
 
 
@@ -379,11 +393,10 @@ def test_a_trained_model_tells_its_story(shared: Path) -> None:
     """stories260K, 60 tokens from its beginning token and from the middle of a sentence."""
     folder = shared / "data" / "stories260K"
     source, options = Source(folder), RunOptions()
-    mesh = sharding.make_mesh(jax.devices()[:1])
     tokenizer = llama_jax.command.generate.open_tokenizer(source.tokenizer_folder)
     prompts = [[1], *tokenizer.encode_batch(["Once upon a time, there was a little", "Tom and Lily"])]
     hf = [hf_greedy(folder, prompt, 60, [2]) for prompt in prompts]
-    new = generate(source.load(options, mesh), source.config, options, mesh, prompts, 60, [2])
+    new = answering(source, options)(prompts, 60, [2])
     assert new == [answer for answer, _ in hf]
     assert "time" in tokenizer.decode(new[0])
 
@@ -392,10 +405,8 @@ def test_drawn_answers(tmp_path: Path) -> None:
     """The first token's frequencies over many seeds are softmax(logits / temperature)."""
     folder = write_model(tmp_path / "hf", {**CONFIG, "vocab_size": 7})
     source, options = Source(folder), RunOptions()
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    params, draws = source.load(options, mesh), 800
-    prompt = [3, 1, 4]
-    new = generate(params, source.config, options, mesh, [prompt] * draws, 1, (), temperature=0.4, seed=11)
+    prompt, draws = [3, 1, 4], 800
+    new = answering(source, options)([prompt] * draws, 1, (), temperature=0.4, seed=11)
     counts = np.bincount(np.asarray(new)[:, 0], minlength=7)
     from transformers import AutoModelForCausalLM
 

@@ -118,6 +118,16 @@ class Source:
             params = stack_layers(params) if run.scan_layers else params
         return params if like is None else pick(params, like)
 
+    def eos_token_ids(self) -> list[int]:
+        """Return the end tokens of `generation_config.json`, or without that file of config.json. Raises InputError."""
+        path = self.folder / "generation_config.json"
+        where = path if path.exists() else self.folder / "config.json"
+        configured = (read_json_object(path) if path.exists() else self.raw).get("eos_token_id")
+        ids = [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
+        if not all(type(i) is int for i in ids):
+            raise InputError(f"{where}: eos_token_id {configured!r} should be a token's id or a list of ids")
+        return sorted(set(ids))
+
     def _check_shapes(self) -> None:
         """Only the vocabulary's rows may be more in a Flax folder than config.json says. Raises InputError."""
         saved = storage.saved_shapes(self.folder)
