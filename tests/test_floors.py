@@ -37,6 +37,8 @@ MODULES = {module_name(path): path for path in HOUSE} | {path.stem: path for pat
 
 def floor(module: str) -> int:
     parts = module.split(".")
+    if module == "llama_jax":
+        return TOP + 1  # the public names, of llama_jax/api.py
     is_folder = len(parts) > 1 and (ROOT / "llama_jax" / parts[1]).is_dir()
     return FLOORS[parts[1]] if is_folder else TOP
 

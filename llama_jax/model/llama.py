@@ -216,12 +216,14 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"],
         lengths: Int[Array, "B T"] | None = None,
         cache: Any = None,
+        states: list[jax.Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Final hidden states (normed) and the cache.
 
         Tokens of one row attend to earlier positions of the same segment id only. `lengths` is the sequence length
         that `dynamic` and `longrope` scale by; the default is transformers' rule, the largest position of the batch
         plus one. With `cache` (of `make_cache`) the block is written at its positions and attends to all before it.
+        `states` receives the input of each layer, which stacked layers do not give.
         """
         x = self.embed_tokens(input_ids)
         if lengths is None:
@@ -230,6 +232,7 @@ class Llama(nnx.Module):
         cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
         tokens = Tokens(cos, sin, positions, segment_ids)
         if self.run.scan_layers:
+            assert states is None
             graphdef, stacked = nnx.split(self.layers)
             x, cache = jax.lax.scan(
                 lambda x, layer: _run_block(graphdef, self.run.remat, layer[0], x, tokens, layer[1]),
@@ -239,6 +242,8 @@ class Llama(nnx.Module):
         else:
             caches, (graphdefs, weights) = [], map(list, zip(*map(nnx.split, self.layers), strict=True))
             for i, graphdef in enumerate(graphdefs):
+                if states is not None:
+                    states.append(x)
                 if sharding.sums_gradients() and i + 1 < len(weights):
                     x, weights[i + 1] = _in_order(x, weights[i + 1])
                 x, layer_cache = _run_block(graphdef, self.run.remat, weights[i], x, tokens, cache and cache[i])
