@@ -1,4 +1,4 @@
-"""Run `python -m llama_jax.generate`: answer one prompt with a model. The code is in `llama_jax.command.generate`."""
+"""Run `llama_jax.command.generate` as `python -m llama_jax.generate`."""
 
 import sys
 

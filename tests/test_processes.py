@@ -201,7 +201,7 @@ def test_sigterm_to_one(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ([{"learning_rate": -1}] * 2, "--learning_rate -1.0: should not be below 0"),
-        ([{"mesh": "fsdp=3"}] * 2, "--mesh fsdp=3: 3 device(s) are not the 2 that are there"),
+        ([{"mesh": "fsdp=3"}] * 2, "--mesh fsdp=3: needs 3 device(s), but there are 2"),
         ([{}, {"data_path": "nowhere.json"}], "process 1: nowhere.json: no such data file"),
     ],
     ids=["a flag", "the mesh", "a file of one host"],
@@ -220,7 +220,7 @@ def test_what_is_not_the_same_everywhere(what: str, tmp_path: Path) -> None:
     changes, said = {
         "examples": ({"data_path": tmp_path / "other.json"}, "data: all processes should have the same, but process 0"),
         "a flag": ({"learning_rate": 2e-3}, "--learning_rate: all processes should have the same, but process 0 has"),
-        "folders": ({"output_dir": tmp_path / "own"}, "process 1 does not see the first one's files in it"),
+        "folders": ({"output_dir": tmp_path / "own"}, "process 1 does not see the files of process 0 in it"),
     }[what]
     write_json(tmp_path / "other.json", make_records(21, vocab_size=200))
     first, _ = finish(start([job.argv("out"), job.argv("out", **changes)], 1), code=2)
@@ -231,7 +231,7 @@ def test_what_is_not_the_same_everywhere(what: str, tmp_path: Path) -> None:
 
 def test_half_a_meeting(tmp_path: Path) -> None:
     for flags, said in (
-        ({"num_processes": 2}, "--num_processes and --process_id: give both"),
+        ({"num_processes": 2}, "--num_processes, --process_id and --coordinator_address: give all three"),
         ({"num_processes": 2, "process_id": 0}, "and --coordinator_address"),
         ({"coordinator_address": "localhost"}, "--coordinator_address localhost: should be HOST:PORT"),
         ({"coordinator_address": "localhost:1"}, "give --num_processes and --process_id too"),

@@ -1,4 +1,4 @@
-"""The mesh that `--mesh` asks for."""
+"""Test the meshes of `--mesh`."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ from llama_jax.training.step import _layer_gradient_bytes
 
 
 def test_every_layout_by_its_name() -> None:
-    """All sizes given, one left out where it is 1, or one of them -1: the same mesh."""
+    """Give all sizes, omit sizes of 1, or set one axis to -1: the mesh is the same."""
     for devices in (1, 2, 6, 8, 256):
         divisors = [n for n in range(1, devices + 1) if devices % n == 0]
         for sizes in itertools.product(divisors, repeat=4):
@@ -41,21 +41,21 @@ def test_every_layout_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("", "'' is no axis"),
-        ("8", "'8' is no axis"),
-        ("model=8", "'model' is no axis; give auto, or sizes of data, fsdp, context, tensor"),
+        ("", "unknown axis ''; give auto"),
+        ("8", "unknown axis '8'"),
+        ("model=8", "unknown axis 'model'; give auto, or sizes of data, fsdp, context, tensor"),
         ("fsdp", "the size of fsdp should be a number above 0, or -1, as in fsdp=2"),
         ("fsdp=", "the size of fsdp"),
         ("fsdp=0", "the size of fsdp"),
         ("fsdp=-2", "the size of fsdp"),
         ("fsdp=4.0", "the size of fsdp"),
-        ("fsdp=8,", "'' is no axis"),
-        ("auto,fsdp=8", "'auto' is no axis"),
-        ("fsdp=2,fsdp=4", "fsdp stands there twice"),
-        ("data=-1,fsdp=-1", "data and fsdp are -1; only one may be"),
-        ("data=2,fsdp=2", "4 device(s) are not the 8 that are there"),
-        ("fsdp=16", "16 device(s) are not the 8"),
-        ("tensor=3,fsdp=-1", "3 device(s) do not divide the 8"),
+        ("fsdp=8,", "unknown axis ''"),
+        ("auto,fsdp=8", "unknown axis 'auto'"),
+        ("fsdp=2,fsdp=4", "fsdp is given twice"),
+        ("data=-1,fsdp=-1", "data and fsdp are -1; only one axis may be"),
+        ("data=2,fsdp=2", "needs 4 device(s), but there are 8; set one axis to -1"),
+        ("fsdp=16", "needs 16 device(s), but there are 8"),
+        ("tensor=3,fsdp=-1", "needs a multiple of 3 device(s), but there are 8"),
         ("context=6", "context=6 should be a power of two, up to 128"),
         ("context=256", "context=256 should be a power of two, up to 128"),
     ],
@@ -67,7 +67,7 @@ def test_a_mesh_that_is_none(spec: str, said: str) -> None:
 
 
 class Chip:
-    """As much of a TPU's device as a mesh asks for: one of 2 x 2 x 1 in each of three slices."""
+    """Imitate a TPU device for `make_mesh`: 2 x 2 x 1 chips in each of three slices."""
 
     platform, device_kind, core_on_chip, process_index = "tpu", "TPU v5p", 0, 0
 
@@ -87,7 +87,7 @@ def test_between_slices_runs_data() -> None:
         assert dict(mesh.shape) == sizes
         per_slice = mesh.devices.reshape(3, 4)  # data comes first
         assert [{chip.slice_index for chip in row} for row in per_slice] == [{0}, {1}, {2}]
-    with pytest.raises(InputError, match="--mesh fsdp=12: the devices are 3 TPU slices; 3 should divide data"):
+    with pytest.raises(InputError, match="--mesh fsdp=12: on 3 TPU slices, data should be a multiple of 3"):
         sharding.make_mesh(chips, "fsdp=12")
 
 
@@ -101,7 +101,7 @@ def test_a_mistake_stops_the_command_first(tmp_path: Path) -> None:
     flags = ("--model_name_or_path", tmp_path / "model", "--data_path", tmp_path / "data.json", "--use_cpu", True)
     outcome = run(train_jax.main, *flags, "--output_dir", tmp_path / "out", "--mesh", "fsdp=2")
     assert outcome.code == 2 and outcome.compiled == 0
-    assert outcome.err.splitlines()[-1].startswith("error: --mesh fsdp=2: 2 device(s) are not the 1")
+    assert outcome.err.splitlines()[-1].startswith("error: --mesh fsdp=2: needs 2 device(s), but there are 1")
     assert not (tmp_path / "out").exists()
 
 
@@ -114,7 +114,7 @@ def test_the_start_says_the_mesh(tmp_path: Path) -> None:
 
 
 def test_rows_of_the_vocabulary() -> None:
-    """A multiple of 128 and of what divides the matrices that holds the vocabulary."""
+    """Round up to a multiple of 128 and of the axes that divide the embedding and the head."""
     for vocab_size, rows in ((1, 128), (128, 128), (129, 256), (32000, 32000), (32001, 32128)):
         with jax.set_mesh(sharding.make_mesh(jax.devices()[:1])):
             assert sharding.vocab_rows(vocab_size) == rows
@@ -125,7 +125,7 @@ def test_rows_of_the_vocabulary() -> None:
 
 
 def test_where_gradients_are_exchanged() -> None:
-    """Within a process, on what is no TPU."""
+    """Exchange within a process only, and never on a TPU."""
     for platform, a_process, spec, exchanges in (
         ("gpu", 8, "fsdp=8", True),
         ("cpu", 8, "fsdp=4,context=2", True),
@@ -144,7 +144,7 @@ def test_where_gradients_are_exchanged() -> None:
 
 
 def test_a_layers_gradients() -> None:
-    """Of the matrices of one layer, stacked or not, in float32."""
+    """Count the matrices of one layer in float32, stacked or not."""
     config, mesh = LlamaConfig.from_hf({**CONFIG, "num_hidden_layers": 10}), sharding.make_mesh()
     shapes = hf_shapes({**CONFIG, "num_hidden_layers": 10})
     layer = [shape for name, shape in shapes.items() if ".layers.3." in name and len(shape) == 2]

@@ -1,6 +1,6 @@
 """Answer one prompt: parse the flags, load the model, print its answer.
 
-python -m llama_jax.generate --model_name_or_path DIR --instruction "Name three fish."
+python -m llama_jax.generate --model_name_or_path HF_DIR --instruction "Name three fish."
 """
 
 import math
@@ -23,22 +23,23 @@ from llama_jax.model.llama import RunOptions
 
 
 def main(argv: list[str]) -> int:
+    """Run the command; return its exit code. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.generate", description="Answer one instruction, or one message.")
     parser.add_argument("--model_name_or_path", required=True)
     asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--instruction", help="in Alpaca's words")
-    asked.add_argument("--message", help="of a user, by the tokenizer's chat template")
-    parser.add_argument("--input", default="", help="of the instruction")
+    asked.add_argument("--instruction", help="the instruction of an Alpaca prompt")
+    asked.add_argument("--message", help="a user's message, in the tokenizer's chat template")
+    parser.add_argument("--input", default="", help="the input that belongs to the instruction")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
-    parser.add_argument("--mesh", help="how all devices are laid out, as tensor=4; by default one device is used")
+    parser.add_argument("--mesh", help="the layout of all devices, as tensor=4; the default is one device")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
-        raise InputError("--max_new_tokens should be above 0, --temperature a number not below")
+        raise InputError("--max_new_tokens should be above 0, --temperature 0 or above")
     if args.message is not None and args.input:
         raise InputError("--input belongs to --instruction; put it into the --message")
     set_up_jax(args.use_cpu)
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> int:
     tokenizer = open_tokenizer(source.tokenizer_folder)
     mesh = sharding.make_mesh(None if args.mesh else jax.devices()[:1], args.mesh or "auto")
     if sharding.batch_ways(mesh) * sharding.row_ways(mesh) > 1:
-        raise InputError(f"--mesh {args.mesh}: one prompt has one row, which only tensor divides; as tensor=-1")
+        raise InputError(f"--mesh {args.mesh}: a prompt can be divided over tensor only; give --mesh tensor=-1")
     dtype = jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32)
     run = RunOptions(param_dtype=dtype, scan_layers=source.config.num_hidden_layers > 8)
     if args.message is None:
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
     else:
         prompt = Chat(tokenizer).prompt([{"role": "user", "content": args.message}], "--message")
     if max(prompt) >= source.config.vocab_size:
-        raise InputError(f"{tokenizer.folder}: the tokenizer has more tokens than the model's embedding has rows")
+        past = f"the tokenizer has tokens past the embedding's {source.config.vocab_size} rows"
+        raise InputError(f"{tokenizer.folder}: {past}; use the model's own tokenizer")
     ends = {*source.eos_token_ids(), tokenizer.eos_token_id} - {None}
     graphdef = define(source.config, run, mesh).graphdef
     params = source.load(run, mesh)

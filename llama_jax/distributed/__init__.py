@@ -1,1 +1,1 @@
-"""Mesh, placement, processes and the settings of jax."""
+"""Set up jax and its processes, lay out the mesh, place arrays on it and store them."""

@@ -1,4 +1,4 @@
-"""Settings of JAX that hold for the whole process; jax's differences between versions live here and in sharding.py."""
+"""Set JAX up for the whole process, and read a device's memory."""
 
 import logging
 import os
@@ -10,20 +10,20 @@ from jax.sharding import Mesh
 
 from llama_jax.base.files import cache_folder
 
-MEMORY_SHARE = 0.98  # of a device's, that a program may use: the rest is for what is not counted
+MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for allocations that jax does not count
 
 
 def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: bool = False) -> str:
-    """Choose the platform, exact float32 products (TF32 on request) and a compilation cache; returns the platform.
+    """Choose the platform, exact float32 products (TF32 on request) and a compilation cache; return the platform.
 
-    `deterministic` has a GPU use only operations that repeat bit for bit.
+    `deterministic` restricts a GPU to operations that repeat bit for bit.
     """
     if deterministic:
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-    # Orbax warns of what is meant, and tells in hundreds of lines of the errors that it also raises.
+    # Orbax warns of intended settings, and logs hundreds of lines for errors that it also raises.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _pass_over_closed_loop
+    sys.unraisablehook = _ignore_closed_loop
     # JAX takes 75% of a GPU's memory by default; a 7B model with float32 Adam needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
     # Orbax copies a GPU's state through pinned host memory, of which XLA allows 64 GB by default.
@@ -39,16 +39,19 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     return platform
 
 
-def _pass_over_closed_loop(problem: Any) -> None:
-    """After a write has failed, tensorstore tells of the others to orbax's event loop, which is gone."""
+def _ignore_closed_loop(problem: Any) -> None:
+    """Ignore tensorstore's callbacks to orbax's closed event loop, which follow a failed write."""
     if str(problem.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(problem)
 
 
 def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:
-    """For a program on these devices. On several GPUs, gathers go together up to a GiB instead of up to 30 MiB, and
-    scatters up to so many bytes of results: an update of 7B on four is 3.5% shorter. What GPUs of one process exchange
-    is copied by their copy engines, beside the multiprocessors: 1.5% shorter on two."""
+    """Return XLA's options for a program on these devices: none but for several GPUs.
+
+    Gathers are combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of results: an update of 7B
+    on four GPUs is 3.5% shorter. GPUs of one process exchange data by their copy engines, beside the multiprocessors:
+    1.5% shorter on two.
+    """
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return {}
     return {
@@ -59,12 +62,12 @@ def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:
 
 
 def peak_memory() -> int | None:
-    """The most bytes in use on the first device so far, where the platform tells."""
+    """Return the peak of bytes in use on the first device, or None where the platform does not count."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
 
 
 def memory_limit() -> int | None:
-    """Bytes that a program may use on each device, where the platform tells."""
+    """Return the bytes that a program may use on each device, or None where the platform gives no limit."""
     stats = jax.local_devices()[0].memory_stats()
     return int(MEMORY_SHARE * stats["bytes_limit"]) if stats and "bytes_limit" in stats else None

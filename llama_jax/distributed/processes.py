@@ -1,6 +1,6 @@
-"""Several processes, on one host or on many: how they find each other, and what they agree on.
+"""Connect several processes, on one host or many, and compare their values.
 
-All of them run the same program on the same flags and data. What is asked here of one must be asked of all.
+All processes run the same program on the same flags and data. Each must call every function here in the same order.
 """
 
 import contextlib
@@ -16,15 +16,17 @@ import jax
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.compat import find_cluster, key_value_store, multihost_utils
 
-WAIT = 24 * 3600 * 1000  # milliseconds: a host may tokenise for hours; one that died is noticed by its heartbeat
+WAIT = 24 * 3600 * 1000  # milliseconds: a host may tokenise for hours; the heartbeat detects a dead host
 _exchanges = itertools.count()
 
 
 def join(address: str | None, count: int | None, index: int | None) -> None:
-    """Find the other processes, before jax looks for devices: by the address of the first one, or by what jax knows of
-    a TPU slice, SLURM or Open MPI. Raises InputError."""
+    """Connect to the other processes, before jax looks for devices. Raises InputError.
+
+    Process 0 is found by its `address`, or by jax's detection of a TPU slice, SLURM or Open MPI.
+    """
     if (count is None) != (index is None) or (count is not None and address is None):
-        raise InputError("--num_processes and --process_id: give both, and --coordinator_address, or none of them")
+        raise InputError("--num_processes, --process_id and --coordinator_address: give all three, or none")
     if count is not None and index is not None and not 0 <= index < count:
         raise InputError(f"--process_id {index}: should be at least 0 and below --num_processes {count}")
     if address is not None and not address.rpartition(":")[2].isdigit():
@@ -38,12 +40,12 @@ def join(address: str | None, count: int | None, index: int | None) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process speaks and writes for all."""
+    """Return whether this process prints and writes for all."""
     return jax.process_index() == 0
 
 
 def exchange(value: str) -> list[str]:
-    """What each process has given, in their order; returns when all have."""
+    """Return the value of each process, in their order, after all have called."""
     if jax.process_count() == 1:
         return [value]
     store, key = key_value_store(), f"llama_jax/{next(_exchanges)}"
@@ -52,23 +54,23 @@ def exchange(value: str) -> list[str]:
 
 
 def least(number: int | None) -> int | None:
-    """The smallest of the processes' numbers, None where one has none."""
-    numbers = [int(told) for told in exchange("" if number is None else str(number)) if told]
+    """Return the smallest of the processes' numbers, or None where a process has none."""
+    numbers = [int(value) for value in exchange("" if number is None else str(number)) if value]
     return min(numbers) if len(numbers) == jax.process_count() else None
 
 
 def same(values: dict[str, Any]) -> None:
-    """Raises InputError where the processes' values, by name and printable, are not the same."""
-    told = [json.loads(text) for text in exchange(json.dumps({name: repr(value) for name, value in values.items()}))]
-    for i, theirs in enumerate(told):
-        for name, value in told[0].items():
+    """Compare the processes' values, by name, as their `repr`. Raises InputError where they differ."""
+    printed = [json.loads(text) for text in exchange(json.dumps({name: repr(value) for name, value in values.items()}))]
+    for i, theirs in enumerate(printed):
+        for name, value in printed[0].items():
             if theirs[name] != value:
                 both = f"process 0 has {value[:100]}, process {i} {theirs[name][:100]}"
                 raise InputError(f"{name}: all processes should have the same, but {both}")
 
 
 def check_shared(folder: Path) -> None:
-    """Raises InputError where a process does not see what the first one writes into the folder."""
+    """Check that all processes see the files of process 0 in the folder. Raises InputError."""
     (name, *_) = exchange(f".shared-test-{uuid.uuid4().hex}")
     if is_first():
         (folder / name).touch()
@@ -77,24 +79,24 @@ def check_shared(folder: Path) -> None:
     if is_first():
         (folder / name).unlink()
     if not all(seen):
-        raise InputError(f"output_dir {folder}: process {seen.index('')} does not see the first one's files in it")
+        blind = f"process {seen.index('')} does not see the files of process 0 in it"
+        raise InputError(f"output_dir {folder}: {blind}; use a shared disk")
 
 
 @contextlib.contextmanager
 def agreed() -> Iterator[None]:
-    """What is done inside is done by all: the user's mistake on one of them is raised on each."""
-    mistake = ""
+    """Run a block on all processes, and raise an InputError of any process on each."""
+    error = ""
     try:
         yield
     except InputError as e:
-        mistake = str(e)
-    for i, told in enumerate(exchange(mistake)):
-        if told:
-            raise InputError(told if i == 0 else f"process {i}: {told}")
+        error = str(e)
+    for i, line in enumerate(exchange(error)):
+        if line:
+            raise InputError(line if i == 0 else f"process {i}: {line}")
 
 
 def stop_together() -> Callable[[], bool]:
-    """A function, to be asked once an update, that tells all processes at the same update that one of them has got
-    SIGTERM."""
-    asked = itertools.count()
-    return lambda: multihost_utils.reached_preemption_sync_point(next(asked))
+    """Return a function to call once an update: true on all processes at the same update after any got SIGTERM."""
+    updates = itertools.count()
+    return lambda: multihost_utils.reached_preemption_sync_point(next(updates))

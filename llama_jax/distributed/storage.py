@@ -1,4 +1,4 @@
-"""Trees of arrays on disk, by orbax."""
+"""Store trees of arrays on disk, by orbax."""
 
 import math
 import shutil
@@ -15,7 +15,8 @@ PARAMS_DIR = "params"  # of a Flax folder
 
 
 def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
-    # What lies in host memory at a time beside the arrays; orbax refuses an array that is larger.
+    """Return orbax's handler for a tree of arrays. `piecewise` moves arrays to the host a few gigabytes at a time."""
+    # The limit of host memory beside the arrays. Orbax refuses an array that is larger.
     largest = max(tree_bytes(x) for x in jax.tree.leaves(state))
     gigabytes = math.ceil(max(4e9, 2 * largest) / 1e9)
     options: dict[str, Any] = {}
@@ -30,13 +31,14 @@ def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
 
 
 def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
+    """Return orbax's arguments to restore a tree into the types and placements of `abstract`."""
     return ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract, strict=False)
     )
 
 
 def save_params(folder: Path, params: Any) -> None:
-    """Write unstacked parameters as the `params` of a Flax folder, all of them or none."""
+    """Write unstacked parameters as the `params` of a Flax folder; a failed write leaves no file."""
     try:
         with ocp.Checkpointer(handler(params)) as checkpointer:
             checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
@@ -47,17 +49,20 @@ def save_params(folder: Path, params: Any) -> None:
 
 
 def saved_shapes(folder: Path) -> Any:
-    """The shapes of the `params` of a Flax folder, as a tree whose keys are strings. Raises InputError."""
+    """Read the shapes of the `params` of a Flax folder, as a tree whose keys are strings. Raises InputError."""
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(folder.absolute() / PARAMS_DIR).item_metadata
             return jax.tree.map(lambda leaf: leaf.shape, metadata.tree)
     except (AttributeError, ValueError, KeyError, FileNotFoundError) as e:
-        raise InputError(f"{folder / PARAMS_DIR}: is not a whole checkpoint: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"{folder / PARAMS_DIR}: is no complete checkpoint: {str(e).splitlines()[0][:200]}") from None
 
 
 def load_params(folder: Path, abstract: Any) -> Any:
-    """Read the `params` of a Flax folder into the types and placements of `abstract`, longer or shorter by padding."""
+    """Read the `params` of a Flax folder into the types and placements of `abstract`. Raises InputError.
+
+    The padding of the vocabulary is cut or filled with zeros.
+    """
     try:
         with ocp.Checkpointer(handler(abstract)) as checkpointer:
             return checkpointer.restore(folder.absolute() / PARAMS_DIR, args=restore_args(abstract))
@@ -67,5 +72,5 @@ def load_params(folder: Path, abstract: Any) -> Any:
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of their shapes."""
+    """Return the bytes of a tree of arrays, or of their shapes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -41,10 +41,10 @@ def generate(
         positions[row, : len(prompt)] = np.arange(len(prompt))
     sizes = np.asarray([len(p) for p in prompts], np.int32)
     graphdef, params = nnx.split(model)
-    static = (graphdef, max_new_tokens, tuple(eos_token_ids), temperature, S)
-    new = np.asarray(jax.device_get(_generate(*static, params, ids, positions, sizes, jax.random.key(seed))))
+    ends, key = tuple(eos_token_ids), jax.random.key(seed)
+    new = _generate(graphdef, max_new_tokens, ends, temperature, S, params, ids, positions, sizes, key)
     rows = []
-    for row in new.tolist():
+    for row in np.asarray(jax.device_get(new)).tolist():
         ends = [i for i, token in enumerate(row) if token in eos_token_ids]
         rows.append(row[: ends[0]] if ends else row)
     return rows
