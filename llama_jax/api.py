@@ -17,10 +17,10 @@ from flax import nnx
 from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.distributed import sharding
-from llama_jax.hf.load import abstract_params
 from llama_jax.hf.source import Source, numpy_dtype
 from llama_jax.hf.writer import hf_tensors
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import Llama, RunOptions
 from llama_jax.training.loss import weighted_cross_entropy
@@ -35,7 +35,7 @@ def load(path: str | Path, dtype: str = "float32", allow_pickle: bool = False) -
     run, source = RunOptions(param_dtype=jnp.dtype(numpy_dtype(dtype))), Source(Path(path), allow_pickle)
     device = jax.devices()[0]
     mesh = sharding.make_mesh([device])
-    graphdef, _ = abstract_params(source.config, run, mesh)
+    graphdef = define(source.config, run, mesh).graphdef
     # The same buffers without the mesh: operations on them need no spec.
     params = jax.device_put(source.load(run, mesh), jax.sharding.SingleDeviceSharding(device))
     return Model(nnx.merge(graphdef, params), source)

@@ -35,6 +35,7 @@ import convert_torch_to_flax
 import llama_jax.command.generate
 import train_jax
 from llama_jax.base.errors import run_command
+from llama_jax.command import convert
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.setup.arguments import Arguments, parse_arguments
 
@@ -693,7 +694,7 @@ def test_configs_parse(path: Path) -> None:
 
 PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "train_jax.py": lambda argv: parse_arguments(argv),
-    "convert_torch_to_flax.py": lambda argv: convert_torch_to_flax.parse(argv),
+    "convert_torch_to_flax.py": lambda argv: convert.parse(argv),
     "llama_jax.generate": lambda argv: parse_generate(argv),
 }
 

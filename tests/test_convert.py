@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import convert_torch_to_flax
 import llama_jax.command.generate
+import llama_jax.hf.convert
 import train_jax
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.distributed import sharding
@@ -270,7 +271,7 @@ def test_the_bar_of_written_bytes_ends_at_its_total(tmp_path: Path, monkeypatch:
         return bars[-1]
 
     flax = converted(write_model(tmp_path / "hf"), tmp_path / "flax")
-    monkeypatch.setattr(convert_torch_to_flax, "byte_bar", bar)
+    monkeypatch.setattr(llama_jax.hf.convert, "byte_bar", bar)
     converted(flax, tmp_path / "back", "--to_hf", "--dtype", "bfloat16")
     assert [(b.n, b.total) for b in bars] == [(b, b) for b in [sum(a.nbytes for a in read(tmp_path / "back").values())]]
 

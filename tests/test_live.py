@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from tiny import ALPACA, CONFIG, make_records, run, slow_unless, write_json, write_model, write_tokenizer
 
-import llama_jax.training.fit
+import llama_jax.run.trainer
 import train_jax
 from llama_jax.data.examples import tokenize
 from llama_jax.data.tokenizer import open_tokenizer
@@ -94,7 +94,7 @@ def train_ours(argv: list[str], out: Path) -> Ours:
     """`train_jax.py`, its metrics as they come from the devices and the rates as they are asked for."""
     metrics: list[Any] = []
     rates: dict[int, float] = {}
-    fit = llama_jax.training.fit.fit
+    fit = llama_jax.run.trainer.fit
 
     def watched(*args: Any, learning_rate: Callable, on_update: Callable, **others: Any) -> Any:
         def rate(k: int) -> float:
@@ -108,7 +108,7 @@ def train_ours(argv: list[str], out: Path) -> Ours:
         return fit(*args, learning_rate=rate, on_update=noted, **others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_jax.training.fit, "fit", watched)
+        patch.setattr(llama_jax.run.trainer, "fit", watched)
         outcome = run(train_jax.main, *argv)
     assert outcome.code == 0, outcome.err
     assert [m.step for m in metrics] == list(range(1, len(metrics) + 1))

@@ -16,9 +16,9 @@ from jax._src.ad_checkpoint import saved_residuals
 from safetensors.numpy import load_file
 from tiny import CONFIG, make_records, run, write_json, write_model
 
-import llama_jax.distributed.platform
 import llama_jax.hf.source
 import llama_jax.plan.planner
+import llama_jax.run.trainer
 import train_jax
 from llama_jax.distributed import sharding
 from llama_jax.model.config import LlamaConfig
@@ -115,7 +115,7 @@ def test_bytes_kept_for_the_backward_pass(kv_heads: int, bf16: bool, tmp_path: P
 
 def test_too_large_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before weights are read, which would not fit either."""
-    monkeypatch.setattr(llama_jax.distributed.platform, "memory_limit", lambda: 2**18)
+    monkeypatch.setattr(llama_jax.run.trainer, "memory_limit", lambda: 2**18)
     monkeypatch.setattr(llama_jax.hf.source.Source, "load", None)
     outcome = run(train_jax.main, *argv(tmp_path))
     assert outcome.code == 2 and outcome.compiled == 0, outcome.err
@@ -198,7 +198,7 @@ def test_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_jax.distributed.platform, "memory_limit", lambda: 2**20 // 4)
+    monkeypatch.setattr(llama_jax.run.trainer, "memory_limit", lambda: 2**20 // 4)
     outcome = run(train_jax.main, *argv(tmp_path))
     assert outcome.code == 2 and "--remat full" in outcome.err and "0.000244 GiB for it" in outcome.err, outcome.err
     assert list((tmp_path / "out").iterdir()) == []

@@ -164,7 +164,7 @@ def test_as_one_process(count: int, flags: dict[str, Any], tmp_path: Path) -> No
     several = finish(start([job.argv("several")] * count, 2))
     assert_same_run(tmp_path / "one", tmp_path / "several")
     assert len(list((tmp_path / "several").glob("model-*.safetensors"))) > count  # each wrote one, some two
-    assert any(f"on {2 * count} cpu device(s) of {count} process(es)" in line for line in several[0].err)
+    assert any(f"devices: {2 * count} cpu device(s) of {count} process(es)" in line for line in several[0].err)
     assert several[0].out.count("'loss'") == one.out.count("'loss'") > 0
     assert [told.out for told in several[1:]] == [""] * (count - 1)  # one log
     assert [told.err for told in several[1:]] == [[]] * (count - 1)

@@ -110,7 +110,7 @@ def test_the_start_says_the_mesh(tmp_path: Path) -> None:
     flags = ("--model_name_or_path", model, "--data_path", data, "--output_dir", tmp_path / "out", "--use_cpu", True)
     outcome = run(train_jax.main, *flags, "--max_steps", 1, "--save_strategy", "no", "--mesh", "tensor=1")
     assert outcome.code == 0, outcome.err
-    assert "on 1 cpu device(s) of 1 process(es), mesh fsdp=1" in outcome.err
+    assert "devices: 1 cpu device(s) of 1 process(es), mesh fsdp=1" in outcome.err
 
 
 def test_rows_of_the_vocabulary() -> None:

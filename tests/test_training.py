@@ -42,8 +42,8 @@ from tiny import (
 )
 
 import llama_jax.run.evaluation
+import llama_jax.run.trainer
 import llama_jax.setup.job
-import llama_jax.training.fit
 import train_jax
 from llama_jax.distributed import sharding
 from llama_jax.hf.source import Source
@@ -52,6 +52,7 @@ from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.run.checkpoint import read_run
+from llama_jax.run.resume import ACTIONS
 from llama_jax.training.halves import halve, join
 
 GOLDEN = ["4.37-mha-accum8", "4.37-gqa-wd", "5.x-mha-accum8", "5.x-gqa-wd", "5.x-bf16"]
@@ -218,7 +219,7 @@ def test_two_devices_are_two_ranks(optim: str, tmp_path: Path) -> None:
     command = [sys.executable, "train_jax.py", *job.argv("two", **two_flags)]
     result = subprocess.run(command, cwd=ROOT, env=environment() | devices, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "on 2 cpu device(s)" in result.stderr
+    assert "devices: 2 cpu device(s)" in result.stderr
     histories = [
         json.loads((tmp_path / o / "trainer_state.json").read_text())["log_history"][:-1] for o in ("one", "two")
     ]
@@ -614,6 +615,19 @@ def test_resuming_a_finished_run_exports_it_again(tmp_path: Path) -> None:
     assert_same_run(whole, again)
 
 
+def test_lines_of_a_run(tmp_path: Path) -> None:
+    """Each is printed once, and only figures that exist: one update has no speed."""
+    job = Job(tmp_path, save_strategy="no")
+    for updates in (1, 2):
+        outcome = run(train_jax.main, *job.argv("out", max_steps=updates))
+        assert outcome.code == 0, outcome.err
+        lines = outcome.err.splitlines()
+        for start in ("data:", "attention kernel: xla", "model:", "devices:", "training:", "compiling an update in"):
+            assert [line[: len(start)] for line in lines].count(start) == 1, (start, outcome.err)
+        assert f"done: the trained model is in {tmp_path / 'out'}" in lines[-1]
+        assert ("tokens/s" in outcome.err) == ("median update" in outcome.err) == (updates > 1)
+
+
 def test_overwriting_starts_anew(tmp_path: Path) -> None:
     job = Job(tmp_path, max_steps=2, save_steps=1)
     whole = job.train("whole")
@@ -734,23 +748,37 @@ def test_sigterm_while_it_evaluates(
         out = job.train("stopped", code=143)
         assert len(asked) == stop_at + 1 and not (out / "model.safetensors").exists()
         stop_at = None
-        job.train("stopped", resume_from_checkpoint=True)
+        before = as_of_43d5f8a(shutil.copytree(out, tmp_path / "before"))
+        for name in ("stopped", "before"):
+            job.train(name, resume_from_checkpoint=True)
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert_same_run(whole, out)
+    assert_same_run(whole, before)
+
+
+def as_of_43d5f8a(out: Path) -> Path:
+    """Rewrite the last checkpoint as that commit wrote it: with the number of actions done, not the names of those
+    left."""
+    path = out / checkpoints(out)[-1] / "run" / "metadata"
+    saved = json.loads(path.read_text())
+    left = saved.pop("left")
+    assert left == list(ACTIONS[len(ACTIONS) - len(left) :]) and left[0].endswith("/evaluate")
+    write_json(path, {**saved, "done": len(ACTIONS) - len(left)})
+    return out
 
 
 def test_sigterm_before_the_first_update_is_done(tmp_path: Path) -> None:
     """The first update is finished and saved."""
     job = Job(tmp_path)
-    original = llama_jax.training.fit.fit
+    original = llama_jax.run.trainer.fit
 
     def fit(*args: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGTERM)
         return original(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_jax.training.fit, "fit", fit)
+        patch.setattr(llama_jax.run.trainer, "fit", fit)
         out = job.train("out", code=143)
     assert checkpoints(out) == ["checkpoint-1"]
     job.train("out", resume_from_checkpoint=True)
@@ -803,7 +831,7 @@ def check_padded_vocabulary(folder: Path, raw: dict[str, Any], model: Path) -> N
     flags = ("--learning_rate", 0, "--max_steps", 1, "--save_strategy", "no", "--use_cpu", True)
     outcome = run(train_jax.main, "--model_name_or_path", model, "--data_path", data, "--output_dir", out, *flags)
     assert outcome.code == 0, outcome.err
-    assert f"{V} rows become {V + 1}" in outcome.err
+    assert f"grows from {V} to {V + 1} rows" in outcome.err
     assert json.loads((out / "config.json").read_text())["vocab_size"] == V + 1
     before, after = load_file(model / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()

@@ -20,6 +20,7 @@ from llama_jax.hf.source import Source
 from llama_jax.model.definition import define
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import RunOptions
+from llama_jax.reporting.progress import say
 
 
 def main(argv: list[str]) -> int:
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         raise InputError("--input belongs to --instruction; put it into the --message")
     set_up_jax(args.use_cpu)
     source = Source(Path(args.model_name_or_path), args.allow_pickle)
+    for note in source.notes:
+        say(note)
     tokenizer = open_tokenizer(source.tokenizer_folder)
     mesh = sharding.make_mesh(None if args.mesh else jax.devices()[:1], args.mesh or "auto")
     if sharding.batch_ways(mesh) * sharding.row_ways(mesh) > 1:
@@ -57,11 +60,12 @@ def main(argv: list[str]) -> int:
     if max(prompt) >= source.config.vocab_size:
         past = f"the tokenizer has tokens past the embedding's {source.config.vocab_size} rows"
         raise InputError(f"{tokenizer.folder}: {past}; use the model's own tokenizer")
-    ends = {*source.eos_token_ids(), tokenizer.eos_token_id} - {None}
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ends = sorted({*source.eos_token_ids(), *own})
     graphdef = define(source.config, run, mesh).graphdef
     params = source.load(run, mesh)
     with jax.set_mesh(mesh):
         model = nnx.merge(graphdef, params)
-        (new,) = generate(model, [prompt], args.max_new_tokens, sorted(ends), args.temperature, args.seed)
+        (new,) = generate(model, [prompt], args.max_new_tokens, ends, args.temperature, args.seed)
     print(tokenizer.decode(new).strip())
     return 0

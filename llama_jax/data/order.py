@@ -52,7 +52,8 @@ def _permutation(n: int, twister: np.random.MT19937) -> np.ndarray:
 def _twister(seed: int) -> np.random.MT19937:
     twister = np.random.MT19937()
     # RandomState seeds as torch does. `MT19937(seed)` hashes the seed first.
-    twister.state = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+    state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
+    twister.state = state
     return twister
 
 

@@ -52,8 +52,12 @@ class Source:
         self.tensors = {}
         if self._checkpoint.tensors or (weights and not self.is_flax):
             self.tensors = check_tensors(self._checkpoint.tensors, self.config, str(self.folder))
-        if any(t.dtype == np.float64 for t in self.tensors.values()):
-            say(f"{self.folder}: its float64 tensors are read as float32")
+
+    @property
+    def notes(self) -> list[str]:
+        """Return the lines that the user should see of how the weights are read."""
+        wide = any(t.dtype == np.float64 for t in self.tensors.values())
+        return [f"{self.folder}: its float64 tensors are read as float32"] if wide else []
 
     @cached_property
     def dtypes(self) -> dict[str, np.dtype]:

@@ -45,8 +45,8 @@ def generate(
     new = _generate(graphdef, max_new_tokens, ends, temperature, S, params, ids, positions, sizes, key)
     rows = []
     for row in np.asarray(jax.device_get(new)).tolist():
-        ends = [i for i, token in enumerate(row) if token in eos_token_ids]
-        rows.append(row[: ends[0]] if ends else row)
+        places = [i for i, token in enumerate(row) if token in eos_token_ids]
+        rows.append(row[: places[0]] if places else row)
     return rows
 
 

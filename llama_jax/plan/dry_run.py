@@ -1,4 +1,4 @@
-"""`--dry_run TOPOLOGY`: the run's own step compiled for devices that need not be there, and whether it fits them."""
+"""Compile a run's step for absent devices and report whether it fits them, for `--dry_run TOPOLOGY`."""
 
 import copy
 import math
@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +21,9 @@ from llama_jax.plan.hlo import Collective, Program
 from llama_jax.plan.planner import Option, Plan, Planner, activation_bytes, choose_scan
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.setup.arguments import Arguments
-from llama_jax.setup.job import Job, make_job
+from llama_jax.setup.job import Job, Say, make_job
 from llama_jax.training.loss import CHUNK
-from llama_jax.training.state import saving_bytes
+from llama_jax.training.state import TrainState, saving_bytes
 
 GIB = 2**30
 DOES_NOT_FIT = 3
@@ -32,8 +31,8 @@ DOES_NOT_FIT = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of planning a run: `needed` bytes a device, infinite where the compiler refuses; None where nothing
-    tells. `seconds` were spent."""
+    """Hold the result of planning a run: `needed` bytes a device, infinite where the compiler refuses, None where
+    unknown. `seconds` is the time spent."""
 
     planner: Planner
     plan: Plan
@@ -42,31 +41,34 @@ class Outcome:
 
 
 def dry_run(args: Arguments) -> int:
-    """Print the report of `--dry_run`, and return the exit code: 0 where the run fits, 3 where not. Raises InputError.
+    """Print the report of `--dry_run`; return the exit code: 0 where the run fits, 3 where not. Raises InputError.
 
-    With `--dry_run_effort fast` there is no verdict, unless arithmetic alone shows that the run cannot fit.
+    `--dry_run_effort fast` gives no verdict, unless arithmetic alone shows that the run cannot fit.
     """
     topology = find_topology(args.dry_run or "")
-    chip, quiet, fast = topology.chip, args.disable_tqdm or None, args.dry_run_effort == "fast"
+    chip, fast = topology.chip, args.dry_run_effort == "fast"
     set_up_jax(use_cpu=True)
     for note in args.notes(chip.platform):
         say(note)
-    # What is compiled for absent devices is written to the cache and never found there.
+    # Programs compiled for absent devices would be written to the cache and never found there.
     settings = {"jax_enable_compilation_cache": False, "jax_optimization_level": "O0" if fast else "UNKNOWN"}
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
     try:
         source = Source(Path(args.model_name_or_path), args.allow_pickle, weights=False)
+        for note in source.notes:
+            say(note)
         devices = topology.devices()
-        planner = make_planner(args, source, topology, devices, quiet)
+        planner = make_planner(args, source, topology, devices, say)
+        say(planner.attention_line)
         limit = int(MEMORY_SHARE * chip.memory)
-        outcome = _plan(planner, chip, limit, fast, quiet)
+        outcome = _plan(planner, chip, limit, fast=fast)
         print("\n".join(_report(outcome, topology, fast)), flush=True)
         fits = outcome.needed is None or outcome.needed <= limit
         print("\n".join(_verdict(outcome, topology, limit)), flush=True)
         if not fits:
-            print(_nearest(args, source, topology, devices, planner, limit, fast, quiet), flush=True)
+            print(_nearest(planner, source, topology, devices, limit=limit, fast=fast), flush=True)
         return 0 if fits else DOES_NOT_FIT
     finally:
         for name, value in before.items():
@@ -74,39 +76,47 @@ def dry_run(args: Arguments) -> int:
 
 
 def make_planner(
-    args: Arguments, source: Source, topology: Topology, devices: list[Any], quiet: bool | None
+    args: Arguments,
+    source: Source,
+    topology: Topology,
+    devices: list[jax.Device],
+    say: Say = lambda line: None,
 ) -> Planner:
-    """What plans the run of these flags on the devices, as train_jax.py makes it."""
-    mesh = sharding.make_mesh(devices, args.mesh)
-    job = make_job(args, source.config, lambda: source.tokenizer_folder, sharding.batch_ways(mesh), quiet)
+    """Return the planner of the flags' run on the devices, as training makes it. Raises InputError."""
+    mesh, quiet = sharding.make_mesh(devices, args.mesh), args.disable_tqdm or None
+    ways = sharding.batch_ways(mesh)
+    job = make_job(args, source.config, lambda: source.tokenizer_folder, ways, disable_bars=quiet, say=say)
     dtype, platform = args.dtype or training_dtype(source, args.hf_compat), topology.chip.platform
-    return Planner(job, mesh, platform, dtype, choose_scan(args, job.config, platform))
+    return Planner(job, mesh, platform, dtype=dtype, scan_layers=choose_scan(args, job.config, platform))
 
 
-def _plan(planner: Planner, chip: Chip, limit: int, fast: bool, quiet: bool | None) -> Outcome:
-    """Choose what fits, as the run would; a GPU's by arithmetic."""
+def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
+    """Choose blocks and recomputation that fit, as the run would; a GPU's by arithmetic."""
     started = time.monotonic()
     first = planner.options(limit)[0]
     if chip.platform == "gpu":
         best = next((o for o in planner.options(limit) if _estimate(planner, o) <= limit), first)
         return Outcome(planner, planner.make(best), _estimate(planner, best), time.monotonic() - started)
-    if (least := planner.least_bytes(first)) > limit:  # no compiler can mend that
+    if (least := planner.least_bytes(first)) > limit:  # no compiler can change that
         return Outcome(planner, planner.make(first), least, time.monotonic() - started)
-    with waiting("planning", quiet) as bar:
+    with waiting("planning", planner.job.args.disable_tqdm or None) as bar:
 
         def told(line: str) -> None:
             bar.set_description(line)
             say(line)
 
         plan, needed = planner.choose(limit, told, remember=not fast)
-    # What low effort lets pass may not fit; what it refuses, full effort would have to save.
+    # A program that fits at low effort need not fit: the verdict is open. A refusal counts.
     unknown = fast and needed <= limit
     return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started)
 
 
 def _estimate(planner: Planner, option: Option) -> int:
-    """Bytes of a device by arithmetic alone: what it holds, and gradients beside what is kept for the backward pass,
-    logits of a chunk with their gradient, and two layers' weights gathered; or what saving takes, if that is more."""
+    """Estimate the bytes of a device by arithmetic alone.
+
+    Beside the state: gradients, values kept for the backward pass, logits of a chunk with their gradient, and two
+    layers' gathered weights; or the bytes that saving takes, if more.
+    """
     job, run, mesh = planner.job, planner.run, planner.mesh
     kept = option.max_tokens * activation_bytes(job.config, run, option.remat, mesh)
     grads = sharding.bytes_on_device(planner.state.trainable)
@@ -122,7 +132,7 @@ def _estimate(planner: Planner, option: Option) -> int:
 
 
 def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
-    """The lines of the report, the verdict left out."""
+    """Return the lines of the report, without the verdict."""
     planner, plan, chip = outcome.planner, outcome.plan, topology.chip
     job, mesh, state = planner.job, planner.mesh, plan.abstract
     rows, length = plan.largest_block
@@ -183,13 +193,13 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
 
 
 def _examples(job: Job) -> int:
-    """Examples of the largest update."""
+    """Return the number of examples in the largest update."""
     order = job.order
     return int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
 
 
-def _largest(state: Any, program: Program, count: int = 8) -> Iterator[tuple[int, str, str]]:
-    """Bytes, type and name of the largest arrays of the state, and of those that the step makes."""
+def _largest(state: TrainState, program: Program, count: int = 8) -> Iterator[tuple[int, str, str]]:
+    """Yield bytes, type and name of the largest arrays that the state holds, then of those that the step makes."""
     held = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         shape = leaf.sharding.shard_shape(leaf.shape)
@@ -202,12 +212,13 @@ def _largest(state: Any, program: Program, count: int = 8) -> Iterator[tuple[int
 
 
 def _short(name: str) -> str:
-    """The end of the path of an operation, and whether it is of the backward pass."""
+    """Return the end of an operation's path, marked if it belongs to the backward pass."""
     parts = [p for p in name.split("/") if p not in ("while", "body", "closed_call", "checkpoint")]
     return ("backward " if "transpose" in name else "") + "/".join(parts[-2:])
 
 
 def _by_kind(collectives: list[Collective]) -> list[str]:
+    """Return a line for each kind of collective and axes: megabytes sent, and how often."""
     sums: dict[tuple[str, str], tuple[int, float]] = {}
     for c in collectives:
         key = (c.kind, "+".join(c.axes) or "no axis")
@@ -218,10 +229,10 @@ def _by_kind(collectives: list[Collective]) -> list[str]:
 
 
 def operations(config: LlamaConfig, tokens: int, row: int, remat: str) -> tuple[float, float]:
-    """Floating-point operations of an update: the model's, and those that it takes with recomputation.
+    """Return the floating-point operations of an update, without and with recomputation.
 
-    Six for each weight of a matmul and token, and for attention 12 times the layers' heads' width and half of a row
-    (it is causal; a kernel may skip more, where segments end).
+    Each weight of a matmul counts six a token. Causal attention counts 12 times the heads' width and half of a row, in
+    each layer; a kernel may skip more, where segments end.
     """
     D, L = config.hidden_size, config.num_hidden_layers
     head = config.vocab_size * D
@@ -234,7 +245,7 @@ def operations(config: LlamaConfig, tokens: int, row: int, remat: str) -> tuple[
 def _floors(
     planner: Planner, plan: Plan, chip: Chip, moved: float, collectives: list[Collective], cycles: int | None
 ) -> list[str]:
-    """What an update must take at least, at the chip's published rates."""
+    """Return the lines of the least time of a block, at the chip's published rates."""
     rows, length = plan.largest_block
     blocks = int(plan.batches.block_counts.max())
     model, made = operations(planner.job.config, rows * length, length, plan.option.remat)
@@ -256,22 +267,23 @@ def _floors(
     if cycles and chip.clock:
         lines.append(
             f"the compiler's estimate: {cycles / chip.clock * 1e3:,.1f} ms ({cycles:,} cycles at "
-            f"{chip.clock / 1e9:.2f} GHz, one operation after the other, without collectives); nobody has measured it"
+            f"{chip.clock / 1e9:.2f} GHz, one operation after the other, without collectives), not verified on a device"
         )
     return lines
 
 
 def _verdict(outcome: Outcome, topology: Topology, limit: int) -> list[str]:
+    """Return the lines of the verdict: whether the run fits `limit` bytes a device."""
     needed, room = outcome.needed, f"{limit / GIB:.2f} GiB"
     spent = f"{outcome.seconds:,.0f} s"
     if needed is None:
         told = f"compiled at low effort in {spent}; that gives no verdict on memory: --dry_run_effort full does"
     elif needed == math.inf:
-        told = f"DOES NOT FIT: the compiler refuses it ({spent}); a device has {room} for a program"
+        told = f"DOES NOT FIT: the compiler finds no room for it ({spent}); a device has {room} for a program"
     elif not outcome.plan.steps.programs:
-        by = "an estimate by arithmetic, no compiler was asked"
+        by = "an estimate by arithmetic, nothing was compiled"
         if topology.chip.platform == "tpu":
-            by = "by arithmetic at least, the compiler was not asked"
+            by = "at least, by arithmetic; nothing was compiled"
         told = f"{'fits' if needed <= limit else 'DOES NOT FIT'}: {needed / GIB:.2f} of {room} on a device ({by})"
     else:
         told = f"{'fits' if needed <= limit else 'DOES NOT FIT'}: {needed / GIB:.2f} of {room} on a device ({spent})"
@@ -279,29 +291,32 @@ def _verdict(outcome: Outcome, topology: Topology, limit: int) -> list[str]:
 
 
 def _nearest(
-    args: Arguments,
+    planner: Planner,
     source: Source,
     topology: Topology,
-    devices: list[Any],
-    planner: Planner,
+    devices: list[jax.Device],
+    *,
     limit: int,
     fast: bool,
-    quiet: bool | None,
 ) -> str:
-    """The first change that fits, the global batch being the same: recomputation and blocks, then the mesh; and where
-    none does, the fewest devices that hold what arithmetic can count."""
+    """Return a line with the first change of flags that fits, with the same global batch.
+
+    Recomputation and blocks are tried first, then the mesh. Where neither fits, the line names the fewest devices that
+    have room by arithmetic.
+    """
+    args = planner.job.args
     whole = sharding.bytes_on_device(planner.state) * planner.mesh.size // planner.mesh.shape["data"]
     for changes in _changes(args, planner) if whole < limit * planner.mesh.size else ():
         changed = copy.copy(args)
         for name, value in changes.items():
             setattr(changed, name, value)
         try:
-            other = make_planner(changed, source, topology, devices, quiet)
+            other = make_planner(changed, source, topology, devices)
         except InputError:
             continue
         if other.least_bytes(other.options(limit)[0]) > limit:
             continue
-        outcome = _plan(other, topology.chip, limit, fast, quiet)
+        outcome = _plan(other, topology.chip, limit, fast=fast)
         if outcome.needed is None or outcome.needed <= limit:
             option = outcome.plan.option
             flags = {**changes, "remat": option.remat, "max_tokens_per_device": option.max_tokens}
@@ -310,7 +325,7 @@ def _nearest(
     for larger in (t for t in topology.larger if whole < limit * t.count):
         changed = _same_batch(args, planner, larger)
         try:
-            other = make_planner(changed, source, larger, larger.devices(), quiet)
+            other = make_planner(changed, source, larger, larger.devices())
         except InputError:
             continue
         if other.least_bytes(other.options(limit)[0]) <= limit:
@@ -322,7 +337,7 @@ def _nearest(
 
 
 def _same_batch(args: Arguments, planner: Planner, larger: Topology) -> Arguments:
-    """The flags on more devices, with the same examples in an update where they can be divided so."""
+    """Return the flags on more devices, with the same examples in an update where divisible."""
     changed = copy.copy(args)
     batches = args.gradient_accumulation_steps * sharding.batch_ways(planner.mesh)
     changed.mesh, changed.remat, changed.max_tokens_per_device = "auto", "auto", "auto"
@@ -330,9 +345,9 @@ def _same_batch(args: Arguments, planner: Planner, larger: Topology) -> Argument
     return changed
 
 
-def _changes(args: Arguments, planner: Planner) -> Iterator[dict[str, Any]]:
-    """Flags to change, the nearest first. A mesh with fewer parts for rows gets as many more micro-batches."""
-    free: dict[str, Any] = {"remat": "auto", "max_tokens_per_device": "auto"}
+def _changes(args: Arguments, planner: Planner) -> Iterator[dict[str, str | int]]:
+    """Yield flags to change, the nearest first. A mesh with fewer parts for rows gets more micro-batches instead."""
+    free: dict[str, str | int] = {"remat": "auto", "max_tokens_per_device": "auto"}
     if (args.remat, args.max_tokens_per_device) != ("auto", "auto"):
         yield free
     ways, size = sharding.batch_ways(planner.mesh), planner.mesh.size

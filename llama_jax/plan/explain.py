@@ -1,4 +1,4 @@
-"""`--explain`: what the flags mean for this model and data, before anything compiles."""
+"""Describe a run for `--explain`, by its flags, model and data, before anything compiles."""
 
 import itertools
 import json
@@ -20,7 +20,9 @@ from llama_jax.reporting.progress import count_bar
 from llama_jax.setup.job import Job, kept_steps, tokenized
 from llama_jax.training.state import TrainState
 
-# What each version of transformers decides, by the number that it decides.
+Facts = dict[str, Any]  # by name, for JSON
+
+# The rules of each version of transformers, by the name of the fact that a rule decides.
 RULES = {
     "4.37": {
         "updates_per_epoch": "floor(micro-batches / accumulation); the rest carries over into the next epoch",
@@ -45,8 +47,8 @@ RULES = {
 }
 
 
-def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[str, Any]:
-    """The facts of a run by name, for JSON. `state` is the abstract train state."""
+def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> Facts:
+    """Return the facts of a run by name, for JSON. `state` is the abstract train state."""
     order, args, lengths = job.order, job.args, job.examples.lengths
     updates = order.updates
     saved, evaluated = job.steps(job.save_at), list(order.evaluated)
@@ -91,25 +93,30 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> dict[s
     }
 
 
-def examine(job: Job) -> dict[str, Any]:
-    """What the data doctor says of the examples that are trained on. Text is read and tokenized once more for it."""
+def examine(job: Job) -> Facts:
+    """Diagnose the examples that are trained on. Text is read and tokenized once more for it. Raises InputError."""
     args, quiet = job.args, job.args.disable_tqdm or None
     records: Sequence[Record] = []
     whole = None
     if job.tokenizer is not None:
         path = Path(args.data_path or "")
         records = read_records(path)[1][job.held_out :]
-        whole = tokenized(job.form, records, job.tokenizer, sys.maxsize, path, quiet)
+        whole = tokenized(job.form, records, job.tokenizer, limit=sys.maxsize, source=path, disable_bars=quiet)
     with count_bar("comparing prompts", len(records), "record", quiet) as bar:
         return diagnose(
-            *(job.form, job.examples, records, whole, job.tokenizer, args.model_max_length),
+            job.form,
+            job.examples,
+            records,
+            whole=whole,
+            tokenizer=job.tokenizer,
+            limit=args.model_max_length,
             first=job.held_out + 1,
             progress=bar.update,
         )
 
 
 def show_examples(job: Job, n: int, colour: bool) -> str:
-    """The first n examples in the order of training, as text; trained tokens are green, or between brackets."""
+    """Return the first n examples in the order of training, as text; trained tokens are green, or between brackets."""
     order, shown = job.order, []
     indices = (int(i) for k in range(order.updates) for micro in order.update(k) for rank in micro for i in rank)
     for _, i in zip(range(n), indices, strict=False):
@@ -122,12 +129,12 @@ def show_examples(job: Job, n: int, colour: bool) -> str:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether to print colours there: on a terminal, or where FORCE_COLOR is set."""
+    """Return whether to print colours to the stream: to a terminal, or where FORCE_COLOR is set."""
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
 def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None, colour: bool) -> str:
-    """The text of these tokens, special ones by name; of data that came as tokens the numbers."""
+    """Return the text of tokens, special ones by name; without a tokenizer, the ids."""
     special = {tokenizer.token_to_id(token): token for token in tokenizer.special_texts()} if tokenizer else {}
     alone = np.isin(ids, [i for i in special if i is not None])
     cuts = np.flatnonzero((trained[1:] != trained[:-1]) | alone[1:] | alone[:-1]) + 1
@@ -138,8 +145,8 @@ def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None,
         elif alone[start]:
             text = special[ids[start]]
         else:
-            # Decoded from the start each time, as a run alone would lose its first space; what is half a character here
-            # is whole in the next run.
+            # Decoded from the start each time: a run alone would lose its first space. Half a character at the end is
+            # whole in the next run.
             before, decoded = decoded, tokenizer.decode(ids[:end].tolist()).rstrip("\ufffd")
             text = decoded[len(before) :].replace("\x1b", "\\x1b")
         runs.append((bool(trained[start]), text))
@@ -148,8 +155,8 @@ def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None,
     return "".join(around[kind][0] + text + around[kind][1] for kind, text in joined)
 
 
-def as_text(facts: dict[str, Any]) -> str:
-    """The facts for a reader, one subject a line, each with the rule that decided it."""
+def as_text(facts: Facts) -> str:
+    """Format the facts for a reader, one subject a line, each with the rule that decides it."""
     rates = ", ".join(f"{rate:.3g} at {k}" for k, rate in facts["learning_rates"].items())
     shapes = ", ".join(f"{r}x{t}" for r, t in facts["shapes"])
     sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in facts["state_bytes"].items())
@@ -185,10 +192,12 @@ def as_text(facts: dict[str, Any]) -> str:
     return "\n".join([f"by the rules of transformers {facts['hf_compat']}:", *lines])
 
 
-def _some(items: list[Any], limit: int = 8) -> str:
+def _some(items: Sequence[object], limit: int = 8) -> str:
+    """Return the first items, an ellipsis and the last."""
     shown = ", ".join(str(x) for x in items[:limit])
     return (shown + (f", ... {items[-1]}" if len(items) > limit else "")) or "none"
 
 
-def as_json(facts: dict[str, Any]) -> str:
+def as_json(facts: Facts) -> str:
+    """Format the facts as JSON."""
     return json.dumps(facts, indent=2)

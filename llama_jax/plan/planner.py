@@ -32,7 +32,6 @@ from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import EmbeddingTable, MatmulWeight
-from llama_jax.reporting.progress import say
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 from llama_jax.training.optimizer import make_optimizer
@@ -88,7 +87,7 @@ class Planner:
         compute = jnp.bfloat16 if args.bf16 else None
         kind = "bfloat16" if args.bf16 else dtype
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, job.config.head_dim, kind)
-        say(f"attention by {self.kernel}: {why}")
+        self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else "")
         self._row_ways = sharding.row_ways(mesh)
         self._largest_update = math.ceil(_largest_update(job) / self._row_ways)
         self._longest = math.ceil(int(job.examples.lengths.max()) / self._row_ways)
@@ -187,7 +186,7 @@ class Planner:
         for option in options:
             plan = self.make(option)
             rows, length = plan.largest_block
-            told(f"compiling a block of {rows:,} x {length:,} tokens, --remat {option.remat}")
+            told(f"compiling an update in blocks of {rows:,} x {length:,} tokens, --remat {option.remat}")
             try:
                 needed: float = plan.compile(plan.largest_block, self.mesh)
             except JaxRuntimeError as e:
@@ -202,11 +201,13 @@ class Planner:
                 write_json(found_before, option._asdict())
         return plan, needed
 
-    def settle(self, limit: int | None) -> Plan:
+    def settle(self, limit: int | None, told: Callable[[str], None] = lambda line: None) -> Plan:
         """The plan that `choose` finds, all its programs compiled. Raises InputError where none fits."""
-        plan, needed = self.choose(limit)
+        plan, needed = self.choose(limit, told)
         self._check_room(plan.option, needed, limit)
         others = [shape for shape in plan.batches.shapes if shape != plan.largest_block]
+        if others:
+            told(f"compiling {len(others)} smaller block(s)")
         with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda shape: plan.compile(shape, self.mesh), others))
         return plan

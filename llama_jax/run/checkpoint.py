@@ -1,4 +1,4 @@
-"""Orbax, behind one thin room: the run's retained steps, and a Flax folder's parameters."""
+"""Save and restore the `checkpoint-N` folders of a run, by orbax."""
 
 import contextlib
 import os
@@ -24,14 +24,14 @@ _ORBAX = ("_CHECKPOINT_METADATA", "commit_success.txt")  # the files beside the 
 
 
 class _HFNames(ocp.path.step.NameFormat):
-    """`checkpoint-N`, as the HF Trainer names its steps."""
+    """Name the steps `checkpoint-N`, as the HF Trainer does."""
 
     def build_name(self, step: int) -> str:
         return f"checkpoint-{step}"
 
     def find_all(self, base_path):
         for path in epath.Path(base_path).iterdir():
-            whole = all((path / item).is_dir() for item in ("state", "run"))  # the HF Trainer's have neither
+            whole = all((path / item).is_dir() for item in ("state", "run"))  # the HF Trainer writes neither
             if whole and (match := _STEP.fullmatch(path.name)) and ocp.path.step.is_path_finalized(path):
                 yield ocp.path.step.Metadata(step=int(match[1]), path=path)
 
@@ -43,22 +43,22 @@ class _HFNames(ocp.path.step.NameFormat):
 
 
 def find_steps(output_dir: Path) -> list[int]:
-    """The whole checkpoints in a folder, oldest first."""
+    """Return the steps of the complete checkpoints in a folder, oldest first."""
     return sorted(m.step for m in _HFNames().find_all(output_dir)) if output_dir.is_dir() else []
 
 
 def find_foreign(output_dir: Path) -> list[str]:
-    """What is named like a checkpoint in a folder and has files that ours have not, as those of the HF Trainer."""
+    """Return the names of folders that another program wrote as `checkpoint-N`, as the HF Trainer does."""
     return sorted(p.name for p in _named(output_dir) if any(f.is_file() and f.name not in _ORBAX for f in p.iterdir()))
 
 
 def _named(output_dir: Path) -> list[Path]:
-    """The folders named like checkpoints."""
+    """Return the folders named `checkpoint-N`, complete or not."""
     return [path for path in output_dir.iterdir() if _STEP.fullmatch(path.name)] if output_dir.is_dir() else []
 
 
 def _remove_remnants(output_dir: Path) -> None:
-    """What is left of checkpoints whose removal was cut short."""
+    """Remove the rest of checkpoints whose removal was interrupted."""
     whole = find_steps(output_dir)
     for path in _named(output_dir):
         if int(path.name.removeprefix("checkpoint-")) not in whole:
@@ -66,37 +66,40 @@ def _remove_remnants(output_dir: Path) -> None:
 
 
 def remove_steps(output_dir: Path) -> None:
+    """Remove all complete checkpoints in a folder."""
     for step in find_steps(output_dir):
         shutil.rmtree(output_dir / _HFNames().build_name(step))
 
 
 def read_run(output_dir: Path, step: int) -> dict[str, Any]:
-    """The JSON that was saved beside the state of a step. Raises InputError."""
+    """Read the JSON saved beside the state of a step. Raises InputError."""
     with _restoring(output_dir, step), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(output_dir.absolute() / _HFNames().build_name(step) / "run")
 
 
 @contextlib.contextmanager
 def _restoring(output_dir: Path, step: int, besides: str = "") -> Iterator[None]:
-    """Whatever goes wrong is a damaged checkpoint, unless memory is short: orbax and tensorstore raise all kinds of
-    exceptions."""
+    """Turn any exception into an InputError about a damaged checkpoint, unless memory is short: orbax and tensorstore
+    raise many kinds."""
     try:
         yield
     except (JaxRuntimeError, MemoryError):
         raise
     except Exception as e:
         older = [s for s in find_steps(output_dir) if s < step]
-        mend = f"--resume_from_checkpoint {output_dir}/checkpoint-{older[-1]}" if older else "start anew"
+        fix = f"--resume_from_checkpoint {output_dir}/checkpoint-{older[-1]}" if older else "start anew"
         why = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise InputError(
-            f"{output_dir}/checkpoint-{step}: is damaged{besides}; move it away and {mend}: {why}"
+            f"{output_dir}/checkpoint-{step}: is damaged{besides}; move it away and {fix}: {why}"
         ) from None
 
 
 @jax.jit
 def _digest(x: jax.Array) -> jax.Array:
-    """A sum of an array's bits, each element's times an odd number by its place: one wrong bit changes it for sure.
-    Zeros that pad the array do not, nor how it is divided over devices."""
+    """Return the sum of an array's elements as bits, each times an odd number made from its indices, uint32.
+
+    One wrong bit always changes the sum. Padding zeros and the sharding do not.
+    """
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
     for axis, odd in enumerate(np.asarray([0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D], np.uint32)[: x.ndim]):
         place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(bits).sharding)
@@ -105,17 +108,17 @@ def _digest(x: jax.Array) -> jax.Array:
 
 
 def digests(state: Any) -> dict[str, int]:
-    """`_digest` of each array of a tree, by its path."""
-    # One at a time, see sharding.IN_FLIGHT.
+    """Return the `_digest` of each array of a tree, by its path."""
+    # One at a time: sharding.IN_FLIGHT has the reason.
     return {jax.tree_util.keystr(path): int(_digest(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 class Checkpoints:
-    """The `checkpoint-N` folders of a run, at most `limit` of them (None or 0: all), for states like `abstract`.
+    """Keep the `checkpoint-N` folders of a run, at most `limit` of them (None or 0: all), for states like `abstract`.
 
-    The run goes on from `first`: checkpoints past it, of a run that was gone back on, are removed once there is a new
-    one to write. A state that fits this host's memory twice is copied there and written while the run goes on; a larger
-    one is written piece by piece, and the run waits.
+    The run resumes at step `first`. Later checkpoints, of an earlier attempt, are removed when the first new checkpoint
+    is written. A state that fits this host's memory twice is copied there and written while the run continues; a
+    larger state is written piece by piece while the run waits.
     """
 
     def __init__(self, output_dir: Path, limit: int | None, abstract: Any, first: int):
@@ -134,9 +137,9 @@ class Checkpoints:
         self._past = [step for step in self._manager.all_steps() if step > first]
 
     def save(self, step: int, state: Any, run: dict[str, Any], best: int | None = None) -> None:
-        """Write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; the state may then be donated.
+        """Write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; the state may be donated after.
 
-        The checkpoint of step `best` is not rotated away.
+        Rotation keeps the checkpoint of step `best`.
         """
         self._rotation.best = best
         while self._past:
@@ -148,10 +151,10 @@ class Checkpoints:
             self.wait()
 
     def restore_state(self, step: int, abstract: Any) -> Any:
-        """The state of a step into the types and placements of `abstract` (a pytree of ShapeDtypeStruct).
+        """Restore the state of a step in the types and placements of `abstract`, a pytree of ShapeDtypeStruct.
 
-        The model has to be that of the checkpoint: where a leaf is longer or shorter there, that is taken for what
-        another mesh pads. Raises InputError.
+        The model must be the checkpoint's: a leaf of another length is taken for another mesh's padding. Raises
+        InputError.
         """
         folder = Path(self._manager.directory)
         with _restoring(folder, step, ", or of another model or optimizer"):
@@ -164,21 +167,24 @@ class Checkpoints:
         return state
 
     def keep_only(self, step: int) -> None:
-        """Remove all checkpoints but one."""
+        """Remove all checkpoints except a step's."""
         self.wait()
         for other in self._manager.all_steps():
             if other != step:
                 self._manager.delete(other)
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises what went wrong."""
+        """Block until every checkpoint is on disk. Raises the exceptions of the writes."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Close the orbax manager."""
         self._manager.close()
 
 
 class _Rotation(ocp.checkpoint_managers.PreservationPolicy):
+    """Keep the steps of `kept_steps`."""
+
     def __init__(self, limit: int | None):
         self.limit, self.best = limit, None  # type: tuple[int | None, int | None]
 

@@ -1,9 +1,8 @@
-"""`eval_loss` as the HF Trainer computes it: the mean over tokens of each batch, batches weighted by their examples."""
+"""Compute `eval_loss` as the HF Trainer does: the mean over tokens of each batch, weighted by the batch's examples."""
 
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,19 +13,20 @@ from llama_jax.data.examples import Examples
 from llama_jax.data.normalisation import evaluation_loss, evaluation_shares
 from llama_jax.data.order import Order
 from llama_jax.distributed import sharding
+from llama_jax.model.roles import Params
 from llama_jax.reporting.metrics import EVALUATION_METRICS
 from llama_jax.reporting.progress import count_bar
 from llama_jax.training.fit import token_losses
 from llama_jax.training.step import LossStep
 
-FILL = 0.9  # of the tokens that a device takes at once, what a group of batches is planned to have
+FILL = 0.9  # planned share of the tokens that a device takes at once, for a group of batches
 
 
 class Evaluation:
-    """Calling it with parameters gives the metrics of one evaluation, by the Trainer's names.
+    """Evaluate parameters: a call returns the metrics by the Trainer's names.
 
-    A batch is `batch_size` examples on each rank; as many batches as a device takes tokens at once go there together.
-    A batch without trained tokens makes the loss NaN, unless (5 with `nan_filter`) it is left out.
+    A batch is `batch_size` examples on each rank. A group of batches with at most `max_tokens` tokens a device is
+    dispatched together. A batch without trained tokens makes the loss NaN; 5 with `nan_filter` leaves it out.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Evaluation:
         order = Order(
             len(examples),
             batch_size,
-            together,
-            1.0,
-            "5",  # as 5 accumulates: the last group is a short one
+            accumulation=together,
+            epochs=1.0,
+            compat="5",  # as 5 accumulates: the last group is a short one
             ranks=ranks,
             drop_last=drop_last,
             sampling="sequential",
@@ -65,8 +65,8 @@ class Evaluation:
         self._examples = math.nan if self.has_nan and not filtered else counted
         self._num_batches = math.ceil(len(examples) / (batch_size * ranks))
 
-    def __call__(self, params: Any, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """None where `stop`, asked before each group, became true."""
+    def __call__(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Return the metrics, or None where `stop`, called before each group, returned true."""
         started = time.monotonic()
         losses: list[jax.Array] = []
         groups = self.batches.order.updates

@@ -1,9 +1,10 @@
-"""The flags applied to a model and its data: all that is settled before anything compiles."""
+"""Apply the flags to a model and its data: settle all that a run needs before anything compiles."""
 
 import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -22,13 +23,18 @@ from llama_jax.reporting.progress import count_bar, say
 from llama_jax.setup.arguments import Arguments
 from llama_jax.training.schedule import Schedule, make_schedule
 
+Say = Callable[[str], None]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclass(frozen=True)
 class Job:
-    """A run to be made: `config` has the tokenizer's vocabulary; `log_at`, `eval_at` and `save_at` tell what is due
-    after an update, by its number from 1. What a strategy of "epoch" asks for comes after what "steps" does.
-    `form` is that of the data file, `held_out` how many of its first records are kept for evaluation, and `data_digest`
-    the checksum of all examples. The last `new_tokens` of the vocabulary are such as the tokenizer had not."""
+    """Describe a run to make. `config` has the tokenizer's vocabulary.
+
+    `log_at`, `eval_at` and `save_at` return whether an action is due after an update, by its number from 1. Actions of
+    a strategy of "epoch" follow those of "steps". `form` is the data file's, `held_out` the number of its first records
+    kept for evaluation, `data_digest` the checksum of all examples. The tokenizer got the last `new_tokens` of the
+    vocabulary from this program.
+    """
 
     args: Arguments
     config: LlamaConfig
@@ -47,17 +53,18 @@ class Job:
 
     @property
     def warmup_updates(self) -> int:
+        """Return the number of updates of warm-up."""
         return self.args.warmup_updates(self.order.updates)
 
     @property
     def num_train_epochs(self) -> int:
-        """Epochs begun, as the HF Trainer counts them."""
+        """Return the number of epochs begun, as the HF Trainer counts them."""
         order = self.order
         return math.ceil(order.epochs if order.max_steps <= 0 else order.updates / order.updates_per_epoch)
 
     def batches(self, max_tokens: int, row_limit: int) -> Batches:
-        """The blocks of every update: of so many tokens a device at most, in rows of at most `row_limit`, unless an
-        example is longer. Planning their shapes packs the whole run."""
+        """Return the blocks of every update: at most `max_tokens` tokens a device, in rows of at most `row_limit`, or
+        the longest example's. Planning their shapes packs the whole run."""
         order, args = self.order, self.args
         with count_bar("planning blocks", 2 * order.updates, "update", args.disable_tqdm or None) as bar:
             return Batches(
@@ -72,7 +79,7 @@ class Job:
             )
 
     def steps(self, at: Callable[[int], bool]) -> list[int]:
-        """The numbers of updates after which something is due."""
+        """Return the numbers of the updates after which `at` holds."""
         return [k for k in range(1, self.order.updates + 1) if at(k)]
 
 
@@ -82,115 +89,162 @@ def make_job(
     tokenizer_folder: Callable[[], Path],
     ranks: int,
     disable_bars: bool | None = None,
+    say: Say = say,
 ) -> Job:
-    """Read and tokenise the data, and settle order, schedule and what is due when. Raises InputError."""
+    """Read and tokenize the data; settle order, schedule and the actions after updates. Raises InputError."""
     folder: Path | None = None
-    with contextlib.suppress(InputError):  # which matters only where there is text
+    with contextlib.suppress(InputError):  # raised again below, where the data is text
         folder = tokenizer_folder()
-    path, eval_path = Path(args.data_path or ""), Path(args.eval_data_path) if args.eval_data_path else None
-    data = _Data(path, args, folder)
-    say(f"{path}: {data.form} records: {FORMS[data.form]}")
-    eval_data = _Data(eval_path, args, folder) if eval_path else None
+    path = Path(args.data_path or "")
+    data = _open_data(path, args, folder, say)
+    say(f"data: {path} holds {data.form} records ({FORMS[data.form]})")
+    eval_data = _open_data(Path(args.eval_data_path), args, folder, say) if args.eval_data_path else None
     if eval_data and eval_data.form != data.form:
         forms = f"holds {eval_data.form} records, and {path} {data.form} ones"
-        raise InputError(f"{eval_path}: {forms}; should be of one form")
-    tokenizer, new_tokens = (
-        (None, 0) if data.form == TOKENIZED else _open_tokenizer(tokenizer_folder(), config.vocab_size)
-    )
+        raise InputError(f"{eval_data.path}: {forms}; should be of one form")
+    tokenizer, new_tokens = None, 0
+    if data.form != TOKENIZED:
+        tokenizer, new_tokens = _open_tokenizer(tokenizer_folder(), config.vocab_size, say)
     vocab_size = config.vocab_size if tokenizer is None else len(tokenizer)
-    eval_examples = eval_data.examples(tokenizer, vocab_size, disable_bars) if eval_data else None
-    examples, held_out = data.examples(tokenizer, vocab_size, disable_bars), 0
+    eval_examples = eval_data.examples(tokenizer, vocab_size, disable_bars, say) if eval_data else None
+    examples, held_out = data.examples(tokenizer, vocab_size, disable_bars, say), 0
     if args.validation_split_percentage:
         eval_examples, examples = _held_out(examples, args.validation_split_percentage)
         held_out = len(eval_examples)
-    if eval_examples and args.hf_compat == "5" and args.train_sampling_strategy == "group_by_length":
-        # Its evaluations are grouped too, from a generator of their own, the same each time.
-        permuted = randperm(len(eval_examples), args.seed if args.data_seed is None else args.data_seed)
-        grouped = group_by_length(permuted, eval_examples.lengths, args.per_device_eval_batch_size)
-        eval_examples = eval_examples.take(grouped)
+    if eval_examples:
+        eval_examples = _grouped(eval_examples, args)
 
-    order = Order(
-        len(examples),
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        args.num_train_epochs,
-        args.hf_compat,
-        args.seed,
-        args.data_seed,
-        args.max_steps,
-        ranks,
-        args.dataloader_drop_last,
-        args.train_sampling_strategy,
-        examples.lengths,
-    )
+    order = _order(args, examples, ranks)
     log_at, eval_at, save_at = (args.due(name, order) for name in ("logging", "eval", "save"))
     evaluated = [k for k in range(1, order.updates + 1) if eval_at(k)]
     order = dataclasses.replace(order, evaluated=(*([0] if args.eval_on_start else []), *evaluated))
-    schedule = make_schedule(
+    schedule = _schedule(args, order.updates)
+    if tokenizer is not None:
+        config = _resized(config, len(tokenizer), new_tokens, args.hf_compat, say)
+    return Job(
+        args=args,
+        config=config,
+        form=data.form,
+        tokenizer=tokenizer,
+        examples=examples,
+        held_out=held_out,
+        eval_examples=eval_examples,
+        order=order,
+        schedule=schedule,
+        log_at=log_at,
+        eval_at=eval_at,
+        save_at=save_at,
+        new_tokens=new_tokens,
+        data_digest=" ".join(d.checksum for d in (data, eval_data) if d),
+    )
+
+
+def _order(args: Arguments, examples: Examples, ranks: int) -> Order:
+    """Return the order of the examples, without evaluations."""
+    return Order(
+        len(examples),
+        args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        epochs=args.num_train_epochs,
+        compat=args.hf_compat,
+        seed=args.seed,
+        data_seed=args.data_seed,
+        max_steps=args.max_steps,
+        ranks=ranks,
+        drop_last=args.dataloader_drop_last,
+        sampling=args.train_sampling_strategy,
+        lengths=examples.lengths,
+    )
+
+
+def _schedule(args: Arguments, updates: int) -> Schedule:
+    """Return the schedule of `--lr_scheduler_type`. Raises InputError."""
+    return make_schedule(
         args.lr_scheduler_type,
         args.learning_rate,
-        args.warmup_updates(order.updates),
-        order.updates,
-        args.hf_compat,
-        args.schedule_kwargs,
-    )
-    if tokenizer is not None:
-        config = _resized(config, len(tokenizer), new_tokens, args.hf_compat)
-    return Job(
-        *(args, config, data.form, tokenizer, examples, held_out, eval_examples),
-        *(order, schedule, log_at, eval_at, save_at, new_tokens),
-        " ".join(d.checksum for d in (data, eval_data) if d),
+        warmup=args.warmup_updates(updates),
+        total=updates,
+        compat=args.hf_compat,
+        kwargs=args.schedule_kwargs,
     )
 
 
+def _grouped(eval_examples: Examples, args: Arguments) -> Examples:
+    """Return the examples to evaluate in the Trainer's order.
+
+    `group_by_length` of transformers 5 groups evaluations too, from a generator of their own, the same each time.
+    """
+    if args.hf_compat != "5" or args.train_sampling_strategy != "group_by_length":
+        return eval_examples
+    permuted = randperm(len(eval_examples), args.seed if args.data_seed is None else args.data_seed)
+    return eval_examples.take(group_by_length(permuted, eval_examples.lengths, args.per_device_eval_batch_size))
+
+
+@dataclass
 class _Data:
-    """A data file: its form, and its examples, out of the cache or made of its records."""
+    """Hold a data file and its form, and its examples: `cached`, or to be made from `records`.
 
-    def __init__(self, path: Path, args: Arguments, tokenizer_folder: Path | None):
-        self._path, self._limit = path, args.model_max_length
-        self._cache = Path(folder) if (folder := args.cache_dir) else cache_folder("data")
-        self._digest, self._cached, dated = "", None, ""
-        self.checksum = ""  # of the examples, once they are there
-        if path.expanduser().is_file():
-            self._digest = data_digest(path, tokenizer_folder, {"model_max_length": self._limit})
-            self._cached = load_examples(self._cache, self._digest, say)
-            if tokenizer_folder and not self._cached and writes_the_date(tokenizer_folder):
-                dated = f"{self._digest}-{date.today()}"  # of chats alone
-                self._cached = load_examples(self._cache, dated, say)
-        self._records: Sequence[Record] | None = None
-        if self._cached:  # the same bytes were found valid before
-            self.form = self._cached[0]
-        else:
-            self.form, self._records = read_records(path)
-        if dated and self.form == CHAT:
-            self._digest = dated
-            say(f"{path}: the chat template writes today's date (strftime_now); give it a fixed one to repeat the run")
+    `digest` names the examples in the folder `cache`; `checksum` is set by `examples`.
+    """
 
-    def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
-        """To be asked for once: the records are let go."""
-        examples = self._made(tokenizer, vocab_size, disable_bars)
-        longer = int((examples.lengths > self._limit).sum()) if self.form == TOKENIZED else 0
+    path: Path
+    limit: int
+    cache: Path
+    digest: str
+    form: str
+    cached: tuple[str, Examples, str] | None
+    records: Sequence[Record] | None
+    checksum: str = ""
+
+    def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None, say: Say) -> Examples:
+        """Return the examples. Call it once: the records are released. Raises InputError."""
+        examples = self._made(tokenizer, vocab_size, disable_bars, say)
+        longer = int((examples.lengths > self.limit).sum()) if self.form == TOKENIZED else 0
         if longer:
             say(
-                f"--model_max_length {self._limit}: {longer:,} records of {self._path} are longer, the longest of "
+                f"--model_max_length {self.limit}: {longer:,} records of {self.path} are longer, the longest of "
                 f"{examples.lengths.max():,} tokens, and stay whole: input_ids are taken as they are"
             )
         return examples
 
-    def _made(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None) -> Examples:
-        """Checked in any case: another model may have fewer rows."""
-        if self._cached:
-            _, examples, self.checksum = self._cached
-            check_examples(examples, vocab_size, str(self._path))
+    def _made(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None, say: Say) -> Examples:
+        """Return the examples, checked even if cached: another model may have fewer rows."""
+        if self.cached:
+            _, examples, self.checksum = self.cached
+            check_examples(examples, vocab_size, str(self.path))
             return examples
-        assert self._records is not None
-        examples = tokenized(self.form, self._records, tokenizer, self._limit, self._path, disable_bars)
-        self._records = None
-        examples = check_examples(examples, vocab_size, str(self._path))
-        self.checksum = save_examples(self._cache, self._digest, self.form, examples, say)
+        assert self.records is not None
+        examples = tokenized(
+            self.form, self.records, tokenizer, limit=self.limit, source=self.path, disable_bars=disable_bars
+        )
+        self.records = None
+        examples = check_examples(examples, vocab_size, str(self.path))
+        self.checksum = save_examples(self.cache, self.digest, self.form, examples, say)
         # Mapped from the file, they need no memory of the process.
-        saved = load_examples(self._cache, self._digest, say)
+        saved = load_examples(self.cache, self.digest, say)
         return saved[1] if saved else examples
+
+
+def _open_data(path: Path, args: Arguments, tokenizer_folder: Path | None, say: Say) -> _Data:
+    """Open a data file, or its examples in the cache. Raises InputError."""
+    limit = args.model_max_length
+    cache = Path(args.cache_dir) if args.cache_dir else cache_folder("data")
+    digest, cached, dated = "", None, ""
+    if path.expanduser().is_file():
+        digest = data_digest(path, tokenizer_folder, {"model_max_length": limit})
+        cached = load_examples(cache, digest, say)
+        if tokenizer_folder and not cached and writes_the_date(tokenizer_folder):
+            dated = f"{digest}-{date.today()}"  # of chats alone
+            cached = load_examples(cache, dated, say)
+    # Cached bytes were valid when they were read.
+    form, records = (cached[0], None) if cached else read_records(path)
+    if dated and form == CHAT:
+        digest = dated
+        say(
+            f"warning: the tokenizer's chat template writes today's date into {path} (strftime_now), so that a run on "
+            "another day trains on other tokens; replace the date in the template to repeat this run"
+        )
+    return _Data(path=path, limit=limit, cache=cache, digest=digest, form=form, cached=cached, records=records)
 
 
 def tokenized(
@@ -201,13 +255,13 @@ def tokenized(
     source: Path,
     disable_bars: bool | None = None,
 ) -> Examples:
-    """`tokenize` of the records of a file, with a bar."""
+    """Tokenize the records of a file, with a bar. Raises InputError."""
     with count_bar("tokenizing", len(records), "record", disable_bars) as bar:
         return tokenize(form, records, tokenizer, limit, bar.update, str(source))
 
 
-def _open_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
-    """The tokenizer, and how many tokens it has got."""
+def _open_tokenizer(folder: Path, vocab_size: int, say: Say) -> tuple[Tokenizer, int]:
+    """Return the tokenizer and the number of special tokens added to it. Raises InputError."""
     tokenizer = open_tokenizer(folder)
     if len(tokenizer) > vocab_size:
         raise InputError(
@@ -221,7 +275,7 @@ def _open_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, int]:
 
 
 def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples]:
-    """The first share of the examples, for evaluation, and the rest."""
+    """Return the first share of the examples, for evaluation, and the rest. Raises InputError."""
     count = round(len(examples) * percentage / 100)
     if not 0 < count < len(examples):
         raise InputError(
@@ -231,22 +285,24 @@ def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples
     return examples.split(count)
 
 
-def _resized(config: LlamaConfig, tokens: int, new_tokens: int, compat: str) -> LlamaConfig:
-    """The architecture with as many vocabulary rows as the tokenizer has tokens, as stanford_alpaca resizes it."""
-    made = f"; of new tokens, the last {new_tokens}, each the mean of those before" if new_tokens else ""
+def _resized(config: LlamaConfig, tokens: int, new_tokens: int, compat: str, say: Say) -> LlamaConfig:
+    """Return the architecture with a vocabulary row for each token, as stanford_alpaca resizes it."""
+    added = f"the tokenizer gets {new_tokens} special token(s) that it lacked; " if new_tokens else ""
+    start = ", the new ones starting as the mean of the others" if new_tokens else ""
     if tokens == config.vocab_size:
         if new_tokens:
-            say(f"vocabulary: {tokens} rows{made}")
+            say(f"vocabulary: {added}the model has {tokens} rows for its tokens{start}")
         return config
     # Resizing gives transformers 4.37 a new embedding, without the old one's padding_idx.
     pad_token_id = None if compat == "4.37" else config.pad_token_id
-    say(f"vocabulary: {config.vocab_size} rows become {tokens}, as many as the tokenizer has tokens{made}")
+    size = f"{'grows' if tokens > config.vocab_size else 'shrinks'} from {config.vocab_size} to {tokens} rows"
+    say(f"vocabulary: {added}the model's vocabulary {size}, one for each token{start}")
     return dataclasses.replace(config, vocab_size=tokens, pad_token_id=pad_token_id)
 
 
 def kept_steps(steps: Sequence[int], limit: int | None, best: int | None = None) -> list[int]:
-    """The steps that the HF Trainer's rotation leaves of those saved: the newest and the best, and then more of the
-    newest up to `limit` (None or 0: all)."""
+    """Return the steps to keep by the HF Trainer's rotation: the newest and the best, then more of the newest up to
+    `limit` (None or 0: all)."""
     steps = sorted(steps)
     if not limit or limit < 0:
         return steps

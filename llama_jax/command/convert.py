@@ -1,0 +1,52 @@
+"""Convert an HF folder (or a .gguf file) to a Flax checkpoint, and back with --to_hf."""
+
+import argparse
+from pathlib import Path
+
+from llama_jax.base.errors import InputError, Parser
+from llama_jax.base.files import make_output_dir
+from llama_jax.reporting.progress import say
+
+
+def main(argv: list[str]) -> int:
+    """Run `convert_torch_to_flax.py` and return its exit code. Raises InputError."""
+    args = parse(argv)
+    # JAX is imported once the flags are good, so that --help answers at once.
+    from llama_jax.distributed.platform import set_up_jax
+    from llama_jax.hf.convert import to_flax, to_hf
+    from llama_jax.hf.source import Source, numpy_dtype, refuse_other_kind
+
+    set_up_jax(use_cpu=True)
+    dtype = numpy_dtype(args.dtype) if args.dtype else None
+    source = Source(Path(args.model_name_or_path), args.allow_pickle)
+    for note in source.notes:
+        say(note)
+    if args.to_hf and not source.is_flax:
+        raise InputError(f"{source.folder}: --to_hf takes a folder made by this program; this one is HF's already")
+    if source.is_flax and not args.to_hf:
+        raise InputError(f"{source.folder}: is a Flax folder already; --to_hf makes an HF folder of it")
+    folder = Path(args.output_dir).expanduser()
+    if folder.resolve() == source.folder.resolve():
+        raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
+    refuse_other_kind(folder, flax=not args.to_hf)
+    make_output_dir(folder)
+    different = (to_hf if args.to_hf else to_flax)(source, folder, dtype, args.verify)
+    if different:
+        say(f"error: {len(different)} tensors differ after writing: {', '.join(different[:4])}")
+        return 1
+    say(f"done: {source.folder} -> {folder}")
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the flags of a command line. Raises InputError."""
+    parser = Parser(prog="convert_torch_to_flax.py", description=__doc__)
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="HF folder or .gguf file; with --to_hf a Flax folder"
+    )
+    parser.add_argument("--output_dir", required=True, help="folder to write")
+    parser.add_argument("--to_hf", action="store_true", help="write an HF folder from a Flax one")
+    parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")
+    parser.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 digests")
+    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
+    return parser.parse_args(argv)

@@ -1,0 +1,19 @@
+"""Run `train_jax.py`: parse the flags, then plan a dry run, explain, or train."""
+
+import time
+
+from llama_jax.setup.arguments import parse_arguments
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and return its exit code. Raises InputError."""
+    started = time.monotonic()
+    args = parse_arguments(argv)
+    # JAX is imported once the flags are good: its platform may be one of them.
+    if args.dry_run:
+        from llama_jax.plan.dry_run import dry_run
+
+        return dry_run(args)
+    from llama_jax.run import trainer
+
+    return trainer.print_explanation(args) if args.explain else trainer.train(args, started)

@@ -1,0 +1,75 @@
+"""Convert an opened model: an HF folder (or GGUF) to a Flax folder, and back."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax.base.files import write_json
+from llama_jax.data.tokenizer import copy_tokenizer
+from llama_jax.distributed import sharding, storage
+from llama_jax.hf.names import name_table
+from llama_jax.hf.readers import open_checkpoint
+from llama_jax.hf.source import FLAX_JSON, Source, compare_digests, dtype_summary, numpy_dtype
+from llama_jax.hf.writer import hf_tensors, write_config, write_weights
+from llama_jax.model.definition import define
+from llama_jax.model.llama import RunOptions
+from llama_jax.reporting.progress import byte_bar, say
+
+Tensors = Iterable[tuple[str, np.ndarray]]
+
+
+def to_flax(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
+    """Write a Flax folder; return the names of tensors that differ from the source's, found only if `verify`."""
+    mesh, run = sharding.make_mesh(), RunOptions(param_dtype=dtype or np.dtype(np.float32))
+    tokenizer = source.tokenizer_to_copy()
+    with byte_bar("reading weights", source.bytes) as bar:
+        params = source.load(run, mesh, bar.update)
+    (folder / FLAX_JSON).unlink(missing_ok=True)  # written last: without it this is no Flax folder
+    storage.save_params(folder, params)
+    del params
+    summary = dtype_summary(source.dtypes)
+    write_config(folder, source.folder, source.raw, source.config, numpy_dtype(summary["dtype"]))
+    copy_tokenizer(tokenizer, folder)
+    write_json(folder / FLAX_JSON, {"stored_dtype": run.param_dtype.name, **summary})
+    if not verify:
+        return []
+    saved = storage.load_params(folder, define(source.config, run, mesh).params)
+    read = ((name, source.tensors[name].read(())) for name, _ in hf_tensors(saved, source.config))
+    return compare(source, read, lambda name: run.param_dtype, hf_tensors(saved, source.config))
+
+
+def to_hf(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
+    """Write an HF folder, each tensor in `dtype` or the type of its original file; return the names of tensors that
+    differ on disk, found only if `verify`."""
+    dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
+    params = source.load(RunOptions(param_dtype=source.stored_dtype), sharding.make_mesh())
+    size = sum(math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(source.config).items())
+    with byte_bar("writing weights", size) as bar:
+        write_weights(folder, params, source.config, dtypes, bar.update)
+    write_config(folder, source.folder, source.raw, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
+    copy_tokenizer(source.folder, folder)
+    if not verify:
+        return []
+    written = open_checkpoint(folder).tensors
+    actual = ((name, written[name].read(())) for name in dtypes)
+    return compare(source, hf_tensors(params, source.config), dtypes.__getitem__, actual)
+
+
+def compare(source: Source, original: Tensors, dtype_of: Callable[[str], np.dtype], actual: Tensors) -> list[str]:
+    """Return the names of tensors that are not the original's in the type to store; report the digest if all are."""
+    rounded = set()
+
+    def expected() -> Iterator[tuple[str, np.ndarray]]:
+        for name, array in original:
+            stored = array.astype(dtype_of(name), copy=False)
+            if stored is not array and not np.array_equal(stored.astype(array.dtype), array):
+                rounded.add(stored.dtype.name)
+            yield name, stored
+
+    count, digest, different = compare_digests(expected(), actual)
+    if not different:
+        after = f" after rounding to {' and '.join(sorted(rounded))}" if rounded else ""
+        say(f"verified: {count} tensors read back equal to those of {source.folder}{after}; SHA-256 over all {digest}")
+    return different

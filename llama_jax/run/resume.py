@@ -1,0 +1,136 @@
+"""Choose the checkpoint to resume from; define, read and compare the JSON that a checkpoint keeps beside its state."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_jax.base.errors import InputError
+from llama_jax.model.config import LlamaConfig
+from llama_jax.reporting.progress import say
+from llama_jax.run.checkpoint import find_foreign, find_steps
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job
+
+# Actions after an update, in the HF Trainer's order: first by steps, then at an epoch's end. Checkpoints hold the names
+# of those left to do; before 2026-11-28, the number of those done. So neither names nor places may change.
+ACTIONS = ("steps/log", "steps/evaluate", "steps/save", "epoch/log", "epoch/evaluate", "epoch/save")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Hold the properties of a run that a resumed run is compared with.
+
+    Checkpoints written before 2026-11-26 have no `data`, and those before 2026-11-25 no `model`.
+    """
+
+    dtype: str
+    optim: str
+    order: dict[str, Any]
+    scan_layers: bool
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: str = ""
+
+    @classmethod
+    def of(cls, job: Job, *, dtype: str, scan_layers: bool) -> "Facts":
+        """Return the facts of a run whose parameters are of `dtype`."""
+        return cls(
+            dtype=dtype,
+            optim=job.args.optim,
+            order=job.order.facts(),
+            scan_layers=scan_layers,
+            model=as_json_values(job.config),
+            data=job.data_digest,
+        )
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """Hold the JSON of a checkpoint.
+
+    `left` names the actions of `ACTIONS` that are still due at the checkpoint's update. `schedule` is
+    `Schedule.state()`; `log_window` is `RunLog.window`, None in checkpoints written before 2026-11-26.
+    """
+
+    facts: Facts
+    trainer_state: dict[str, Any]
+    left: tuple[str, ...]
+    schedule: dict[str, Any]
+    log_window: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "SavedRun":
+        """Read the JSON of any checkpoint since the first release."""
+        facts = {f.name: values[f.name] for f in dataclasses.fields(Facts) if f.name in values}
+        left = values.get("left", ACTIONS[values.get("done", len(ACTIONS)) :])
+        return cls(Facts(**facts), values["trainer_state"], tuple(left), values["schedule"], values.get("log_window"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON to write. The values are copies: a checkpoint is written while the run goes on."""
+        values = dataclasses.asdict(self)
+        return {**values.pop("facts"), **values, "left": list(self.left)}
+
+
+def as_json_values(config: LlamaConfig) -> dict[str, Any]:
+    """Return the architecture as JSON reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def choose_step(args: Arguments, output_dir: Path) -> int:
+    """Return the step of the checkpoint to resume from, 0 for none. Raises InputError."""
+    if foreign := find_foreign(output_dir):
+        raise InputError(
+            f"{output_dir}/{foreign[-1]}: is not a checkpoint of this program (the HF Trainer's?); move it away, or "
+            "choose another --output_dir"
+        )
+    wanted, steps = args.resume_from_checkpoint, find_steps(output_dir)
+    if wanted and wanted.lower() == "auto":
+        return steps[-1] if steps else 0
+    if wanted and wanted.lower() not in ("false", "no", "0"):
+        return _named_step(wanted, steps, output_dir)
+    if steps and not args.overwrite_output_dir:
+        raise InputError(
+            f"{output_dir} already holds checkpoint-{steps[-1]}: go on with --resume_from_checkpoint True, or start "
+            "anew with --overwrite_output_dir True, which removes it"
+        )
+    return 0
+
+
+def _named_step(wanted: str, steps: list[int], output_dir: Path) -> int:
+    """Return the step of `--resume_from_checkpoint True` or PATH. Raises InputError."""
+    if wanted.lower() in ("true", "yes", "1"):
+        if not steps:
+            raise InputError(f"--resume_from_checkpoint True: no checkpoint in {output_dir}; auto starts anew then")
+        return steps[-1]
+    path = Path(wanted).expanduser()
+    name = path.name.removeprefix("checkpoint-")
+    if path.parent.resolve() != output_dir.resolve() or not name.isdigit() or int(name) not in steps:
+        raise InputError(f"--resume_from_checkpoint {wanted}: not one of the checkpoints in {output_dir}: {steps}")
+    return int(name)
+
+
+def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
+    """Refuse a checkpoint that this run cannot continue; report differences that it can. Raises InputError."""
+    then = saved.facts
+    for flag, was, now, held in (
+        ("dtype", then.dtype, facts.dtype, "parameters in"),
+        ("optim", then.optim, facts.optim, "the state of"),
+    ):
+        if was != now:
+            raise InputError(f"{name} holds {held} {was}: resume it with --{flag} {was}")
+    for key, value in then.model.items():
+        if facts.model[key] != value:
+            both = f"{key} {value}, this one {facts.model[key]}"
+            raise InputError(f"{name} holds another model: it has {both}; give --model_name_or_path the same as then")
+    updates = facts.order["updates"]
+    if saved.trainer_state["global_step"] > updates:
+        raise InputError(f"{name} is past the {updates} updates of this run: raise --num_train_epochs or --max_steps")
+    if then.data and then.data != facts.data:
+        say(f"warning: {name} was made with other examples: other data, another tokenizer or --model_max_length")
+    for key, value in facts.order.items():
+        if then.order.get(key) != value:
+            say(f"warning: {name} was made with {key} {then.order.get(key)}, this run has {value}")
+    if then.scan_layers != facts.scan_layers:
+        say(f"--scan_layers: {then.scan_layers}, as in {name}")

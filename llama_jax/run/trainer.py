@@ -1,0 +1,412 @@
+"""Train by the flags in four phases: prepare, restore or load, make the updates, export."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.base.files import make_output_dir
+from llama_jax.data.tokenizer import copy_tokenizer
+from llama_jax.distributed import processes, sharding
+from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
+from llama_jax.hf.load import resize_vocabulary
+from llama_jax.hf.names import name_table
+from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
+from llama_jax.hf.writer import write_config, write_weights
+from llama_jax.model.definition import merge
+from llama_jax.model.roles import Params
+from llama_jax.plan import explain
+from llama_jax.plan.planner import Plan, Planner, choose_scan
+from llama_jax.reporting.progress import byte_bar, say, show, silence, update_bar
+from llama_jax.reporting.run_log import RunLog, UpdateMetrics
+from llama_jax.reporting.trainer_state import TrainerState
+from llama_jax.run.checkpoint import Checkpoints, read_run, remove_steps
+from llama_jax.run.evaluation import Evaluation
+from llama_jax.run.events import Milestones
+from llama_jax.run.resume import Facts, SavedRun, choose_step, compare_with_saved
+from llama_jax.run.signals import catch_stop
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job, make_job
+from llama_jax.training.fit import fit
+from llama_jax.training.state import SavedState, TrainState, complete, init_state
+from llama_jax.training.step import LossStep, make_loss_step
+
+STOPPED = 143  # exit code of a run that a signal stopped, after saving
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Hold the parts of a run that are settled before weights are read.
+
+    `resume_step` is the step of the checkpoint to resume and `saved` its JSON; 0 and None in a new run.
+    """
+
+    args: Arguments
+    platform: str
+    output_dir: Path
+    mesh: Mesh
+    source: Source
+    job: Job
+    facts: Facts
+    planner: Planner
+    resume_step: int
+    saved: SavedRun | None
+
+    @property
+    def quiet(self) -> bool | None:
+        """Return True where bars are switched off; None leaves the choice to tqdm."""
+        return self.args.disable_tqdm or None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Hold a prepared run with its compiled programs, its evaluation (None for none) and its log."""
+
+    prepared: Prepared
+    plan: Plan
+    loss_step: LossStep
+    evaluation: Evaluation | None
+    log: TrainerState
+
+
+def train(args: Arguments, started: float) -> int:
+    """Train by the flags and return the exit code. `started` is `time.monotonic()` at the command's start.
+
+    Raises InputError.
+    """
+    prepared = prepare(args)
+    job, planner, output_dir = prepared.job, prepared.planner, prepared.output_dir
+    limit = processes.least(memory_limit())
+    say_header(prepared)
+    # Read now: a problem with the tokenizer is reported before the run, not after it.
+    tokenizer_folder = prepared.source.tokenizer_to_copy() if job.tokenizer is None else None
+    planner.check_room(limit)
+
+    run, checkpoints, state = (restore if prepared.saved else load)(prepared, limit)
+
+    state, run_log, finished = make_updates(run, checkpoints, state, started)
+    checkpoints.wait()
+    say_speed(run_log)
+    if not finished:
+        checkpoints.close()
+        say_stopped(run.log.values["global_step"])
+        return STOPPED
+    run_log.finish()
+
+    params, frozen, best = state.whole_params, state.frozen, run.log.best_step
+    if best and args.load_best_model_at_end and best != job.order.updates:
+        metric = f"{args.best_metric_key} {run.log.values['best_metric']:.6g}"
+        say(f"the exported model is the best one, checkpoint-{best}: {metric}")
+        del state, params  # frees the devices' memory for the restored state
+        params = merge(checkpoints.restore_state(best, planner.saved).params, frozen)
+    if best and args.save_total_limit == 1:
+        checkpoints.keep_only(best)
+    checkpoints.close()
+    export(prepared, params, np.dtype(run.plan.run.param_dtype), tokenizer_folder)
+    if processes.is_first():
+        run.log.save(output_dir)
+    processes.exchange("exported")
+    say(f"done: the trained model is in {output_dir} (a Hugging Face folder)")
+    return 0
+
+
+def print_explanation(args: Arguments) -> int:
+    """Print `--explain`'s description of the run, and return the exit code. Nothing compiles. Raises InputError."""
+    prepared = prepare(args)
+    planner = prepared.planner
+    plan = planner.make(planner.options(processes.least(memory_limit()))[0])
+    described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype)
+    show(explain.as_json(described) if args.explain == "json" else explain.as_text(described))
+    return 0
+
+
+# -- Prepare ----------------------------------------------------------------------------------------------------------
+
+
+def prepare(args: Arguments) -> Prepared:
+    """Join the other processes and settle the run; all processes raise the same InputError."""
+    processes.join(args.coordinator_address, args.num_processes, args.process_id)
+    platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
+    if not processes.is_first():
+        silence()
+    for note in args.notes(platform):
+        say(note)
+    with processes.agreed():
+        prepared = _prepared_alone(args, platform)
+    facts = dataclasses.asdict(prepared.facts)
+    processes.same({"--output_dir's last checkpoint": prepared.resume_step, **facts, **args.decisive})
+    if not args.explain:
+        processes.check_shared(prepared.output_dir)
+    if args.show_examples and processes.is_first():
+        out = sys.stderr if args.explain == "json" else sys.stdout
+        print(explain.show_examples(prepared.job, args.show_examples, explain.wants_colour(out)), file=out)
+    return prepared
+
+
+def _prepared_alone(args: Arguments, platform: str) -> Prepared:
+    """Settle the run as this process sees it: mesh, model, data, checkpoint to resume, planner. Raises InputError."""
+    mesh = sharding.make_mesh(spec=args.mesh)
+    output_dir, resume_step, saved = Path(args.output_dir).expanduser(), 0, None
+    if not args.explain:
+        refuse_other_kind(output_dir, flax=False)
+        make_output_dir(output_dir)
+        resume_step = choose_step(args, output_dir)
+    source = Source(Path(args.model_name_or_path), args.allow_pickle)
+    for note in source.notes:
+        say(note)
+    ways, quiet = sharding.batch_ways(mesh), args.disable_tqdm or None
+    job = make_job(args, source.config, lambda: source.tokenizer_folder, ways, disable_bars=quiet)
+    dtype = args.dtype or training_dtype(source, args.hf_compat)
+    facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(args, job.config, platform))
+    if resume_step:
+        saved = SavedRun.from_json(read_run(output_dir, resume_step))
+        compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
+        facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
+    planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
+    say(planner.attention_line)
+    return Prepared(
+        args=args,
+        platform=platform,
+        output_dir=output_dir,
+        mesh=mesh,
+        source=source,
+        job=job,
+        facts=facts,
+        planner=planner,
+        resume_step=resume_step,
+        saved=saved,
+    )
+
+
+# -- Restore or load --------------------------------------------------------------------------------------------------
+
+
+def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, TrainState]:
+    """Resume a checkpoint: read its state while the programs compile, and continue its log and schedule."""
+    assert prepared.saved is not None
+    output_dir, step = prepared.output_dir, prepared.resume_step
+
+    def read() -> tuple[Checkpoints, SavedState, Params]:
+        checkpoints, frozen = open_checkpoints(prepared), prepared.planner.definition.frozen
+        restored = checkpoints.restore_state(step, prepared.planner.saved)
+        return checkpoints, restored, read_weights(prepared, like=frozen) if frozen else {}
+
+    plan, (checkpoints, restored, frozen) = compile_while(read, prepared.planner, limit)
+    run = make_run(prepared, plan)
+    run.log.resume(prepared.saved.trainer_state, output_dir)
+    prepared.job.schedule.load(prepared.saved.schedule)
+    state = complete(restored, frozen, plan.tx, plan.definition, prepared.mesh)
+    say(f"resumed from {output_dir / f'checkpoint-{step}'}")
+    return run, checkpoints, state
+
+
+def load(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, TrainState]:
+    """Start a new run: read the model's weights while the programs compile, and remove an earlier run's checkpoints."""
+    plan, params = compile_while(lambda: read_weights(prepared), prepared.planner, limit)
+    run = make_run(prepared, plan)
+    if processes.is_first():
+        remove_steps(prepared.output_dir)
+    processes.exchange("removed")
+    checkpoints = open_checkpoints(prepared)
+    return run, checkpoints, init_state(params, plan.tx, plan.definition, prepared.mesh)
+
+
+def read_weights(prepared: Prepared, like: Params | None = None) -> Params:
+    """Return the model's parameters with the rows of the job's vocabulary; only those of `like` where it is given."""
+    job, mesh, source = prepared.job, prepared.mesh, prepared.source
+    with byte_bar("reading weights", source.bytes, prepared.quiet) as bar:
+        params = source.load(prepared.planner.run, mesh, bar.update, like)
+    if job.new_tokens or job.config.vocab_size != source.config.vocab_size:
+        return resize_vocabulary(params, job.config, job.new_tokens, mesh)
+    return params
+
+
+def compile_while(read: Callable[[], T], planner: Planner, limit: int | None) -> tuple[Plan, T]:
+    """Compile the run's programs in a thread while `read` runs; return the plan and the result of `read`."""
+    say("compiling the training step while the weights are read; a first start takes longer, later ones use the cache")
+    with ThreadPoolExecutor(1) as background:
+        planning = background.submit(planner.settle, limit, say)
+        result = read()
+        plan = planning.result()
+    if len({*processes.exchange(repr(plan.option))}) > 1:
+        raise RuntimeError("the processes' compilers came to different block sizes: give --max_tokens_per_device")
+    return plan, result
+
+
+def open_checkpoints(prepared: Prepared) -> Checkpoints:
+    """Open the run's `checkpoint-N` folders for saving and restoring."""
+    limit = prepared.args.save_total_limit
+    return Checkpoints(prepared.output_dir, limit, abstract=prepared.planner.saved, first=prepared.resume_step)
+
+
+def make_run(prepared: Prepared, plan: Plan) -> Run:
+    """Add the evaluation and the log to a plan, and report the blocks that its updates take."""
+    args, job = prepared.args, prepared.job
+    shapes = ", ".join(f"{rows}x{length}" for rows, length in plan.batches.shapes)
+    most = plan.batches.block_counts.max()
+    say(f"examples are packed: at most {most} block(s) an update, of {shapes} tokens; --remat {plan.run.remat}")
+    loss_step = make_loss_step(plan.definition.graphdef, job.config.vocab_size, args.label_smoothing_factor)
+    evaluation = make_evaluation(prepared, loss_step, plan.option.max_tokens)
+    log = TrainerState(
+        args.hf_compat,
+        max_steps=job.order.updates,
+        num_train_epochs=job.num_train_epochs,
+        train_batch_size=args.per_device_train_batch_size,
+        logging_steps=args.every("logging", job.order.updates),
+        eval_steps=args.every("eval", job.order.updates),
+        save_steps=args.every("save", job.order.updates),
+        greater_is_better=bool(args.greater_is_better),
+    )
+    return Run(prepared=prepared, plan=plan, loss_step=loss_step, evaluation=evaluation, log=log)
+
+
+def make_evaluation(prepared: Prepared, loss_step: LossStep, max_tokens: int) -> Evaluation | None:
+    """Return the evaluation where the flags ask for one, in groups of at most `max_tokens` tokens a device."""
+    args, job = prepared.args, prepared.job
+    if job.eval_examples is None or not job.order.evaluated:
+        return None
+    evaluation = Evaluation(
+        job.eval_examples,
+        loss_step,
+        prepared.mesh,
+        compat=args.hf_compat,
+        batch_size=args.per_device_eval_batch_size,
+        drop_last=args.dataloader_drop_last,
+        nan_filter=args.logging_nan_inf_filter,
+        max_tokens=max_tokens,
+        disable_bar=prepared.quiet,
+    )
+    if evaluation.has_nan:
+        say("warning: an evaluation batch has no trained tokens; the HF Trainer's loss of it is NaN")
+    return evaluation
+
+
+# -- Make the updates -------------------------------------------------------------------------------------------------
+
+
+def make_updates(
+    run: Run, checkpoints: Checkpoints, state: TrainState, started: float
+) -> tuple[TrainState, RunLog, bool]:
+    """Make the updates that are left; return the last state, the log, and whether the run is finished."""
+    prepared, plan = run.prepared, run.plan
+    args, job, first = prepared.args, prepared.job, prepared.resume_step
+    stop = catch_stop()
+    with update_bar(job.order.updates, first, prepared.quiet) as bar:
+        run_log = RunLog(
+            run.log,
+            plan.batches,
+            rate=job.schedule.rate,
+            due=steps_to_log(job),
+            flops_per_token=6.0 * job.config.num_non_embedding_parameters,
+            bar=bar,
+            nan_filter=args.logging_nan_inf_filter,
+            tokens_seen=args.include_num_input_tokens_seen,
+            window=prepared.saved.log_window if prepared.saved else None,
+        )
+
+        def on_update(metrics: UpdateMetrics) -> None:
+            if metrics.step == first + 1:
+                say(f"first update done {time.monotonic() - started:.1f} s after the start")
+            run_log.on_update(metrics)
+
+        milestones = Milestones(
+            job=job,
+            loss_step=run.loss_step,
+            evaluation=run.evaluation,
+            mesh=prepared.mesh,
+            run_log=run_log,
+            checkpoints=checkpoints,
+            facts=prepared.facts,
+            output_dir=prepared.output_dir,
+            stop=stop,
+            first=first,
+            left=prepared.saved.left if prepared.saved else (),
+        )
+        stopping = milestones.begin(state)
+        state = fit(
+            state,
+            plan.steps,
+            plan.batches,
+            prepared.mesh,
+            range(first, first if stopping else job.order.updates),
+            learning_rate=job.schedule.rate,
+            on_update=on_update,
+            due=milestones.due,
+            on_due=milestones.reach,
+            stop=stop,
+        )
+    finished = not milestones.unfinished and run.log.values["global_step"] == job.order.updates
+    return state, run_log, finished
+
+
+def steps_to_log(job: Job) -> Callable[[int], bool]:
+    """Return the rule for log lines by steps. Lines of `--logging_strategy epoch` are written by `Milestones`."""
+    if job.args.logging_strategy == "epoch":
+        return lambda step: job.args.logging_first_step and step == 1
+    return job.log_at
+
+
+# -- Export -----------------------------------------------------------------------------------------------------------
+
+
+def export(prepared: Prepared, params: Params, dtype: np.dtype, tokenizer_folder: Path | None) -> None:
+    """Write the HF folder: weights in `dtype`, config, and the job's tokenizer, or the files of `tokenizer_folder`."""
+    job, source, output_dir = prepared.job, prepared.source, prepared.output_dir
+    with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, prepared.quiet) as bar:
+        write_weights(output_dir, params, job.config, dict.fromkeys(name_table(job.config), dtype), bar.update)
+    if not processes.is_first():
+        return
+    write_config(output_dir, source.folder, source.raw, job.config, dtype)
+    if job.tokenizer is not None:
+        job.tokenizer.save(output_dir)
+    else:
+        copy_tokenizer(tokenizer_folder, output_dir)
+
+
+# -- Lines for the user -----------------------------------------------------------------------------------------------
+
+
+def say_header(prepared: Prepared) -> None:
+    """Report the model, the devices and the length of the run."""
+    args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
+    computed = "bfloat16" if args.bf16 else dtype
+    say(f"model: {job.config.num_parameters:,} parameters in {dtype}, matrix products in {computed}")
+    say(
+        f"devices: {mesh.size} {prepared.platform} device(s) of {jax.process_count()} process(es), "
+        f"mesh {sharding.describe_mesh(mesh)}"
+    )
+    say(
+        f"training: {len(job.examples):,} examples, {job.order.updates:,} updates, "
+        f"the learning rate rising for {job.warmup_updates:,} (warm-up)"
+    )
+
+
+def say_speed(run_log: RunLog) -> None:
+    """Report the speed after the first update, where there were several, and the devices' memory, where known."""
+    rate, median, made_in = run_log.speed()
+    peak = peak_memory()
+    figures = []
+    if rate:
+        packing = f"{1000 * made_in:,.1f} ms on the host to pack its examples"
+        figures = [f"speed: {rate:,.0f} tokens/s, median update {1000 * median:,.0f} ms ({packing})"]
+    if peak:
+        figures.append(f"peak device memory {peak / 2**30:.1f} GiB")
+    if figures:
+        say(", ".join(figures))
+
+
+def say_stopped(step: int) -> None:
+    """Report where a stopped run ended, and how to continue."""
+    if step:
+        say(f"stopped after update {step}, saved as checkpoint-{step}; go on with --resume_from_checkpoint True")
+    else:
+        say("stopped before the first update: nothing is saved")
