@@ -151,6 +151,10 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "no folder": (lambda c: c.flags.update(model_name_or_path=c.folder / "nowhere"), ["nowhere", "no such folder"]),
     "a name of the hub": (lambda c: c.flags.update(model_name_or_path="org/model"), ["org/model", "does not download"]),
     "empty folder": (lambda c: c.flags.update(model_name_or_path=c.folder), ["no config.json"]),
+    "a file of the folder": (
+        lambda c: c.flags.update(model_name_or_path=c.model / "model.safetensors"),
+        ["is one file of an HF model", "give the folder: --model_name_or_path"],
+    ),
     "no weights": (lambda c: (c.model / "model.safetensors").unlink(), ["model.safetensors"]),
     "truncated safetensors": (lambda c: truncate(c.model / "model.safetensors", 0.7), ["model/model.safetensors"]),
     "empty safetensors": (lambda c: truncate(c.model / "model.safetensors", 0), ["model/model.safetensors"]),
@@ -188,7 +192,7 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "tokenizer larger than the embedding": (spoil_tokenizer, ["small", "259", "100"]),
     # The data.
     "no data": (lambda c: c.flags.update(data_path=c.folder / "nowhere.json"), ["nowhere.json", "no such"]),
-    "data is a folder": (lambda c: c.flags.update(data_path=c.folder), ["no such data file"]),
+    "data is a folder": (lambda c: c.flags.update(data_path=c.folder), ["is a folder", "name the data file in it"]),
     "empty data": (lambda c: c.records(""), ["alpaca.json", "empty"]),
     "blank data": (lambda c: c.records(" \n\n"), ["alpaca.json", "empty"]),
     "no records": (lambda c: c.records("[]"), ["alpaca.json", "no records"]),

@@ -94,6 +94,7 @@ def test_larger_ones_that_do_not_divide_the_model(tmp_path: Path) -> None:
     raw = {**CONFIG, "hidden_size": 6147, "intermediate_size": 160_000, "num_hidden_layers": 3, "head_dim": 128}
     outcome = dry_run(tmp_path, raw, "--dry_run", "h100:1")
     assert outcome.code == 3 and outcome.out.strip().endswith("fits, nor any larger h100"), (outcome.out, outcome.err)
+    assert outcome.err.count("data: ") == outcome.err.count("attention kernel: cudnn") == 1  # not of each plan tried
 
 
 @pytest.mark.slow
@@ -153,7 +154,7 @@ def test_what_a_tpu_sends(libtpu: None, tmp_path: Path) -> None:
     args = parse_arguments([*flags, *FLAGS])
     topology = find_topology("v5e-4")
     source = Source(tmp_path / "model", weights=False)
-    planner = make_planner(args, source, topology, topology.devices(), True)
+    planner = make_planner(args, source, topology, topology.devices())
     plan = planner.make(Option(2048, "full"))
     plan.compile(plan.largest_block, planner.mesh)
     program = Program(plan.steps.programs[plan.largest_block].as_text())

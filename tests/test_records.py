@@ -266,7 +266,7 @@ OF_OTHER_KINDS = (b"instruction,output\na,b\n", gzip.compress(b"[]"), b"{'text':
     ("make", "says"),
     [
         (missing, "no such data file"),
-        (folder, "no such data file"),
+        (folder, "is a folder; name the data file in it"),
         (content(b""), "empty"),
         (content(b" \n\n\t "), "empty"),
         (content(b"[]"), "no records"),

@@ -49,6 +49,8 @@ def read_records(path: Path) -> tuple[str, Sequence[Record]]:
     InputError that names the file and the record by number, from 1.
     """
     path = path.expanduser()
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name the data file in it (JSON, JSONL, parquet or .txt)")
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
     records = _open(path)

@@ -32,6 +32,8 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     path = path.expanduser()
     if not path.exists():
         raise InputError(f"{path}: no such folder (this program does not download; give a folder with an HF model)")
+    if path.is_file() and (path.suffix in (".safetensors", ".json") or path.name.startswith("pytorch_model")):
+        raise InputError(f"{path}: is one file of an HF model; give the folder: --model_name_or_path {path.parent}")
     gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if path.is_file() or (gguf and not (path / "config.json").exists()):
         if len(gguf) > 1:
