@@ -141,7 +141,15 @@ def test_nan_filter(nan_filter: bool, ranks: int, every: int) -> None:
     state = TrainerState(
         "4.37", max_steps=9, num_train_epochs=3, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
     )
-    log = RunLog(state, batches, lambda k: 0.0, lambda step: step % every == 0, 0.0, NoBar(), nan_filter)
+    log = RunLog(
+        state,
+        batches,
+        rate=lambda k: 0.0,
+        due=lambda step: step % every == 0,
+        flops_per_token=0.0,
+        bar=NoBar(),
+        nan_filter=nan_filter,
+    )
     expected, running, last_logged = [], np.zeros(ranks), 0
     for k in range(order.updates):
         parts = weighted(batches, k)

@@ -29,8 +29,24 @@ def show(line: str) -> None:
         tqdm.write(line)
 
 
-def _bar(disable: bool | None, **options: Any) -> Any:
-    return tqdm(disable=True if _silent else disable, **options)
+class _UpdateBar(tqdm):
+    """Leave the first update, which compiles, out of the rate and the time left."""
+
+    _compiled = False
+
+    def update(self, n: float | None = 1) -> bool | None:
+        if self._compiled or self.disable:
+            return super().update(n)
+        self._compiled = True
+        self.n += n or 0
+        self.initial = self.last_print_n = self.n
+        self.unpause()  # restarts the clock, as nothing was counted since the start
+        self.refresh()
+        return True
+
+
+def _bar(disable: bool | None, kind: type[tqdm] = tqdm, **options: Any) -> Any:
+    return kind(disable=True if _silent else disable, **options)
 
 
 def byte_bar(what: str, total: int, disable: bool | None = None) -> Any:
@@ -43,7 +59,7 @@ def count_bar(what: str, total: int, unit: str, disable: bool | None = None) -> 
 
 def update_bar(total: int, initial: int, disable: bool | None = None) -> Any:
     """The bar of a training run: updates done, time left, and what `set_postfix` is told."""
-    return _bar(disable, total=total, initial=initial, unit="update", dynamic_ncols=True, smoothing=0.05)
+    return _bar(disable, _UpdateBar, total=total, initial=initial, unit="update", dynamic_ncols=True, smoothing=0.05)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,18 @@ class UpdateMetrics(NamedTuple):
     micro_losses: Callable[[], np.ndarray]
 
 
+class Speed(NamedTuple):
+    """Hold the speed of a run after its first update, which compiles.
+
+    `update_seconds` is the median time of an update. `block_seconds` is the host's median time to make an update's
+    blocks; the devices compute the previous update meanwhile.
+    """
+
+    tokens_per_second: float
+    update_seconds: float
+    block_seconds: float
+
+
 class RunLog:
     """Takes each update's metrics; writes the HF Trainer's log lines to the standard output and drives the bar.
 
@@ -37,6 +49,7 @@ class RunLog:
         self,
         state: TrainerState,
         batches: Batches,
+        *,
         rate: Callable[[int], float],
         due: Callable[[int], bool],
         flops_per_token: float,
@@ -81,8 +94,9 @@ class RunLog:
         self._made_in.append(metrics.made_in)
         modern = order.compat == "5"
         lr = float(self.rate(step - 1 if modern else step))
-        speed = f"{self._recent_speed():,.0f} tok/s"
-        self.bar.set_postfix_str(f"loss {metrics.loss:.4f}, lr {lr:.2e}, {speed}", refresh=False)
+        speed = self._recent_speed()
+        postfix = f"loss {metrics.loss:.4f}, lr {lr:.2e}" + (f", {speed:,.0f} tok/s" if speed else "")
+        self.bar.set_postfix_str(postfix, refresh=False)
         self.bar.update(1)
         self._now = {"grad_norm": metrics.grad_norm} if modern else {}
         self._now["learning_rate"] = lr
@@ -142,18 +156,19 @@ class RunLog:
     def _seen(self) -> dict[str, float]:
         return {} if self.tokens_seen == "no" else {"num_input_tokens_seen": self._tokens + self._tokens_ahead}
 
-    def speed(self) -> tuple[float, float, float]:
-        """Real tokens a second since the first update (which compiled) was done, the median seconds an update, and the
-        median seconds that the host takes to make one's blocks, while the devices are at the one before."""
-        if len(self._done_at) < 2:
-            return 0.0, 0.0, 0.0
-        times = np.asarray([t for t, _ in self._done_at])
-        tokens = sum(n for _, n in self._done_at[1:])
-        rate = tokens / max(times[-1] - times[0], 1e-9)
-        return rate, float(np.median(np.diff(times))), float(np.median(self._made_in))
+    def speed(self) -> Speed | None:
+        """Return the speed since the first update, which compiled; None after fewer than two updates."""
+        rate = self._recent_speed(len(self._done_at))
+        if rate is None:
+            return None
+        times = [t for t, _ in self._done_at]
+        return Speed(rate, float(np.median(np.diff(times))), float(np.median(self._made_in)))
 
-    def _recent_speed(self, updates: int = 50) -> float:
+    def _recent_speed(self, updates: int = 50) -> float | None:
+        """Return real tokens a second over the latest updates, None where only one is done."""
         recent = self._done_at[-updates:]
+        if len(recent) < 2:
+            return None
         return sum(n for _, n in recent[1:]) / max(recent[-1][0] - recent[0][0], 1e-9)
 
     def finish(self) -> None:

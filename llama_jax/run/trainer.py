@@ -392,13 +392,12 @@ def say_header(prepared: Prepared) -> None:
 
 def say_speed(run_log: RunLog) -> None:
     """Report the speed after the first update, where there were several, and the devices' memory, where known."""
-    rate, median, made_in = run_log.speed()
-    peak = peak_memory()
     figures = []
-    if rate:
-        packing = f"{1000 * made_in:,.1f} ms on the host to pack its examples"
-        figures = [f"speed: {rate:,.0f} tokens/s, median update {1000 * median:,.0f} ms ({packing})"]
-    if peak:
+    if speed := run_log.speed():
+        packing = f"{1000 * speed.block_seconds:,.1f} ms on the host to pack its examples"
+        update = f"median update {1000 * speed.update_seconds:,.0f} ms ({packing})"
+        figures = [f"speed: {speed.tokens_per_second:,.0f} tokens/s, {update}"]
+    if peak := peak_memory():
         figures.append(f"peak device memory {peak / 2**30:.1f} GiB")
     if figures:
         say(", ".join(figures))
