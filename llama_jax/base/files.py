@@ -1,4 +1,4 @@
-"""Reading and writing small files: clear errors one way, never a half-written file the other."""
+"""Read and write small files: clear errors on reading, no half-written file on writing."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from llama_jax.base.errors import InputError
 
 
 def cache_folder(name: str) -> Path:
-    """The folder of the user's cache for things of one kind."""
+    """Return the folder `name` in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax" / name
 
 
 def read_json(path: Path) -> Any:
-    """The parsed file. Raises InputError that names file, line and column."""
+    """Parse a JSON file. Raises an InputError that names file, line and column."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -26,7 +26,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A file that holds an object. Raises InputError."""
+    """Parse a JSON file that holds an object. Raises InputError."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path}: should hold a JSON object")
@@ -34,7 +34,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str, first_line: int = 1) -> Any:
-    """UTF-8 JSON in which no object has a key twice; lines are counted from `first_line`. Raises InputError."""
+    """Parse UTF-8 JSON, refusing repeated keys; errors count lines from `first_line`. Raises InputError."""
     try:
         text = data.decode("utf-8")
         return json.loads(text, object_pairs_hook=_no_duplicates)
@@ -44,13 +44,13 @@ def parse_json(data: bytes, where: str, first_line: int = 1) -> Any:
     except json.JSONDecodeError as e:
         line = first_line + e.lineno - 1
         raise InputError(f"{where}: not valid JSON at line {line}, column {e.colno}: {e.msg}") from None
-    except (ValueError, RecursionError) as e:  # a key twice, a number of thousands of digits, nesting without end
+    except (ValueError, RecursionError) as e:  # a repeated key, a number of thousands of digits, deep nesting
         line = first_line + _lines_before_problem(text)
         raise InputError(f"{where}: not usable JSON at line {line}: {str(e)[:100]}") from None
 
 
 def _lines_before_problem(text: str) -> int:
-    """Lines before the first element of a JSON array that cannot be read, 0 where the text is no array."""
+    """Count the lines before the first bad element of a JSON array, 0 where the text is no array."""
     decoder, at = json.JSONDecoder(object_pairs_hook=_no_duplicates), 0
     if not text.lstrip().startswith("["):
         return 0
@@ -68,24 +68,24 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         keys = [k for k, _ in pairs]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one object")
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice in one object")
     return result
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the whole file or nothing; of several processes that do, one."""
+    """Write the whole file or nothing; of several processes that write, the last one wins."""
     temporary = path.with_name(f"{path.name}-{platform.node()}-{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON as HF writes it: indent 2, sorted keys, a newline at the end."""
+    """Write JSON in HF's format: indent 2, sorted keys, a newline at the end."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def make_output_dir(path: Path) -> Path:
-    """Create the folder and prove that files can be written to it. Raises InputError."""
+    """Create the folder and check that it is writable. Raises InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{platform.node()}-{os.getpid()}"

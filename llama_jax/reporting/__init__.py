@@ -1,1 +1,1 @@
-"""What a run says: the progress bar, the log, `trainer_state.json`."""
+"""Report on a run: progress bars, the log, `trainer_state.json`."""

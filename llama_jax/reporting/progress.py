@@ -1,4 +1,4 @@
-"""What is said while a run goes on: lines, and bars on the standard error stream."""
+"""Print lines and progress bars while a run goes on."""
 
 import contextlib
 import sys
@@ -12,19 +12,19 @@ _silent = False
 
 
 def silence() -> None:
-    """Say and show nothing from now on: another process speaks."""
+    """Print nothing from now on, because another process of the run prints."""
     global _silent
     _silent = True
 
 
 def say(line: str) -> None:
-    """One line for the user, above any bar."""
+    """Print a line for the user on stderr, above any bar."""
     if not _silent:
         tqdm.write(line, file=sys.stderr)
 
 
 def show(line: str) -> None:
-    """One line of the result, on the standard output."""
+    """Print a line of the result on stdout."""
     if not _silent:
         tqdm.write(line)
 
@@ -49,24 +49,24 @@ def _bar(disable: bool | None, kind: type[tqdm] = tqdm, **options: Any) -> Any:
     return kind(disable=True if _silent else disable, **options)
 
 
-def byte_bar(what: str, total: int, disable: bool | None = None) -> Any:
-    return _bar(disable, desc=what, total=total, unit="B", unit_scale=True, unit_divisor=1000, leave=False)
+def byte_bar(name: str, total: int, disable: bool | None = None) -> Any:
+    return _bar(disable, desc=name, total=total, unit="B", unit_scale=True, unit_divisor=1000, leave=False)
 
 
-def count_bar(what: str, total: int, unit: str, disable: bool | None = None) -> Any:
-    return _bar(disable, desc=what, total=total, unit=unit, leave=False)
+def count_bar(name: str, total: int, unit: str, disable: bool | None = None) -> Any:
+    return _bar(disable, desc=name, total=total, unit=unit, leave=False)
 
 
 def update_bar(total: int, initial: int, disable: bool | None = None) -> Any:
-    """The bar of a training run: updates done, time left, and what `set_postfix` is told."""
+    """Show the updates done of a training run, the time left, and the bar's postfix."""
     return _bar(disable, _UpdateBar, total=total, initial=initial, unit="update", dynamic_ncols=True, smoothing=0.05)
 
 
 @contextlib.contextmanager
-def waiting(what: str, disable: bool | None = None) -> Iterator[Any]:
-    """A line that counts the seconds of work that tells nothing until it is done; `set_description` renames it."""
+def waiting(name: str, disable: bool | None = None) -> Iterator[Any]:
+    """Count the seconds of work that reports no progress; `set_description` renames the line."""
     done = threading.Event()
-    with _bar(disable, desc=what, bar_format="{desc}: {elapsed}", leave=False) as bar:
+    with _bar(disable, desc=name, bar_format="{desc}: {elapsed}", leave=False) as bar:
 
         def tick() -> None:
             while not done.wait(1):

@@ -1,4 +1,4 @@
-"""The running log of a training run: when a line is due, what it says, and the bar."""
+"""Log a training run: compute the HF Trainer's lines, print them when due, and drive the bar."""
 
 import math
 import time
@@ -13,9 +13,12 @@ from llama_jax.reporting.trainer_state import TrainerState
 
 
 class UpdateMetrics(NamedTuple):
-    """One update: its number (from 1), loss, gradient norm before clipping, tokens, the seconds that the host took to
-    make its blocks; and, read from the devices when called, the part of each micro-batch and rank in the loss, float64
-    [micro-batches, ranks]."""
+    """Hold the metrics of one update.
+
+    `step` counts from 1, `grad_norm` is taken before clipping, `made_in` is the host's seconds to make the blocks.
+    `micro_losses()` reads from the devices the part of each micro-batch and rank in the loss, float64
+    [micro-batches, ranks].
+    """
 
     step: int
     loss: float
@@ -38,11 +41,11 @@ class Speed(NamedTuple):
 
 
 class RunLog:
-    """Takes each update's metrics; writes the HF Trainer's log lines to the standard output and drives the bar.
+    """Write the HF Trainer's log lines to stdout and drive the bar, from each update's metrics.
 
-    `rate` is the learning rate after so many updates; `nan_filter` is `logging_nan_inf_filter`, `tokens_seen` what
-    `include_num_input_tokens_seen` counts: "no", "all" (with the Trainer's padding) or "non_padding". `window` is that
-    of the run that is resumed.
+    `rate` maps updates done to the learning rate; `due` is whether a line is due after an update. `nan_filter` is
+    `logging_nan_inf_filter`. `tokens_seen` is `include_num_input_tokens_seen`: "no", "all" (with the Trainer's padding)
+    or "non_padding". `window` is the property's value in the run to resume.
     """
 
     def __init__(
@@ -66,22 +69,24 @@ class RunLog:
         self._flos = float(state.values["total_flos"])
         window = window or {"loss": 0.0, "updates": 0, "now": {}, "logged_ahead": 0, "tokens_ahead": 0}
         self._window_loss, self._window = window["loss"], window["updates"]
-        self._total_loss = -self._window_loss  # the summary is of this process' updates alone
-        self._now: dict[str, float] = window["now"]  # of the last update, what a line says beside the loss
-        # Of the next update, what an epoch's end had already.
+        self._total_loss = -self._window_loss  # the summary covers the updates of this process alone
+        self._now: dict[str, float] = window["now"]  # the last update's entries of a line beside the loss
+        # Micro-batches and tokens of the next update that an epoch's end has counted already.
         self._logged_ahead, self._tokens_ahead = window["logged_ahead"], window["tokens_ahead"]
-        self._done_at: list[tuple[float, int]] = []  # when each update was done, and its tokens
+        self._done_at: list[tuple[float, int]] = []  # time of completion and tokens, by update
         self._made_in: list[float] = []
 
     @property
     def window(self) -> dict[str, Any]:
-        """What is known of updates since the last line: a run that is resumed with it writes the next one as if it had
-        not been stopped."""
+        """Return the sums since the last line, as JSON values.
+
+        A run resumed with them writes the same next line as an uninterrupted run.
+        """
         ahead = {"logged_ahead": self._logged_ahead, "tokens_ahead": self._tokens_ahead}
         return {"loss": self._window_loss, "updates": self._window, "now": dict(self._now), **ahead}
 
     def on_update(self, metrics: UpdateMetrics) -> None:
-        """An update is done."""
+        """Count an update that is done, show it on the bar, and write a line if due."""
         step, order = metrics.step, self.batches.order
         padded = self.batches.padded_tokens(step - 1)
         self._flos += self.flops_per_token * padded
@@ -104,8 +109,10 @@ class RunLog:
             self._write()
 
     def on_epoch_end(self, tail: int, micro_losses: np.ndarray | None) -> None:
-        """An epoch is over after the last update, but for `tail` micro-batches of the next one, which 4.37 has done too
-        by then: tokens seen count them. With their parts in the loss (as `UpdateMetrics.micro_losses`), a line is due.
+        """Count the end of an epoch; `tail` is the number of its micro-batches that belong to the next update.
+
+        4.37 has computed the tail by then, so tokens seen include it. A line is due where `micro_losses`, the tail's
+        as in `UpdateMetrics.micro_losses`, is given.
         """
         step = self.state.values["global_step"]
         if tail and self.tokens_seen == "all":
@@ -119,7 +126,7 @@ class RunLog:
             self._logged_ahead = tail
 
     def _write(self) -> None:
-        """A line of the window's mean loss, which then begins anew."""
+        """Write a line with the window's mean loss and start a new window."""
         more = self._seen()
         if more and self.state.compat == "5":
             seconds = time.monotonic() - self.started
@@ -131,7 +138,7 @@ class RunLog:
         self._window = 0
 
     def _filtered(self, metrics: UpdateMetrics) -> float:
-        """The window's loss with this update's, but for micro-batches that a line had already."""
+        """Return the window's loss plus this update's, without micro-batches that an earlier line counted."""
         nan, ahead = self.batches.is_nan(metrics.step - 1), self._logged_ahead
         self._logged_ahead = self._tokens_ahead = 0
         if math.isfinite(metrics.loss) and not nan.any() and not ahead:
@@ -139,9 +146,10 @@ class RunLog:
         return self._running(np.where(nan, np.nan, metrics.micro_losses())[ahead:])
 
     def _running(self, parts: np.ndarray) -> float:
-        """The window's loss with these micro-batches', [micro-batches, ranks]. The HF Trainer replaces a NaN (a mean
-        over no tokens) or infinity by the running sum over one more than the updates since the last log. With several
-        ranks, each starts from the mean over ranks instead of its own sum.
+        """Return the window's loss plus `parts`, [micro-batches, ranks], under the HF Trainer's filter.
+
+        The Trainer replaces a NaN (a mean over no tokens) or infinity by the running sum over n + 1, n being the
+        updates since the last log. With several ranks, each starts from the mean over ranks instead of its own sum.
         """
         running = np.full(parts.shape[1], self._window_loss / parts.shape[1])
         for part in parts:
@@ -150,7 +158,7 @@ class RunLog:
         return float(running.sum())
 
     def on_evaluation(self, metrics: dict[str, float]) -> None:
-        """An evaluation after the last update is done."""
+        """Log and print the metrics of an evaluation after the last update."""
         show(str(self.state.log(metrics, self._seen())))
 
     def _seen(self) -> dict[str, float]:
@@ -172,8 +180,11 @@ class RunLog:
         return sum(n for _, n in recent[1:]) / max(recent[-1][0] - recent[0][0], 1e-9)
 
     def finish(self) -> None:
-        """The last entry, as the HF Trainer computes it: in 4.37 examples and updates of the whole run, in 5 the share
-        of this process; the loss is that of this process alone, in 4.37 over all updates."""
+        """Log and print the final entry as the HF Trainer computes it.
+
+        Examples and updates are those of the whole run in 4.37, of this process in 5. The loss sums this process'
+        updates, divided by all updates in 4.37 and by this process' in 5.
+        """
         order, seconds = self.batches.order, time.monotonic() - self.started
         if order.max_steps > 0:
             samples = float(order.updates * order.per_device_batch * order.accumulation * order.ranks)

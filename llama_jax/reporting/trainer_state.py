@@ -1,4 +1,4 @@
-"""The log and `trainer_state.json` in the HF Trainer's schema."""
+"""Keep the log and write `trainer_state.json` in the HF Trainer's schema."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from llama_jax.reporting.progress import say
 
 
 class TrainerState:
-    """What the HF Trainer keeps of a run. `compat` is "4.37" or "5": the rounding and the keys of that version."""
+    """Hold the HF Trainer's state of a run. `compat`, "4.37" or "5", selects that version's rounding and keys."""
 
     def __init__(
         self,
@@ -47,23 +47,24 @@ class TrainerState:
             self.values |= {"best_global_step": None, "stateful_callbacks": {}}
 
     def resume(self, saved: dict[str, Any], output_dir: Path) -> None:
-        """Go on from the state that a checkpoint kept; what the flags say of the run's length stays.
+        """Restore progress and log from a checkpoint's state; the run's length stays as the flags set it.
 
-        A best checkpoint that is gone from `output_dir` is forgotten, its metric is not.
+        A best checkpoint that is missing from `output_dir` is dropped; its metric is kept.
         """
         kept = ("log_history", "global_step", "epoch", "total_flos", "num_input_tokens_seen")
         best = ("best_metric", "best_model_checkpoint", "best_global_step")
         self.values |= {key: saved[key] for key in (*kept, *best) if key in saved}
         if self.best_step and not (output_dir / f"checkpoint-{self.best_step}").is_dir():
-            say(f"warning: {output_dir}/checkpoint-{self.best_step}, the best so far, is gone")
+            say(f"warning: {output_dir}/checkpoint-{self.best_step}, the best checkpoint so far, is missing")
             self.values["best_model_checkpoint"] = None
 
     def at(self, step: int, epoch: float, flos: float, tokens_seen: int) -> None:
+        """Set the progress after update `step`."""
         now = {"global_step": step, "epoch": epoch, "total_flos": flos, "num_input_tokens_seen": tokens_seen}
         self.values |= now
 
     def log(self, values: dict[str, float], more: dict[str, float] | None = None) -> dict[str, Any]:
-        """Append an entry to the log and return it as it is printed; `more` stands behind the epoch."""
+        """Append an entry to the log and return its printed form; `more` follows the epoch."""
         entry = {**values, "epoch": self.values["epoch"], **(more or {})}
         if self.compat == "4.37":
             digits = {"loss": 4, "epoch": 2}
@@ -78,7 +79,10 @@ class TrainerState:
         return metric > best if self.greater_is_better else metric < best
 
     def evaluated(self, metric: float, saves: bool) -> bool:
-        """5 compares at each evaluation: whether `metric` is the best so far; `saves` says if the run saves at all."""
+        """Record an evaluation's metric and return whether it is the best so far, as 5 does; 4.37 compares in `saved`.
+
+        `saves` is whether the run saves checkpoints.
+        """
         if self.compat == "4.37":
             return False
         if self.values["best_metric"] is None:
@@ -91,9 +95,9 @@ class TrainerState:
         return True
 
     def saved(self, output_dir: Path, metric: float | None) -> None:
-        """A checkpoint of this step is about to be written; `metric` is that of this step's evaluation, if any.
+        """Update the best checkpoint before this step's is written; `metric` is from this step's evaluation, if any.
 
-        4.37 compares here. 5 points to the best step's folder if there is one.
+        4.37 compares metrics here. 5 only sets the path of the best step's folder, if it exists.
         """
         values, step = self.values, self.values["global_step"]
         if self.compat == "5":
@@ -108,7 +112,7 @@ class TrainerState:
 
     @property
     def best_step(self) -> int | None:
-        """The step of the best checkpoint, if there is one."""
+        """Return the step of the best checkpoint, if any."""
         path = self.values["best_model_checkpoint"]
         return int(path.rpartition("-")[2]) if path else None
 
