@@ -1,1 +1,1 @@
-"""records -> examples -> order -> packing -> batches, one way."""
+"""Turn records into blocks of tokens: records -> examples -> order -> packing -> batches."""

@@ -1,4 +1,4 @@
-"""Update k as blocks of tokens: a pure function of the data, the order and k."""
+"""Make the blocks of tokens of update k: a pure function of the data, the order and k."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,17 +12,16 @@ from llama_jax.data.packing import Shape, allowed_shapes, best_sizes, ladder, pa
 
 MAX_SHAPES = 6  # compiled steps in a run
 UPDATES_PER_SHAPE = 50  # a short run compiles fewer: a compile costs more than the padding that it saves
-SAMPLE = 50  # updates that are packed to choose a row limit by
-ROW_MULTIPLE = 128  # what attention kernels ask of a row's length
+SAMPLE = 50  # updates to pack when choosing a row limit
+ROW_MULTIPLE = 128  # attention kernels need rows of a multiple of this length
 
 
 class Batch(NamedTuple):
-    """Packed rows, all arrays [B, T], on the host or on the devices.
+    """Hold packed rows, all arrays [B, T], on the host or on the devices.
 
-    A token of weight w adds w * cross-entropy(token, target) to the update's loss.
-
-    `segment_ids` are 1, 2, ... along a row and 0 for padding; `positions` restart with each segment; `lengths` is the
-    padded length that the token's micro-batch would have in the HF Trainer, which `dynamic` and `longrope` scale by.
+    A token of weight w adds w * cross-entropy(token, target) to the update's loss. `segment_ids` are 1, 2, ... along a
+    row and 0 for padding; `positions` restart with each segment. `lengths` is the padded length that the token's
+    micro-batch would have in the HF Trainer; RoPE types `dynamic` and `longrope` scale by this length.
     """
 
     input_ids: Any
@@ -34,8 +33,11 @@ class Batch(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One example in an update: its index, the weight of each of its trained tokens, its micro-batch's length, and
-    where it comes from: the micro-batch's number in the update and the rank."""
+    """Describe one example of an update.
+
+    `example` is the index, `weight` that of each trained token, `length` the padded length of the micro-batch.
+    `micro_batch` (its number within the update) and `rank` name the example's place in the HF Trainer.
+    """
 
     example: int
     weight: float
@@ -45,16 +47,17 @@ class Piece(NamedTuple):
 
 
 class Batches:
-    """The blocks of every update of a run; `shapes` are all shapes that will be compiled.
+    """Plan and make the blocks of every update of a run; `shapes` are all shapes to compile.
 
-    An update is one block where its tokens fit `max_tokens` on each of `ways` devices, and otherwise as few as hold it,
-    to be accumulated. Each device gets the same number of rows, at most `row_limit` long (or one example).
+    An update is one block where its tokens fit `max_tokens` on each of `ways` devices. Otherwise the update has the
+    fewest blocks that hold it, and gradients are accumulated. Each device gets the same number of rows, at most
+    `row_limit` long (or as long as the longest example).
 
-    Not `packed`, a block is a micro-batch, as in the HF Trainer: each example in a row of its own, and rows as long as
-    its longest example, rounded up to one of few lengths.
+    With `packed` false a block is a micro-batch of the HF Trainer: one example a row. Rows are as long as the longest
+    example, rounded up to one of few lengths.
 
-    To choose the shapes each update is looked at twice (again where one then finds no place, which is rare); `progress`
-    is told how many more looks are done.
+    Choosing the shapes visits each update twice, and once more if an update does not fit, which is rare. `progress` is
+    called with the number of further visits.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Batches:
 
     def _plan(self, levels: int, max_tokens: int, row_limit: int, progress: Callable[[int], None]) -> None:
         order, allowed = self.order, self._allowed(max_tokens, row_limit)
-        # One row holds whatever is not longer; only what goes into several must be packed to know whether it fits.
+        # A sum of lengths tells whether examples fit one row; for several rows, only packing tells.
         one_row = {size: rows * self.ways == 1 for size, (rows, _) in allowed.items()}
         counts, needed = np.ones((2, order.updates), np.int64)
         tokens = order.reduce(np.add, self.examples.lengths, order.bounds)
@@ -112,7 +115,7 @@ class Batches:
                     if total >= needed[k] and pack(lengths, rows) is not None:
                         shape_of[first[k] : first[k + 1]] = [sizes.index(b) for b in blocks]
                         break
-                else:  # its room suffices, but not in these rows: it asks for more
+                else:  # the room suffices, but not in rows of these lengths: need more
                     lost, holds[k] = True, False
                     needed[k] = max(options) + ROW_MULTIPLE
                     if counts[k] == 1:
@@ -126,8 +129,10 @@ class Batches:
         self._shape_of, self._first = shape_of.astype(np.int8), first
 
     def _allowed(self, max_tokens: int, row_limit: int) -> dict[int, Shape]:
-        """The shapes that a device may be given. Where two of the longest example do not fit a row, other limits may
-        pack better (examples of 1,100 in rows of 1,152, not of 2,048): the best one for a sample of updates is taken.
+        """Return the block shapes to choose from, one device's share by its tokens.
+
+        A shorter row limit may pack better where two of the longest example do not fit a row: examples of 1,100 pack
+        better in rows of 1,152 than of 2,048. The best limit for a sample of updates is taken.
         """
         longest = int(self.examples.lengths.max())
         row_limit = min(row_limit, max_tokens)
@@ -139,8 +144,11 @@ class Batches:
         return min(choices, key=lambda allowed: np.sum([self._least(x, allowed) for x in sample], axis=0).tolist())
 
     def _least(self, lengths: list[int], allowed: dict[int, Shape]) -> tuple[int, int]:
-        """How many blocks these examples need, and the tokens of a device in all: an allowed size, if it is one; else
-        the largest one for all blocks but the last, and what is left over then."""
+        """Return the number of blocks that examples of these lengths need, and a device's tokens in all blocks.
+
+        The tokens of one block are an allowed size. Of several, all but the last have the largest size, and the last
+        has the rest.
+        """
         share = -(-sum(lengths) // (self.ways * ROW_MULTIPLE)) * ROW_MULTIPLE
         most = max(allowed)
         if share <= most:
@@ -154,7 +162,7 @@ class Batches:
         return count, (count - 1) * most + -(-rest // (self.ways * ROW_MULTIPLE)) * ROW_MULTIPLE
 
     def _capacities(self, shapes: list[Shape]) -> list[int]:
-        """The lengths of all rows of blocks that have these shapes on each device."""
+        """Return the lengths of all rows, over all devices, of blocks of these shapes."""
         return [length for rows, length in shapes for _ in range(rows * self.ways)]
 
     def _plan_padded(self, levels: int) -> None:
@@ -166,40 +174,40 @@ class Batches:
         self._shape_of, self._first = np.searchsorted(row_lengths, longest).astype(np.int8), order.bounds
 
     def _sizes(self, k: int) -> list[int]:
-        """Lengths of the examples of update k, in order."""
+        """Return the lengths of the examples of update k, in order."""
         return self.examples.lengths[self.order.examples_of(k)].tolist()
 
     @property
     def block_counts(self) -> np.ndarray:
-        """How many blocks each update has, int64 [updates]."""
+        """Count the blocks of each update, int64 [updates]."""
         return np.diff(self._first)
 
     def blocks(self, k: int) -> int:
-        """How many blocks update k has."""
+        """Count the blocks of update k."""
         return int(self._first[k + 1] - self._first[k])
 
     def shapes_of(self, k: int) -> list[Shape]:
-        """Rows and row length of the blocks of update k."""
+        """Return rows and row length of each block of update k."""
         return [self.shapes[i] for i in self._shape_of[self._first[k] : self._first[k + 1]]]
 
     def tokens(self, k: int, until: int | None = None) -> int:
-        """Tokens of update k, or of its first micro-batches."""
+        """Count the tokens of update k, or of its first `until` micro-batches."""
         return sum(int(self.examples.lengths[rank].sum()) for micro in self.order.update(k)[:until] for rank in micro)
 
     def padded_tokens(self, k: int, until: int | None = None) -> int:
-        """Tokens of update k (or of its first micro-batches) as the HF Trainer pads them: to the longest example."""
+        """Count the tokens of update k, or of its first `until` micro-batches, with the HF Trainer's padding."""
         lengths = self.examples.lengths
         return sum(len(rank) * int(lengths[rank].max()) for micro in self.order.update(k)[:until] for rank in micro)
 
     def update(self, k: int, share: Callable[[int], range] = range) -> list[Batch]:
-        """The blocks of update k, to be summed; of so many rows only the `share`."""
+        """Make the blocks of update k, whose losses add up; `share` selects rows to make from a number of rows."""
         return [
-            self._fill([rows[r] for r in share(len(rows))], length)  # the placement is the same for all shares
+            self._fill([rows[r] for r in share(len(rows))], length)  # placement is the same for all shares
             for rows, length in self._placed(k)
         ]
 
     def _placed(self, k: int) -> list[tuple[list[list[Piece]], int]]:
-        """Each block of update k as the pieces of its rows, and the rows' length."""
+        """Return, for each block of update k, the pieces of its rows, and the rows' length."""
         pieces, shapes = self._pieces(k), self.shapes_of(k)
         if self.packed:
             placed = pack(self._sizes(k), [length for rows, length in shapes for _ in range(rows)])
@@ -215,16 +223,18 @@ class Batches:
         ]
 
     def trained_tokens(self, k: int) -> list[list[int]]:
-        """Trained tokens of each micro-batch of update k, by rank."""
+        """Count the trained tokens of each micro-batch of update k, by rank."""
         return [[int(self.trained[rank].sum()) for rank in micro] for micro in self.order.update(k)]
 
     def is_nan(self, k: int) -> np.ndarray:
-        """Where the HF Trainer's loss of update k is NaN, a mean over no tokens: bool [micro-batches, ranks]."""
+        """Mark where the HF Trainer's loss of update k is NaN, a mean over no tokens: bool [micro-batches, ranks]."""
         return np.isnan(self.normalise(k, self.trained_tokens(k)))
 
     def micro_losses(self, k: int, losses: list[np.ndarray]) -> np.ndarray:
-        """The part of each micro-batch and rank in the loss of update k, float64 [micro-batches, ranks], from its
-        blocks' weighted losses of each token, [B, T] each."""
+        """Return the part of each micro-batch and rank in the loss of update k, float64 [micro-batches, ranks].
+
+        `losses` are the weighted losses of each token, [B, T] a block.
+        """
         parts = np.zeros((len(self.order.update(k)), self.order.ranks))
         for (rows, _), block in zip(self._placed(k), losses, strict=True):
             for row, values in zip(rows, block, strict=True):
@@ -236,13 +246,14 @@ class Batches:
         return parts
 
     def _pieces(self, k: int) -> list[Piece]:
-        """The examples of update k with their tokens' weights."""
-        weights = np.nan_to_num(self.normalise(k, self.trained_tokens(k)))  # NaN weighs no token
+        """List the examples of update k with their tokens' weights."""
+        weights = np.nan_to_num(self.normalise(k, self.trained_tokens(k)))  # NaN is the weight of no token
         pieces = []
         for m, micro in enumerate(self.order.update(k)):
             for r, rank in enumerate(micro):
                 longest = int(self.examples.lengths[rank].max())
-                pieces += [Piece(int(i), float(weights[m, r]), longest, m, r) for i in rank]
+                weight = float(weights[m, r])
+                pieces += [Piece(example=int(i), weight=weight, length=longest, micro_batch=m, rank=r) for i in rank]
         return pieces
 
     def _fill(self, rows: list[list[Piece]], length: int) -> Batch:

@@ -1,8 +1,8 @@
-"""Tokenised examples on disk: the next run on the same data maps what the first one made.
+"""Cache tokenised examples on disk: later runs on the same data map the first run's file.
 
-A file of the cache is one line of JSON, then the arrays as they lie in memory: offsets int64, ids int32, labels int32.
-Its name is a digest of everything that decides them, so that a file is never out of date, only unused; that of chats
-whose template writes the date ends in it.
+A cache file is one line of JSON, then the raw arrays: offsets int64, ids int32, labels int32. Its name is a digest of
+every input, so that a file is never out of date, only unused. The name for chats whose template writes the date ends in
+the date.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from llama_jax.base.errors import InputError
 from llama_jax.data.examples import Examples
 from llama_jax.data.tokenizer import FILES
 
-LIBRARIES = ("jinja2", "sentencepiece", "tokenizers", "transformers")  # whose versions may decide ids
-ALIGNMENT = 64  # bytes; the arrays begin at a multiple of it
-PIECE = 1 << 22  # bytes; what is large is hashed in pieces, on all cores
+LIBRARIES = ("jinja2", "sentencepiece", "tokenizers", "transformers")  # libraries whose versions may change ids
+ALIGNMENT = 64  # bytes; the arrays begin at a multiple of this
+PIECE = 1 << 22  # bytes hashed at a time, on all cores
 
 
 def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) -> str:
-    """The name of the examples of a data file by the tokenizer in a folder (None: there is none), in hex.
+    """Return the cache name, in hex, of a data file's examples under the tokenizer in a folder (None: no tokenizer).
 
-    It covers both as bytes, the settings, this package's code that makes examples, and the libraries' versions. Raises
+    The digest covers the bytes of both, the settings, the code of this folder, and the libraries' versions. Raises
     InputError where the data cannot be read.
     """
     data = data.expanduser()
@@ -46,8 +46,10 @@ def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) ->
 
 
 def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tuple[str, Examples, str] | None:
-    """The form and the examples of this name, mapped from the disk, and their checksum; or None. A damaged file is said
-    and is None."""
+    """Return the form, the examples mapped from disk and their checksum; None where the file is missing.
+
+    A damaged or unreadable file gives a warning through `say`, and None.
+    """
     path = folder.expanduser() / digest
     try:
         with path.open("rb") as file:
@@ -71,8 +73,10 @@ def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tupl
 
 
 def save_examples(folder: Path, digest: str, form: str, examples: Examples, say: Callable[[str], None]) -> str:
-    """Write the examples under this name: the whole file or none. A folder that cannot be written to is said. Returns
-    their checksum."""
+    """Write the examples under the name `digest`, the whole file or none, and return their checksum.
+
+    A folder that is not writable gives a warning through `say`.
+    """
     folder = folder.expanduser()
     ids, labels = (np.ascontiguousarray(array, np.int32) for array in (examples.input_ids, examples.labels))
     examples = Examples(ids, labels, np.ascontiguousarray(examples.offsets, np.int64))
@@ -81,7 +85,7 @@ def save_examples(folder: Path, digest: str, form: str, examples: Examples, say:
     header += " " * (-(len(header) + 1) % ALIGNMENT) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A name of its own: several processes may write the same examples at once, and the last rename stays.
+        # The temporary name is unique: several processes may write the same examples at once; the last rename stays.
         temporary = folder / f"{digest}.{uuid.uuid4().hex}.tmp"
         try:
             with temporary.open("xb") as file:
@@ -97,7 +101,7 @@ def save_examples(folder: Path, digest: str, form: str, examples: Examples, say:
 
 
 def _arrays(examples: Examples) -> tuple[np.ndarray, ...]:
-    """As they follow each other in a file."""
+    """Return the arrays in the order of the file."""
     return examples.offsets, examples.input_ids, examples.labels
 
 
@@ -117,7 +121,7 @@ def _file_digest(path: Path) -> str:
 
 
 def _digest(pieces: Iterable[Any], read: Callable[[Any], Any], about: str = "") -> str:
-    """That of the digests of all pieces, each read and hashed on a core of its own, and of what is said about them."""
+    """Hash `about` and the digests of all pieces, which are read and hashed in parallel."""
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda piece: hashlib.blake2b(read(piece)).digest(), pieces)
         return hashlib.blake2b(about.encode() + b"".join(digests), digest_size=20).hexdigest()

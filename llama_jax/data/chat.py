@@ -1,6 +1,6 @@
-"""Chats to token ids by the tokenizer's own chat template, and which of them the assistant has said.
+"""Turn chats into token ids by the tokenizer's chat template, and mark the assistant's tokens for training.
 
-transformers renders the template, in its sandbox: texts and ids are those of its `apply_chat_template`.
+transformers renders the template in its sandbox: texts and ids equal those of its `apply_chat_template`.
 """
 
 import re
@@ -17,15 +17,15 @@ from llama_jax.data.records import Record, messages
 from llama_jax.data.tokenizer import Tokenizer
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MEND = "mark the assistant's text in the template by {% generation %} and {% endgeneration %}"
+_FIX = "mark the assistant's text in the template by {% generation %} and {% endgeneration %}"
 
 
 class Chat:
-    """A tokenizer's chat template, applied. Raises InputError where there is none.
+    """Apply a tokenizer's chat template. Raises InputError where the tokenizer has none.
 
-    The assistant's text is what stands between the template's `{% generation %}` tags. Without such tags it is, of each
-    of its turns, what follows on the turns before and the generation prompt, up to its end-of-turn token. White space
-    after that token is not trained: generation has stopped there.
+    The assistant's text is the text between the template's `{% generation %}` tags. Without such tags, the text of an
+    assistant's turn starts after the earlier turns and the generation prompt, and ends with the end-of-turn token.
+    White space after that token is not trained: generation has stopped there.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -46,9 +46,10 @@ class Chat:
     def tokenize(
         self, records: Sequence[Record], source: str, first: int
     ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """Ids and what is trained of them (bool) of each record; `source` and the `first` one's number are for errors.
+        """Yield ids and a mask of trained tokens (bool) for each record; errors name `source` and count from `first`.
 
-        A token that has a character of the assistant is trained."""
+        A token is trained if any of its characters is in the assistant's text.
+        """
         rendered = [self.render(messages(record), f"{source}: record {n}") for n, record in enumerate(records, first)]
         encoded = self._tokenizer.encode_with_offsets([text for text, _ in rendered])
         for (_, spans), (ids, offsets) in zip(rendered, encoded, strict=True):
@@ -59,15 +60,15 @@ class Chat:
             yield ids, trained
 
     def prompt(self, turns: list[dict[str, Any]], where: str) -> list[int]:
-        """Ids of the chat, up to where the assistant is to speak. Raises InputError."""
+        """Return the ids of a chat, up to the start of the assistant's answer. Raises InputError."""
         text, _ = self._apply(turns, where, add_generation_prompt=True)
         ((ids, _),) = self._tokenizer.encode_with_offsets([text])
         if not ids:
-            raise InputError(f"{where}: the chat template makes no token of it")
+            raise InputError(f"{where}: the chat template makes no tokens for this chat")
         return ids
 
     def render(self, turns: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
-        """The chat as text, and the characters [start, end) that the assistant has said. Raises InputError."""
+        """Return the chat as text, and the assistant's spans of characters [start, end). Raises InputError."""
         text, spans = self._apply(turns, where, return_assistant_tokens_mask=self._marked)
         if self._marked:
             return text, spans
@@ -77,26 +78,26 @@ class Chat:
                 until, _ = self._apply(turns[: i + 1], where)
                 if not (until.startswith(before) and text.startswith(until)):
                     raise InputError(
-                        f"{where}: the chat template writes turn {i + 1} otherwise when more turns follow or none has "
-                        f"been written yet, so that its tokens are not known; {_MEND}"
+                        f"{where}: the chat template writes turn {i + 1} differently when other turns follow or when "
+                        f"the turn is still to be written, so its tokens cannot be found; {_FIX}"
                     )
-                said = until.rstrip()
-                spans.append((len(before), len(said if said.endswith(self._ends) else until)))
+                stripped = until.rstrip()
+                spans.append((len(before), len(stripped if stripped.endswith(self._ends) else until)))
         return text, spans
 
     def _apply(self, turns: list[dict[str, Any]], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        render: Any = render_jinja_template  # whose annotation is not what it returns
+        render: Any = render_jinja_template  # its annotation is wrong about the result
         try:
             texts, spans = render([turns], chat_template=self._template, **self._variables, **options)
-        except Exception as e:  # a template's own code raises what it likes
+        except Exception as e:  # a template's code may raise any class
             raise InputError(f"{where}: the chat template fails after {len(turns)} turns: {e}") from None
         return texts[0], spans[0] if spans else []
 
 
 def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """`chat_template.jinja` goes before `tokenizer_config.json`, whose templates may have names: "default" is meant."""
+    """Return the template in `chat_template.jinja`, else in `tokenizer_config.json` (of named ones, "default")."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:
@@ -110,8 +111,8 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def writes_the_date(folder: Path) -> bool:
-    """Whether the chat template of a tokenizer's folder asks for the time, as LLaMA 3.2's does for the date."""
-    with suppress(InputError):  # which is raised where the template is needed
+    """Return whether the folder's chat template calls `strftime_now`, as LLaMA 3.2's does to write the date."""
+    with suppress(InputError):  # the error is raised where the template is needed
         config = read_json_object(folder / "tokenizer_config.json")
         return "strftime_now" in (chat_template(folder, config) or "")
     return False

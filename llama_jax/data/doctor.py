@@ -1,4 +1,4 @@
-"""What is wrong with the data that a run trains on, told before it trains."""
+"""Find problems in the data of a run before training."""
 
 import hashlib
 import sys
@@ -11,17 +11,17 @@ from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, alpaca_prompt
 from llama_jax.data.records import ALPACA, CHAT, Record, messages
 from llama_jax.data.tokenizer import Tokenizer
 
-# What a finding means and what to do about it.
+# Meaning of a finding, and the remedy.
 ADVICE = {
-    "truncated": "cut at --model_max_length {limit}; raise it, or shorten them",
-    "eos_lost": "cut before their end: no eos is trained there; raise --model_max_length",
-    "masked": "nothing of them is trained: the prompt alone fills --model_max_length, or every label is -100",
-    "boundary_merges": "the prompt's end and the output's begin are one token, and the mask is off by it; "
-    "begin outputs with a letter, or leave them: stanford_alpaca trains on the same tokens",
-    "duplicates": "the same tokens as an earlier record; leave them out unless the repetition is meant",
-    "empty_outputs": "an output is empty: only its end is trained; leave them out unless meant",
+    "truncated": "cut at --model_max_length {limit}; raise the limit, or shorten these records",
+    "eos_lost": "cut before the end, so no eos is trained; raise --model_max_length",
+    "masked": "no token of these is trained: the prompt alone fills --model_max_length, or every label is -100",
+    "boundary_merges": "the prompt's end and the output's beginning share a token, so the mask is off by one token; "
+    "begin outputs with a letter, or ignore this: stanford_alpaca trains on the same tokens",
+    "duplicates": "the same tokens as an earlier record; remove these records unless the repetition is intended",
+    "empty_outputs": "an output is empty: only its eos is trained; remove these records unless intended",
 }
-SHOWN = 8  # records of a finding that are named
+SHOWN = 8  # records to name for each finding
 
 
 def diagnose(
@@ -34,10 +34,10 @@ def diagnose(
     first: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
-    """The state of the data, for JSON. `examples` were made of `records`, the first of which is number `first`.
+    """Describe the data as JSON values. `examples` were made of `records`, numbered from `first`.
 
-    `whole` are the same examples without a limit; data that came as tokens has none, and needs no records. Each finding
-    has a `count` and the first `records` by number, or is None where it cannot be known of this form.
+    `whole` are the same examples without a length limit, None for records that are tokens already; these need no
+    `records`. Each finding has a `count` and the first `records` by number, or is None where the form does not tell.
     """
     truncated = lost = merged = empty = None
     if whole is not None and len(whole) == len(examples):
@@ -65,13 +65,13 @@ def diagnose(
             "edges": edges.tolist(),
             "counts": np.histogram(examples.lengths, edges)[0].tolist(),
         },
-        "findings": {name: None if where is None else _told(where, first) for name, where in found.items()},
+        "findings": {name: None if where is None else _finding(where, first) for name, where in found.items()},
         "eos": [] if tokenizer is None else tokenizer.warnings(),
     }
 
 
 def as_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts of `diagnose` as (subject, text): sizes, a bar of each bin of lengths, what was found."""
+    """Return the facts of `diagnose` as lines (subject, text): sizes, a histogram of lengths, the findings."""
     at, edges, counts = (facts["lengths"][key] for key in ("percentiles", "edges", "counts"))
     spread = f"{at['0']} to {at['100']} tokens; half have at most {at['50']}, 90% {at['90']}, 99% {at['99']}"
     lines = [("data", f"{facts['examples']:,} {facts['form']} examples of {spread}")]
@@ -94,7 +94,7 @@ def _trained_texts(form: str, record: Record) -> list[str]:
 
 
 def _end_lost(whole: Examples, lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Where the last trained token, a special one as eos is, lies beyond the example's length."""
+    """Mark examples whose last trained token is special, as eos is, and was cut away."""
     special = [tokenizer.token_to_id(token) for token in tokenizer.special_texts()]
     lost = np.empty(len(whole), bool)
     for places, run in whole.runs():
@@ -108,7 +108,7 @@ def _end_lost(whole: Examples, lengths: np.ndarray, tokenizer: Tokenizer) -> np.
 def _merged(
     whole: Examples, records: Sequence[Record], tokenizer: Tokenizer, progress: Callable[[int], None]
 ) -> np.ndarray:
-    """Where the prompt's own tokens are not the first tokens of the example."""
+    """Mark examples that do not begin with the tokens of the prompt alone."""
     merged = np.zeros(len(records), bool)
     for start in range(0, len(records), CHUNK):
         prompts = tokenizer.encode_batch([alpaca_prompt(record) for record in records[start : start + CHUNK]])
@@ -119,8 +119,10 @@ def _merged(
 
 
 def _repeated(examples: Examples) -> np.ndarray:
-    """Where the ids are those of an earlier example. Of 10 million digests of 64 bits, two are alike by chance with a
-    probability of 3e-6."""
+    """Mark examples whose ids equal an earlier example's, by 64-bit digests.
+
+    Among 10 million digests, two collide with a probability of 3e-6.
+    """
     digests = np.empty(len(examples), np.uint64)
     for i in range(len(examples)):
         digest = hashlib.blake2b(examples[i][0].tobytes(), digest_size=8).digest()
@@ -130,6 +132,6 @@ def _repeated(examples: Examples) -> np.ndarray:
     return repeated
 
 
-def _told(where: np.ndarray, first: int) -> dict[str, Any]:
+def _finding(where: np.ndarray, first: int) -> dict[str, Any]:
     numbers = np.flatnonzero(where)
     return {"count": len(numbers), "records": (numbers[:SHOWN] + first).tolist()}

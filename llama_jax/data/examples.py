@@ -1,4 +1,4 @@
-"""From records to token ids and labels."""
+"""Turn records into token ids and labels."""
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Record
 from llama_jax.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
-CHUNK = 2000  # records at a time: enough for every core, small enough for the progress bar and for temporaries
+CHUNK = 2000  # records at a time: enough for all cores, few enough for a smooth progress bar and small temporaries
 
 _SHORT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -29,7 +29,7 @@ _LONG = (
 
 @dataclass(frozen=True)
 class Examples:
-    """All examples, end to end: example i is `[offsets[i]:offsets[i + 1]]` of `input_ids` and `labels` (int32)."""
+    """Hold all examples end to end: example i is `[offsets[i]:offsets[i + 1]]` of `input_ids` and `labels` (int32)."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -40,13 +40,15 @@ class Examples:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example."""
+        """Count the tokens of each example."""
         return np.diff(self.offsets)
 
     @cached_property
     def trained(self) -> np.ndarray:
-        """Trained tokens of each example, int64: labels that are not masked, the first token's left out, which nothing
-        predicts."""
+        """Count the trained tokens of each example, int64: labels that are not masked, without the first token's.
+
+        No token predicts the first.
+        """
         trained = np.empty(len(self), np.int64)
         for places, run in self.runs():
             learned = run.labels != IGNORE_INDEX
@@ -55,7 +57,7 @@ class Examples:
         return trained
 
     def runs(self) -> Iterator[tuple[slice, "Examples"]]:
-        """The examples' places and they themselves, some at a time, for work that takes memory by the token."""
+        """Yield slices of examples and their places, to bound the memory of work on every token."""
         for start in range(0, len(self), CHUNK):
             offsets = self.offsets[start : start + CHUNK + 1]
             tokens = slice(offsets[0], offsets[-1])
@@ -63,12 +65,12 @@ class Examples:
             yield slice(start, start + len(run)), run
 
     def take(self, order: np.ndarray) -> "Examples":
-        """The examples of these indices, in this order."""
+        """Return the examples of these indices, in this order."""
         parts = [self[int(i)] for i in order]
         return _join([ids for ids, _ in parts], [labels for _, labels in parts])
 
     def split(self, at: int) -> tuple["Examples", "Examples"]:
-        """The first `at` examples, and the rest."""
+        """Return the first `at` examples, and the rest."""
         cut = self.offsets[at]
         return (
             Examples(self.input_ids[:cut], self.labels[:cut], self.offsets[: at + 1]),
@@ -81,7 +83,7 @@ class Examples:
 
 
 def alpaca_prompt(record: Record) -> str:
-    """stanford_alpaca's prompt: the short form where `input` is missing or empty."""
+    """Return stanford_alpaca's prompt: the short form where `input` is missing or empty."""
     return _LONG.format_map(record) if record.get("input", "") else _SHORT.format_map(record)
 
 
@@ -93,23 +95,23 @@ def tokenize(
     progress: Callable[[int], None] = lambda done: None,
     source: str = "data",
 ) -> Examples:
-    """The examples of records of a form of `records.FORMS`, each cut at `model_max_length` tokens.
+    """Make examples from records of `form`, one of `records.FORMS`, each cut at `model_max_length` tokens.
 
-    `progress` is told how many more records are done, and `source` names the file in errors. Only "tokenized" records,
-    which are taken as they are, need no tokenizer. The others':
+    `progress` is called with the number of further records done; `source` names the file in errors. The forms:
 
-    - "alpaca": `alpaca_prompt` + output + eos tokenised as one text; labels of as many tokens as the prompt alone has,
-      cut as well, are -100, as in stanford_alpaca: the two need not agree at the boundary.
-    - "chat": the tokenizer's chat template; labels of what the assistant has not said are -100.
-    - "text": the text and eos, unless it ends so, with the beginning token that the tokenizer adds; all labels.
+    - "alpaca": `alpaca_prompt` + output + eos, tokenised as one text. As in stanford_alpaca, the number of tokens of
+      the prompt alone, cut likewise, gives the number of labels -100; the two may differ at the boundary.
+    - "chat": the text that the tokenizer's chat template writes; labels outside the assistant's text are -100.
+    - "text": the bos that the tokenizer adds, the text, and eos unless the text ends with eos; all are labels.
+    - "tokenized": ids and labels as given; only this form needs no tokenizer, and is not cut.
 
-    What is cut away may leave an example without labels. Raises InputError for a chat that the template refuses.
+    Cutting may leave an example without labels. Raises InputError for a chat that the template refuses.
     """
     if form == TOKENIZED:
         return from_tokenized(records)
     assert tokenizer is not None
     chat = Chat(tokenizer) if form == CHAT else None
-    ids, labels, offsets = array("i"), array("i"), array("q", [0])  # they grow without a second copy
+    ids, labels, offsets = array("i"), array("i"), array("q", [0])  # arrays grow without a second copy
     remaining = iter(records)
     while chunk := list(islice(remaining, CHUNK)):
         if chat:
@@ -136,7 +138,7 @@ def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iter
     joint, pad = tokenizer.encode_batch(texts + prompts), tokenizer.pad_token_id
     for ids, prompt in zip(joint[: len(records)], joint[len(records) :], strict=True):
         head = prompt[:limit]
-        yield ids, np.arange(len(ids)) >= len(head) - head.count(pad)  # type: ignore[arg-type]  # None is not there
+        yield ids, np.arange(len(ids)) >= len(head) - head.count(pad)  # type: ignore[arg-type]  # ids are never None
 
 
 def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:
@@ -146,13 +148,13 @@ def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Seq
 
 
 def from_tokenized(records: Iterable[Record]) -> Examples:
-    """Records that are `input_ids` and `labels` already, as int32, or int64 where a number is too large for that."""
+    """Join records that are `input_ids` and `labels` already, as int32, or as int64 where a number needs it."""
     arrays, offsets = [array("i"), array("i")], array("q", [0])
     for record in records:
         for at, key in enumerate(("input_ids", "labels")):
             try:
                 arrays[at].extend(record[key])
-            except OverflowError:  # no vocabulary holds it: `check_examples` is to say which
+            except OverflowError:  # outside any vocabulary: `check_examples` names the number
                 del arrays[at][offsets[-1] :]
                 arrays = [array("q", a) for a in arrays]
                 arrays[at].extend(record[key])
@@ -167,21 +169,21 @@ def _join(ids: list[np.ndarray], labels: list[np.ndarray]) -> Examples:
 
 
 def check_examples(examples: Examples, vocab_size: int, source: str) -> Examples:
-    """Examples as int32 with every id inside the vocabulary and something to learn. Raises InputError."""
+    """Return the examples as int32; raise InputError for ids outside the vocabulary or if every label is masked."""
     for places, run in examples.runs():
         bad_id = (run.input_ids < 0) | (run.input_ids >= vocab_size)
         bad_label = (run.labels != IGNORE_INDEX) & ((run.labels < 0) | (run.labels >= vocab_size))
-        for what, bad, values in (("token id", bad_id, run.input_ids), ("label", bad_label, run.labels)):
+        for name, bad, values in (("token id", bad_id, run.input_ids), ("label", bad_label, run.labels)):
             if bad.any():
                 where = int(bad.argmax())
                 number = places.start + int(np.searchsorted(run.offsets, where, side="right"))
                 raise InputError(
-                    f"{source}: record {number} has the {what} {values[where]}, outside the vocabulary of {vocab_size}"
+                    f"{source}: record {number} has the {name} {values[where]}, outside the vocabulary of {vocab_size}"
                 )
     ids, labels = (array.astype(np.int32, copy=False) for array in (examples.input_ids, examples.labels))
     checked = Examples(ids, labels, examples.offsets)
     if not checked.trained.any():
         raise InputError(
-            f"{source}: every label is masked (-100), so there is nothing to learn; raise model_max_length?"
+            f"{source}: every label is masked (-100), so there is nothing to learn; is --model_max_length too small?"
         )
     return checked

@@ -1,8 +1,8 @@
-"""The weight of each trained token: all that the HF Trainer's versions do differently about a loss.
+"""Compute the weight of each trained token: the only difference in loss between the HF Trainer's versions.
 
-A `Normalise` gets an update's number and the trained tokens of its micro-batches, one number a rank, and returns the
-weight of one token of each: the loss is then the weighted sum over tokens, whatever the version. The weight is NaN
-where the Trainer takes a mean over no tokens.
+A `Normalise` maps an update's number, and the trained tokens of its micro-batches by rank, to the weight of a token of
+each. In every version the loss is then the weighted sum over tokens. The weight is NaN where the Trainer takes a mean
+over no tokens.
 """
 
 import math
@@ -15,8 +15,11 @@ Normalise = Callable[[int, Trained], list[list[float]]]
 
 
 def training_loss(order: Order, average_tokens_across_devices: bool = True) -> Normalise:
-    """4.37: a micro-batch's mean on each rank, averaged over ranks and accumulation steps. 5: one sum over the update,
-    divided by its trained tokens (or, not averaged across devices, each rank's sum by its own, averaged over ranks).
+    """Return the weights of the HF Trainer's training loss.
+
+    4.37: the mean of a micro-batch on each rank, averaged over ranks and accumulation steps. 5: the sum over the update
+    divided by its trained tokens. Without `average_tokens_across_devices`, 5 divides each rank's sum by the rank's
+    tokens and averages over ranks.
     """
 
     def means(update: int, trained: Trained) -> list[list[float]]:
@@ -34,7 +37,7 @@ def training_loss(order: Order, average_tokens_across_devices: bool = True) -> N
 
 
 def evaluation_shares(order: Order, update: int) -> list[list[int]]:
-    """The examples of each micro-batch and rank that count: not those that only top up the last one."""
+    """Count the examples of each micro-batch and rank, without the repeated ones that fill the last micro-batch."""
     size, ranks = order.per_device_batch, order.ranks
     return [
         [min(size, max(0, order.examples - (m * ranks + r) * size)) for r in range(ranks)]
@@ -43,9 +46,9 @@ def evaluation_shares(order: Order, update: int) -> list[list[int]]:
 
 
 def evaluation_loss(order: Order, compat: str) -> Normalise:
-    """The sum over examples of their evaluation batch's mean over tokens: on each rank (4.37), or over all ranks (5).
+    """Return the weights of the evaluation loss: the sum, over examples, of the mean over their batch's tokens.
 
-    Examples that top up the last batch count in its mean.
+    The mean is each rank's in 4.37, over all ranks in 5. Repeated examples that fill the last batch count in its mean.
     """
 
     def shares(update: int, trained: Trained) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""Which examples make update k: the HF Trainer's order, without torch.
+"""Compute which examples make update k: the HF Trainer's order, without torch.
 
 Sources: `transformers.Trainer` 4.37 and 5, accelerate's samplers, and torch's `randperm` (a 32-bit Mersenne twister
 with the classic seeding; one draw and one swap an element).
@@ -14,19 +14,19 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 
-DRAWS = 1 << 16  # of a permutation, that are Python's numbers at a time
+DRAWS = 1 << 16  # draws of a permutation to hold as Python integers at a time
 
 
 def randperm(n: int, seed: int) -> np.ndarray:
-    """`torch.randperm(n)` on the CPU from a generator seeded with `seed`, as int64 [n]."""
+    """Compute `torch.randperm(n)` of a CPU generator seeded with `seed`, as int64 [n]."""
     return _permutation(n, _twister(seed))
 
 
 def group_by_length(permuted: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
-    """A permutation of examples, int64 [N], regrouped as the Trainer's `LengthGroupedSampler` does.
+    """Regroup a permutation of examples, int64 [N], as the Trainer's `LengthGroupedSampler` does.
 
-    It is cut into mega-batches of min(N // (4 batch), 50) batches, one at least; each is sorted by length, the longest
-    first; then the longest of all changes places with the very first. `lengths` [N], in tokens, is by example.
+    Mega-batches of min(N // (4 batch), 50) batches, at least one, are sorted by length, the longest first. Then the
+    longest example of all swaps places with the first. `lengths` [N], in tokens, is by example.
     """
     lengths = np.asarray(lengths, np.int64)
     mega = batch * max(1, min(len(permuted) // (4 * batch), 50))
@@ -38,7 +38,7 @@ def group_by_length(permuted: np.ndarray, lengths: np.ndarray, batch: int) -> np
 
 
 def _permutation(n: int, twister: np.random.MT19937) -> np.ndarray:
-    """`torch.randperm(n)` from a generator's present state: n - 1 of its 32-bit outputs."""
+    """Compute `torch.randperm(n)` from a generator's present state, with n - 1 of its 32-bit outputs."""
     order = array("q")
     order.frombytes(np.arange(n).view(np.uint8).data)
     for start in range(0, n - 1, DRAWS):
@@ -58,11 +58,11 @@ def _twister(seed: int) -> np.random.MT19937:
 
 
 def epoch_seed(compat: str, seed: int, data_seed: int | None, epoch: int, evaluations: int = 0) -> int:
-    """The seed of one epoch's random permutation, epochs from 0, after so many evaluations.
+    """Return the seed of an epoch's random permutation, epochs from 0, after so many evaluations.
 
-    5: (data_seed or seed) + epoch. 4.37: each epoch draws two 64-bit numbers from the global generator (two 32-bit
-    outputs each, the high one first): the loader's base seed, then the sampler's, whose low half is the seed. The
-    loader of an evaluation draws its base seed there too.
+    5: (data_seed or seed) + epoch. 4.37: each epoch draws two 64-bit numbers from the global generator, each of two
+    32-bit outputs, the high one first. The first number is the loader's base seed; the second is the sampler's, whose
+    low half is the seed. The loader of an evaluation draws a base seed from the same generator.
     """
     if compat == "5":
         return (seed if data_seed is None else data_seed) + epoch
@@ -72,15 +72,15 @@ def epoch_seed(compat: str, seed: int, data_seed: int | None, epoch: int, evalua
 # Compared and hashed by identity: `lengths` has no cheap hash, and an order's epochs are cached by the order.
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The plan of a run: `updates` updates; update k is made of the micro-batches `bounds[k]` to `bounds[k + 1]`.
+    """Plan the `updates` of a run: update k is made of the micro-batches `bounds[k]` to `bounds[k + 1]`.
 
     Micro-batches are counted over the whole run; each epoch has `batches_per_epoch` of them. A micro-batch is
     `per_device_batch` examples on each of `ranks` ranks.
 
     `sampling` is 5's `train_sampling_strategy`: "random", "sequential" or "group_by_length", which needs the examples'
     `lengths` in tokens, [examples]. `evaluated` holds the numbers of updates done at which the run evaluates, 0 for
-    before the first; they move later epochs where the order comes from the global generator. They may be set with
-    `dataclasses.replace`, since `updates` does not depend on them.
+    before the first. Evaluations change the order of later epochs if it comes from the global generator. As `updates`
+    does not depend on `evaluated`, `dataclasses.replace` may set the field.
     """
 
     examples: int
@@ -119,10 +119,11 @@ class Order:
         set_(self, "bounds", self._bounds(batches, updates))
 
     def _bounds(self, batches: int, updates: int) -> np.ndarray:
-        """Ends of updates in the running count of micro-batches, int64 [updates + 1], from 0.
+        """Return the ends of updates in the run's count of micro-batches, int64 [updates + 1], from 0.
 
-        5: every `accumulation` micro-batches within the epoch, and at its end. 4.37: the count runs on over epochs, so
-        that a tail carries over; only an epoch of at most one update's micro-batches ends with an update of its own.
+        5: an update ends after `accumulation` micro-batches of the epoch, and at the epoch's end. 4.37: the count runs
+        on over epochs, so that a tail carries over; only an epoch of at most `accumulation` micro-batches ends with an
+        update.
         """
         A = self.accumulation
         epoch_ends = batches * np.arange(1, updates + 1, dtype=np.int64)
@@ -137,7 +138,7 @@ class Order:
         return np.concatenate([[0], ends[:updates]])
 
     def micro_batch(self, m: int) -> list[np.ndarray]:
-        """Example indices of micro-batch m, one array a rank."""
+        """Return the example indices of micro-batch m, one array a rank."""
         epoch, batch = divmod(m, self.batches_per_epoch)
         order = _epoch_order(self, epoch)
         size = self.per_device_batch
@@ -145,11 +146,11 @@ class Order:
         return [order[first + r * size : first + (r + 1) * size] for r in range(self.ranks)]
 
     def update(self, k: int) -> list[list[np.ndarray]]:
-        """The micro-batches of update k, k from 0."""
+        """Return the micro-batches of update k, k from 0."""
         return [self.micro_batch(m) for m in range(self.bounds[k], self.bounds[k + 1])]
 
     def examples_of(self, k: int) -> np.ndarray:
-        """The examples of update k, micro-batch after micro-batch and rank after rank."""
+        """Return the examples of update k, ordered by micro-batch, then by rank."""
         start, end = self.bounds[k : k + 2].tolist()
         per_epoch, size = self.batches_per_epoch, self.per_device_batch * self.ranks
         epochs = range(start // per_epoch, -(-end // per_epoch))
@@ -160,8 +161,11 @@ class Order:
         return np.concatenate(parts)
 
     def reduce(self, ufunc: np.ufunc, values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """What the ufunc, from 0, makes of the `values` [examples] of all examples that the micro-batches `bounds[i]`
-        to `bounds[i + 1]` have, int64 [len(bounds) - 1]; `bounds` ascends from 0. As fast for millions as NumPy is."""
+        """Reduce `values` [examples] by the ufunc, from 0, over the examples of each span of micro-batches.
+
+        Span i is `bounds[i]` to `bounds[i + 1]`; `bounds` ascends from 0. Returns int64 [len(bounds) - 1]. The loop is
+        over epochs, since examples may be millions.
+        """
         result = np.zeros(len(bounds) - 1, np.int64)
         per_epoch, size = self.batches_per_epoch, self.per_device_batch * self.ranks
         for epoch in range(-(-int(bounds[-1]) // per_epoch)):
@@ -174,14 +178,14 @@ class Order:
         return result
 
     def evaluations_before(self, epoch: int) -> int:
-        """How many evaluations the run has made when it begins an epoch."""
+        """Count the evaluations made before an epoch begins."""
         done = self.bounds[np.asarray(self.evaluated, np.int64)]
         return int(np.count_nonzero(done <= epoch * self.batches_per_epoch))
 
     def facts(self) -> dict[str, Any]:
-        """What decides the order, by name, for JSON: two runs with equal facts and data see the same examples.
+        """Return the settings that decide the order, as JSON values: equal facts and data give equal examples.
 
-        Evaluations count by epoch, and only where they move the order.
+        Evaluations are counted by epoch, and only where they change the order.
         """
         facts = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("bounds", "lengths", "evaluated")
@@ -192,26 +196,25 @@ class Order:
         return {**facts, "evaluations_before_epoch": before if any(before) else []}
 
     def epoch_ends(self) -> set[int]:
-        """The numbers of updates done at which an epoch is over, or the run."""
+        """Return the numbers of updates done at which an epoch, or the run, ends."""
         epochs = np.arange(1, self.bounds[-1] // self.batches_per_epoch + 1)
         ends = np.searchsorted(self.bounds, epochs * self.batches_per_epoch, side="right") - 1
         return {*ends.tolist(), self.updates}
 
     def tail(self, updates_done: int) -> int:
-        """How many micro-batches of an epoch that is over the next update takes: what 4.37 carries over."""
+        """Count the micro-batches of a finished epoch that 4.37 carries over into the next update."""
         if updates_done == self.updates or updates_done not in self.epoch_ends():
             return 0
         return int(-self.bounds[updates_done] % self.batches_per_epoch)
 
     def epoch_at(self, updates_done: int) -> float:
-        """Epochs trained after so many updates, in micro-batches."""
+        """Return the epochs trained after so many updates, by micro-batches."""
         return float(self.bounds[updates_done]) / self.batches_per_epoch
 
 
 @lru_cache(maxsize=2)
 def _epoch_order(order: Order, epoch: int) -> np.ndarray:
-    """The examples of an epoch as they are dealt: with several ranks, topped up from its start so that all have as many
-    batches."""
+    """Return the order of an epoch's examples; with several ranks, its start repeats at the end to fill all batches."""
     permuted = _permuted(order, epoch)
     if order.ranks == 1:
         return permuted

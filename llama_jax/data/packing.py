@@ -1,4 +1,4 @@
-"""Placing the examples of one update side by side in rows, and choosing few shapes for a run."""
+"""Place the examples of one update side by side in rows, and choose few shapes for a run."""
 
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
@@ -9,10 +9,10 @@ Shape = tuple[int, int]  # rows, row length
 
 
 def pack(lengths: Sequence[int], capacities: Sequence[int]) -> list[list[int]] | None:
-    """Positions in `lengths` by row, so that row r holds at most `capacities[r]` tokens; None where that was not found.
+    """Place examples in rows and return positions in `lengths` by row, None where no placement was found.
 
-    One row after the other, the longest first, each as full as any choice of what is left makes it: an exact subset
-    sum, long examples preferred. What is too long for the room that some row has left is never given up.
+    Row r holds at most `capacities[r]` tokens. Rows are filled one after the other, the longest first. Each row takes
+    the remaining examples that fill the row best: an exact subset sum that prefers long examples.
     """
     left = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     remaining = sum(lengths)
@@ -31,9 +31,9 @@ def pack(lengths: Sequence[int], capacities: Sequence[int]) -> list[list[int]] |
 
 
 def _fullest(left: list[int], lengths: Sequence[int], capacity: int) -> list[int]:
-    """Those of `left` that make the largest sum up to `capacity`; the first of them are preferred."""
+    """Choose the indices of `left` with the largest sum of lengths up to `capacity`; earlier ones are preferred."""
     within = (1 << (capacity + 1)) - 1
-    reached = [1]  # after j of them: bit s is set where some of those j sum to s
+    reached = [1]  # element j: bit s is set where some of the first j lengths sum to s
     for i in left:
         reached.append((reached[-1] | reached[-1] << lengths[i]) & within)
         if reached[-1] >> capacity:
@@ -48,11 +48,11 @@ def _fullest(left: list[int], lengths: Sequence[int], capacity: int) -> list[int
 
 
 def allowed_shapes(max_tokens: int, row_limit: int, longest: int, multiple: int) -> dict[int, Shape]:
-    """The shapes that one device may be given, by their tokens, ascending: one for each size, of the fewest rows.
+    """Return the shapes to choose from for one device, by tokens, ascending: for each size the one of fewest rows.
 
-    Row lengths are multiples of `multiple`. A single row is as short as that; several are longer than half of
-    `row_limit`, which leaves no more examples unplaced than need be, and take the longest example each. `row_limit` and
-    `max_tokens` give way to the longest example.
+    Row lengths are multiples of `multiple`. A single row may be as short as `multiple`. Several rows are each longer
+    than half of `row_limit`, to waste little room, and hold the longest example. `row_limit` and `max_tokens` are
+    raised to the longest example.
     """
     longest = _round_up(longest, multiple)
     limit = max(_round_up(min(row_limit, max_tokens), multiple), longest)
@@ -69,9 +69,9 @@ def allowed_shapes(max_tokens: int, row_limit: int, longest: int, multiple: int)
 
 
 def totals(sizes: Sequence[int], count: int) -> dict[int, tuple[int, ...]]:
-    """The blocks that an update of `count` blocks may have, by the sum of their sizes, ascending.
+    """Return the choices of sizes for an update of `count` blocks, by the sum of the sizes, ascending.
 
-    All but two are of the largest size: two that are free make 21 sums of six sizes, close enough to each other.
+    All blocks but two have the largest size: two free blocks of six sizes make 21 sums, which are close enough.
     """
     free = min(count, 2)
     full = (max(sizes),) * (count - free)
@@ -80,18 +80,18 @@ def totals(sizes: Sequence[int], count: int) -> dict[int, tuple[int, ...]]:
 
 
 def best_sizes(counts: np.ndarray, needed: np.ndarray, allowed: Sequence[int], levels: int) -> list[int]:
-    """At most `levels` of the sizes `allowed`, which give all updates together the least room.
+    """Choose at most `levels` of the sizes `allowed` that minimise the total room of all updates.
 
-    Update k has `counts[k]` blocks and needs the room `needed[k]`, the size of an allowed one where that is 1; the
-    largest allowed one as often as `counts[k]` has it. Where all updates are one block the choice is the best of all.
-    Otherwise it is one that neither another size, nor another one in the place of one, makes better.
+    Update k has `counts[k]` blocks and needs `needed[k]` tokens. These are an allowed size where the count is 1, else
+    at most `counts[k]` times the largest allowed size. The choice is optimal where every update is one block. Otherwise
+    the choice is a local optimum: neither adding nor replacing one size improves the total.
     """
     if counts.max() == 1:
         return ladder(needed, levels, 1)
     wanted = [(int(n), *np.unique(needed[counts == n], return_counts=True)) for n in np.unique(counts)]
 
     def room(sizes: list[int]) -> float:
-        """What all updates take."""
+        """Return the total room of all updates."""
         taken = 0
         for count, needs, updates in wanted:
             sums = np.asarray([*totals(sizes, count)])
@@ -111,13 +111,13 @@ def best_sizes(counts: np.ndarray, needed: np.ndarray, allowed: Sequence[int], l
             if taken < least:
                 least, chosen, improved = taken, [*others, size], True
                 break
-    return sorted(set(chosen))  # a smaller largest size may leave one of the others without use
+    return sorted(set(chosen))  # a smaller largest size may leave another size unused
 
 
 def ladder(needed: np.ndarray, levels: int, multiple: int) -> list[int]:
-    """At most `levels` lengths, multiples of `multiple`, that cover all of `needed` with the least total padding.
+    """Choose at most `levels` lengths, multiples of `multiple`, that cover all of `needed` with the least padding.
 
-    Exact, by dynamic programming over the distinct rounded lengths.
+    The choice is exact, by dynamic programming over the distinct rounded lengths.
     """
     rounded = -(-np.asarray(needed) // multiple)
     values, counts = np.unique(rounded, return_counts=True)

@@ -1,4 +1,4 @@
-"""Reading and validating the data file: every record is known to be good before anything is tokenised."""
+"""Read and validate the data file: every record is checked before tokenising begins."""
 
 import mmap
 import re
@@ -15,38 +15,38 @@ from llama_jax.base.files import parse_json, read_json, read_json_object
 Record = dict[str, Any]
 
 ALPACA, CHAT, TEXT, TOKENIZED = "alpaca", "chat", "text", "tokenized"
-FORMS = {  # what is done with each, in a few words for the user
+FORMS = {  # a description of each for the user
     ALPACA: "instruction, input and output; the output is trained",
-    CHAT: "turns through the tokenizer's chat template; the assistant's are trained",
+    CHAT: "turns through the tokenizer's chat template; the assistant's turns are trained",
     TEXT: "plain text with an eos; all of it is trained",
     TOKENIZED: "input_ids and labels, taken as they are",
 }
 OPENAI = ("system", "user", "assistant")
-SHAREGPT = {"human": "user", "gpt": "assistant", **{role: role for role in OPENAI}}  # its names -> OpenAI's
+SHAREGPT = {"human": "user", "gpt": "assistant", **{role: role for role in OPENAI}}  # ShareGPT's names -> OpenAI's
 
-_BLANK = b" \t\r\n"  # JSON's, fewer than Python's
+_BLANK = b" \t\r\n"  # JSON's white space; Python's has more
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
-# Up to the next bracket or comma of JSON; what is between the braces of an object of plain values is stepped over.
+# Match up to the next bracket or comma of JSON; an object of plain values is skipped whole.
 _MARK = re.compile(rb'(?:[^]["{},]++|%s|\{(?:[^]["{}]++|%s)*+\})*+[][{},]' % (_STRING, _STRING), re.DOTALL)
 _KINDS = "a JSON array, JSONL (an object a line), parquet, or a .txt file, not compressed"
-_ROWS = 1000  # rows of a parquet file that are Python objects at a time
-_BESIDE = ("tools", "functions", "system")  # would change what a chat template writes
+_ROWS = 1000  # rows of a parquet file to hold as Python objects at a time
+_BESIDE = ("tools", "functions", "system")  # keys that would change the chat template's output
 _COLUMNS = {"instruction", "input", "output", "messages", "conversations", *_BESIDE, "text", "input_ids", "labels"}
 
 
 def read_records(path: Path) -> tuple[str, Sequence[Record]]:
-    """The records of a file and their form, one of `FORMS`, by the first record.
+    """Return the form of a file's records, one of `FORMS`, by the first record, and the records.
 
-    The file is a JSON array, JSONL, parquet, or, where its name ends in `.txt`, text of which each line that is not
-    blank is a record. Records hold:
+    The file is a JSON array, JSONL or parquet. A file whose name ends in `.txt` is text, with a record on each line
+    that is not blank. Records hold:
 
     - "alpaca": the strings `instruction`, `output` and perhaps `input`;
     - "chat": a list `messages` of `role` and `content`, or `conversations` of `from` and `value`;
     - "text": a string `text`;
     - "tokenized": the integer lists `input_ids` and `labels` of equal length.
 
-    A null in parquet is an absent value. Records are read when they are asked for; only their places are kept. Raises
-    InputError that names the file and the record by number, from 1.
+    A null in parquet is an absent value. Records are read on access; only their places are held in memory. Raises an
+    InputError that names the file, and the record by number from 1.
     """
     path = path.expanduser()
     if path.is_dir():
@@ -74,7 +74,7 @@ def read_records(path: Path) -> tuple[str, Sequence[Record]]:
 
 
 def messages(record: Record) -> list[dict[str, Any]]:
-    """The turns of a chat record as `role` and `content`; what else OpenAI's form has stays, without its nulls."""
+    """Return the turns of a chat record as `role` and `content`; other keys of OpenAI's form stay, nulls do not."""
     return [
         {k: v for k, v in turn.items() if v is not None}
         if "role" in turn
@@ -84,7 +84,7 @@ def messages(record: Record) -> list[dict[str, Any]]:
 
 
 class _Lines(Sequence[Record]):
-    """Records that are lines, each parsed when it is asked for."""
+    """Read records that are lines, parsing each on access."""
 
     def __init__(self, path: Path, parse: Callable[[bytes, str, int], Any], starts: "array[int]", sizes: "array[int]"):
         self._path, self._parse, self._starts, self._sizes = path, parse, starts, sizes
@@ -118,7 +118,7 @@ class _Lines(Sequence[Record]):
             raise InputError(f"{self._path}: cannot be read: {e.strerror}") from None
 
     def _refuse(self, line: bytes, start: int, file: BinaryIO) -> None:
-        """Raises the InputError of a bad line once more, with its number."""
+        """Raise the InputError of a bad line again, with the line's number."""
         file.seek(0)
         number = 1
         while file.tell() < start:
@@ -129,7 +129,7 @@ class _Lines(Sequence[Record]):
         except InputError as e:
             if number > 1 or self._parse is _parse_text:
                 raise
-            # The file may be of another kind altogether.
+            # The file may not be JSONL at all.
             if line.lstrip().startswith(b"{") and (keys := _keys_of_one(self._path)) is not None:
                 one = f"{self._path}: holds one object of several lines{keys}"
                 raise InputError(f"{one}; should be a JSON array, or JSONL (an object a line)") from None
@@ -137,14 +137,14 @@ class _Lines(Sequence[Record]):
 
 
 class _Elements(_Lines):
-    """Records that are the elements of a JSON array, each parsed when it is asked for."""
+    """Read records that are the elements of a JSON array, parsing each on access."""
 
     def _refuse(self, line: bytes, start: int, file: BinaryIO) -> None:
-        read_json(self._path)  # the whole file tells the line and the column
+        read_json(self._path)  # parsing the whole file finds line and column
 
 
 class _Rows(Sequence[Record]):
-    """Records that are rows of a parquet file, read in batches when they are asked for."""
+    """Read records that are rows of a parquet file, in batches on access."""
 
     def __init__(self, path: Path, span: range | None = None):
         self._path = path
@@ -162,7 +162,7 @@ class _Rows(Sequence[Record]):
     def __getitem__(self, i: slice) -> "_Rows": ...
     def __getitem__(self, i: int | slice) -> "Record | _Rows":
         if isinstance(i, slice):
-            assert i.step in (None, 1)  # rows are read in runs
+            assert i.step in (None, 1)  # rows are read in contiguous runs
             return _Rows(self._path, self._span[i])
         at = range(len(self))[i]
         return next(iter(self[at : at + 1]))
@@ -191,11 +191,11 @@ class _Rows(Sequence[Record]):
             with parquet.ParquetFile(self._path) as file:
                 yield file
         except (OSError, pyarrow.ArrowException) as e:
-            raise InputError(f"{self._path}: not a parquet file that can be read ({str(e).splitlines()[0]})") from None
+            raise InputError(f"{self._path}: cannot be read as a parquet file ({str(e).splitlines()[0]})") from None
 
 
 def _keys_of_one(path: Path) -> str | None:
-    """What the keys are of a file that is one JSON object, for an error; None where it is no such file."""
+    """Return the keys of a file that is one JSON object, as text for an error; None for other files."""
     try:
         return _keys(read_json_object(path))
     except InputError:
@@ -227,8 +227,9 @@ def _open(path: Path) -> Sequence[Any]:
 
 
 def _elements(path: Path) -> Sequence[Any]:
-    """Those of a JSON array: what is between its commas. The file is JSON where each of them is, as reading them tells.
-    Raises InputError where it is no array.
+    """Find the elements of a JSON array by its commas; each is parsed, and so checked, on access.
+
+    Raises InputError where the file is no array.
     """
     starts, sizes, start, depth, at = array("q"), array("q"), 0, 0, 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -244,7 +245,7 @@ def _elements(path: Path) -> Sequence[Any]:
             if depth == 0:
                 break
         if depth or kind != b"]" or (data[: starts[0] - 1] + data[at:]).strip(_BLANK):
-            return read_json(path)  # tells what is wrong
+            return read_json(path)  # raises an error with line and column
         if len(starts) == 1 and not data[starts[0] : at - 1].strip(_BLANK):
             return []
     return _Elements(path, _parse_line, starts, sizes)
@@ -262,7 +263,7 @@ def _parse_text(line: bytes, where: str, number: int) -> Record:
 
 
 def _form(record: Record) -> str | None:
-    """By the most telling key: Alpaca's records may have a `text` too."""
+    """Return the form by the most specific key, as Alpaca's records may have a `text` too."""
     keys = {"input_ids": TOKENIZED, "messages": CHAT, "conversations": CHAT, "instruction": ALPACA, "text": TEXT}
     return next((form for key, form in keys.items() if key in record), None)
 
@@ -288,31 +289,31 @@ def _check_chat(record: Record) -> str | None:
         return f"needs 'messages' or 'conversations', a list of turns{_keys(record)}"
     for key in _BESIDE:
         if record.get(key):
-            return f"has {key!r} beside its turns, which is not supported; tell it in a system turn at the beginning"
+            return f"has {key!r} beside its turns, which is not supported; move it into a system turn at the beginning"
     assistant = False
     for n, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             return f"has {_kind(turn)} as turn {n}, should be an object"
-        name, said, known = ("role", "content", OPENAI) if "role" in turn else ("from", "value", tuple(SHAREGPT))
+        name, text, known = ("role", "content", OPENAI) if "role" in turn else ("from", "value", tuple(SHAREGPT))
         role = turn.get(name)
         if role not in known:
             return f"has the {name!r} {str(role)[:40]!r} in turn {n}, should be one of {', '.join(known)}"
         if turn.get("tool_calls") or turn.get("function_call"):
-            return f"calls a tool in turn {n}, which is not supported; leave such records out"
-        if problem := _check_string(turn.get(said), f"{said!r} of turn {n}"):
+            return f"calls a tool in turn {n}, which is not supported; remove such records"
+        if problem := _check_string(turn.get(text), f"{text!r} of turn {n}"):
             return problem
         if role in ("assistant", "gpt"):
             assistant = True
             if turn.get("weight") == 0:
                 return f"has the weight 0 in turn {n}, which is not supported: every assistant turn is trained"
-    return None if assistant else "has no turn of the assistant, so nothing to train"
+    return None if assistant else "has no turn of the assistant, so there is nothing to train"
 
 
-def _check_string(value: Any, what: str) -> str | None:
+def _check_string(value: Any, name: str) -> str | None:
     if not isinstance(value, str):
-        return f"has {_kind(value)} as {what}, should be a string"
+        return f"has {_kind(value)} as {name}, should be a string"
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        return f"has half a surrogate pair in {what}, which is no character"
+        return f"has half a surrogate pair in {name}, which is not a character"
     return None
 
 

@@ -1,7 +1,7 @@
-"""Text to token ids: sentencepiece itself for a bare `tokenizer.model`, `tokenizers` for a `tokenizer.json`.
+"""Turn text into token ids, by sentencepiece for a bare `tokenizer.model`, by `tokenizers` for a `tokenizer.json`.
 
-Both give the ids of HF's tokenizer with the beginning token that its configuration asks for, know the special tokens by
-HF's names, and write themselves into an HF folder.
+Ids equal those of HF's tokenizer, with the bos token as its configuration demands. Special tokens have HF's names, and
+`save` writes the files of an HF folder.
 """
 
 import itertools
@@ -22,8 +22,15 @@ from llama_jax.base.files import read_json_object, write_json, write_text
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # The files of a tokenizer in an HF folder.
 FILES = (
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt"),
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
 )
 
 _STRIP = ("lstrip", "rstrip", "normalized", "single_word")
@@ -33,7 +40,7 @@ DEFAULTS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_
 
 
 class Tokenizer(ABC):
-    """What training and generation need of a tokenizer; `open_tokenizer` makes one.
+    """Define the tokenizer that training and generation use; `open_tokenizer` makes instances.
 
     `special` maps HF's names (`eos_token`, ...) to the tokens' texts or None.
     """
@@ -44,37 +51,38 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Ids in all, added tokens included."""
+        """Count all ids, added tokens included."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, with the beginning token, on all cores."""
+        """Return the ids of each text, with the bos token, computed on all cores."""
 
     @abstractmethod
     def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
-        """Ids of each text as it stands, nothing added at either end, and the characters [start, end) of each id.
+        """Yield the ids of each text, with no token added at either end, and the characters [start, end) of each id.
 
-        The bytes of a character that is no token have all of its characters; a space that the tokenizer puts in front
-        has those of what follows."""
+        Each byte token of a character has the span of the whole character. A space that the tokenizer inserts in front
+        has the span of the next token.
+        """
 
     @abstractmethod
     def special_texts(self) -> set[str]:
-        """The texts of all special tokens."""
+        """Return the texts of all special tokens."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, without special tokens."""
+        """Return the text, without special tokens."""
 
     @abstractmethod
     def token_to_id(self, token: str) -> int | None:
-        """The id of one token, None where there is no such token."""
+        """Return the id of a token, None where the token does not exist."""
 
     @abstractmethod
     def _add(self, token: str) -> None:
-        """Make the text a special token, with a new id where it has none."""
+        """Make the text a special token, with a new id where the text has none."""
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files so that transformers loads the same tokenizer, added tokens included."""
+        """Write files from which transformers loads the same tokenizer, added tokens included."""
         copy_tokenizer(self.folder, folder)
         self._save_tokens(folder)
         write_json(folder / "tokenizer_config.json", self.config)
@@ -82,10 +90,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _save_tokens(self, folder: Path) -> None:
-        """Write the files that an added token changes, and put into `config` what it changes there."""
+        """Write the files that added tokens change, and add the tokens to `config`."""
 
     def add_missing_special_tokens(self) -> int:
-        """stanford_alpaca's rule: `[PAD]`, `</s>`, `<s>`, `<unk>` where that one is None. Returns how many are new."""
+        """Set missing special tokens as stanford_alpaca does, to `DEFAULTS`, and return the number of new ids."""
         before = len(self)
         for key, token in DEFAULTS.items():
             if self.special[key] is None:
@@ -95,10 +103,10 @@ class Tokenizer(ABC):
         return len(self) - before
 
     def warnings(self) -> list[str]:
-        """What would make a model that never stops."""
+        """Describe problems of the eos token that make a model generate without end."""
         eos, found = self.special["eos_token"], []
         if not eos or self.eos_token_id is None:
-            found.append(f"the tokenizer's eos_token is {eos!r}: no end is trained and the model will not stop")
+            found.append(f"the tokenizer's eos_token is {eos!r}: no eos is trained, so the model will not stop")
             return found
         for other in ("unk_token", "pad_token", "bos_token"):
             if self.special[other] == eos:
@@ -127,7 +135,7 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """HF's slow LlamaTokenizer on sentencepiece: `[bos] + encode(text)`, special tokens in the text cut out first."""
+    """Follow HF's slow LlamaTokenizer: `[bos] + encode(text)`, after splitting the text at special tokens."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         super().__init__(folder, config)
@@ -135,11 +143,11 @@ class SentencePieceTokenizer(Tokenizer):
 
         path = folder / "tokenizer.model"
         try:
-            proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]  # made at run time
+            proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]  # defined at run time
             self._start = SentencePieceProcessor(model_proto=proto.SerializeToString())
             proto.normalizer_spec.add_dummy_prefix = False
             self._inner = SentencePieceProcessor(model_proto=proto.SerializeToString())
-        except Exception as e:  # protobuf and sentencepiece raise their own kinds
+        except Exception as e:  # protobuf and sentencepiece raise classes of their own
             raise InputError(f"{path}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
         pieces = self._start
         for key, i in (("bos_token", pieces.bos_id()), ("eos_token", pieces.eos_id()), ("unk_token", pieces.unk_id())):
@@ -178,7 +186,7 @@ class SentencePieceTokenizer(Tokenizer):
         return {t for t in [*self.special.values(), *self._more_special] if t and self.token_to_id(t) is not None}
 
     def _split(self, texts: Sequence[str]) -> list[list[str]]:
-        """Each text's parts: at even places what is between special and added tokens, at odd ones such a token."""
+        """Split each text at special and added tokens; the tokens are at odd places of the result."""
         longest_first = sorted({t for t in [*self.special.values(), *self._added] if t}, key=len, reverse=True)
         pattern = re.compile("(" + "|".join(re.escape(t) for t in longest_first) + ")")
         return [pattern.split(text) for text in texts]
@@ -200,7 +208,7 @@ class SentencePieceTokenizer(Tokenizer):
         return result
 
     def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
-        from sentencepiece.sentencepiece_pb2 import SentencePieceText  # type: ignore[attr-defined]  # made at run time
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText  # type: ignore[attr-defined]  # defined at run time
 
         for parts in self._split(texts):
             ids: list[int] = []
@@ -208,12 +216,12 @@ class SentencePieceTokenizer(Tokenizer):
             at = 0
             for k, part in enumerate(parts):
                 if k % 2:
-                    ids.append(self.token_to_id(part))  # type: ignore[arg-type]  # it was cut out as one
+                    ids.append(self.token_to_id(part))  # type: ignore[arg-type]  # never None: split off as a token
                     offsets.append((at, at + len(part)))
                 elif part:
                     inner = self._inner if k else self._start
                     pieces = SentencePieceText.FromString(inner.encode(part, out_type="serialized_proto")).pieces
-                    # All but the last byte of a character, and a space put in front, have no text of their own.
+                    # All but the last byte of a character, and an inserted space, have an empty surface.
                     ends = at + np.cumsum([len(piece.surface) for piece in pieces])
                     starts = np.concatenate([[at], ends[:-1]])
                     ids += [piece.id for piece in pieces]
@@ -224,7 +232,7 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         skipped = {self.token_to_id(t) for t in self.special_texts()}
         added = {i: t for t, i in self._added.items()}
-        # A row of the model's embedding that is no token, as padding has it, says nothing.
+        # Padded rows of the model's embedding are no tokens and have no text.
         pieces = range(self._start.get_piece_size())
         known = [int(i) for i in ids if i not in skipped and (i in pieces or i in added)]
         runs = itertools.groupby(known, added.get)
@@ -242,11 +250,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class FastTokenizer(Tokenizer):
-    """A `tokenizer.json` through the `tokenizers` library, beginning token by its own post-processor."""
+    """Run a `tokenizer.json` by the `tokenizers` library, whose post-processor adds the bos token."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         of_llama = str(config.get("tokenizer_class", "")).startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
-        if of_llama:  # those classes' own defaults, where the files name none
+        if of_llama:  # the defaults of HF's classes, where the files name no token
             config = {key: DEFAULTS[key] for key in ("bos_token", "eos_token", "unk_token")} | config
         super().__init__(folder, config)
         import tokenizers
@@ -254,7 +262,7 @@ class FastTokenizer(Tokenizer):
         path = folder / "tokenizer.json"
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the Rust side raises plain Exception
+        except Exception as e:  # the Rust library raises plain Exception
             raise InputError(f"{path}: not a tokenizer ({str(e).splitlines()[0]})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -263,7 +271,7 @@ class FastTokenizer(Tokenizer):
             self._follow_add_bos()
 
     def _follow_add_bos(self) -> None:
-        """HF's LlamaTokenizer classes put bos and eos by `add_bos_token`, `add_eos_token`, whatever the file says."""
+        """Add bos and eos by `add_bos_token`, `add_eos_token`, not by the file, as HF's LlamaTokenizer classes do."""
         from tokenizers.processors import TemplateProcessing
 
         parts, used = ["$A:0"], []
@@ -276,10 +284,11 @@ class FastTokenizer(Tokenizer):
         self._tokenizer.post_processor = TemplateProcessing(single=parts, pair=pair, special_tokens=used)
 
     def _register(self) -> None:
-        """Special tokens in a text are cut out whole, as HF does with every token that it knows as special.
+        """Register special tokens, so that a text is split at them, as in HF.
 
-        How, `added_tokens_decoder` says, or the file itself, before the object that names the token: LLaMA's old ones
-        say `normalized`, by which `Hello</s>` would have no end."""
+        Flags come from `added_tokens_decoder`, else from the file, and last from the object that names the token.
+        LLaMA's old objects have `normalized`, which would hide the eos in `Hello</s>`.
+        """
         import tokenizers
 
         if (decoder := self.config.get("added_tokens_decoder")) is not None:
@@ -329,10 +338,10 @@ class FastTokenizer(Tokenizer):
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of an HF folder. Raises InputError where there is none."""
+    """Open the tokenizer of an HF folder. Raises InputError where the folder has none."""
     path = folder / "tokenizer_config.json"
     config = _read(path)
-    if "added_tokens_decoder" not in config:  # else it is complete: transformers does not read the other file
+    if "added_tokens_decoder" not in config:  # with the key, transformers ignores the other file
         named = _read(folder / "special_tokens_map.json")
         config |= {key: named[key] for key in SPECIAL if key in named}
     if not isinstance(config.get("added_tokens_decoder", {}), dict):
@@ -345,7 +354,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files as they are; those of another tokenizer that lie in the folder are removed."""
+    """Copy the tokenizer's files unchanged, and remove other tokenizer files from the folder."""
     if source and source.resolve() == folder.resolve():
         return
     for name in FILES:
@@ -356,9 +365,9 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
 
 
 def write_tokenizer_json(path: Path, serialized: str) -> None:
-    """What the `tokenizers` library made, with merges as "a b" again: all that its versions before 0.20 read.
+    """Write a serialized tokenizer with merges as "a b", which `tokenizers` before 0.20 needs.
 
-    Where a part has a space, only the newer form, a list, can tell the parts.
+    Merges stay lists, the newer form, if a part contains a space.
     """
     value = json.loads(serialized)
     merges = value["model"].get("merges", [])
@@ -368,7 +377,7 @@ def write_tokenizer_json(path: Path, serialized: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A file that may name special tokens; empty where there is none."""
+    """Read a file that may name special tokens; return {} where the file is missing."""
     config = read_json_object(path) if path.exists() else {}
     for key in SPECIAL:
         if not isinstance(_text(config.get(key)), str | None):
@@ -377,12 +386,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _text(token: Any) -> str | None:
-    """A special token as `tokenizer_config.json` writes it: a string, or an object with `content`, or null."""
+    """Return the text of a special token in `tokenizer_config.json`: a string, an object with `content`, or null."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> list[tuple[int, str]]:
-    """Ids and texts of the added tokens, from both files that may list them, by id."""
+    """Return the ids and texts of added tokens, by id, from both files that may list them."""
     listed: dict[str, dict[Any, Any]] = {
         "tokenizer_config.json": {_text(t): i for i, t in config.get("added_tokens_decoder", {}).items()}
     }
