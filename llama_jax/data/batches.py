@@ -56,8 +56,8 @@ class Batches:
     With `packed` false a block is a micro-batch of the HF Trainer: one example a row. Rows are as long as the longest
     example, rounded up to one of few lengths.
 
-    Choosing the shapes visits each update twice, and once more if an update does not fit, which is rare. `progress` is
-    called with the number of further visits.
+    Choosing the shapes visits each update twice, or again if one does not fit, which is rare. `progress` is called with
+    the number of further visits.
     """
 
     def __init__(
@@ -131,13 +131,13 @@ class Batches:
     def _allowed(self, max_tokens: int, row_limit: int) -> dict[int, Shape]:
         """Return the block shapes to choose from, one device's share by its tokens.
 
-        A shorter row limit may pack better where two of the longest example do not fit a row: examples of 1,100 pack
-        better in rows of 1,152 than of 2,048. The best limit for a sample of updates is taken.
+        A shorter row limit may pack better where two of the longest example do not fit a row. Rows of 1,152 hold
+        examples of 1,100 better than rows of 2,048. The best limit for a sample of updates is taken.
         """
         longest = int(self.examples.lengths.max())
         row_limit = min(row_limit, max_tokens)
         limits = range(max(row_limit, longest), (longest if 2 * longest > row_limit else row_limit) - 1, -ROW_MULTIPLE)
-        choices = [allowed_shapes(max_tokens, limit, longest, ROW_MULTIPLE) for limit in limits]
+        choices = [allowed_shapes(max_tokens, limit, longest=longest, multiple=ROW_MULTIPLE) for limit in limits]
         if len(choices) == 1:
             return choices[0]
         sample = [self._sizes(k) for k in range(0, self.order.updates, -(-self.order.updates // SAMPLE))]
@@ -146,8 +146,7 @@ class Batches:
     def _least(self, lengths: list[int], allowed: dict[int, Shape]) -> tuple[int, int]:
         """Return the number of blocks that examples of these lengths need, and a device's tokens in all blocks.
 
-        The tokens of one block are an allowed size. Of several, all but the last have the largest size, and the last
-        has the rest.
+        One block has an allowed size. Of several, all but the last have the largest size; the last has the rest.
         """
         share = -(-sum(lengths) // (self.ways * ROW_MULTIPLE)) * ROW_MULTIPLE
         most = max(allowed)
@@ -207,7 +206,7 @@ class Batches:
         ]
 
     def _placed(self, k: int) -> list[tuple[list[list[Piece]], int]]:
-        """Return, for each block of update k, the pieces of its rows, and the rows' length."""
+        """Place the examples of update k: for each block, the pieces of its rows and the rows' length."""
         pieces, shapes = self._pieces(k), self.shapes_of(k)
         if self.packed:
             placed = pack(self._sizes(k), [length for rows, length in shapes for _ in range(rows)])
@@ -232,9 +231,7 @@ class Batches:
 
     def micro_losses(self, k: int, losses: list[np.ndarray]) -> np.ndarray:
         """Return the part of each micro-batch and rank in the loss of update k, float64 [micro-batches, ranks].
-
-        `losses` are the weighted losses of each token, [B, T] a block.
-        """
+        `losses` are the weighted losses of each token, [B, T] a block."""
         parts = np.zeros((len(self.order.update(k)), self.order.ranks))
         for (rows, _), block in zip(self._placed(k), losses, strict=True):
             for row, values in zip(rows, block, strict=True):

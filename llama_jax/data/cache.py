@@ -1,8 +1,7 @@
 """Cache tokenised examples on disk: later runs on the same data map the first run's file.
 
 A cache file is one line of JSON, then the raw arrays: offsets int64, ids int32, labels int32. Its name is a digest of
-every input, so that a file is never out of date, only unused. The name for chats whose template writes the date ends in
-the date.
+every input, so that a file is never out of date, only unused; for chats whose template writes the date, plus the date.
 """
 
 import hashlib
@@ -47,9 +46,7 @@ def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) ->
 
 def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tuple[str, Examples, str] | None:
     """Return the form, the examples mapped from disk and their checksum; None where the file is missing.
-
-    A damaged or unreadable file gives a warning through `say`, and None.
-    """
+    A damaged or unreadable file gives a warning through `say`, and None."""
     path = folder.expanduser() / digest
     try:
         with path.open("rb") as file:
@@ -74,9 +71,7 @@ def load_examples(folder: Path, digest: str, say: Callable[[str], None]) -> tupl
 
 def save_examples(folder: Path, digest: str, form: str, examples: Examples, say: Callable[[str], None]) -> str:
     """Write the examples under the name `digest`, the whole file or none, and return their checksum.
-
-    A folder that is not writable gives a warning through `say`.
-    """
+    A folder that is not writable gives a warning through `say`."""
     folder = folder.expanduser()
     ids, labels = (np.ascontiguousarray(array, np.int32) for array in (examples.input_ids, examples.labels))
     examples = Examples(ids, labels, np.ascontiguousarray(examples.offsets, np.int64))

@@ -119,10 +119,8 @@ def _merged(
 
 
 def _repeated(examples: Examples) -> np.ndarray:
-    """Mark examples whose ids equal an earlier example's, by 64-bit digests.
-
-    Among 10 million digests, two collide with a probability of 3e-6.
-    """
+    """Mark examples whose ids equal an earlier example's, by 64-bit digests: among 10 million, two collide with a
+    probability of 3e-6."""
     digests = np.empty(len(examples), np.uint64)
     for i in range(len(examples)):
         digest = hashlib.blake2b(examples[i][0].tobytes(), digest_size=8).digest()

@@ -45,10 +45,8 @@ class Examples:
 
     @cached_property
     def trained(self) -> np.ndarray:
-        """Count the trained tokens of each example, int64: labels that are not masked, without the first token's.
-
-        No token predicts the first.
-        """
+        """Count the trained tokens of each example, int64: labels that are not masked, without the first, which no
+        token predicts."""
         trained = np.empty(len(self), np.int64)
         for places, run in self.runs():
             learned = run.labels != IGNORE_INDEX

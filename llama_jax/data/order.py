@@ -163,8 +163,7 @@ class Order:
     def reduce(self, ufunc: np.ufunc, values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """Reduce `values` [examples] by the ufunc, from 0, over the examples of each span of micro-batches.
 
-        Span i is `bounds[i]` to `bounds[i + 1]`; `bounds` ascends from 0. Returns int64 [len(bounds) - 1]. The loop is
-        over epochs, since examples may be millions.
+        Span i is `bounds[i]` to `bounds[i + 1]`, ascending from 0. Returns int64 [len(bounds) - 1], fast for millions.
         """
         result = np.zeros(len(bounds) - 1, np.int64)
         per_epoch, size = self.batches_per_epoch, self.per_device_batch * self.ranks
@@ -226,7 +225,7 @@ def _permuted(order: Order, epoch: int) -> np.ndarray:
     if order.sampling == "sequential":
         return np.arange(n)
     if order.sampling == "random":
-        return randperm(n, epoch_seed(order.compat, order.seed, order.data_seed, epoch, evaluations))
+        return randperm(n, epoch_seed(order.compat, order.seed, order.data_seed, epoch=epoch, evaluations=evaluations))
     # Both versions permute by the global generator: an epoch draws the loader's base seed, then n - 1 outputs.
     assert order.lengths is not None, "group_by_length needs lengths"
     twister = _twister(order.seed)

@@ -22,16 +22,9 @@ from llama_jax.base.files import read_json_object, write_json, write_text
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 # The files of a tokenizer in an HF folder.
 FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
+    "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "chat_template.jinja chat_template.json vocab.json merges.txt"
+).split()
 
 _STRIP = ("lstrip", "rstrip", "normalized", "single_word")
 
@@ -61,8 +54,7 @@ class Tokenizer(ABC):
     def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
         """Yield the ids of each text, with no token added at either end, and the characters [start, end) of each id.
 
-        Each byte token of a character has the span of the whole character. A space that the tokenizer inserts in front
-        has the span of the next token.
+        Each byte token of a character has the character's span; an inserted space in front has the next token's.
         """
 
     @abstractmethod
@@ -287,8 +279,7 @@ class FastTokenizer(Tokenizer):
         """Register special tokens, so that a text is split at them, as in HF.
 
         Flags come from `added_tokens_decoder`, else from the file, and last from the object that names the token.
-        LLaMA's old objects have `normalized`, which would hide the eos in `Hello</s>`.
-        """
+        LLaMA's old objects have `normalized`, which would hide the eos in `Hello</s>`."""
         import tokenizers
 
         if (decoder := self.config.get("added_tokens_decoder")) is not None:
