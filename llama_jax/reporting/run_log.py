@@ -78,10 +78,7 @@ class RunLog:
 
     @property
     def window(self) -> dict[str, Any]:
-        """Return the sums since the last line, as JSON values.
-
-        A run resumed with them writes the same next line as an uninterrupted run.
-        """
+        """Return the sums since the last line as JSON values: resumed with them, a run writes the same next line."""
         ahead = {"logged_ahead": self._logged_ahead, "tokens_ahead": self._tokens_ahead}
         return {"loss": self._window_loss, "updates": self._window, "now": dict(self._now), **ahead}
 
@@ -94,7 +91,7 @@ class RunLog:
             self._tokens += padded if self.tokens_seen == "all" else metrics.tokens
         self._window_loss = self._filtered(metrics)
         self._window += 1
-        self.state.at(step, order.epoch_at(step), self._flos, self._tokens)
+        self.state.at(step, order.epoch_at(step), flos=self._flos, tokens_seen=self._tokens)
         self._done_at.append((time.monotonic(), metrics.tokens))
         self._made_in.append(metrics.made_in)
         modern = order.compat == "5"
@@ -148,8 +145,8 @@ class RunLog:
     def _running(self, parts: np.ndarray) -> float:
         """Return the window's loss plus `parts`, [micro-batches, ranks], under the HF Trainer's filter.
 
-        The Trainer replaces a NaN (a mean over no tokens) or infinity by the running sum over n + 1, n being the
-        updates since the last log. With several ranks, each starts from the mean over ranks instead of its own sum.
+        The Trainer replaces a NaN (a mean over no tokens) or infinity by running sum / (1 + updates since the last
+        line). With several ranks, each starts from the mean over ranks instead of its own sum.
         """
         running = np.full(parts.shape[1], self._window_loss / parts.shape[1])
         for part in parts:

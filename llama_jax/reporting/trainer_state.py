@@ -48,9 +48,7 @@ class TrainerState:
 
     def resume(self, saved: dict[str, Any], output_dir: Path) -> None:
         """Restore progress and log from a checkpoint's state; the run's length stays as the flags set it.
-
-        A best checkpoint that is missing from `output_dir` is dropped; its metric is kept.
-        """
+        A best checkpoint that is missing from `output_dir` is dropped; its metric is kept."""
         kept = ("log_history", "global_step", "epoch", "total_flos", "num_input_tokens_seen")
         best = ("best_metric", "best_model_checkpoint", "best_global_step")
         self.values |= {key: saved[key] for key in (*kept, *best) if key in saved}
@@ -79,10 +77,8 @@ class TrainerState:
         return metric > best if self.greater_is_better else metric < best
 
     def evaluated(self, metric: float, saves: bool) -> bool:
-        """Record an evaluation's metric and return whether it is the best so far, as 5 does; 4.37 compares in `saved`.
-
-        `saves` is whether the run saves checkpoints.
-        """
+        """Record an evaluation's metric and return whether it is the best so far; 4.37 compares in `saved` instead.
+        `saves` is whether the run saves checkpoints."""
         if self.compat == "4.37":
             return False
         if self.values["best_metric"] is None:
