@@ -1,7 +1,7 @@
-"""GGUF, llama.cpp's file format: the config and the tensors as Hugging Face would have them.
+"""Read GGUF, llama.cpp's file format: the config and the tensors in Hugging Face's form.
 
-Sources: the package `gguf` (keys, block formats) and llama.cpp: `conversion/llama.py` interleaves the rows of q and k
-and bakes in llama 3's rope factors, `src/llama-vocab.cpp` says what the tokenizer's metadata mean.
+Sources: the package `gguf` (keys, block formats) and llama.cpp. Its `conversion/llama.py` interleaves the rows of q and
+k and stores llama 3's rope factors; `src/llama-vocab.cpp` defines the tokenizer's metadata.
 """
 
 import re
@@ -32,7 +32,7 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Keys that add nothing to what the tensors say; experts, for one, are refused by the names of their tensors.
+# Keys that repeat facts of the tensors; experts, for example, are refused by the names of their tensors.
 _IGNORED = {"vocab_size", "tensor_data_layout", "expert_count", "expert_used_count", "rope.scaling.finetuned"}
 _SCALING = {
     "rope.scaling.type": "rope_type",
@@ -49,12 +49,12 @@ _CHUNK = 1 << 20  # elements to dequantize at a time, as gguf's `dequantize` hol
 
 
 def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns (the config in the form of HF's config.json, the tensors by HF's names with HF's shapes).
+    """Return (the config in the form of HF's config.json, the tensors by HF's names with HF's shapes).
 
-    F32, F16 and BF16 tensors keep their type, quantized ones are read as float32; q's and k's rows come back in HF's
-    order. A tensor that LLaMA lacks (an expert's, say) keeps its GGUF name, for the caller to refuse. Raises
-    `InputError` for a file that is not a whole GGUF file of architecture llama, and for metadata or rope factors that
-    change the mathematics in a way that the config cannot tell.
+    F32, F16 and BF16 tensors keep their type; quantized tensors are read as float32. The rows of q and k are returned
+    in HF's order. A tensor unknown to LLaMA (an expert's, say) keeps its GGUF name, for the caller to refuse. Raises
+    `InputError` for a file that is not a whole GGUF file of architecture llama. The same error refuses metadata or rope
+    factors that change the mathematics and that the config cannot express.
     """
     metadata, sources = open_gguf(path)
     if (architecture := metadata.get("general.architecture")) != "llama":
@@ -66,13 +66,13 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
         layer, part, kind = match.groups() if match else ("", "", "")
         hf_name = f"model.layers.{layer}.{_LAYER[part]}.{kind}" if part in _LAYER else _TOP.get(name, name)
-        if name != "rope_freqs.weight":  # that one is config["rope_scaling"] now
+        if name != "rope_freqs.weight":  # already in config["rope_scaling"]
             tensors[hf_name] = _make_tensor(path, source, head_counts.get(part))
     return config, tensors
 
 
 def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
-    """The metadata, and the tensors by GGUF name: mapped into memory, not read."""
+    """Return the metadata, and the tensors by GGUF name, mapped into memory and not read. Raises InputError."""
     try:
         reader = GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -136,16 +136,16 @@ def _make_config(path: str | Path, metadata: dict[str, Any], sources: dict[str, 
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal that rounds to this float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _recover_llama3(path: str | Path, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    """The rope_scaling whose factors, by which llama.cpp divides the frequencies, these are [head_dim / 2].
+    """Return the rope_scaling that gives `factors` [head_dim / 2], by which llama.cpp divides the frequencies.
 
-    Between wavelengths of 1/4 of the original context and the whole of it the factor goes smoothly from 1 to `factor`
-    (the formula: `generate_extra_tensors` of llama.cpp's `conversion/llama.py`). The file keeps no more than the
-    factors, so they are tried against the bounds that every llama 3 has.
+    The factor rises smoothly from 1 to `factor` between wavelengths of 1/4 of the original context and of all of it.
+    Source: `generate_extra_tensors` of llama.cpp's `conversion/llama.py`. The file holds only the factors, so they are
+    compared with those of the bounds that every llama 3 has.
     """
     low, high, original, factor = 1.0, 4.0, 8192, round(float(np.max(factors)), 3)
     frequencies = config["rope_theta"] ** (-np.arange(0, config["head_dim"], 2) / config["head_dim"])
@@ -158,7 +158,7 @@ def _recover_llama3(path: str | Path, config: dict[str, Any], factors: np.ndarra
 
 
 def _make_tensor(path: str | Path, source: ReaderTensor, heads: int | None) -> Tensor:
-    """The tensor still in its file; with `heads`, its rows (q's or k's) are put in HF's order."""
+    """Describe a tensor in its file; with `heads`, reading puts the rows (of q or k) in HF's order."""
     kind, shape = source.tensor_type, tuple(int(size) for size in reversed(source.shape))
     dtype, (block, size) = _NATIVE.get(kind, np.dtype(np.float32)), GGML_QUANT_SIZES[kind]
     packed = source.data.view(np.uint8)  # [..., bytes of a row]
@@ -174,9 +174,9 @@ def _make_tensor(path: str | Path, source: ReaderTensor, heads: int | None) -> T
         raise InputError(f"{path}: gguf cannot read {source.name!r}'s type {kind.name}; quantize to Q8_0") from problem
 
     def read(index: Index = ()) -> np.ndarray:
-        """Reads only the rows and, along the last dimension, the blocks that the index touches."""
+        """Read only the rows and, along the last dimension, the blocks that the index covers."""
         order = np.arange(shape[0])  # order[HF's row] is GGUF's row
-        if heads:  # GGUF alternates between the rows of a head's two halves, which RoPE turns in pairs
+        if heads:  # GGUF interleaves the rows of a head's two halves, which RoPE rotates in pairs
             order = order.reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
         if len(shape) == 1:  # a norm or a bias: small
             return np.array(unpack(packed)[order][index])
@@ -192,4 +192,4 @@ def _make_tensor(path: str | Path, source: ReaderTensor, heads: int | None) -> T
             out[row : row + step] = part[..., start - first * block : stop - first * block]
         return out
 
-    return Tensor(shape, dtype, str(path), read)
+    return Tensor(shape, dtype, file=str(path), read=read)

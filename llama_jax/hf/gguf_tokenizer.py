@@ -1,6 +1,6 @@
-"""The tokenizer in a GGUF file's metadata, as the tokenizer files of an HF folder.
+"""Convert the tokenizer in a GGUF file's metadata to the tokenizer files of an HF folder.
 
-Source: llama.cpp's `src/llama-vocab.cpp` says what the metadata mean.
+Source: llama.cpp's `src/llama-vocab.cpp` defines the metadata.
 """
 
 import json
@@ -19,7 +19,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> the patterns that cut the text, each applied within the pieces that the one before has left.
+# tokenizer.ggml.pre -> the patterns that split the text, each applied to the pieces of the previous pattern.
 _SPLITS = {
     **{name: [_LLAMA3] for name in ("llama-bpe", "llama3", "llama-v3")},
     **{name: [r"\p{N}", _GPT2] for name in ("smollm", "starcoder", "refact")},
@@ -29,14 +29,14 @@ _SPLITS = {
 
 
 def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and, if any, chat_template.jinja.
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and, if any, chat_template.jinja.
 
-    `folder` is made if need be. Both of LLaMA's tokenizers become a tokenizer.json:
-    - 'gpt2', byte-level BPE: the file's merges, the text cut first as tokenizer.ggml.pre says.
-    - 'llama', sentencepiece's BPE: merges that follow the scores. No tokenizer.model, since transformers 5 reads one
-      otherwise than sentencepiece does: it adds no '▁' to a text that begins with a space.
-    Control tokens are special, and what follows an added token is encoded as a text of its own, with its own '▁', as
-    llama.cpp and HF's `legacy` tokenizers do. Raises `InputError` for other tokenizers and damaged metadata.
+    `folder` is created if missing. Both of LLaMA's tokenizers become a tokenizer.json:
+    - 'gpt2', byte-level BPE: the file's merges, after splitting the text by tokenizer.ggml.pre.
+    - 'llama', sentencepiece's BPE: merges in the order of the scores. A tokenizer.model would not do: transformers 5,
+      unlike sentencepiece, adds no '▁' to a text that begins with a space.
+    Control tokens are special. The text after an added token is encoded on its own, with its own '▁', as in llama.cpp
+    and HF's `legacy` tokenizers. Raises `InputError` for other tokenizers and damaged metadata.
     """
     metadata, _ = open_gguf(path)
     settings = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
@@ -51,22 +51,22 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
     }
     for key in (key for key, unknown in refused.items() if unknown):
         value = repr(settings.get(key))[:40]
-        raise InputError(f"{path}: tokenizer.ggml.{key} {value} is not supported; use the tokenizer of the HF folder")
+        raise InputError(f"{path}: tokenizer.ggml.{key} {value} is not supported; use the tokenizer of its HF folder")
     try:
         tokens, types = settings["tokens"], settings["token_type"]
         ids = {key: settings[name] for key, name in TOKEN_IDS.items() if name in settings}
         names = {f"{key}_token": tokens[id_] for key, id_ in ids.items()}
         tokenizer = _make_byte_level(settings) if model == "gpt2" else _make_sentencepiece(settings)
         if not len(tokens) == len(types) == tokenizer.get_vocab_size():
-            raise ValueError("a token occurs twice, or has no type")
+            raise ValueError("a token occurs twice or has no type")
     except Exception as problem:  # `tokenizers` raises no narrower class
-        raise InputError(f"{path}: damaged tokenizer ({problem!r}); use the tokenizer of the HF folder") from problem
+        raise InputError(f"{path}: damaged tokenizer ({problem!r}); use the tokenizer of its HF folder") from problem
 
     special = {i for i, type_ in enumerate(types) if type_ in (TokenType.CONTROL, TokenType.UNKNOWN)} | {*ids.values()}
     plain = {i for i, type_ in enumerate(types) if type_ == TokenType.USER_DEFINED} - special
     added = [AddedToken(tokens[i], special=i in special, normalized=False) for i in sorted(special | plain)]
     tokenizer.add_tokens(added)
-    # Where the file is silent, llama.cpp adds a bos token for sentencepiece and for llama 3.
+    # Without the key, llama.cpp adds a bos token for sentencepiece and for llama 3.
     add_bos = settings.get("add_bos_token", model == "llama" or _SPLITS[pre] == _SPLITS["llama-bpe"])
     add = {"bos": bool(add_bos and "bos" in ids), "eos": bool(settings.get("add_eos_token") and "eos" in ids)}
     before, after = ([names[f"{key}_token"]] if add[key] else [] for key in ("bos", "eos"))
@@ -87,7 +87,7 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
 def _make_byte_level(settings: dict[str, Any]) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(settings["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in settings["merges"]]
-    # llama 3's vocabulary has words that no merge leads to: a whole piece that is a token stays whole.
+    # llama 3's vocabulary has words that no merges produce: a whole piece that is a token stays whole.
     splits = _SPLITS[settings["pre"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=splits == _SPLITS["llama-bpe"]))
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
@@ -101,8 +101,8 @@ def _make_sentencepiece(settings: dict[str, Any]) -> Tokenizer:
     tokens, types = settings["tokens"], settings["token_type"]
     vocab = {token: i for i, token in enumerate(tokens)}
     text = {token for token, type_ in zip(tokens, types, strict=True) if type_ == TokenType.NORMAL}
-    # sentencepiece merges whichever two neighbours make the piece of the best score, the leftmost first among equals
-    # (runs of spaces have equal scores): there the longer left part is what has grown from the left.
+    # sentencepiece merges the two neighbours that make the piece of the best score, the leftmost among equals. Equal
+    # scores occur in runs of spaces, where merging from the left makes the longer left part: hence the order below.
     pairs = [(token[:cut], token[cut:]) for token in text for cut in range(1, len(token))]
     merges = [pair for pair in pairs if text.issuperset(pair)]
     merges.sort(key=lambda pair: (-settings["scores"][vocab["".join(pair)]], -len(pair[0]), -len(pair[1]), pair))

@@ -1,4 +1,4 @@
-"""The one table between HF's tensor names and the model's parameters; its inverse is derived."""
+"""Map HF's tensor names to the model's parameters in one table; the inverse is derived from this table."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,12 @@ from llama_jax.model.roles import Params
 
 Path = tuple[str | int, ...]
 
-# Buffers that old checkpoints carry and that are computed here.
+# Buffers in old checkpoints; the model computes these values.
 IGNORED = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """HF name -> (path in the unstacked parameter tree, HF shape), in the order of the model."""
+    """Return {HF name: (path in the unstacked parameter tree, HF shape)}, in the order of the model."""
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     Q, KV = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     table: dict[str, tuple[Path, tuple[int, ...]]] = {"model.embed_tokens.weight": (("embed_tokens", "weight"), (V, D))}

@@ -1,4 +1,4 @@
-"""Looking into a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
+"""Open a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_d
 
 
 class Checkpoint(NamedTuple):
-    """An HF model on disk: the folder, its `config.json`, and the tensors by HF name."""
+    """Hold an HF model on disk: the folder, its `config.json`, and the tensors by HF name."""
 
     folder: Path
     config: dict[str, Any]
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
-    """Look at an HF folder, or at a `.gguf` file or a folder with one. Raises InputError for what is not whole."""
+    """Open an HF folder, a `.gguf` file, or a folder with a `.gguf` file. Raises InputError for damaged files."""
     path = path.expanduser()
     if not path.exists():
         raise InputError(f"{path}: no such folder (this program does not download; give a folder with an HF model)")
@@ -41,7 +41,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
         from llama_jax.hf.gguf_file import read_gguf
 
         config, tensors = read_gguf(gguf[0])
-        return Checkpoint(gguf[0].parent, config, tensors, gguf[0])
+        return Checkpoint(gguf[0].parent, config, tensors, gguf=gguf[0])
     if not (path / "config.json").exists():
         raise InputError(f"{path}: no config.json in this folder, so it is not an HF model")
     config = read_json(path / "config.json")
@@ -57,9 +57,9 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             continue
         if suffix == "bin" and not allow_pickle:
             raise InputError(
-                f"{folder}: only pickled weights ({stem}*.bin) here; --allow_pickle reads them (torch >= 2.10)"
+                f"{folder}: holds only pickled weights ({stem}*.bin); --allow_pickle reads them (torch >= 2.10)"
             )
-        if single.exists():  # it goes before an index, as in transformers
+        if single.exists():  # takes precedence over an index, as in transformers
             return opener(_checked_path(folder, single))
         return _open_indexed(folder, index, opener)
     raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, .gguf or pytorch_model.bin")
@@ -79,12 +79,12 @@ def _open_indexed(folder: Path, index: Path, opener) -> dict[str, Tensor]:
                 raise InputError(f"{index}: tensor {name!r} of {shard} is listed under {weight_map.get(name)!r}")
             tensors[name] = tensor
     for name in weight_map.keys() - tensors.keys():
-        raise InputError(f"{index}: tensor {name!r} is not in {weight_map[name]}, where the index says it is")
+        raise InputError(f"{index}: tensor {name!r} is not in {weight_map[name]}, the file that the index names")
     return tensors
 
 
 def _shard_path(folder: Path, index: Path, shard: str) -> Path:
-    """The shard's path, by a plain name in this folder."""
+    """Return the shard's path; its name must be a plain file name in the folder. Raises InputError."""
     if Path(shard).name != shard or shard in ("", ".."):
         raise InputError(f"{index}: shard name {shard!r} is not a plain file name")
     path = folder / shard
@@ -94,8 +94,10 @@ def _shard_path(folder: Path, index: Path, shard: str) -> Path:
 
 
 def _checked_path(folder: Path, path: Path) -> Path:
-    """The path, if it is no link out of the folder: only the hub's cache links elsewhere, from snapshots/HASH to
-    ../../blobs, and what it downloads to a local folder links into that cache."""
+    """Return the path; raise InputError for a link out of the folder.
+
+    Links into the hub's cache are allowed: from snapshots/HASH to ../../blobs, and from the hub's local downloads.
+    """
     home, target = folder.resolve(), path.resolve().parent
     in_cache = target.name == "blobs" and target.parent.name.startswith("models--")
     if target not in (home, home.parent.parent / "blobs") and not in_cache:
@@ -105,7 +107,7 @@ def _checked_path(folder: Path, path: Path) -> Path:
 
 def _open_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, "np"), path.open("rb") as f:  # the library examines the header, and the file's length
+        with safe_open(path, "np"), path.open("rb") as f:  # the library checks the header and the file's length
             start = 8 + int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(start - 8))
     except (SafetensorError, OSError) as e:
@@ -114,10 +116,11 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
     def read(name: str, index: Index) -> np.ndarray:
         shape, dtype = header[name]["shape"], np.dtype(_DTYPES[header[name]["dtype"]])
         if index and any(s.stop - s.start < n for s, n in zip(index[1:], shape[1:], strict=True)):
-            # Parts of rows lie apart. Opened for each: what is mapped counts as this process' memory while it is.
+            # Parts of rows are not contiguous. The file is opened for each read, because a mapping counts as memory of
+            # this process while it exists.
             with safe_open(path, "np") as f:
                 return f.get_slice(name)[index]
-        # Rows lie together. Read, they come three times as fast as out of the file mapped, which the library does.
+        # Whole rows are contiguous. Reading is three times as fast as the library's mapping of the file.
         first, shape = (index[0].start, (index[0].stop - index[0].start, *shape[1:])) if index else (0, shape)
         at = start + header[name]["data_offsets"][0] + first * math.prod(shape[1:]) * dtype.itemsize
         values = np.fromfile(path, dtype, math.prod(shape), offset=at)
@@ -145,18 +148,18 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
     def read(name: str, index: Index) -> np.ndarray:
-        part = load()[name].detach()[index or ...]  # one that a model's parameters were saved in wants a gradient
+        part = load()[name].detach()[index or ...]  # a saved parameter requires a gradient
         if part.dtype == torch.bfloat16:
             return part.contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
         return part.numpy().copy()
 
     if not zipfile.is_zipfile(path):
         raise InputError(
-            f"{path}: is damaged, or in torch's format of before 1.6; read it with torch.load and torch.save it again"
+            f"{path}: is damaged, or in torch's format of before 1.6; torch.load it and torch.save it again"
         )
     try:
         state = load()
-    except Exception as e:  # torch raises many kinds for a damaged file
+    except Exception as e:  # torch raises many classes for a damaged file
         raise InputError(f"{path}: torch cannot read it: {str(e).splitlines()[0]}") from None
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds a {type(state).__name__}; save the model's state_dict() in it")
@@ -169,4 +172,4 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
 def _tensor(path: Path, name: str, shape: Iterable[int], dtype: Any, read) -> Tensor:
     if dtype is None:
         raise InputError(f"{path}: tensor {name!r} is not of a floating type (quantized checkpoints are not supported)")
-    return Tensor(tuple(shape), np.dtype(dtype), path.name, lambda index: read(name, index))
+    return Tensor(tuple(shape), np.dtype(dtype), file=path.name, read=lambda index: read(name, index))

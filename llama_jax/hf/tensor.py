@@ -1,4 +1,4 @@
-"""A tensor that is still in its file."""
+"""Describe tensors that are still in their files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor of a checkpoint: what it is, where it lies, and how a part of it is read.
+    """Describe a tensor of a checkpoint, its file, and how to read a part.
 
-    `read(index)` takes one slice (with non-negative bounds, step 1) a dimension, `()` for the whole, and returns a new
-    NumPy array (bfloat16 by `ml_dtypes`). It reads from disk each time: nothing is kept.
+    `read(index)` takes one slice (non-negative bounds, step 1) a dimension, or `()` for the whole tensor. The result is
+    a new NumPy array (bfloat16 by `ml_dtypes`), read from disk on each call.
     """
 
     shape: tuple[int, ...]
