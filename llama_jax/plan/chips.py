@@ -1,4 +1,4 @@
-"""Accelerators by name: what a device of each has, and devices that can be compiled for where there are none."""
+"""Describe accelerators by name, and make devices to compile for on machines that have none."""
 
 import importlib.metadata
 import importlib.util
@@ -16,12 +16,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """What a device (as jax counts them) has.
+    """Describe a device, as jax counts devices.
 
-    `kind` is the name that jax gives it, `memory` the bytes that a program may use, `flops` the peak of bfloat16
-    products a second, `memory_rate` bytes a second of its memory, `link_rate` bytes a second that it can send over all
-    its links together, and `clock` the cycles a second of a TPU where its published peak and matrix units tell (a unit
-    of 128 x 128 makes 32,768 operations a cycle).
+    `kind` is jax's name, `memory` the bytes that a program may use, `flops` the peak bfloat16 operations a second of
+    matrix products. `memory_rate` and `link_rate` are bytes a second, from memory and sent over all links together.
+    `clock` is the cycles a second of a TPU, if its published peak and matrix units determine the clock. A unit of
+    128 x 128 makes 32,768 operations a cycle.
     """
 
     platform: str
@@ -33,21 +33,21 @@ class Chip:
     clock: float | None = None
 
 
-# Peak, memory and interconnect as published in 2026: Google's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and
-# "TPU7x (Ironwood)" under docs.cloud.google.com/tpu/docs, NVIDIA's data sheets of the H100 and H200 SXM. Links are
-# published for both directions together; here stands half of that. A TPU's memory is what libtpu 0.0.42.1 lets a
-# program have (published: 32, 16, 95, 32 and 192 GiB a chip); a TPU7x chip is two devices, each with half of it; a
-# GPU's is the published one less what the driver and the CUDA context take.
+# Peak, memory and interconnect are as published in 2026. Sources: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e",
+# "TPU7x (Ironwood)" of docs.cloud.google.com/tpu/docs; NVIDIA's data sheets of the H100 and H200 SXM. Link rates are
+# half the published ones, which add both directions. A TPU's memory is libtpu 0.0.42.1's limit for a program
+# (published: 32, 16, 95, 32 and 192 GiB a chip); a TPU7x chip is two devices with half the memory each. A GPU's memory
+# is the published size less the driver's and the CUDA context's share.
 CHIPS = {
-    "v4": Chip("tpu", "TPU v4", int(30.75 * GIB), 275e12, 1228e9, 300e9, 1.05e9),
-    "v5e": Chip("tpu", "TPU v5 lite", int(15.75 * GIB), 197e12, 819e9, 200e9, 1.5e9),
-    "v5p": Chip("tpu", "TPU v5", int(95.74 * GIB), 459e12, 2765e9, 600e9, 1.75e9),
-    "v6e": Chip("tpu", "TPU v6 lite", int(31.25 * GIB), 918e12, 1638e9, 400e9),
-    "tpu7x": Chip("tpu", "TPU7x", int(94.75 * GIB), 1153.5e12, 3690e9, 300e9),
-    "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", int(78.5 * GIB), 989e12, 3350e9, 450e9),
-    "h200": Chip("gpu", "NVIDIA H200", int(139 * GIB), 989e12, 4800e9, 450e9),
+    "v4": Chip("tpu", "TPU v4", int(30.75 * GIB), flops=275e12, memory_rate=1228e9, link_rate=300e9, clock=1.05e9),
+    "v5e": Chip("tpu", "TPU v5 lite", int(15.75 * GIB), flops=197e12, memory_rate=819e9, link_rate=200e9, clock=1.5e9),
+    "v5p": Chip("tpu", "TPU v5", int(95.74 * GIB), flops=459e12, memory_rate=2765e9, link_rate=600e9, clock=1.75e9),
+    "v6e": Chip("tpu", "TPU v6 lite", int(31.25 * GIB), flops=918e12, memory_rate=1638e9, link_rate=400e9),
+    "tpu7x": Chip("tpu", "TPU7x", int(94.75 * GIB), flops=1153.5e12, memory_rate=3690e9, link_rate=300e9),
+    "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", int(78.5 * GIB), flops=989e12, memory_rate=3350e9, link_rate=450e9),
+    "h200": Chip("gpu", "NVIDIA H200", int(139 * GIB), flops=989e12, memory_rate=4800e9, link_rate=450e9),
 }
-# Chips along each side of a slice, by their number. v4, v5p and tpu7x are named by cores, of which a chip has two.
+# Chips along each side of a slice, by the number of chips. v4, v5p and tpu7x are named by cores, two a chip.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBIC = {
     **{4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"},
@@ -63,7 +63,7 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Named:
-    """As much of a device as a mesh asks for."""
+    """Stand in for a jax device, with the attributes that making a mesh reads."""
 
     id: int
     platform: str
@@ -73,7 +73,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Topology:
-    """`count` devices of one kind. `name` is the cloud's, `shape` the chips along each side of a TPU slice."""
+    """Describe `count` devices of one kind: `name` is the cloud's, `shape` the chips along each side of a TPU slice."""
 
     name: str
     family: str
@@ -86,13 +86,14 @@ class Topology:
 
     @property
     def larger(self) -> list["Topology"]:
-        """The same kind of devices, more of them."""
+        """Return the topologies with more devices of the same kind."""
         family = [t for t in all_topologies() if t.family == self.family]
         return [t for t in family if t.count > self.count]
 
     def devices(self) -> list[Any]:
-        """Devices that programs can be compiled for and not run on: a TPU's from its compiler, in the libtpu package.
-        For GPUs, whose compiler is not asked, names stand in. Raises InputError where libtpu is missing.
+        """Return devices to compile for, not to run on: a TPU's come from its compiler, in the libtpu package.
+
+        GPUs are `Named`: the dry run compiles nothing for them. Raises InputError where libtpu is missing.
         """
         if self.chip.platform == "gpu":
             return [Named(i, self.chip.platform, self.chip.kind) for i in range(self.count)]
@@ -101,9 +102,9 @@ class Topology:
                 f"--dry_run {self.name}: the TPU compiler is not installed; on Linux, pip install "
                 f"'{libtpu_requirement()}' (no TPU is needed)"
             )
-        # Not one of these is asked for by a machine without a TPU, but a second process would fail on a lock file.
-        told = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-        for name, value in (told | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
+        # A machine without a TPU needs none of these settings, but a second process would fail on a lock file.
+        settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        for name, value in (settings | {"TPU_ACCELERATOR_TYPE": "v5litepod-4"}).items():
             os.environ.setdefault(name, value)
         sides = [int(n) for n in self.shape.split("x")]
         options: dict[str, Any] = {}
@@ -117,7 +118,7 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """The devices of a name such as v5e-16 (or v5litepod-16), v5p-128 or h200:8. Raises InputError."""
+    """Find the topology of a name such as v5e-16 (or v5litepod-16), v5p-128 or h200:8. Raises InputError."""
     wanted = re.sub("^v5litepod", "v5e", name.strip().lower())
     for topology in all_topologies():
         if topology.name == wanted:
@@ -126,22 +127,22 @@ def find_topology(name: str) -> Topology:
 
 
 def all_topologies() -> list[Topology]:
-    """All that can be named, a family after the other, from few devices to many."""
+    """Return all topologies, family by family, from few devices to many."""
     found = []
     for family, chip in CHIPS.items():
         if chip.platform == "gpu":
             found += [Topology(f"{family}:{n}", family, n) for n in _GPUS]
         elif family in _CORES:
             per_chip = 2 if family == "tpu7x" else 1
-            found += [Topology(f"{family}-{2 * n}", family, n * per_chip, shape) for n, shape in _CUBIC.items()]
+            found += [Topology(f"{family}-{2 * n}", family, n * per_chip, shape=s) for n, s in _CUBIC.items()]
         else:
-            found += [Topology(f"{family}-{n}", family, n, shape) for n, shape in _FLAT.items()]
+            found += [Topology(f"{family}-{n}", family, n, shape=s) for n, s in _FLAT.items()]
     assert all(math.prod(map(int, t.shape.split("x"))) <= t.count for t in found if t.shape)
     return found
 
 
 def libtpu_requirement() -> str:
-    """What `jax[tpu]` of the installed jax asks for."""
+    """Return the requirement on libtpu of the installed jax's extra `jax[tpu]`."""
     for requirement in importlib.metadata.requires("jax") or []:
         if requirement.startswith("libtpu"):
             return requirement.partition(";")[0].strip().replace(" ", "")

@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its optimized HLO: collectives with their mesh axes, loops multiplied out."""
+"""Read a compiled program's optimized HLO: collectives by mesh axes, counted with the trips of loops."""
 
 import math
 import re
@@ -17,7 +17,7 @@ _NOT_NEW = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "cons
 
 
 class Instruction(NamedTuple):
-    """`kind` is its name in HLO, `result` the text of its type, `rest` all that follows the opening bracket."""
+    """Hold an HLO instruction: `kind` is the opcode, `result` its type as text, `rest` all after the first bracket."""
 
     name: str
     result: str
@@ -26,7 +26,7 @@ class Instruction(NamedTuple):
     root: bool
 
     def attribute(self, name: str) -> str:
-        """The name that follows `name=`, or ""."""
+        """Return the name that follows `name=`, or ""."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return found[1] if found else ""
 
@@ -36,8 +36,10 @@ class Instruction(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """A collective that a step runs `times` times. `sent` are the bytes that a device sends for it each time, by a
-    ring: (n - 1) of n parts of what is gathered or scattered, twice that for an all-reduce."""
+    """Describe a collective that a step runs `times` times.
+
+    `sent` is a device's bytes each time in a ring of n: (n - 1) / n of the array, twice as many for an all-reduce.
+    """
 
     kind: str
     axes: tuple[str, ...]
@@ -47,7 +49,7 @@ class Collective(NamedTuple):
 
 
 class Program:
-    """An HLO module's text, taken apart."""
+    """Parse an HLO module's text."""
 
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
@@ -58,11 +60,12 @@ class Program:
                 lines = self.computations.setdefault(header[2], [])
                 self.entry = header[2] if header[1] else self.entry
             elif found := _LINE.match(line):
-                lines.append(Instruction(found[2], found[3], found[4], found[5], bool(found[1])))
+                root, name, result, kind, rest = found.groups()
+                lines.append(Instruction(name=name, result=result, kind=kind, rest=rest, root=bool(root)))
 
     @cached_property
     def times(self) -> dict[str, int]:
-        """How often a step runs each computation."""
+        """Count a step's runs of each computation."""
         callers: dict[str, list[tuple[str, int]]] = {}
         for caller, lines in self.computations.items():
             for line in lines:
@@ -81,11 +84,10 @@ class Program:
         return times
 
     def _trips(self, caller: str, loop: Instruction) -> int:
-        """How often a counted loop runs: its condition compares a counter with a constant, its body adds a constant.
-        Raises ValueError for a loop of another kind."""
-        told = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
-        if told:
-            return int(told[1])
+        """Return the trips of a loop whose condition compares a counter with a constant and whose body adds a constant.
+        Raises ValueError for other loops."""
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(known[1])
         condition = self._by_name(loop.attribute("condition"))
         body = self._by_name(loop.attribute("body"))
         compare = next(i for i in condition.values() if i.root)
@@ -101,7 +103,7 @@ class Program:
         return math.ceil((limits[0] - start) / step)
 
     def _element(self, lines: dict[str, Instruction], name: str, index: int) -> int:
-        """The constant that stands in a tuple, 0 where it is none."""
+        """Return the constant in a tuple, 0 where the element is none."""
         made = lines[name]
         value = lines.get(made.operands[index]) if made.kind == "tuple" else None
         while value is not None and value.kind in ("copy", "convert", "bitcast"):
@@ -112,9 +114,9 @@ class Program:
         return {i.name: i for i in self.computations[computation]}
 
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
-        """All collectives that a step runs on a mesh of these axes, the most bytes first.
+        """Return all collectives that a step runs on a mesh of these axes, the most bytes first.
 
-        The parts of one that runs beside other work stand in several fusions, one chain, and count once.
+        A collective that overlaps other work is split over several fusions of one chain, and counts once.
         """
         found: dict[str, Collective] = {}
         for computation, lines in self.computations.items():
@@ -124,10 +126,12 @@ class Program:
                 if kind not in COLLECTIVES or not times:
                     continue
                 if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"  # a TPU's is an all-reduce in a fusion that keeps a part
+                    kind = "reduce-scatter"  # on TPUs, a fusion of an all-reduce and a slice
                 axes, size = _axes(line.rest, mesh)
                 arrays = _arrays(line.result)
-                if line.kind.endswith("-start") and len(arrays) > 1 and kind != "all-reduce":  # operands, results, ...
+                if (
+                    line.kind.endswith("-start") and len(arrays) > 1 and kind != "all-reduce"
+                ):  # operands first, then results
                     arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
                 bytes_ = sum(n for _, n in arrays)
                 share = (size - 1) / size if size > 1 else 0.0
@@ -137,13 +141,13 @@ class Program:
                 sent = int(bytes_ * factor.get(kind, share))
                 chain = re.search(r'chain_id="(\d+)"', line.rest)
                 key = f"{chain[1]} {line.attribute('channel_id')}" if chain else f"{computation} {line.name}"
-                one = Collective(kind, axes, ", ".join(text for text, _ in arrays[:2]), sent, times)
                 if key not in found or found[key].times < times:
-                    found[key] = one
+                    result = ", ".join(text for text, _ in arrays[:2])
+                    found[key] = Collective(kind=kind, axes=axes, result=result, sent=sent, times=times)
         return sorted(found.values(), key=lambda c: -c.sent * c.times)
 
     def _run(self) -> Iterator[tuple[str, Instruction]]:
-        """The instructions that are run by themselves, with their computation: those of no fusion."""
+        """Yield the instructions outside fusions, with their computation, where a step runs them."""
         fused = {c for lines in self.computations.values() for i in lines if i.kind != "while" for c in _called(i)}
         for name, lines in self.computations.items():
             if name not in fused and self.times[name]:
@@ -151,12 +155,12 @@ class Program:
 
     @property
     def estimated_cycles(self) -> int:
-        """The sum of the cycles that a TPU's compiler estimates for each fusion, as if none ran beside another."""
-        told = re.compile(r'"estimated_cycles":"(\d+)"')
-        return sum(self.times[c] * int(found[1]) for c, i in self._run() if (found := told.search(i.rest)))
+        """Sum the TPU compiler's estimates of cycles over all fusions, as if none overlapped."""
+        estimate = re.compile(r'"estimated_cycles":"(\d+)"')
+        return sum(self.times[c] * int(found[1]) for c, i in self._run() if (found := estimate.search(i.rest)))
 
     def largest(self, count: int) -> list[tuple[str, int, str]]:
-        """The largest arrays that a step makes: type and shape, bytes, and the operation that they come from."""
+        """Return the largest arrays that a step makes: type and shape, bytes, and the operation of their origin."""
         sizes: dict[str, tuple[int, str]] = {}
         for _, line in self._run():
             if line.kind in _NOT_NEW or line.kind.endswith(("-start", "-done")):
@@ -170,7 +174,7 @@ class Program:
 
 
 def _called(line: Instruction) -> list[str]:
-    """The computations that an instruction runs; what it reduces by does not count."""
+    """Return the computations that an instruction runs, without the scalar function of a reduction."""
     if line.kind == "while":
         return [line.attribute("body")]
     names = [line.attribute("calls")] if "calls=" in line.rest else []
@@ -188,7 +192,7 @@ def _constant(line: Instruction) -> int | None:
 
 
 def _arrays(result: str) -> list[tuple[str, int]]:
-    """The arrays of a type, as text, with their bytes."""
+    """Return the arrays of a type, as text, with their bytes."""
     found = []
     for kind, shape in _ARRAY.findall(result):
         if kind in _BYTES:
@@ -198,7 +202,7 @@ def _arrays(result: str) -> list[tuple[str, int]]:
 
 
 def _axes(rest: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that a collective runs over, and the devices of one group."""
+    """Return the mesh axes that a collective runs over, and the number of devices in a group."""
     groups = _groups(rest, math.prod(mesh.values()))
     coordinates = np.stack(np.unravel_index(groups, tuple(mesh.values())))  # [axes, groups, members]
     moves = (coordinates != coordinates[:, :, :1]).any(axis=(1, 2))
@@ -206,7 +210,7 @@ def _axes(rest: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
 
 
 def _groups(rest: str, devices: int) -> np.ndarray:
-    """The groups of devices, [groups, members], in any of HLO's four ways to write them."""
+    """Parse the groups of devices, [groups, members], in any of HLO's four notations."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
         return np.array([[int(n) for n in p.split(",")] for p in re.findall(r"\{([\d,]+)\}", pairs[1])])
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
@@ -223,8 +227,8 @@ def _groups(rest: str, devices: int) -> np.ndarray:
 
 
 def _named_groups(mesh: str, axes: str) -> np.ndarray:
-    """Groups along axes of a mesh of the compiler's own: `'axis_0'=16,'axis_1'=1` along `'axis_0'`, or along a part of
-    an axis, `'axis_0':(2)4`, the 4 that come after its first 2."""
+    """Compute the groups along axes of the compiler's own mesh, such as `'axis_0'=16,'axis_1'=1` along `'axis_0'`.
+    A group may span a part of an axis: `'axis_0':(2)4` is the factor of 4 after the axis' leading factor of 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     along: dict[str, tuple[int, int]] = {}
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
