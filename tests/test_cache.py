@@ -236,7 +236,7 @@ def test_the_code_and_its_libraries_are_in_the_name(tmp_path, monkeypatch):
     """Copied elsewhere, with one file changed: the package makes other examples."""
     data = write_json(tmp_path / "data.json", ALPACA)
     name = data_digest(data, None, {})
-    copy = shutil.copytree(Path(job_module.__file__).parent / "data", tmp_path / "copy")
+    copy = shutil.copytree(Path(job_module.__file__).parents[1] / "data", tmp_path / "copy")
     monkeypatch.setattr("llama_jax.data.cache.__file__", str(copy / "cache.py"))
     assert data_digest(data, None, {}) == name
     for file in ("records.py", "examples.py", "chat.py", "tokenizer.py"):
