@@ -20,7 +20,7 @@ from llama_jax.reporting.progress import count_bar
 from llama_jax.setup.job import Job, kept_steps, tokenized
 from llama_jax.training.state import TrainState
 
-Facts = dict[str, Any]  # by name, for JSON
+Description = dict[str, Any]  # by name, for JSON
 
 # The rules of each version of transformers, by the name of the fact that a rule decides.
 RULES = {
@@ -47,7 +47,7 @@ RULES = {
 }
 
 
-def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> Facts:
+def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> Description:
     """Return the facts of a run by name, for JSON. `state` is the abstract train state."""
     order, args, lengths = job.order, job.args, job.examples.lengths
     updates = order.updates
@@ -93,7 +93,7 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> Facts:
     }
 
 
-def examine(job: Job) -> Facts:
+def examine(job: Job) -> Description:
     """Diagnose the examples that are trained on. Text is read and tokenized once more for it. Raises InputError."""
     args, quiet = job.args, job.args.disable_tqdm or None
     records: Sequence[Record] = []
@@ -155,7 +155,7 @@ def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None,
     return "".join(around[kind][0] + text + around[kind][1] for kind, text in joined)
 
 
-def as_text(facts: Facts) -> str:
+def as_text(facts: Description) -> str:
     """Format the facts for a reader, one subject a line, each with the rule that decides it."""
     rates = ", ".join(f"{rate:.3g} at {k}" for k, rate in facts["learning_rates"].items())
     shapes = ", ".join(f"{r}x{t}" for r, t in facts["shapes"])
@@ -198,6 +198,6 @@ def _some(items: Sequence[object], limit: int = 8) -> str:
     return (shown + (f", ... {items[-1]}" if len(items) > limit else "")) or "none"
 
 
-def as_json(facts: Facts) -> str:
+def as_json(facts: Description) -> str:
     """Format the facts as JSON."""
     return json.dumps(facts, indent=2)

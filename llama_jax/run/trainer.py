@@ -286,7 +286,7 @@ def make_evaluation(prepared: Prepared, loss_step: LossStep, max_tokens: int) ->
         disable_bar=prepared.quiet,
     )
     if evaluation.has_nan:
-        say("warning: an evaluation batch has no trained tokens; the HF Trainer's loss of it is NaN")
+        say("warning: an evaluation batch has no trained tokens (only -100); the HF Trainer's loss of it is NaN")
     return evaluation
 
 
