@@ -1,5 +1,6 @@
-"""The commands of the README, run as they stand; only the folders that they name are put in place."""
+"""Run the README's commands as written, with small folders in the places that the commands name; check its tables."""
 
+import itertools
 import json
 import re
 import shlex
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+from test_floors import FLOORS
 
 import convert_torch_to_flax
 import train_jax
 from llama_jax.command import generate
+from llama_jax.data.records import FORMS, read_records
 
+BENCHMARKS = (tiny.ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 MAINS = {
     "train_jax.py": train_jax.main,
@@ -21,7 +25,7 @@ MAINS = {
 
 
 def commands() -> list[str]:
-    """Each `python ...` line of the README's bash blocks, continued lines joined."""
+    """Return the `python ...` lines of the README's bash blocks, continued lines joined."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if line.startswith("python ")]
@@ -38,12 +42,20 @@ def model(tmp_path: Path) -> Path:
     return tiny.write_tokenizer(tiny.write_model(tmp_path / "model"))
 
 
+def table(heading: str) -> list[list[str]]:
+    """Return the rows of the first table after a heading, without its header."""
+    lines = README.split(f"## {heading}\n")[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|--") or line.startswith("|---"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 1 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
 def test_all_commands_are_known():
-    assert len(commands()) == 5  # each is run below, or by `make demo` in test_demo.py
+    assert len(commands()) == 8  # each is run below, or by `make demo` in test_demo.py
     assert all(any(c.startswith(f"python {name}") for name in MAINS) for c in commands())
 
 
-def test_the_seeds_command(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_trainers_command(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
     (command,) = (c for c in commands() if "--loggingdir" in c)
     here = tmp_path / "a" / "b" / "c"
     (here / "alpaca").mkdir(parents=True)
@@ -58,6 +70,21 @@ def test_the_seeds_command(tmp_path: Path, model: Path, monkeypatch: pytest.Monk
     assert (here / "output" / "model.safetensors").exists()
 
 
+def test_your_own_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "demo" / "output").mkdir(parents=True)
+    model.rename(tmp_path / "demo" / "output" / "flax")
+    (tmp_path / "my_data.jsonl").write_text("\n".join(map(json.dumps, tiny.ALPACA)))
+    monkeypatch.chdir(tmp_path)
+    train, ask = (c for c in commands() if "my_model" in c)
+    for command in (train, ask):
+        outcome = run(command)
+        assert outcome.code == 0, outcome.err
+    assert {"config.json", "model.safetensors", "trainer_state.json"} <= {p.name for p in Path("my_model").iterdir()}
+    (again,) = (c for c in commands() if "demo/output/pirate" in c)
+    Path("my_model").rename("demo/output/pirate")
+    assert run(again).code == 0
+
+
 def test_converting_and_asking(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
     model.rename(tmp_path / "HF_DIR")
     monkeypatch.chdir(tmp_path)
@@ -66,22 +93,57 @@ def test_converting_and_asking(tmp_path: Path, model: Path, monkeypatch: pytest.
         outcome = run(command)
         assert outcome.code == 0, outcome.err
         assert "verified: 21 tensors" in outcome.err
-    (ask,) = (c for c in commands() if "llama_jax.generate" in c)
-    answers = [run(ask.replace("HF_DIR", folder)) for folder in ("HF_DIR", "FLAX_DIR", "HF_DIR2")]
+    (ask,) = (c for c in commands() if "llama_jax.generate" in c and "FLAX_DIR" in c)
+    answers = [run(ask.replace("FLAX_DIR", folder)) for folder in ("HF_DIR", "FLAX_DIR", "HF_DIR2")]
     assert [a.code for a in answers] == [0, 0, 0]
     assert len({a.out for a in answers}) == 1
 
 
-def test_the_file_tree_is_true():
-    block = re.search(r"## The house\n\n```\n(.*?)```", README, re.S)
-    assert block
-    listed, folders = set(), []
-    for line in block[1].splitlines():
-        name = line.split()[0]
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders[depth:] = [name]
-        if not name.endswith("/"):
-            listed.add("".join(folders[:depth]) + name)
-    there = {str(p.relative_to(tiny.ROOT)) for p in (tiny.ROOT / "llama_jax").rglob("*.py") if p.name != "__init__.py"}
-    assert there <= listed, f"not in the README's tree: {there - listed}"
-    assert all((tiny.ROOT / name).exists() for name in listed), [n for n in listed if not (tiny.ROOT / n).exists()]
+def test_the_forms_of_records_are_read(tmp_path: Path):
+    forms = set()
+    for number, (_, shown, _) in enumerate(table("Your own file")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(re.findall(r"`(\{.*?\})`", shown)[0])
+        form, (record,) = read_records(path)
+        assert record
+        forms.add(form)
+    assert forms == FORMS.keys()
+
+
+def test_each_figure_is_in_benchmarks():
+    results = BENCHMARKS.split("## Results")[1].split("\n## ")[0].splitlines()
+    rows = table("Figures")
+    assert len(rows) >= 12
+    for what, ours, peer, source in rows:
+        (number,) = re.findall(r"\[(\d+)\]\(BENCHMARKS\.md#results\)", source)
+        start = next(i for i, line in enumerate(results) if line.startswith(f"| {number} |"))
+        cells = " ".join(
+            [results[start], *itertools.takewhile(lambda line: line.startswith("| |"), results[start + 1 :])]
+        )
+        known = [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-\d+)?", cells)]
+        for text in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-\d+)?", f"{ours} {peer}"):
+            shown = float(text.replace(",", ""))  # rounded to its last digit
+            half = 0.5 * 10.0 ** -len(text.partition(".")[2]) if "e" not in text else 0.0
+            assert any(abs(n - shown) <= half + 1e-9 * n or abs(n / 1000 - shown) <= half for n in known), (what, text)
+
+
+def test_the_layout_is_true():
+    listed = [name for row in table("Layout") for name in re.findall(r"`([^`]+)`", row[0])]
+    assert all((tiny.ROOT / name).exists() for name in listed)
+    folders = [name.split("/")[1] for name in listed if name.startswith("llama_jax/")]
+    assert sorted(folders) == sorted(FLOORS)
+    assert [FLOORS[f] for f in folders] == sorted(FLOORS.values(), reverse=True)  # the highest floor first
+
+
+@pytest.mark.parametrize(
+    "path", [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_links_lead_somewhere(path: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        if not name.startswith("http"):
+            there = path.parent / name if name else path
+            assert there.exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
+                assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
