@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""The kernels of model/attention.py on the device at hand, against float32 by plain XLA: values, gradients, time.
+"""Compare the kernels of model/attention.py on this device with float32 by plain XLA: values, gradients, time.
 
     python benchmarks/attention_kernels.py [KERNEL]
 
-For each shape class: rows, GQA or MHA, segments a row, rows with a padded tail, head dims; then milliseconds of forward
-and of forward and backward for 4 rows of 2,048, 32 heads. Exits with 1 where an error is more than bf16 explains.
+Each shape class varies rows, GQA or MHA, segments a row, padded tails and head dims. Then milliseconds of forward, and
+of forward and backward, for 4 rows of 2,048 tokens, 32 heads. Exits with 1 where an error is more than bf16 explains.
 """
 
 import os
@@ -29,12 +29,12 @@ CASES = [
     (4, 640, 32, 4, 64, 17),
     (8, 1920, 16, 2, 128, 33),
 ]
-# Of the float32 reference's largest value: inputs and outputs rounded to bf16 (2^-9 each), probabilities too.
+# Relative to the float32 reference's largest value: inputs, outputs and probabilities rounded to bf16 (2^-9 each).
 BOUND = 2e-2
 
 
 def make_rows(rng, B: int, T: int, segments: int):
-    """Segment ids and positions of random odd lengths; every other row ends in padding."""
+    """Return segment ids and positions of random odd lengths; every other row ends in padding."""
     ids, positions = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     for b in range(B):
         end = T if b % 2 == 0 and segments > 1 else T - int(rng.integers(1, T // 4))
@@ -63,7 +63,7 @@ def check(name: str, mesh) -> bool:
         real = (ids > 0)[..., None, None]
         arrays = [rng.standard_normal((B, T, n, H), np.float32) for n in (N, K, K, N)]
         arrays = [np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in arrays]
-        arrays[3] *= real  # padding learns nothing
+        arrays[3] *= real  # padding has no gradient
         placed = [jax.device_put(a, jax.NamedSharding(mesh, sharding.ACT_BTNH)) for a in arrays]
         rows = [sharding.put(mesh, a) for a in (ids, positions)]
         expected = run(Kernel("xla"), mesh, jnp.float32, *placed, *rows)

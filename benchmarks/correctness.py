@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Is what the device computes right? Exits with 1 if not; run it before any figure of speed is believed.
+"""Check the device's results and exit with 1 on an error. Run it before any figure of speed.
 
     python benchmarks/correctness.py [--shape llama-7b] [--layers 2] [--update_layers 32]
 
@@ -7,12 +7,12 @@
 2. A model of the shape in bf16 on packed rows of odd lengths, for each choice of --remat, stacked and not, against
    float32 by plain XLA: the loss, the gradient's norm, and every gradient.
 3. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
-   everything computed again.
-4. The seed's update in float32, 8 examples packed into one block, against its examples one by one and padded: the loss
-   and every gradient (in Adam's first moment, which is a tenth of it after one update); and beside it the same examples
+   full recomputation.
+4. An update of 8 Alpaca-like examples in float32, packed into one block, against its examples one by one: the loss and
+   every gradient (in Adam's first moment, a tenth of the gradient after one update). As a control, the same examples
    padded, four at a time.
-5. Where there are several devices: 20 updates with all of them on fsdp, and on tensor, against one of them, in float32
-   and in bf16. The parts before it use one.
+5. On several devices: 20 updates with all devices on fsdp, and on tensor, against one device, in float32 and in bf16.
+   Checks 1 to 4 use one device.
 """
 
 import argparse
@@ -48,15 +48,15 @@ from llama_jax.training.halves import halve, split_bits
 from llama_jax.training.state import init_state
 from llama_jax.training.step import losses_of
 
-# bf16 rounds at 2^-9: a gradient is a sum of many rounded terms behind a few layers, and its error some of those
-# against its size; what a wrong mask or a lost row does is of the order of 1.
+# bf16 rounds at 2^-9: a gradient sums many rounded terms behind a few layers, and its relative error is a few
+# roundings; a wrong mask or a lost row causes an error of order 1.
 LOSS, NORM, GRADIENT = 2e-3, 1e-2, 6e-2
-# The two runs round at other places, and Adam turns the rounding of small gradients into whole steps.
+# The two runs round in different places, and Adam turns the rounding of small gradients into whole steps.
 CURVE = 1e-2
-# Packing computes the same in products of other shapes, whose sums a device orders otherwise. What that does to a model
-# of these sizes tells a control: padded too, four examples at a time. Nothing of packing may be more than twice as far.
+# Packing computes the same products in other shapes, whose sums a device orders differently. The control, padded four
+# examples at a time, shows the effect of the order at these sizes; packing may differ by at most twice as much.
 PACKED = 2
-# Of 20 updates on several devices: in float32 sums in another order, which Adam's divisions let grow.
+# 20 updates on several devices: float32 sums in another order, a difference that Adam's divisions increase.
 MESHES = 1e-3
 
 
@@ -66,7 +66,7 @@ def _normal(kind, key):
 
 
 def random_params(abstract, mesh):
-    """Normal matrices, norms of 1, in float32, made on the device."""
+    """Return normal matrices and norms of 1, in float32, made on the device."""
     key = jax.random.key(0, impl="unsafe_rbg")  # threefry of hundreds of leaves compiles for minutes
     leaves, tree = jax.tree.flatten_with_path(abstract)
     with jax.set_mesh(mesh):
@@ -80,7 +80,7 @@ def random_params(abstract, mesh):
 
 
 def distance(value, expected) -> float:
-    """Of two arrays, in the Frobenius norm, relative."""
+    """Return the relative distance of two arrays in the Frobenius norm."""
     return float(optax.tree.norm(jnp.asarray(value) - jnp.asarray(expected)) / optax.tree.norm(jnp.asarray(expected)))
 
 
@@ -125,7 +125,7 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
     expected_loss, expected = run(reference, every[0], params)
     norm = float(optax.tree.norm(expected))
     for (scan, remat), options, program in zip(choices, every[1:], programs, strict=True):
-        if scan and 0 in params["layers"]:  # stacking uses them up
+        if scan and 0 in params["layers"]:  # stacking consumes the layers
             params, expected = stack_layers(params), stack_layers(expected)
         loss, grads = run(program, options, params)
         off = abs(loss - expected_loss) / abs(expected_loss)
@@ -142,8 +142,8 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
 
 
 def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform: str, updates: int):
-    """The updates of these flags from random weights, on random tokens: the last state, and loss and gradient norm of
-    each update."""
+    """Make updates from random weights on random tokens; return the last state, and loss and gradient norm of each
+    update."""
     rng = np.random.default_rng(2)
     rows = [rng.integers(0, config.vocab_size, n).tolist() for n in lengths]
     data = Path(folder) / "data.json"
@@ -185,7 +185,7 @@ def check_packing(config: LlamaConfig, mesh, platform: str) -> bool:
         for flags in (four, "--packing True --max_tokens_per_device 1152"):
             other, others = gradients(flags)
             off.append((abs(other / loss - 1), max(map(distance, others, moments))))
-            del others  # before there are more
+            del others  # frees their memory first
     control, packed = np.asarray(off)
     fine = bool((packed < PACKED * np.maximum(control, 2.0**-23)).all())
     print(

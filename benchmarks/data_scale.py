@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Seconds and memory of preparing much data: N records of Alpaca, over and over, in a JSONL file.
+"""Measure seconds and memory of preparing much data: N records, Alpaca's repeated, in a JSONL file.
 
 Each row is a process of its own: reading and validating the file; the first start, which reads, tokenises and caches;
 the second, from the cache; the plan of one epoch's blocks, 8 and 128 examples an update. Imports are not counted.
-"own" is the peak of what the process itself holds, looked at 20 times a second; "with files" is the peak resident
-memory, in which pages of the mapped cache count that the kernel takes back when it needs them. Bytes a record are both
-over what the process held before: its imports, and for a plan the examples.
+"own" is the peak of the process' own memory, sampled 20 times a second. "with files" is the peak resident memory, which
+includes pages of the mapped cache that the kernel takes back when memory is short. Bytes a record are over the memory
+held before: imports, and for a plan the examples.
 
     .venv/bin/python benchmarks/data_scale.py --tokenizer ../shared/data/llama-tokenizer --data_path alpaca_data.json
 """
@@ -31,14 +31,14 @@ STAGES = ("read", "first", "second", "plan-8", "plan-128")
 
 
 def write_records(source: Path, path: Path, count: int) -> None:
-    """The records of a JSON array, over and over, as lines."""
+    """Write the records of a JSON array as lines, repeated."""
     lines = [json.dumps(record) + "\n" for record in json.loads(source.read_text(encoding="utf-8"))]
     with path.open("w") as file:
         file.writelines(itertools.islice(itertools.cycle(lines), count))
 
 
 def prepared(tokenizer: Path, data: Path) -> Any:
-    """The examples as a run gets them, by the cache of XDG_CACHE_HOME."""
+    """Return the examples as a run gets them, with the cache of XDG_CACHE_HOME."""
     from llama_jax.model.config import LlamaConfig
     from llama_jax.setup.arguments import parse_arguments
     from llama_jax.setup.job import make_job
@@ -50,7 +50,7 @@ def prepared(tokenizer: Path, data: Path) -> Any:
 
 
 def work(stage: str, tokenizer: Path, data: Path) -> Callable[[], Any]:
-    """What is measured of a stage; what it needs is done before."""
+    """Prepare a stage, then measure it."""
     from llama_jax.data.batches import Batches
     from llama_jax.data.normalisation import training_loss
     from llama_jax.data.order import Order
@@ -66,10 +66,10 @@ def work(stage: str, tokenizer: Path, data: Path) -> Callable[[], Any]:
 
 
 def row(stage: str, tokenizer: str, data: str) -> None:
-    import llama_jax.setup.job  # noqa: F401  # its imports are no part of the work
+    import llama_jax.setup.job  # noqa: F401  # imports are not counted
 
     measured = work(stage, Path(tokenizer), Path(data))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, own, done = _memory(), [0], threading.Event()
 
     def watch() -> None:
@@ -88,7 +88,7 @@ def row(stage: str, tokenizer: str, data: str) -> None:
 
 
 def _memory() -> dict[str, int]:
-    """Bytes that the process holds: RssAnon without mapped files, VmRSS and its peak VmHWM with them."""
+    """Return the process' memory in bytes: RssAnon without mapped files, VmRSS and its peak VmHWM with them."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
     return {name: int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS", "VmHWM")}
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, required=True, help="alpaca_data.json")
     parser.add_argument("--records", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
-    parser.add_argument("--folder", type=Path, help="where data and cache lie; 1.4 kB a record; kept, if given")
+    parser.add_argument("--folder", type=Path, help="folder of data and cache, 1.4 kB a record; kept if given")
     args = parser.parse_args()
     print("| records | stage | seconds | own memory, MB | with files, MB | bytes a record: own | with files |")
     print("|--:|---|--:|--:|--:|--:|--:|")

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""How full the device's rows are on real Alpaca: real tokens over computed ones, the mean of all epochs.
+"""Measure how full the device's rows are on Alpaca: real tokens over computed ones, the mean of all epochs.
 
-"any shapes" is what the sums of the updates allow: each rounded up to the next size that a device may be given, or
-the next multiple of 128 tokens a device where it takes several blocks, with no limit on compiled shapes and rows that
-are filled perfectly. "six" is the least of that with six shapes, exact; only where all updates are one block.
+"any shapes" is the bound by the sums of the updates: each sum rounded up to the next size that a device may get, or to
+the next multiple of 128 tokens a device where the update takes several blocks. The bound limits neither the number of
+compiled shapes nor the fit in rows. "six" is the least of the bounds with six shapes, exact; only where every update is
+one block.
 
     .venv/bin/python benchmarks/fill.py --tokenizer ../shared/data/llama-tokenizer --data_path alpaca_data.json
 """
@@ -30,7 +31,7 @@ CONFIG = {"vocab_size": 32000, "hidden_size": 32, "intermediate_size": 32, "num_
 
 
 def alpaca(tokenizer: Path, data: Path, limit: int) -> Examples:
-    """The examples, tokenised as in training or mapped from the cache."""
+    """Return the examples, tokenised as in training or mapped from the cache."""
     config = LlamaConfig.from_hf({"model_type": "llama", "num_hidden_layers": 1, **CONFIG}, "config.json")
     flags = {"model_name_or_path": tokenizer, "data_path": data, "model_max_length": limit}
     args = parse_arguments([str(x) for name, value in flags.items() for x in (f"--{name}", value)])
@@ -38,12 +39,12 @@ def alpaca(tokenizer: Path, data: Path, limit: int) -> Examples:
 
 
 def fill(batches: Batches) -> float:
-    """Real tokens over computed ones, of the whole run."""
+    """Return real tokens over computed ones, of the whole run."""
     return int(_sums(batches).sum()) / sum(r * t for k in range(batches.order.updates) for r, t in batches.shapes_of(k))
 
 
 def bounds(batches: Batches, max_tokens: int) -> tuple[float, float | None]:
-    """The fill that no choice of shapes exceeds, and with six (None: unknown, as some updates are several blocks)."""
+    """Return the bound of the fill for any shapes, and for six (None where some updates are several blocks)."""
     sums, share = _sums(batches), batches.ways * ROW_MULTIPLE
     sizes = np.asarray([*allowed_shapes(max_tokens, 2048, int(batches.examples.lengths.max()), ROW_MULTIPLE)])
     needed = -(-sums // share) * ROW_MULTIPLE

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Peak memory of a process that loads an HF folder onto simulated CPU devices, beyond the parameters that these hold.
+"""Measure the peak memory of loading an HF folder onto simulated CPU devices, beyond the loaded parameters.
 
     python benchmarks/load_memory.py --shape llama-7b --devices 8
 
-The folder is made here, in bfloat16, of files with holes instead of zeros: they take no room on the disk, and are read
-as any other. The parameters stay in bfloat16, as the devices' memory is the host's.
+The script makes the folder in bfloat16, of sparse files with holes instead of zeros. Holes take no room on the disk and
+are read like any file. The parameters stay in bfloat16, as the devices' memory is the host's.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from llama_jax.model.config import LlamaConfig
 
 
 def write_holes(folder: Path, raw: dict) -> int:
-    """A folder of the shape with zero weights; returns their bytes."""
+    """Write a folder of the shape with zero weights; return the bytes of the weights."""
     shapes = {name: shape for name, (_, shape) in name_table(LlamaConfig.from_hf(raw)).items()}
     sizes = {name: 2 * math.prod(shape) for name, shape in shapes.items()}
     files = plan_shards(sizes)
@@ -46,7 +46,7 @@ def write_holes(folder: Path, raw: dict) -> int:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process: RssAnon without mapped files, VmHWM its peak with them."""
+    """Return this process' memory in bytes: RssAnon without mapped files, VmHWM its peak with them."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 

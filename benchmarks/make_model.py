@@ -32,7 +32,7 @@ SHAPES = {
 
 
 def raw_config(shape: str, layers: int | None = None) -> dict:
-    """A `config.json` of the shape, with fewer layers if asked."""
+    """Return a `config.json` of the shape, with fewer layers if given."""
     vocab, hidden, ffn, depth, heads, kv, theta, positions, tied = SHAPES[shape]
     return {
         "architectures": ["LlamaForCausalLM"],

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What the frameworks cost: an update through Flax NNX and optax beside the same update of plain functions and a
-hand-written AdamW; and three ways to accumulate the gradients of two blocks.
+"""Measure the frameworks' cost: an update through Flax NNX and optax beside plain functions and a hand-written AdamW.
+
+Three ways to accumulate the gradients of two blocks are measured too.
 
     python benchmarks/overhead.py [--shape llama-7b] [--layers 8] [--tokens 1152]
 
-All of it in bf16 on random weights, unrolled, without recomputation; milliseconds an update, the median of 20 and the
-tenth and ninetieth percentile. The losses after all updates stand beside them: they are those of the same update.
+All runs are in bf16 on random weights, unrolled, without recomputation. Milliseconds an update: the median of 20, the
+tenth and ninetieth percentile. The losses after all updates are printed too; equal losses show equal updates.
 """
 
 import argparse
@@ -43,7 +44,7 @@ BF16 = jnp.bfloat16
 
 
 def bare_loss(config: LlamaConfig, kernel: Kernel, w, batch: Batch):
-    """The model as a function of its weights, nothing else."""
+    """Return the loss of the model as a plain function of its weights."""
 
     def linear(x, weight, out):
         return jnp.einsum("BTI,OI->BTO", x.astype(BF16), weight.astype(BF16), out_sharding=out)
@@ -73,7 +74,7 @@ def bare_loss(config: LlamaConfig, kernel: Kernel, w, batch: Batch):
 
 
 def bare_step(config: LlamaConfig, kernel: Kernel, halved):
-    """(params, lower, mu, nu, count), block -> the same after an update, and the loss."""
+    """Return the function (params, lower, mu, nu, count), block -> the same after an update, and the loss."""
 
     def step(params, lower, mu, nu, count, batch):
         loss, grads = jax.value_and_grad(lambda w: bare_loss(config, kernel, w, batch))(params)
@@ -93,7 +94,7 @@ def bare_step(config: LlamaConfig, kernel: Kernel, halved):
 
 
 def scan_step(definition: Definition, tx, vocab_size: int):
-    """state, stacked blocks -> the state after an update that scans over its blocks, and the loss."""
+    """Return the function state, stacked blocks -> the state after an update that scans its blocks, and the loss."""
 
     def step(state: TrainState, blocks: Batch):
         def add(sums, batch):
@@ -144,8 +145,10 @@ def main() -> None:
         return init_state(random_params(definition.params, mesh), tx, definition, mesh)
 
     def measure(what: str, update, state) -> None:
-        """`update` maps the state to the next one and the loss. As in `fit`, the device is told of an update before the
-        last one's loss is waited for."""
+        """Time `update`, which maps the state to the next one and the loss.
+
+        As in `fit`, an update is dispatched before the last one's loss is awaited.
+        """
         done, (state, loss) = [], update(state)
         for _ in range(args.updates + 4):
             last, (state, loss) = loss, update(state)

@@ -1,7 +1,7 @@
-"""What stands beside us in `speed.py`: the HF Trainer, and torch's own loop over the same HF model. One process a GPU.
+"""Run the peers of `speed.py`: the HF Trainer, and torch's own loop over the same HF model. One process a GPU.
 
-Each makes random weights on the device in float32 and trains with AdamW and clipping, its matmuls in bf16. Both return
-`work.measured` of their updates, on the first rank. They are imported where they run: torch is no need of ours.
+Each peer makes random weights on the device in float32 and trains with AdamW and clipping, matmuls in bf16. Both return
+`work.measured` of their updates, on the first rank. torch is imported only by a peer's process: ours does not need it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda", LOCAL) if CUDA else torch.device("cpu")
 
 
 def run(args: argparse.Namespace) -> dict | None:
-    """The peer that `--only` names. Where there are several GPUs, torchrun starts this command once for each."""
+    """Run the peer that `--only` names. With several GPUs, torchrun starts this command once for each."""
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu"]
         os.execv(sys.executable, [*torchrun, *sys.argv])
@@ -50,8 +50,10 @@ def _told(args: argparse.Namespace, raw: dict, lengths: np.ndarray, done: list[f
 
 
 def trainer(args: argparse.Namespace) -> dict:
-    """The HF Trainer of the installed transformers with our flags; on several devices with its --fsdp. Its optimizer is
-    its default, and it checkpoints gradients where sequences are whole."""
+    """Time the installed transformers' HF Trainer with our flags; on several devices with its --fsdp.
+
+    Its optimizer is its default. It checkpoints gradients where sequences are whole.
+    """
     raw = raw_config(args.shape, args.layers)
     lengths, batch, accumulation = lengths_of(args, WAYS)
     rng = np.random.default_rng(0)
@@ -82,7 +84,7 @@ def trainer(args: argparse.Namespace) -> dict:
             if CUDA:
                 torch.cuda.synchronize()
             done.append(time.monotonic())
-            if WAYS == 1:  # several would not stop together
+            if WAYS == 1:  # several ranks would stop at different updates
                 control.should_training_stop = len(done) >= 6 and time.monotonic() > deadline
 
     checkpointed = not args.work.startswith("alpaca")
@@ -110,16 +112,18 @@ def trainer(args: argparse.Namespace) -> dict:
         started = time.monotonic()
         run = transformers.Trainer(model, arguments, train_dataset=Data(), data_collator=collate, callbacks=[Clock()])
         run.train()
-    # Of several ranks, this one's examples stand for all.
+    # Assume that the other ranks' examples are as long as this rank's.
     per_update = batch * accumulation
     order = [np.tile(seen[k * per_update : (k + 1) * per_update], WAYS) for k in range(len(done))]
     return _told(args, raw, lengths, done, order, started)
 
 
 def fsdp(args: argparse.Namespace) -> dict:
-    """torch's FSDP2, as torchtitan lays it out: each layer compiled, gathered in bf16, its gradient reduced in float32;
-    fused AdamW. On one device it is the compiled model alone. Its residual stream is bf16. "fsdp_checkpointed" keeps
-    only each layer's input. Whole sequences only.
+    """Time torch's FSDP2 as torchtitan lays it out.
+
+    Each layer is compiled, gathered in bf16, its gradient reduced in float32. AdamW is fused, the residual stream bf16.
+    On one device FSDP2 is the compiled model alone. "fsdp_checkpointed" keeps only each layer's input. Sequences are
+    whole.
     """
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -159,6 +163,6 @@ def fsdp(args: argparse.Namespace) -> dict:
             torch.cuda.synchronize()
         done.append(time.monotonic())
         if len(done) == 1 and CUDA:
-            torch.cuda.reset_peak_memory_stats()  # without the unsharded model that it began with
+            torch.cuda.reset_peak_memory_stats()  # leave out the unsharded model of the start
     torch.distributed.destroy_process_group()
     return _told(args, raw, lengths, done, [np.arange(rows * WAYS)] * len(done), started)

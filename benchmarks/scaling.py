@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Scaling on paper: `scaling.py --shape llama-7b --rows 1 --tokens 2048 v5e-16 v5e-256`.
+"""Estimate scaling on paper: `scaling.py --shape llama-7b --rows 1 --tokens 2048 v5e-16 v5e-256`.
 
-The step of each slice, with as much work on each device and full recomputation, is compiled by the TPU's compiler, at
-low effort unless told otherwise (from 64 devices on it then sends sums of gradients in float32, which full effort
-rounds to bf16 first). Nothing is run. The model of a step's time is printed with its parts:
+The TPU compiler compiles each slice's step with the same work on each device and full recomputation, at low effort by
+default. From 64 devices on, low effort sends sums of gradients in float32; full effort rounds them to bf16 first.
+Nothing is run. The parts of a step's modelled time are printed:
 
-- compute: the operations that the step makes, with full recomputation, at the share of the published peak that the
-  compiler itself estimates for one product of 8192 x 8192 x 8192 (v5e 88%, v5p 90%, v4 93%; others at 90%);
-- links: what a device sends in the compiled collectives, at the published bandwidth of all its links;
+- compute: the step's operations, with full recomputation, at a share of the published peak: the compiler's own estimate
+  for one product of 8192 x 8192 x 8192 (v5e 88%, v5p 90%, v4 93%; others at 90%);
+- links: the bytes that a device sends in the compiled collectives, at the published bandwidth of all its links;
 - update: the state, read and written once, at the published bandwidth of the memory.
 
-The step lies between max(compute, links) + update, where all that is sent hides behind products, and the sum, where
-nothing does. MFU counts the model's operations (causal attention at half) over the published peak; efficiency compares
-tokens a second and device with the first slice, both at the first bound.
+The step is between max(compute, links) + update, with all sending hidden behind products, and the sum, with none
+hidden. MFU counts the model's operations (causal attention at half) over the published peak. Efficiency compares tokens
+a second and device with the first slice, both at the first bound.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ACHIEVED = {"v4": 0.93, "v5e": 0.88, "v5p": 0.90}
 
 
 def parts(topology: Topology, config: LlamaConfig, rows: int, tokens: int, spec: str) -> dict[str, Any]:
-    """The parts of a step's time in seconds, and the MFU of both bounds."""
+    """Return the parts of a step's time in seconds, and the MFU of both bounds."""
     mesh, chip = sharding.make_mesh(topology.devices(), spec), topology.chip
     run = RunOptions(
         jnp.float32, jnp.bfloat16, jnp.bfloat16, scan_layers=True, remat="full", attention=Kernel("splash")
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, help="rows of a device")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a row")
     parser.add_argument("--mesh", default="auto")
-    parser.add_argument("--effort", choices=["O0", "UNKNOWN"], default="O0", help="UNKNOWN is the compiler's full one")
+    parser.add_argument("--effort", choices=["O0", "UNKNOWN"], default="O0", help="UNKNOWN is the full effort")
     args = parser.parse_args()
     set_up_jax(use_cpu=True)
     jax.config.update("jax_enable_compilation_cache", False)

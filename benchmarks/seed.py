@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""The seed's command on an HF folder, train_jax.py and the HF Trainer side by side: weights onto the device, the time
-from the command to the first update, and the time of an update.
+"""Time the README's Alpaca command in train_jax.py and in the HF Trainer: loading, start, an update.
 
     python benchmarks/seed.py --model HF_DIR --data_path alpaca_data.json [--flags "--use_cpu True"]
 
-`make_model.py` makes a folder of any shape. The peer does what stanford_alpaca's train.py does before its first update,
-and its Trainer takes the same examples in the same order. Each run is a process of its own; train_jax.py runs once with
-empty caches and once with those that it made. All are killed after so many updates. The weights are read once before,
-so that every run finds them in the page cache; then they are read and loaded once more from the disk, with the page
-cache told to forget them.
+Three times are measured: weights onto the device, the command to its first update, and an update. `make_model.py` makes
+a folder of any shape. The peer does the work of stanford_alpaca's train.py before its first update, and its Trainer
+takes the same examples in the same order. Each run is a process of its own; train_jax.py runs once with empty caches
+and once with the caches of the first run. All are killed after a number of updates. The weights are read once before,
+so that every run finds them in the page cache. Then the page cache is dropped, and the weights are read and loaded from
+the disk.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def weights(folder: Path) -> list[Path]:
 
 
 def read_files(args: argparse.Namespace) -> None:
-    """Several threads, each its own pieces: what the page cache gives, or the disk."""
+    """Read the files by several threads, each its own pieces, from the page cache or the disk."""
     threads = 8
 
     def read(first: int) -> None:
@@ -56,15 +56,15 @@ def read_files(args: argparse.Namespace) -> None:
 
 
 def forget_files(args: argparse.Namespace) -> None:
-    """Nothing of them is left in the page cache."""
+    """Drop the files from the page cache."""
     for path in weights(args.model):
         with path.open("rb") as file:
-            os.fsync(file.fileno())  # what is not written yet stays
+            os.fsync(file.fileno())  # pages that are not written yet cannot be dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def load_ours(args: argparse.Namespace) -> float:
-    """Returns when libraries and device were there."""
+    """Load the weights; return the time at which libraries and device were ready."""
     import jax
 
     from llama_jax.distributed import sharding
@@ -78,12 +78,12 @@ def load_ours(args: argparse.Namespace) -> float:
 
 
 def load_peer(args: argparse.Namespace) -> float:
-    """As `load_ours`."""
+    """Load the weights as `load_ours` does, with transformers."""
     import torch
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = transformers.AutoModelForCausalLM.from_pretrained  # it is imported when it is first asked for
+    load = transformers.AutoModelForCausalLM.from_pretrained  # the first use of the name imports the class
     torch.zeros(1, device=device)
     began = time.monotonic()
     model = load(args.model, dtype=torch.float32, device_map=device)
@@ -94,7 +94,7 @@ def load_peer(args: argparse.Namespace) -> float:
 
 
 def train_peer(args: argparse.Namespace) -> None:
-    """stanford_alpaca's way to the HF Trainer: tokenise everything, each prompt twice, then train."""
+    """Train with the HF Trainer as stanford_alpaca does: tokenise everything, each prompt twice, then train."""
     import torch
     import transformers
 
@@ -145,7 +145,10 @@ def train_peer(args: argparse.Namespace) -> None:
 
 
 def run(name: str, command: list[str], env: dict[str, str], updates: int) -> dict:
-    """Until so many updates are logged; then it is killed. Seconds to the first one, of each later one, and the log."""
+    """Run a command until a number of updates is logged, then kill it.
+
+    Returns seconds to the first update, seconds of each later update, and the log.
+    """
     started = time.monotonic()
     command = ["/usr/bin/env", "PYTHONUNBUFFERED=1", *command]
     with tempfile.TemporaryFile("w+") as errors:
@@ -182,10 +185,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="HF folder with a LLaMA tokenizer")
     parser.add_argument("--data_path", type=Path, required=True, help="alpaca_data.json")
     parser.add_argument("--flags", default="", help="further flags of train_jax.py, as one word")
-    parser.add_argument("--updates", type=int, default=80, help="of train_jax.py with caches; 0: only read and load")
-    parser.add_argument("--peer_updates", type=int, default=9, help="of the HF Trainer")
+    parser.add_argument("--updates", type=int, default=80, help="by train_jax.py with caches; 0: only read and load")
+    parser.add_argument("--peer_updates", type=int, default=9, help="by the HF Trainer")
     parser.add_argument("--json", type=Path, help="write all figures and logs there")
-    parser.add_argument("--only", help=argparse.SUPPRESS)  # a part of it, in this process
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # one part, in this process
     args = parser.parse_args()
     if args.only:
         started = time.monotonic()

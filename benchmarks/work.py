@@ -1,4 +1,4 @@
-"""The work that `speed.py` and its peers are timed at, and the figures of a run."""
+"""Define the work that `speed.py` and its peers are timed at, and the figures of a run."""
 
 import argparse
 
@@ -12,7 +12,7 @@ PROFILED = 4  # updates, after the timed ones
 
 
 def lengths_of(args: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int, int]:
-    """Tokens of every example, and of each rank: examples a micro-batch, micro-batches an update."""
+    """Return tokens of every example, and for each rank examples a micro-batch and micro-batches an update."""
     if not args.work.startswith("alpaca"):
         rows, length = map(int, args.work.split("x"))
         return np.full(rows * ranks * (args.updates + PROFILED + 10), length), rows, 1
@@ -26,16 +26,16 @@ def lengths_of(args: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int, i
 
 
 def count_flops(raw: dict, lengths: np.ndarray) -> float:
-    """Of forward and backward over examples of these lengths."""
+    """Count the operations of forward and backward over examples of these lengths."""
     config = LlamaConfig.from_hf(raw)
     return sum(operations(config, n, n, "none")[0] for n in lengths.tolist())
 
 
 def measured(raw: dict, lengths: np.ndarray, done: list[float], examples: list[np.ndarray], devices: int = 1) -> dict:
-    """Of all updates but the first three and the last: milliseconds with their spread, the tokens of an update on all
-    devices, and what one device did in them.
+    """Return the figures of all updates but the first three and the last.
 
-    Metrics of an update are read when the device is some way into the next one, those of the last one at once.
+    Milliseconds with their spread, tokens an update on all devices, and the rate of one device. Metrics of an update
+    are read while the device computes the next update, metrics of the last update at once.
     """
     laps = np.diff(done)[2:-1]
     each = [lengths[i] for i in examples[3:-1]]

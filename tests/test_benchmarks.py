@@ -12,8 +12,8 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 @pytest.mark.slow
 def test_speed_beside_a_peer(tmp_path: Path) -> None:
-    """On a tiny shape: a run ends when its time is over, of whole sequences all tokens count, and of the seed's updates
-    each run sees as many examples."""
+    """Time a tiny shape: a run ends when its time is over, all tokens of whole sequences count, and Alpaca updates have
+    the same number of examples in each run."""
     pytest.importorskip("torch")
     flags = "--shape tiny --work 2x64 alpaca --peers trainer --updates 300 --seconds 0.5".split()
     flags += ["--flags", "--use_cpu True", "--json", str(tmp_path / "told.json")]
