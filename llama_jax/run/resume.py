@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from llama_jax.reporting.progress import say
 from llama_jax.run.checkpoint import find_foreign, find_steps
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
+
+Json = dict[str, Any]
 
 # Actions after an update, in the HF Trainer's order: first by steps, then at an epoch's end. Checkpoints hold the names
 # of those left to do; before 2026-11-28, the number of those done. So neither names nor places may change.
@@ -28,9 +29,9 @@ class Facts:
 
     dtype: str
     optim: str
-    order: dict[str, Any]
+    order: Json
     scan_layers: bool
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: Json = dataclasses.field(default_factory=dict)
     data: str = ""
 
     @classmethod
@@ -55,25 +56,25 @@ class SavedRun:
     """
 
     facts: Facts
-    trainer_state: dict[str, Any]
+    trainer_state: Json
     left: tuple[str, ...]
-    schedule: dict[str, Any]
-    log_window: dict[str, Any] | None = None
+    schedule: Json
+    log_window: Json | None = None
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "SavedRun":
+    def from_json(cls, values: Json) -> "SavedRun":
         """Read the JSON of any checkpoint since the first release."""
         facts = {f.name: values[f.name] for f in dataclasses.fields(Facts) if f.name in values}
         left = values.get("left", ACTIONS[values.get("done", len(ACTIONS)) :])
         return cls(Facts(**facts), values["trainer_state"], tuple(left), values["schedule"], values.get("log_window"))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return the JSON to write. The values are copies: a checkpoint is written while the run goes on."""
         values = dataclasses.asdict(self)
         return {**values.pop("facts"), **values, "left": list(self.left)}
 
 
-def as_json_values(config: LlamaConfig) -> dict[str, Any]:
+def as_json_values(config: LlamaConfig) -> Json:
     """Return the architecture as JSON reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

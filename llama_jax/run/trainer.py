@@ -384,10 +384,8 @@ def say_header(prepared: Prepared) -> None:
         f"devices: {mesh.size} {prepared.platform} device(s) of {jax.process_count()} process(es), "
         f"mesh {sharding.describe_mesh(mesh)}"
     )
-    say(
-        f"training: {len(job.examples):,} examples, {job.order.updates:,} updates, "
-        f"the learning rate rising for {job.warmup_updates:,} (warm-up)"
-    )
+    rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
+    say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
 
 
 def say_speed(run_log: RunLog) -> None:
