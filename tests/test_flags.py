@@ -392,6 +392,8 @@ def test_a_config_file_without_its_flag(tmp_path: Path) -> None:
             parse_arguments(argv)
     with pytest.raises(InputError, match=r"^unknown argument True; a value belongs after its flag"):
         parse_arguments([*NEEDED, "--bf16", "True", "True"])
+    with pytest.raises(InputError, match=r"^unknown argument -lr; use --learning_rate$"):
+        parse_arguments([*NEEDED, "-lr", "1"])
     for key in ("config", "help"):
         with pytest.raises(InputError, match=rf"^--config .*unknown flag '{key}'"):
             parse_arguments([write(tmp_path / "b.yaml", f"{key}: c.yaml")])
@@ -421,6 +423,7 @@ def test_a_config_file_without_its_flag(tmp_path: Path) -> None:
         ("use_lora", "adapters are not there yet"),
         ("use_peft", "adapters are not there yet"),
         ("lora_r", "adapters are not there yet"),
+        ("adapter", "adapters are not there yet"),
         ("logging", "could mean --logging_"),
         ("logging_st", "could mean --logging_strategy or --logging_steps"),
         ("learning_rat", None),

@@ -455,13 +455,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 def _unknown_argument(word: str) -> str:
     """Return the error line for a word of the command line that no flag takes."""
-    if not word.startswith("--"):
+    if not word.startswith("-"):
         if word.endswith(_CONFIG_SUFFIXES):
             return f"unknown argument {word}; give one config file, as --config {word}"
         return f"unknown argument {word}; a value belongs after its flag, as --output_dir output"
-    name = word[2:].partition("=")[0]
-    near = suggest_flag(name, among=[f"--{flag}" for flag in (*_flags(), "help")])
-    return f"unknown argument --{name}" + (f"; {near}" if near else "; --help all lists the flags")
+    name = word.partition("=")[0]
+    near = suggest_flag(name.lstrip("-"), among=[f"--{flag}" for flag in (*_flags(), "help")])
+    return f"unknown argument {name}; {near or '--help all lists the flags'}"
 
 
 def _flags() -> dict[str, Any]:

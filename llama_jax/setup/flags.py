@@ -334,7 +334,7 @@ def suggest_flag(name: str, near: Iterable[str] = (), among: Iterable[str] = ())
     name = name.lower().replace("-", "_")
     if name in _MEANT:
         return f"use {_MEANT[name]}"
-    if "lora" in name or "peft" in name:
+    if any(word in name for word in ("lora", "peft", "adapter")):
         return "adapters are not there yet, all parameters are trained: leave it out"
     if near:
         return f"could mean {' or '.join(near)}"
