@@ -222,7 +222,7 @@ _PLAIN_NAMES = {
     "--per_device_eval_batch_size": "eval_batch_size",
     "--gradient_accumulation_steps": "gradient_accumulation grad_accum grad_accumulation grad_accumulation_steps "
     "accumulation_steps accum_steps",
-    "--learning_rate": "lr learning_rates peak_lr",
+    "--learning_rate": "lr peak_lr",
     "--lr_scheduler_type": "lr_scheduler lr_schedule scheduler scheduler_type",
     "--warmup_steps or --warmup_ratio": "warmup num_warmup_steps",
     "--optim": "optimizer optimizer_type",
