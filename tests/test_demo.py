@@ -1,4 +1,4 @@
-"""`make demo`, as in the README: the theme shows, and the exported folder answers the same in transformers."""
+"""Run `make demo`: the answer takes the theme, and transformers gives the same answer from the exported folder."""
 
 import importlib.util
 import os
