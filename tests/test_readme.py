@@ -135,6 +135,12 @@ def test_the_layout_is_true():
     assert [FLOORS[f] for f in folders] == sorted(FLOORS.values(), reverse=True)  # the highest floor first
 
 
+def test_the_design_names_files_that_exist():
+    named = re.findall(r"`(\w+/\w+\.py)`", (tiny.ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+    assert named
+    assert all((tiny.ROOT / name).exists() or (tiny.ROOT / "llama_jax" / name).exists() for name in named), named
+
+
 @pytest.mark.parametrize(
     "path", [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
 )
