@@ -5,7 +5,7 @@ Letters: B rows, T tokens, D model, V vocabulary, L layers.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from llama_jax.model.definition import define
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import Llama, RunOptions
 from llama_jax.training.loss import weighted_cross_entropy
+
+Arrays = dict[str, np.ndarray]
 
 
 def load(path: str | Path, dtype: str = "float32", allow_pickle: bool = False) -> "Model":
@@ -62,19 +64,14 @@ class Model:
         return self._run(_logits, input_ids, attention_mask)
 
     def hidden_states(self, input_ids: Any, attention_mask: Any = None) -> tuple[jax.Array, ...]:
-        """Return L + 1 arrays [B, T, D]: the embeddings, then the output of each layer, the last one normed.
-
-        transformers gives the same with `output_hidden_states=True`.
-        """
+        """Return the embeddings and each layer's output, the last one normed: L + 1 arrays [B, T, D]."""
         return self._run(_hidden_states, input_ids, attention_mask)
 
     def loss(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> jax.Array:
         """Return the mean cross-entropy of the next tokens, a float32 scalar; labels of -100 take no part."""
         return self._run(_loss, input_ids, attention_mask, *_targets(self.config, labels))
 
-    def loss_and_gradients(
-        self, input_ids: Any, labels: Any, attention_mask: Any = None
-    ) -> tuple[jax.Array, dict[str, np.ndarray]]:
+    def loss_and_gradients(self, input_ids: Any, labels: Any, attention_mask: Any = None) -> tuple[jax.Array, Arrays]:
         """Return `loss`, and its gradient by every parameter under HF's name, on the host in the parameter's type."""
         loss, gradients = self._run(_gradients, input_ids, attention_mask, *_targets(self.config, labels))
         return loss, dict(hf_tensors(gradients, self.config))
@@ -93,17 +90,15 @@ class Model:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """Return the new tokens of each prompt, without the end token.
+        """Return the new tokens of each prompt, up to an end token of generation_config.json or config.json.
 
-        Prompts are lists of any length, or one array [B, T] with the attention mask of its padding. The end tokens are
-        those of generation_config.json or config.json.
+        Prompts are lists of any length, or an array [B, T] with the attention mask of its padding.
         """
         masks = [[1] * len(row) for row in input_ids] if attention_mask is None else np.asarray(attention_mask)
         prompts = [np.asarray(row)[np.asarray(mask) != 0] for row, mask in zip(input_ids, masks, strict=True)]
         if not prompts or not all(map(len, prompts)) or max_new_tokens < 1 or not 0 <= temperature < math.inf:
             raise InputError("generate: give prompts of at least one token, max_new_tokens > 0 and temperature >= 0")
-        for prompt in prompts:
-            _check_ids("input_ids", prompt, self.config)
+        _check_ids("input_ids", np.concatenate(prompts), self.config)
         ends = self._source.eos_token_ids()
         with jax.default_matmul_precision("highest"):
             return generate(self.llama, [p.tolist() for p in prompts], max_new_tokens, ends, temperature, seed)
@@ -118,7 +113,7 @@ class Model:
         graphdef, state = nnx.split(self.llama)
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         with jax.default_matmul_precision("highest"):
-            return f(graphdef, nnx.to_pure_dict(state), ids, positions, segments, *rest)
+            return _compute(f, graphdef, nnx.to_pure_dict(state), ids, positions, segments, *rest)
 
 
 def _check_ids(name: str, ids: np.ndarray, config: LlamaConfig) -> None:
@@ -137,24 +132,22 @@ def _targets(config: LlamaConfig, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     return targets, (counts / np.float32(counts.sum())).astype(np.float32)
 
 
-@partial(jax.jit, static_argnums=0)
 def _logits(graphdef, params, ids, positions, segments):
     model = nnx.merge(graphdef, params)
     return model.logits(model(ids, positions, segments)[0])
 
 
-@partial(jax.jit, static_argnums=0)
 def _hidden_states(graphdef, params, ids, positions, segments):
     states: list[jax.Array] = []
     last, _ = nnx.merge(graphdef, params)(ids, positions, segments, states=states)
     return (*states, last)
 
 
-@partial(jax.jit, static_argnums=0)
 def _loss(graphdef, params, ids, positions, segments, targets, weights):
     model = nnx.merge(graphdef, params)
     hidden, _ = model(ids, positions, segments)
     return weighted_cross_entropy(hidden, model.head(), targets, weights, model.config.vocab_size)[0]
 
 
-_gradients = jax.jit(jax.value_and_grad(_loss, argnums=1), static_argnums=0)
+_gradients = jax.value_and_grad(_loss, argnums=1)
+_compute = jax.jit(lambda f, *args: f(*args), static_argnums=(0, 1))
