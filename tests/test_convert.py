@@ -41,7 +41,7 @@ import train_jax
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.distributed import sharding
 from llama_jax.hf import writer
-from llama_jax.hf.source import Source, compare_digests
+from llama_jax.hf.source import Source, compare_digests, dtype_summary, training_dtype
 from llama_jax.model.definition import define
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import RunOptions
@@ -160,6 +160,19 @@ def test_types_asked_for(tmp_path: Path) -> None:
     half = converted(flax, tmp_path / "half", "--to_hf", "--dtype", "bfloat16", "--verify")
     assert_same_bits(read(half), rounded)
     assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("common", ["float32", "bfloat16"])
+def test_the_common_type(common: str, tmp_path: Path) -> None:
+    """A folder whose config names no type, and whose norms have another: the matrices' is the model's."""
+    (other,) = {"float32", "bfloat16"} - {common}
+    kinds = {name: DTYPES[other if "norm" in name else common] for name in make_arrays(CONFIG)}
+    arrays = {name: array.astype(kinds[name]) for name, array in make_arrays(CONFIG).items()}
+    raw = {key: value for key, value in CONFIG.items() if key != "torch_dtype"}
+    source = Source(write_model(tmp_path, raw, arrays))
+    assert training_dtype(source, "5") == common and training_dtype(source, "4.37") == "float32"
+    summary = dtype_summary(source.dtypes)
+    assert summary["dtype"] == common and set(summary["dtypes"].values()) == {other}
 
 
 def test_what_is_rounded_is_said(tmp_path: Path) -> None:
