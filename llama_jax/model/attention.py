@@ -1,7 +1,7 @@
-"""Packed causal attention: every token sees the earlier tokens of its own segment, and nothing else.
+"""Compute packed causal attention: every token sees the earlier tokens of its own segment only.
 
-Letters: B rows, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim, M segments of a row; X
-devices that a row is divided over.
+Letters: B rows, T query, S key, N heads, K kv heads, G query heads per kv head, H head dim. M segments of a row, X
+devices that share a row.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from llama_jax.model.kernels import KERNELS
 
 
 class Kernel(NamedTuple):
-    """How a run attends: one of KERNELS, and the most segments that one of its rows holds, which cudnn must know."""
+    """Describe how a run attends: one of KERNELS, and the most segments in a row, a bound that cudnn needs."""
 
     name: str = "xla"
     segments: int = 0
@@ -28,9 +28,9 @@ XLA = Kernel()
 
 
 def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, dtype: str) -> tuple[str, str]:
-    """The kernel for `--attention wanted` ("auto" or a name), and why. Raises InputError where it cannot run.
+    """Return the kernel for `--attention wanted` ("auto" or a name) and the reason.
 
-    `device_kind` is the name of the device that jax gives, `dtype` that of the matmuls.
+    `device_kind` is jax's name of the device, `dtype` the matmuls' type. Raises InputError where the kernel cannot run.
     """
     reasons = dict.fromkeys(KERNELS, "")
     if platform != "gpu":
@@ -64,10 +64,10 @@ def attention(
     kv_segments: Int[Array, "B S"],
     kv_positions: Int[Array, "B S"],
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k' / sqrt(H)) v over the keys of the same segment at no later position.
+    """Return softmax(q k' / sqrt(H)) v over the keys of the same segment at no later position.
 
-    Plain XLA, for any device: products in the operands' type, scores and softmax in float32. Every query must have at
-    least one key that it may see (itself, in training).
+    Plain XLA, for any device: products in the operands' type, scores and softmax in float32. Every query needs at least
+    one visible key (itself, in training).
     """
     return _on_devices(_xla, q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions)
 
@@ -86,12 +86,11 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positi
 
 
 def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: jax.Array) -> jax.Array:
-    """`attend(q, k, v, *tokens)` by each device on rows and heads of its own, the [B, T] arrays of `tokens` whole rows:
-    a kernel is opaque to the compiler's partitioner.
+    """Apply `attend(q, k, v, *tokens)` on each device to its own rows and heads; the [B, T] `tokens` are whole rows.
 
-    Devices that have a row together change places first, tokens for heads, and back with what comes out: two
-    all-to-alls (DeepSpeed-Ulysses, arXiv:2309.14509). Each then has whole rows, whatever the kernel, the segments and
-    the mask, and none has more to do than another.
+    A kernel is opaque to the compiler's partitioner. Where devices share a row, an all-to-all before gathers tokens and
+    splits heads; a second after does the reverse (DeepSpeed-Ulysses, arXiv:2309.14509). Each device then has whole rows
+    and equal work, whatever the kernel, the segments and the mask.
     """
     if placed(ACT_BTNH) is None:
         return attend(q_BTNH, k_BSKH, v_BSKH, *tokens)
@@ -116,8 +115,8 @@ def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.A
 
 
 def kv_copies(kv_heads: int, group: int, ways: int) -> tuple[int, int]:
-    """How often each kv head, with `group` query heads, is repeated so that so many devices divide them, and how many
-    there are then, with those of zeros that fill up: as few query heads as can be, then as few copies."""
+    """Return the copies of each kv head and the kv heads then, filled up with zeros to a multiple of `ways`. `group` is
+    the query heads of a kv head. The result has the fewest query heads possible, then the fewest copies."""
     options = []
     for copies in (n for n in range(1, group + 1) if group % n == 0):
         filled = -(-kv_heads * copies // ways) * ways
@@ -131,7 +130,7 @@ def _pad_heads(x_BTNH: jax.Array, heads: int) -> jax.Array:
 
 
 def keeps_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A `jax.checkpoint` policy: what cuDNN's forward pass gives, its softmax statistics too, is not computed again."""
+    """Keep the output and softmax statistics of cuDNN's forward pass from recomputation: a `jax.checkpoint` policy."""
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -144,10 +143,10 @@ def packed_attention(
     positions: Int[Array, "B T"],
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """`attention` of packed rows to themselves, by the kernel of the run.
+    """Return `attention` of packed rows to themselves, by the kernel of the run.
 
-    A row's segments are 1, 2, ... side by side, and padding (0) is at its end. What comes out for padding is finite,
-    and not the same for all kernels. `interpret` runs splash on the CPU.
+    A row's segments are 1, 2, ... side by side, and padding (0) is at its end. The output for padding is finite and
+    differs between kernels. `interpret` runs splash on the CPU.
     """
     if kernel.name == "xla":
         return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions)
@@ -158,11 +157,11 @@ def packed_attention(
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
-    """cuDNN's flash attention (Hopper and later), in the form for packed rows that jax's public function lacks.
+    """Call cuDNN's flash attention (Hopper and later), in the form for packed rows that jax's public function lacks.
 
-    It is told where each segment starts and how long it is. Unused places must be -1, the last start included:
-    anything else gives garbage, and NaN gradients, without an error. Padding is made a segment of its own, as what the
-    kernel leaves of tokens outside any segment is not defined.
+    Its inputs are each segment's start and length. Unused places must be -1, the last start included: other values give
+    garbage, and NaN gradients, without an error. Padding becomes a segment of its own, as the kernel's output for
+    tokens outside any segment is undefined.
     """
     cudnn = cudnn_attention()
     last = jnp.max(segment_ids, axis=1, keepdims=True)
@@ -186,14 +185,14 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
 
 
 def splash_block(T: int, dtype: Any) -> int:
-    """The tokens of Splash's blocks: large ones keep the matrix units busy. Of 32-bit operands, which it multiplies in
-    parts, blocks of 1,024 exceed a TPU v5e's fast memory (found by its compiler)."""
+    """Return the tokens of Splash's blocks; large blocks keep the matrix units busy. Splash multiplies 32-bit operands
+    in parts: blocks of 1,024 then exceed a TPU v5e's fast memory (found by its compiler)."""
     most = 1024 if jnp.dtype(dtype).itemsize == 2 else 512
     return max(block for block in range(128, most + 1, 128) if T % block == 0)
 
 
 def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
-    """jax's Splash attention for TPUs: causal blocks only, segments told apart inside them."""
+    """Call jax's Splash attention for TPUs: causal blocks only, segments masked inside them."""
     splash, masks = splash_attention()
     _, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
@@ -215,8 +214,8 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
 
 
 def _with_precision(precision: str, f: Any) -> Any:
-    """`f`, itself and its gradient traced under a matmul precision: Mosaic refuses bfloat16 operands under the
-    "highest" of the process, which means nothing to them."""
+    """Trace `f` and its gradient under a matmul precision. Mosaic refuses bfloat16 operands under the "highest" of the
+    process, a setting without effect on bfloat16."""
 
     @jax.custom_vjp
     def traced(*args):

@@ -1,7 +1,7 @@
-"""The architecture: what a `config.json` of `model_type: llama` says about the mathematics, and nothing else.
+"""Read the architecture from a `config.json` of `model_type: llama`: its mathematics, and nothing else.
 
-Keys are read from a white list (transformers' `LlamaConfig`, versions 4 and 5). A key that is not on it stops the load:
-it might change the mathematics. Keys that are known to have no effect on the forward pass are passed over.
+Keys are read from a white list (transformers' `LlamaConfig`, versions 4 and 5). An unlisted key stops the load: it
+might change the mathematics. Keys that are known to have no effect on the forward pass are passed over.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = frozenset(
     """.split()
 )
 
-# Keys that are harmless at one value only.
+# Keys that are harmless at a single value.
 _ONLY_AT: dict[str, Any] = {
     "add_cross_attention": False,
     "attention_dropout": 0.0,
@@ -70,7 +70,7 @@ _ROPE_REQUIRED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary parameters under transformers 5's names; `original_max_position_embeddings` is filled in."""
+    """Hold the rotary parameters under transformers 5's names; `original_max_position_embeddings` is filled in."""
 
     rope_type: str = "default"
     rope_theta: float = 10000.0
@@ -90,7 +90,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture of one LLaMA. Attribute names are those of transformers' `LlamaConfig`."""
+    """Describe the architecture of a LLaMA with the attribute names of transformers' `LlamaConfig`."""
 
     vocab_size: int
     hidden_size: int
@@ -112,12 +112,12 @@ class LlamaConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model, padding not counted."""
+        """Return the number of parameters, padding not counted."""
         return self.num_non_embedding_parameters + self.vocab_size * self.hidden_size
 
     @property
     def num_non_embedding_parameters(self) -> int:
-        """All but the input embedding, as transformers counts them for `total_flos`."""
+        """Return the number of parameters without the input embedding, as transformers counts for `total_flos`."""
         D, H = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * H, self.num_key_value_heads * H
         layer = 2 * D * q + 2 * D * kv + 3 * D * self.intermediate_size + 2 * D
@@ -126,7 +126,7 @@ class LlamaConfig:
 
     @staticmethod
     def from_hf(raw: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Read a `config.json` dict; `source` names it in messages. Raises InputError for what it cannot honour."""
+        """Read a `config.json` dict; `source` names it in messages. Raises InputError for unsupported entries."""
         if raw.get("model_type") != "llama":
             raise InputError(f"{source}: model_type is {raw.get('model_type')!r}; this program reads 'llama' only")
         values = {k: v for k, v in raw.items() if k in LlamaConfig.__dataclass_fields__ and k != "rope"}
@@ -184,14 +184,14 @@ def _check_types(values: dict[str, Any], source: str) -> None:
 
 
 def _padding_idx(value: Any, vocab_size: int, source: str) -> int:
-    """torch's `padding_idx`: a negative one counts from the end."""
+    """Return torch's `padding_idx` as a row; a negative number counts from the end."""
     if type(value) is not int or not -vocab_size <= value < vocab_size:
         raise InputError(f"{source}: pad_token_id {value!r} is not a row of the vocabulary of {vocab_size}")
     return value % vocab_size
 
 
 def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> RopeConfig:
-    """`rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5), read as transformers 5 reads them."""
+    """Read `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5) as transformers 5 reads them."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise InputError(f"{source}: rope_scaling and rope_parameters should be objects, not {given!r}")
@@ -201,7 +201,7 @@ def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> R
     if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
         raise InputError(f"{source}: rope type {rope_type!r} is not one of {', '.join(_ROPE_FIELDS)}")
     theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    rope.pop("finetuned", None)  # of Yarn-Llama-2: says how the model was made
+    rope.pop("finetuned", None)  # of Yarn-Llama-2: records how the model was made
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise InputError(f"{source}: partial_rotary_factor other than 1 is not supported")
     original = rope.pop("original_max_position_embeddings", None)

@@ -15,7 +15,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
 from llama_jax.model.llama import Llama, make_cache
 
-SLOT_MULTIPLE = 128  # prompts are padded to it, so that few lengths are compiled
+SLOT_MULTIPLE = 128  # prompts are padded to a multiple, so that few lengths are compiled
 
 
 def generate(
@@ -29,7 +29,7 @@ def generate(
     """Return the new tokens of each prompt (ids, beginning token included), without the end token.
 
     Decoding is greedy at temperature 0; otherwise tokens are drawn from softmax(logits / temperature). The caller sets
-    the mesh of the parameters, if they have one.
+    the parameters' mesh, if any.
     """
     longest = max(map(len, prompts))
     T = -(-longest // SLOT_MULTIPLE) * SLOT_MULTIPLE

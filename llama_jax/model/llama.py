@@ -1,9 +1,9 @@
-"""The LLaMA decoder in Flax NNX, with HF's attribute names and torch's [out, in] weights.
+"""Define the LLaMA decoder in Flax NNX, with HF's attribute names and torch's [out, in] weights.
 
 NNX defines, JAX transforms: `split` gives a graph definition and a pure dict of arrays; everything else is `jax.jit`.
 
 Letters: B rows, T query, S key, D model, N heads, K kv heads, H head dim, F ffn, V vocab, L layers. N, K, F and V are
-padded to what the mesh divides.
+padded so that the mesh divides them.
 """
 
 from collections.abc import Callable
@@ -34,14 +34,14 @@ ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Properties of a run, never of a checkpoint.
+    """Hold the properties of a run, never of a checkpoint.
 
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
-    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`.
-    `exchange` is how devices add their shares of a gradient (`matmul.weight_gradient`). `attention` is the kernel for
-    packed rows; with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter:
-    a micro-batch may lie in several blocks.
+    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange`
+    selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows;
+    with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter: a
+    micro-batch may span several blocks.
     """
 
     param_dtype: Any = jnp.float32
@@ -55,14 +55,14 @@ class RunOptions:
 
 
 class KVCache(NamedTuple):
-    """Keys and values by position, [B, S, K, H] each, with a leading L where layers are stacked."""
+    """Hold keys and values by position, [B, S, K, H] each, with a leading L where layers are stacked."""
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
 
 
 class Tokens(NamedTuple):
-    """What attention has to know of a block of tokens besides their values."""
+    """Hold the inputs of attention for a block of tokens, besides their values."""
 
     cos: Float[Array, "B T H/2"]
     sin: Float[Array, "B T H/2"]
@@ -77,7 +77,7 @@ def _draw(shape: tuple[int, int], spec: P, config: LlamaConfig, run: RunOptions,
 
 
 class Linear(nnx.Module):
-    """x @ weight.T + bias in the compute type."""
+    """Compute x @ weight.T + bias in the compute type."""
 
     def __init__(self, out_in: tuple[int, int], spec: P, bias: bool, config: LlamaConfig, run: RunOptions, rngs):
         self.weight = MatmulWeight(_draw(out_in, spec, config, run, rngs))
@@ -96,7 +96,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """weight * x / sqrt(mean(x^2) + eps), computed in float32, rounded to x's type before the weight."""
+    """Compute weight * x / sqrt(mean(x^2) + eps) in float32, rounded to x's type before the weight."""
 
     def __init__(self, config: LlamaConfig, run: RunOptions):
         ones = jnp.ones(config.hidden_size, run.param_dtype, out_sharding=placed(sharding.REPLICATED))
@@ -123,7 +123,7 @@ class Attention(nnx.Module):
         self.rope_dtype, self.kernel = run.rope_dtype, run.attention
 
     def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
-        """Returns the block's output [B, T, D] and the cache with this block's keys and values written."""
+        """Return the block's output [B, T, D] and the cache with this block's keys and values written."""
 
         def heads(y: Float[Array, "B T NH"]) -> Float[Array, "B T N H"]:
             shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
@@ -198,7 +198,7 @@ class Head(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """`LlamaForCausalLM`: token ids to final hidden states; `head` gives the weights that make logits of them."""
+    """Map token ids to final hidden states, as `LlamaForCausalLM`; `head` returns the weights of the logits."""
 
     def __init__(self, config: LlamaConfig, run: RunOptions = RunOptions(), *, rngs: nnx.Rngs):
         sharding.check_width(config.hidden_size)
@@ -218,12 +218,12 @@ class Llama(nnx.Module):
         cache: Any = None,
         states: list[jax.Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states (normed) and the cache.
+        """Return the final hidden states (normed) and the cache.
 
-        Tokens of one row attend to earlier positions of the same segment id only. `lengths` is the sequence length
-        that `dynamic` and `longrope` scale by; the default is transformers' rule, the largest position of the batch
-        plus one. With `cache` (of `make_cache`) the block is written at its positions and attends to all before it.
-        `states` receives the input of each layer, which stacked layers do not give.
+        Tokens of one row attend to earlier positions of the same segment id only. `lengths` is the sequence length that
+        `dynamic` and `longrope` scale by; the default is transformers' rule, the largest position of the batch plus
+        one. With `cache` (of `make_cache`) the block is written at its positions and attends to all earlier positions.
+        `states` receives the input of each layer; stacked layers do not support it.
         """
         x = self.embed_tokens(input_ids)
         if lengths is None:
@@ -252,12 +252,12 @@ class Llama(nnx.Module):
         return self.norm(x), cache
 
     def head(self) -> Float[Array, "V D"]:
-        """The output projection in the compute type; rows past `vocab_size` are padding."""
+        """Return the output projection in the compute type; rows past `vocab_size` are padding."""
         weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
         return sharding.reshard(weight.astype(self.run.compute_dtype or weight.dtype), sharding.HEAD_VD)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:
-        """Float32 logits over the real vocabulary. For a few positions: training uses `loss.py`."""
+        """Return float32 logits over the real vocabulary. For a few positions: training uses `loss.py`."""
         head = self.head()
         out = jnp.einsum("BTD,VD->BTV", hidden.astype(head.dtype), head, out_sharding=placed(sharding.ACT_BTF))
         out = sharding.reshard(out, sharding.ACT_BTD)
@@ -266,9 +266,9 @@ class Llama(nnx.Module):
 
 @jax.custom_vjp
 def _in_order(x: Float[Array, "B T D"], later: Any):
-    """The input of a layer and the weights of the one behind it, as they are. Backward, nothing before this layer may
-    begin until those weights' gradients are summed over the devices, which has been going on during this layer. Left to
-    itself, XLA does most such sums at the end, when there is nothing left to do meanwhile."""
+    """Return a layer's input and the next layer's weights unchanged. Backward, no earlier layer begins until the
+    devices have summed the gradients of these weights, a sum that overlaps with this layer. Otherwise XLA does most
+    such sums at the end, where no computation is left to overlap with."""
     return x, later
 
 
@@ -292,7 +292,7 @@ def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache |
 
 
 def _stack(blocks: list[Block]) -> Block:
-    """One block whose parameters carry the layers on a leading axis."""
+    """Return a block whose parameters carry the layers on a leading axis."""
     graphdef, _ = nnx.split(blocks[0])
     states = [nnx.to_pure_dict(nnx.state(b)) for b in blocks]
     return nnx.merge(graphdef, jax.tree.map(lambda *xs: jnp.stack(xs), *states))
@@ -304,7 +304,7 @@ def is_stacked(params: Params) -> bool:
 
 
 def stack_layers(params: Params) -> Params:
-    """Parameters of a list of layers (`layers: {0: ..., 1: ...}`) as those of stacked ones, one tensor after another.
+    """Stack the parameters of a list of layers (`layers: {0: ..., 1: ...}`), one tensor after another.
 
     The input is used up: a layer's arrays are dropped as soon as they are stacked.
     """
@@ -320,7 +320,7 @@ def stack_layers(params: Params) -> Params:
 
 
 def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> Any:
-    """Empty keys and values for `slots` positions of each row."""
+    """Return empty keys and values for `slots` positions of each row."""
     shape = (rows, slots, sharding.padded(config.num_key_value_heads, "tensor"), config.head_dim)
     dtype = run.compute_dtype or run.param_dtype
 

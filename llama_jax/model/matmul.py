@@ -1,4 +1,4 @@
-"""The product of activations with a weight, and the weight's gradient over all devices.
+"""Multiply activations with a weight, and sum the weight's gradient over all devices.
 
 Letters: B rows, T tokens, I inputs, O outputs.
 """
@@ -18,7 +18,7 @@ from llama_jax.distributed.sharding import placed
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def project(out: P, exchange: bool, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
-    """x @ weight.T, laid out by `out`; the weight's gradient is `weight_gradient`."""
+    """Return x @ weight.T, placed by `out`; the weight's gradient is `weight_gradient`."""
     return jnp.einsum("BTI,OI->BTO", x, weight, out_sharding=placed(out))
 
 
@@ -33,19 +33,17 @@ project.defvjp(lambda *args: (project(*args), args[2:]), _project_bwd)
 
 
 def sum_dtype(dtype: Any) -> Any:
-    """The type in which a weight's gradient, in products of `dtype`, is summed: float32 over devices, as the Trainer's
-    ranks sum theirs; on one, where only the sum is rounded, `dtype`.
-    """
+    """Return the type in which a weight's gradient, in products of `dtype`, is summed. Over devices it is float32, as
+    the Trainer's ranks sum theirs; on a single device, where only the sum is rounded, `dtype`."""
     return np.dtype(np.float32 if sharding.sums_gradients() else dtype)
 
 
 def weight_gradient(dy_BTO: jax.Array, x_BTI: jax.Array, spec: P, exchange: bool) -> jax.Array:
-    """The gradient [O, I] of a weight that `spec` places, of y = x @ weight.T, in x's type: the devices' shares of it
-    are added in `sum_dtype`, and the sum is rounded.
+    """Return the gradient [O, I], in x's type, of a weight that `spec` places, of y = x @ weight.T.
 
-    With `exchange`, shares in bfloat16 are rounded before they are sent, as the Trainer's ranks round theirs: devices
-    exchange parts of them and add those, which moves half of what a scatter of float32 does, and takes none of a GPU's
-    multiprocessors (`platform.compiler_options`).
+    The devices' shares are added in `sum_dtype`, and the sum is rounded. With `exchange`, shares in bfloat16 are
+    rounded before they are sent, as the Trainer's ranks round theirs. Devices exchange and add parts of the shares:
+    half the traffic of a float32 scatter, and none of a GPU's multiprocessors (`platform.compiler_options`).
     """
     dtype, ways = x_BTI.dtype, sharding.axis_size(sharding.SHARDS)
     if ways == 1 or dtype != jnp.bfloat16 or not exchange:

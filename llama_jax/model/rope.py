@@ -1,4 +1,4 @@
-"""Rotary position embedding with every scaling that transformers knows for LLaMA.
+"""Compute the rotary position embedding with every scaling that transformers has for LLaMA.
 
 Sources: RoFormer (arXiv 2104.09864), position interpolation (2306.15595), NTK-aware "dynamic" scaling, YaRN
 (2309.00071), LongRoPE (2402.13753), and Llama 3.1's frequency bands. The arithmetic follows transformers'
@@ -22,10 +22,10 @@ F32 = np.float32
 def rope_cos_sin(
     config: LlamaConfig, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], max_length: int
 ) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
-    """Cosines and sines of the rotation angles, float32, scaled by YaRN's and LongRoPE's attention factor.
+    """Return cosines and sines of the rotation angles, float32, scaled by YaRN's and LongRoPE's attention factor.
 
-    `lengths` is, for each token, the length of the sequence that it belongs to: `dynamic` and `longrope` choose
-    their frequencies by it, as transformers does from the largest position of a batch. `max_length` bounds them.
+    `lengths` is the length of each token's sequence, at most `max_length`. `dynamic` and `longrope` choose their
+    frequencies by it, as transformers does from the largest position of a batch.
     """
     rope = config.rope
     if rope.rope_type == "dynamic":
@@ -56,7 +56,7 @@ def apply_rope(
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What cosines and sines are multiplied with: 1 except for `yarn` and `longrope`."""
+    """Return the factor of cosines and sines: 1 except for `yarn` and `longrope`."""
     if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     assert rope.factor is not None
@@ -80,7 +80,7 @@ def _exponents(dim: int) -> np.ndarray:
 
 
 def _powers(base: float, dim: int) -> np.ndarray:
-    """base ** (2i / dim), each the float32 nearest to the exact value."""
+    """Return base ** (2i / dim), each the float32 nearest to the exact value."""
     return np.power(base, _exponents(dim).astype(np.float64)).astype(F32)
 
 
@@ -89,7 +89,7 @@ def _divided(config: LlamaConfig, factors: tuple[float, ...]) -> np.ndarray:
 
 
 def _fixed_inv_freq(config: LlamaConfig) -> np.ndarray:
-    """Inverse frequencies [H/2] of the scalings that do not look at the length."""
+    """Return the inverse frequencies [H/2] of the scalings that do not depend on the length."""
     rope, dim = config.rope, config.head_dim
     powers = _powers(rope.rope_theta, dim)
     inv_freq = F32(1) / powers
@@ -135,10 +135,10 @@ def _llama3(rope: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
 
 
 def _dynamic_inv_freq(config: LlamaConfig, max_length: int) -> np.ndarray:
-    """Inverse frequencies [max_length - max_position_embeddings + 1, H/2] by length, the base growing with it.
+    """Return inverse frequencies [max_length - max_position_embeddings + 1, H/2] by length, the base growing with it.
 
-    A table made on the host: a device's float32 power is some units off in the last place, and at position 10,000 that
-    moves a fast angle by 1e-3.
+    The table is made on the host. A device's float32 power is some units off in the last place, and at position 10,000
+    this moves a fast angle by 1e-3.
     """
     rope, dim, maximum = config.rope, config.head_dim, config.max_position_embeddings
     assert rope.factor is not None
