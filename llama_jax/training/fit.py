@@ -1,4 +1,4 @@
-"""The loop over updates: blocks onto the devices, updates, metrics read back."""
+"""Loop over updates: put blocks onto the devices, make updates, read metrics back."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from llama_jax.training.step import LossStep, Steps
 
 
 def token_losses(params: Any, loss_step: LossStep, batches: Batches, mesh: Mesh, k: int) -> list[jax.Array]:
-    """The weighted losses of the blocks of update k, [B, T] each, without training on them."""
+    """Return the weighted losses of the blocks of update k, [B, T] each, without training on them."""
     losses: list[jax.Array] = []
     with jax.set_mesh(mesh):
         for block in put_update(mesh, batches, k, make_update(mesh, batches, k)):
@@ -27,17 +27,17 @@ def token_losses(params: Any, loss_step: LossStep, batches: Batches, mesh: Mesh,
 
 
 def put_batch(mesh: Mesh, block: Batch, rows: int | None = None) -> Batch:
-    """A block of the host on the devices; with `rows` it holds this process' share of so many."""
+    """Put a block of the host on the devices; with `rows`, the block is this process' share of so many rows."""
     return Batch(*(sharding.put(mesh, a, rows) for a in block))
 
 
 def make_update(mesh: Mesh, batches: Batches, k: int) -> list[Batch]:
-    """The rows of update k that this process' devices hold, as blocks of the host."""
+    """Return the rows of update k that this process' devices hold, as blocks of the host."""
     return batches.update(k, partial(sharding.local_rows, mesh))
 
 
 def put_update(mesh: Mesh, batches: Batches, k: int, blocks: list[Batch]) -> list[Batch]:
-    """What `make_update` made, on the devices."""
+    """Put the blocks of `make_update` on the devices."""
     return [put_batch(mesh, block, rows) for block, (rows, _) in zip(blocks, batches.shapes_of(k), strict=True)]
 
 
@@ -56,13 +56,13 @@ def fit(
 ) -> TrainState:
     """Make the updates of the range (numbered from 0) and return the last state.
 
-    `learning_rate` is asked for an update's rate one update ahead, and again just before it. Metrics are read one
-    update late, so that the device never waits for the host. After an update for whose number (from 1) `due` is true,
-    and when `stop` becomes true, `on_due` gets the state and whether to stop, all metrics read, and tells that in turn.
+    `learning_rate` is called one update ahead, and again just before the update. Metrics are read one update late, so
+    that the device never waits for the host. `on_due` is called after an update whose number (from 1) is `due`, and
+    when `stop` becomes true. It gets the state and whether to stop, all metrics read; it returns whether to stop.
     """
 
     def prepare(k: int) -> tuple[list[Batch], np.float32, jax.Array, float]:
-        """Blocks and rate of update k on the devices, and the seconds that the host took to make the blocks."""
+        """Return blocks and rate of update k on the devices, and the seconds that the host took to make the blocks."""
         started = time.monotonic()
         blocks = make_update(mesh, batches, k)
         made_in, rate = time.monotonic() - started, np.float32(learning_rate(k))
@@ -73,9 +73,9 @@ def fit(
     for k in updates:
         assert ahead is not None
         blocks, rate, placed_rate, made_in = ahead
-        # A transfer waits for all that the devices were told before: told first, it waits for the last update only.
+        # A transfer waits for all programs dispatched before it. Started here, it waits for the last update only.
         ahead = prepare(k + 1) if k + 1 in updates else None
-        if (now := np.float32(learning_rate(k))) != rate:  # a schedule that listened to an evaluation meanwhile
+        if (now := np.float32(learning_rate(k))) != rate:  # an evaluation changed the schedule meanwhile
             placed_rate = sharding.put_scalar(mesh, now)
         state, outputs = steps.update(state, blocks, placed_rate, mesh)
         if pending is not None:

@@ -1,6 +1,6 @@
-"""Weighted cross-entropy that never holds all logits, nor makes them twice.
+"""Compute weighted cross-entropy without ever holding all logits or computing them twice.
 
-Letters: B rows, T tokens, X parts of a row, C tokens of a chunk of one, D model, V vocab (padded).
+Letters: B rows, T tokens, X parts of a row, C tokens of a part's chunk, D model, V vocab (padded).
 """
 
 import math
@@ -14,7 +14,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
 from llama_jax.model.matmul import sum_dtype
 
-# Logits of one chunk on a device are at most so many, unless one token has more: 512 MiB of float32.
+# The most logits of a chunk on a device, unless a single token has more: 512 MiB of float32.
 CHUNK = 2**27
 
 
@@ -26,11 +26,11 @@ def weighted_cross_entropy(
     vocab_size: int,
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
-    """The sum, and without gradients its parts: weight * cross-entropy(hidden @ head.T, target) of each token, float32.
+    """Return the summed loss and, without gradients, its part of each token, float32.
 
-    `targets_BT` are already shifted (the token that follows); where the weight is 0 the target is not looked at.
-    Rows of the head past `vocab_size` take no part. With smoothing e, a token costs
-    (1 - e) * -log p[target] + e * mean over the vocabulary of -log p, as in the HF Trainer's LabelSmoother.
+    A part is weight * cross-entropy(hidden @ head.T, target). `targets_BT` are already shifted (the token that
+    follows), and ignored where the weight is 0. Rows of the head past `vocab_size` take no part. With smoothing e, a
+    token costs (1 - e) * -log p[target] + e * mean over the vocabulary of -log p, as in the HF Trainer's LabelSmoother.
     Logits are made chunk by chunk in the head's type, and their gradient at once; the rest is float32.
     """
     loss, parts = _loss(vocab_size, label_smoothing, hidden_BTD, head_VD, targets_BT, weights_BT)
@@ -77,14 +77,14 @@ _loss.defvjp(_loss_fwd, _loss_bwd)
 
 
 def _chunks(hidden_BTD: jax.Array, head_VD: jax.Array) -> list[slice]:
-    """Parts of a device's tokens of a row, as equal as can be, few enough for their logits."""
+    """Split a device's tokens of a row into parts as equal as possible, few enough for their logits."""
     B, T = sharding.shape_on_device(hidden_BTD)[:2]
     count = min(T, math.ceil(B * T * sharding.shape_on_device(head_VD)[0] / CHUNK))
     return [slice(T * i // count, T * (i + 1) // count) for i in range(count)]
 
 
 def _chunk(vocab_size: int, label_smoothing: float, head_VD, hidden_BXCD, targets_BXC, weights_BXC):
-    """The weighted losses [B, X, C] and their gradient by the logits [B, X, C, V], in the head's type."""
+    """Return the weighted losses [B, X, C] and their gradient by the logits [B, X, C, V], in the head's type."""
     V = head_VD.shape[0]
     real_V = jnp.arange(V) < vocab_size
     hidden = hidden_BXCD.astype(head_VD.dtype)

@@ -69,8 +69,8 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
 
 
 def _clip_by_rms(sizes: Mapping[tuple, int]) -> optax.GradientTransformation:
-    """Each leaf's root mean square to at most 1, over the elements that `sizes` tells by its path: the updates of those
-    that pad it are 0 and do not count."""
+    """Clip each leaf's root mean square to at most 1, over its elements without padding. `sizes` holds their number by
+    the leaf's path; the updates of padding are 0."""
 
     def clip(path, u):
         size = sizes.get(tuple(k.key for k in path), u.size)
@@ -91,25 +91,24 @@ def make_optimizer(
     blocks: np.ndarray | None = None,
     sizes: Mapping[tuple, int] = MappingProxyType({}),
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip, then what the Trainer makes of `--optim name`, at the rate given to the update.
+    """Return the optimizer of the Trainer's `--optim name`, after clipping, at the rate given to the update.
 
     `update(grads, state, params, learning_rate=rate)` with a float32 scalar.
 
     - `adamw_torch`: torch's AdamW. State in the parameters' dtype.
     - `sgd`: torch's SGD without momentum; the decay is added to the (clipped) gradient.
-    - `adafactor`: transformers' Adafactor with `scale_parameter=False, relative_step=False`; betas and eps are not its
-      own. It takes a leaf of two axes for one matrix and clips each leaf's update by its own RMS: right for layers that
-      are leaves of their own, wrong for layers stacked on a leading axis. `sizes` are the elements of padded leaves,
-      padding left out, by their paths.
+    - `adafactor`: transformers' Adafactor with `scale_parameter=False, relative_step=False`; betas and eps are not
+      used. It treats a leaf of two axes as a matrix and clips each leaf's update by its own RMS. Layers must thus be
+      leaves of their own, not stacked. `sizes` are the elements of padded leaves, padding left out, by their paths.
     - `lion_32bit`: Lion (Chen et al. 2023) with decoupled decay, as in bitsandbytes' main branch. Its releases up to
       0.49.2 put the decay into the gradient in 32 bits, a bug by its issue 1992.
 
     `decays` is a tree of booleans: the parameters that `weight_decay` applies to; None for all.
 
-    The last two keep their state in float32, as torch's do. `blocks` holds the number of blocks of each update: where
-    one has several, their gradients are summed by `optax.MultiSteps` (each block's loss already carries its share of
-    the normalisation) and the rest runs at the last block, with that block's rate. Where every update is one block,
-    MultiSteps and its accumulator stand aside.
+    The last two keep their state in float32, as torch's do. `blocks` holds the number of blocks of each update. Where
+    an update has several, `optax.MultiSteps` sums their gradients; each block's loss already carries its share of the
+    normalisation. The rest runs at the last block, with that block's rate. Where every update is one block, MultiSteps
+    and its accumulator are left out.
     """
     clip, decayed = clip_by_global_norm(max_grad_norm), partial(_decayed, weight_decay=weight_decay, decays=decays)
     if name == "adamw_torch":

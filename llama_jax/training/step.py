@@ -1,4 +1,4 @@
-"""One update: the compiled programs of a run, and what a device needs for them."""
+"""Compile a run's programs, make updates with them, and count the bytes that a device needs."""
 
 import math
 from collections.abc import Callable
@@ -32,11 +32,11 @@ def losses_of(graphdef: nnx.GraphDef, params: Params, batch: Batch, vocab_size: 
 
 
 class Steps:
-    """The compiled programs of a run, and an update made of its blocks by them.
+    """Compile the programs of a run, and make updates of blocks with them.
 
-    Where every update is one block, one program makes it: gradients, optimizer, halves. So does `optax.MultiSteps` as
-    the optimizer, called once a block. Otherwise (`sums`) a program adds a block's gradient to those of the update's
-    other blocks, in the whole parameters' types, and another gives the sums to the optimizer.
+    Where every update is one block, a single program computes gradients, optimizer and halves. With `optax.MultiSteps`
+    as the optimizer, this program is called once a block. Otherwise (`sums`) a program adds a block's gradient to the
+    update's sum, in the whole parameters' types, and another applies the optimizer to the sum.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class Steps:
         self._compiled: dict[Any, Any] = {}
 
     def compile(self, state: TrainState, shape: Shape, mesh: Mesh) -> int:
-        """Compile what a block of this shape needs, for a state of these types; returns the bytes that a device needs
-        for it, the state included. Raises jax's error where the compiler finds that it does not fit."""
+        """Compile the programs of a block of this shape for a state of these types; return the bytes that a device
+        needs, the state included. Raises jax's error where the compiler finds that a program does not fit."""
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
         programs: dict[Any, Any] = {}
@@ -106,12 +106,12 @@ class Steps:
 
     @property
     def programs(self) -> dict[Any, Any]:
-        """What has been compiled, by the shape of the block; "apply" gives sums to the optimizer."""
+        """Return the compiled programs by the shape of the block; "apply" gives sums to the optimizer."""
         return self._compiled
 
     def update(self, state: TrainState, blocks: list[Batch], rate: jax.Array, mesh: Mesh):
-        """The state after an update by these blocks, the state given being donated; and of each block {"loss",
-        "losses"}, its weighted sum and the sum's parts by token [B, T], and of the last one "grad_norm"."""
+        """Return the state after an update by these blocks, and each block's outputs; the given state is donated.
+        Outputs are "loss", the weighted sum, and "losses", its parts by token [B, T]; the last has "grad_norm" too."""
         outputs = []
         with jax.set_mesh(mesh):
             for batch in blocks:
@@ -131,7 +131,7 @@ class Steps:
 
 
 def _layer_gradient_bytes(params: Params) -> int:
-    """What a device keeps of a layer's gradients once they are summed, in float32; of the matrices alone."""
+    """Return the float32 bytes that a device keeps of a layer's summed gradients, counting matrices only."""
     layers, stacked = params.get("layers", {}), is_stacked(params)
     leaves = jax.tree.leaves(layers if stacked else next(iter(layers.values()), None))
     shapes = [x.sharding.shard_shape(x.shape)[int(stacked) :] for x in leaves]
@@ -139,21 +139,21 @@ def _layer_gradient_bytes(params: Params) -> int:
 
 
 def _bytes_needed(program: Any, held: int, platform: str) -> int:
-    """The most that a device has in use while a compiled program runs, where it holds so many bytes."""
+    """Return the peak of the bytes in use on a device that holds `held` bytes while a compiled program runs."""
     memory = program.memory_analysis()
     arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes
-    # The sum overstates on a TPU, whose compiler tells the peak; that of a CPU leaves out what is temporary.
+    # The sum overstates on a TPU, whose compiler reports the peak; a CPU's peak leaves out temporary buffers.
     peak = memory.peak_memory_in_bytes if platform == "tpu" else arguments + results + memory.temp_size_in_bytes
     return peak + max(0, held - arguments)
 
 
 def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
-    """The compiled `(params, block) -> weighted loss of each token`, [B, T]."""
+    """Return the compiled `(params, block) -> weighted loss of each token`, [B, T]."""
     return jax.jit(lambda params, batch: losses_of(graphdef, params, batch, vocab_size, label_smoothing)[1])
 
 
 def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:
-    """The types and placements of a block of this shape."""
+    """Return the types and placements of a block of this shape."""
     kinds = dict.fromkeys(Batch._fields, jnp.int32) | {"weights": jnp.float32}
     rows = sharding.row_sharding(mesh)
     return Batch(**{name: jax.ShapeDtypeStruct(shape, kind, sharding=rows) for name, kind in kinds.items()})
