@@ -1,4 +1,4 @@
-"""What a run's device programs are, and which blocks and how much recomputation fit a device: the compiler tells."""
+"""Plan a run's device programs: the blocks and the recomputation that fit a device, by the compiler's count."""
 
 import contextlib
 import hashlib
@@ -39,17 +39,17 @@ from llama_jax.training.state import TrainState, abstract_saved, abstract_state,
 from llama_jax.training.step import Steps
 
 ROW_LIMIT = 2048  # tokens of a row that holds several examples
-MAX_TOKENS = 4096  # of a block on a device, where nothing tells what fits
+MAX_TOKENS = 4096  # of a block on a device, where its memory is unknown
 SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)  # of blocks to choose from
 UNROLLED = 48  # layers at most on a GPU: some 30 s a program, where a scan compiles in 3 s but runs 7 to 20% longer
-# The time of one more block an update, in tokens: the gradients so far, 8 bytes a parameter, are read and written at a
+# The time of one more block an update, in tokens. The gradients so far, 8 bytes a parameter, are read and written at a
 # GPU's usual 170 operations a byte.
 BLOCK = 227
 
 
 class Option(NamedTuple):
-    """Tokens of a block on a device, where examples are packed, and `RunOptions.remat`. Devices that divide rows among
-    them have a multiple of it together."""
+    """Hold the tokens of a block on a device, where examples are packed, and `RunOptions.remat`. Devices that share
+    rows hold a multiple of these tokens together."""
 
     max_tokens: int
     remat: str
@@ -57,7 +57,7 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run with one choice of blocks: their shapes, the options, and the programs (compiled by `settle`)."""
+    """Hold a run with one choice of blocks: their shapes, the options, and the programs (compiled by `settle`)."""
 
     option: Option
     batches: Batches
@@ -72,12 +72,12 @@ class Plan:
         return max(self.batches.shapes, key=math.prod)
 
     def compile(self, shape: Shape, mesh: Mesh) -> int:
-        """`Steps.compile`; returns the bytes that a device needs."""
+        """Compile a block's programs with `Steps.compile` and return the bytes that a device needs."""
         return self.steps.compile(self.abstract, shape, mesh)
 
 
 class Planner:
-    """Makes the plans of a job whose parameters are of `dtype`. `state` and `saved` have the types of the train state
+    """Make the plans of a job whose parameters are of `dtype`. `state` and `saved` have the types of the train state
     and of a checkpoint's, and `run` the options that do not depend on the choice. `trainable` is the NNX filter of the
     parameters to train."""
 
@@ -105,7 +105,7 @@ class Planner:
         self.saved = abstract_saved(self.state, mesh)
 
     def make(self, option: Option) -> Plan:
-        """Packing the whole run, and defining its programs; nothing compiles."""
+        """Pack the whole run and define its programs; nothing compiles."""
         args, job, max_tokens = self.job.args, self.job, option.max_tokens * self._row_ways
         # Attention costs the square of a row where a kernel does not skip other segments.
         batches = job.batches(max_tokens, max_tokens if self.kernel == "cudnn" else ROW_LIMIT)
@@ -142,14 +142,14 @@ class Planner:
         )
 
     def options(self, limit: int | None) -> list[Option]:
-        """What may be tried, the fastest first; of devices with `limit` bytes, without what cannot fit."""
-        args, asked = self.job.args, self.job.args.max_tokens
+        """Return the options to try, the fastest first; with `limit` bytes a device, only options that may fit."""
+        args, given = self.job.args, self.job.args.max_tokens
         remats = list(REMAT) if args.remat == "auto" else [args.remat]
         if limit is None:
-            return [Option(asked or MAX_TOKENS, "matmuls" if args.remat == "auto" else args.remat)]
+            return [Option(given or MAX_TOKENS, "matmuls" if args.remat == "auto" else args.remat)]
         longest, update = self._longest, self._largest_update
-        # An eighth more: rows are not always full, and what is compiled is what the updates take.
-        sizes = {asked} if asked else {update * 9 // 8, *(size for size in SIZES if longest <= size < update)}
+        # An eighth more, as rows are not always full; the compiled shapes come from the updates.
+        sizes = {given} if given else {update * 9 // 8, *(size for size in SIZES if longest <= size < update)}
         if not args.packing:
             sizes = {args.per_device_train_batch_size * longest}
         options = [Option(size, remat) for size, remat in product(sizes, remats)]
@@ -162,31 +162,31 @@ class Planner:
         return fitting or [min(options, key=self.least_bytes)]
 
     def held_bytes(self, option: Option) -> int:
-        """What a device holds all the time: the state, and sums of gradients where an update has several blocks."""
+        """Return the bytes a device always holds: the state, and gradient sums where an update has several blocks."""
         state, sums = map(sharding.bytes_on_device, (self.state, self.saved.params))
         return state + (option.max_tokens < self._largest_update) * sums
 
     def least_bytes(self, option: Option) -> int:
-        """What a device needs at least, by arithmetic: what it holds, and the largest of what is kept for the backward
-        pass, the gradients, and what saving takes."""
+        """Return a lower bound of a device's bytes: held bytes and the largest of kept activations, gradients and
+        saving."""
         grads = sharding.bytes_on_device(self.state.trainable)
         kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
         return self.held_bytes(option) + max(kept, grads, saving_bytes(self.state))
 
     def choose(
-        self, limit: int | None, told: Callable[[str], None] = lambda line: None, remember: bool = True
+        self, limit: int | None, report: Callable[[str], None] = lambda line: None, remember: bool = True
     ) -> tuple[Plan, float]:
-        """The first of the options that fits `limit` bytes a device (None: the first), or the last, the program of its
-        largest block compiled; and the bytes that it needs, infinite where the compiler refuses it. What is found is
-        remembered for the next such run, where the compiler's effort was the run's."""
+        """Return the first option that fits `limit` bytes a device (None: the first), or the last, and the bytes that
+        it needs. Its largest block's program is compiled; bytes are infinite where the compiler refuses it. With
+        `remember`, a fit is stored for the next such run: pass False where the compiler's effort is not the run's."""
         options = self.options(limit)
         found_before = self._found_before(limit)
-        with contextlib.suppress(OSError, ValueError, TypeError):  # also where it is no longer among them
+        with contextlib.suppress(OSError, ValueError, TypeError):  # also where the stored option is no longer offered
             options = options[options.index(Option(**json.loads(found_before.read_text()))) :]
         for option in options:
             plan = self.make(option)
             rows, length = plan.largest_block
-            told(f"compiling an update in blocks of {rows:,} x {length:,} tokens, --remat {option.remat}")
+            report(f"compiling an update in blocks of {rows:,} x {length:,} tokens, --remat {option.remat}")
             try:
                 needed: float = plan.compile(plan.largest_block, self.mesh)
             except JaxRuntimeError as e:
@@ -196,47 +196,47 @@ class Planner:
             if limit is None or needed <= limit:
                 break
         if remember and limit is not None and needed <= limit:
-            with contextlib.suppress(OSError):  # it only saves time
+            with contextlib.suppress(OSError):  # the file only saves time
                 found_before.parent.mkdir(parents=True, exist_ok=True)
                 write_json(found_before, option._asdict())
         return plan, needed
 
-    def settle(self, limit: int | None, told: Callable[[str], None] = lambda line: None) -> Plan:
-        """The plan that `choose` finds, all its programs compiled. Raises InputError where none fits."""
-        plan, needed = self.choose(limit, told)
+    def settle(self, limit: int | None, report: Callable[[str], None] = lambda line: None) -> Plan:
+        """Return the plan that `choose` finds, with all programs compiled. Raises InputError where none fits."""
+        plan, needed = self.choose(limit, report)
         self._check_room(plan.option, needed, limit)
         others = [shape for shape in plan.batches.shapes if shape != plan.largest_block]
         if others:
-            told(f"compiling {len(others)} smaller block(s)")
+            report(f"compiling {len(others)} smaller block(s)")
         with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda shape: plan.compile(shape, self.mesh), others))
         return plan
 
     def check_room(self, limit: int | None) -> None:
-        """Raises InputError where arithmetic alone tells that nothing fits: before weights are read."""
+        """Raise InputError where arithmetic alone shows that nothing fits: before weights are read."""
         option = self.options(limit)[0]
         self._check_room(option, self.least_bytes(option), limit)
 
     def _check_room(self, option: Option, needed: float, limit: int | None) -> None:
         if limit is not None and needed > limit:
-            told = f"needs {needed / 2**30:.3g} GiB" if needed < math.inf else "does not fit"
+            verdict = f"needs {needed / 2**30:.3g} GiB" if needed < math.inf else "does not fit"
             raise InputError(
-                f"the run {told}, and a device has {limit / 2**30:.3g} GiB for it, even in blocks of "
+                f"the run {verdict}, and a device has {limit / 2**30:.3g} GiB for it, even in blocks of "
                 f"{option.max_tokens} tokens with --remat {option.remat}; use more devices, a smaller "
                 "--model_max_length, or --dtype bfloat16"
             )
 
     def _found_before(self, limit: int | None) -> Path:
-        """The file of the option that was found for such a job on such devices."""
+        """Return the file of the option found earlier for such a job on such devices."""
         args, job, run = self.job.args, self.job, self.run
         flags = [args.optim, args.accumulation, args.remat, args.max_tokens_per_device, args.packing]
-        told = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
-        told += [self._largest_update, int(job.examples.lengths.max())]
-        return cache_folder("plans") / f"{hashlib.blake2b(repr(told).encode(), digest_size=20).hexdigest()}.json"
+        key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
+        key += [self._largest_update, int(job.examples.lengths.max())]
+        return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"
 
 
 def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
-    """Bytes that a token leaves on its device for the backward pass, over all layers."""
+    """Return the bytes that a token leaves on its device for the backward pass, over all layers."""
     compute, stream = (jnp.dtype(t).itemsize for t in (run.compute_dtype or run.param_dtype, run.param_dtype))
     ways, D, H = mesh.shape["tensor"], config.hidden_size, config.head_dim
     kv_heads, ffn = -(-config.num_key_value_heads // ways) * H, -(-config.intermediate_size // ways)
@@ -249,14 +249,14 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
 
 
 def _largest_update(job: Job) -> int:
-    """Tokens that a rank gets of the largest update."""
+    """Return the tokens that a rank gets of the largest update."""
     lengths, order = job.examples.lengths, job.order
     most = order.reduce(np.add, lengths, order.bounds).max()
     return max(math.ceil(most / order.ranks), int(lengths.max()))
 
 
 def _most_segments(job: Job, batches: Batches, max_tokens: int) -> int:
-    """A bound of the segments in a row: all of an update's examples, or as many of the shortest as fit."""
+    """Return a bound of the segments in a row: all of an update's examples, or as many of the shortest as fit."""
     order, size = job.order, job.args.per_device_eval_batch_size
     an_update = int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
     an_epoch = order.batches_per_epoch * order.per_device_batch * order.ranks
@@ -267,7 +267,7 @@ def _most_segments(job: Job, batches: Batches, max_tokens: int) -> int:
     ):
         if examples is not None:
             row = _up(max(*(length for _, length in batches.shapes), max_tokens, examples.lengths.max()), ROW_MULTIPLE)
-            # Several ranks are topped up with examples that they have already, and an update may begin a new epoch.
+            # Several ranks are filled up with repeated examples, and an update may begin a new epoch.
             repeats = -(-dealt // len(examples)) * (1 if limit is None else -(-limit // dealt) + 1)
             shortest = np.repeat(np.sort(examples.lengths)[:row], repeats)
             fitting = int(np.searchsorted(np.cumsum(shortest), row, side="right"))
@@ -280,9 +280,9 @@ def _up(number: int, multiple: int) -> int:
 
 
 def choose_scan(args: Arguments, config: LlamaConfig, platform: str) -> bool:
-    """Whether layers are stacked. Unrolled ones run faster and compile slower: a few, or as many as a GPU's user waits
-    for."""
-    if args.optim == "adafactor":  # it factors each matrix by itself, not a stack of them
+    """Return whether to stack layers. Unrolled layers run faster and compile slower: they are for few layers, or for as
+    many as a GPU's user waits for."""
+    if args.optim == "adafactor":  # adafactor factors each matrix, not a stack
         if args.scan_layers:
             raise InputError("--scan_layers True: adafactor needs each layer by itself; leave the flag out")
         return False
