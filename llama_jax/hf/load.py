@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the model's parameters on their devices, one tensor at a time."""
+"""Load a checkpoint's tensors into the model's parameters on their devices, one tensor at a time."""
 
 import collections
 import itertools
@@ -24,7 +24,7 @@ READERS = 4  # threads: copying out of the page cache takes several to keep up w
 
 
 def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) -> dict[str, Tensor]:
-    """The tensors that the model takes. Raises InputError for unknown, missing and wrongly shaped ones, by name."""
+    """Return the model's tensors. Raises InputError for unknown, missing and wrongly shaped tensors, by name."""
     table = name_table(config)
     tensors = {name: t for name, t in tensors.items() if not IGNORED.fullmatch(name)}
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -87,21 +87,21 @@ def load_params(
     result = []
     with ThreadPoolExecutor(READERS) as pool, jax.set_mesh(mesh):
         arrays = _ahead(pool, load_one, itertools.chain.from_iterable(parts))
-        # Programs are started here, not in the threads: several processes have to start them in the same order.
+        # Programs are dispatched here, not in the threads: several processes must dispatch them in the same order.
         for paths, (_, target) in zip(parts, leaves, strict=True):
             if not stacks(paths[0]):
                 result.append(_cast(next(arrays), target.dtype))
                 continue
             leaf = jnp.zeros(target.shape, target.dtype, out_sharding=target.sharding.spec)
             for number in range(len(paths)):
-                # Waited for: else what it is made of piles up.
+                # Block: otherwise the source arrays pile up.
                 leaf = _put(leaf, next(arrays), np.int32(number)).block_until_ready()
             result.append(leaf)
     return jax.tree.unflatten(treedef, result)
 
 
 def _ahead(pool: ThreadPoolExecutor, load: Callable[[tuple], jax.Array], paths: Iterable[tuple]) -> Iterator[jax.Array]:
-    """What is loaded, in order, no more than READERS of them before they are asked for."""
+    """Yield the loaded arrays in order, with at most READERS of them loaded in advance."""
     pending: collections.deque[Future[jax.Array]] = collections.deque()
     for path in paths:
         pending.append(pool.submit(load, path))
@@ -122,7 +122,7 @@ def _put(stacked: jax.Array, layer: jax.Array, number: np.int32) -> jax.Array:
 
 
 def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:
-    """The tensor in its own type on the target's devices; what pads it there is zero."""
+    """Return the tensor in its own type on the target's devices, padded with zeros."""
 
     def read(index: Index | None) -> np.ndarray:
         assert index is not None
@@ -144,11 +144,11 @@ def _at(tree: Any, path: tuple) -> Any:
 
 
 def resize_vocabulary(params: Params, new: LlamaConfig, new_tokens: int, mesh: Mesh) -> Params:
-    """stanford_alpaca's resize: of as many rows as `new` has, the last, those of new tokens, become the mean of the
-    others, in each matrix. A checkpoint of more rows than its tokenizer has tokens has a row for a new one already."""
+    """Resize each vocabulary matrix to `new` as stanford_alpaca does: the last `new_tokens` rows become the others'
+    mean. A checkpoint with more rows than its tokenizer has tokens already has a row for a new token."""
 
     def resize(weight: jax.Array, spec: sharding.P) -> jax.Array:
-        weight = jax.sharding.reshard(weight, sharding.P(None, sharding.SHARDS))  # whole columns: no device has it all
+        weight = jax.sharding.reshard(weight, sharding.P(None, sharding.SHARDS))  # whole columns: no full copy
         V, D = sharding.vocab_rows(new.vocab_size), weight.shape[1]
         kept = new.vocab_size - new_tokens
         rows = jnp.arange(V)[:, None]

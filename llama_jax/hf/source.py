@@ -1,4 +1,4 @@
-"""A folder that a model can be loaded from, whichever kind it is: HF's, GGUF, or the Flax folder of the converter."""
+"""Open a folder that holds a model: HF's, GGUF, or the Flax folder of the converter."""
 
 import hashlib
 import tempfile
@@ -28,8 +28,8 @@ FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had
 
 
 def refuse_other_kind(folder: Path, flax: bool) -> None:
-    """Refuse to write a Flax folder over HF's weights, or an HF folder over a Flax one: they would lie side by side,
-    and whoever reads the folder would take one for the other. Raises InputError."""
+    """Refuse to write a Flax folder over HF's weights, or an HF folder over a Flax folder. Readers of such a mixed
+    folder could load the wrong weights. Raises InputError."""
     found = sorted(folder.glob("model*.safetensors*") if flax else folder.glob(FLAX_JSON))
     if found := [path for path in found if path.suffix != ".tmp"]:
         held = f"{'an HF' if flax else 'a Flax'} model ({found[0].name})"
@@ -37,8 +37,8 @@ def refuse_other_kind(folder: Path, flax: bool) -> None:
 
 
 class Source:
-    """An opened model: `raw` is its config.json, `config` the architecture. Weights are read by `load`; without
-    `weights` there need be none."""
+    """Open a model: `raw` is its config.json, `config` the architecture. Weights are read by `load`; without `weights`
+    the folder may have none."""
 
     def __init__(self, path: Path, allow_pickle: bool = False, weights: bool = True):
         path = path.expanduser()
@@ -55,13 +55,13 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """Return the lines that the user should see of how the weights are read."""
+        """Return the notes for the user on how the weights are read."""
         wide = any(t.dtype == np.float64 for t in self.tensors.values())
         return [f"{self.folder}: its float64 tensors are read as float32"] if wide else []
 
     @cached_property
     def dtypes(self) -> dict[str, np.dtype]:
-        """The type of each tensor in HF's files, by name; float32 for float64, which is read as that."""
+        """Return the type of each tensor in HF's files, by name; float32 for float64, which is read as float32."""
         if not self.is_flax:
             return {name: jax.dtypes.canonicalize_dtype(t.dtype) for name, t in self.tensors.items()}
         common, others = self._saved("dtype", str), self._saved("dtypes", dict)
@@ -69,7 +69,7 @@ class Source:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        """The folder with the tokenizer's files; a GGUF's tokenizer is written out for it."""
+        """Return the folder with the tokenizer's files; a GGUF's tokenizer is written to a temporary folder."""
         if self._checkpoint.gguf is None:
             return self.folder
         from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
@@ -79,7 +79,7 @@ class Source:
         return Path(self._temporary.name)
 
     def tokenizer_to_copy(self) -> Path | None:
-        """`tokenizer_folder`, or None, which is said, where a GGUF's tokenizer is missing or refused."""
+        """Return `tokenizer_folder`, or None with a warning where a GGUF's tokenizer is missing or refused."""
         try:
             return self.tokenizer_folder
         except InputError as e:
@@ -88,11 +88,11 @@ class Source:
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """The type of a Flax folder's parameters."""
+        """Return the type of a Flax folder's parameters."""
         return numpy_dtype(self._saved("stored_dtype", str))
 
     def _saved(self, key: str, kind: type) -> Any:
-        """A value of a Flax folder's `llama_jax.json`. Raises InputError."""
+        """Return a value of a Flax folder's `llama_jax.json`. Raises InputError."""
         value = read_json_object(self.folder / FLAX_JSON).get(key)
         if not isinstance(value, kind):
             raise InputError(f"{self.folder / FLAX_JSON}: {key} is {value!r}; convert the model again")
@@ -100,7 +100,7 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Size of all tensors in their files."""
+        """Return the size of all tensors in their files."""
         return sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in self.tensors.values())
 
     def load(
@@ -110,7 +110,7 @@ class Source:
         progress: Callable[[int], None] = lambda n: None,
         like: Params | None = None,
     ) -> Params:
-        """Return the parameters on the mesh, in the layout and type of `run`; with `like` only those."""
+        """Return the parameters on the mesh, in the layout and type of `run`; with `like` only its parameters."""
         abstract = define(self.config, run, mesh).params
         if not self.is_flax:
             wanted = abstract if like is None else pick(abstract, like)
@@ -133,7 +133,7 @@ class Source:
         return sorted(set(ids))
 
     def _check_shapes(self) -> None:
-        """Only the vocabulary's rows may be more in a Flax folder than config.json says. Raises InputError."""
+        """Check a Flax folder's shapes by config.json; only the vocabulary may have more rows. Raises InputError."""
         saved = storage.saved_shapes(self.folder)
         for name, (path, shape) in name_table(self.config).items():
             found: Any = saved
@@ -148,9 +148,9 @@ class Source:
 
 
 def training_dtype(source: Source, compat: str) -> str:
-    """The type that transformers gives the parameters when told none: float32 in 4.37, in 5 the checkpoint's.
+    """Return the parameters' type that transformers takes by default: float32 in 4.37, in 5 the checkpoint's.
 
-    Raises InputError for float16, which no update is safe in.
+    Raises InputError for float16, in which no update is safe.
     """
     if compat == "4.37":
         return "float32"
@@ -167,14 +167,14 @@ def training_dtype(source: Source, compat: str) -> str:
 
 
 def dtype_summary(dtypes: dict[str, np.dtype]) -> dict[str, Any]:
-    """The most frequent type ("dtype"), and by name the types that differ from it ("dtypes")."""
+    """Return the most frequent type ("dtype"), and by name the types that differ from it ("dtypes")."""
     names = [d.name for d in dtypes.values()]
     common = max(sorted(set(names)), key=names.count)
     return {"dtype": common, "dtypes": {n: d.name for n, d in dtypes.items() if d.name != common}}
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy type of a name in `llama_jax.json` or on the command line. Raises InputError."""
+    """Return the NumPy type of a name in `llama_jax.json` or on the command line. Raises InputError."""
     kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
     if name not in kinds:
         raise InputError(f"dtype {name!r} is not one of {', '.join(kinds)}")
@@ -184,7 +184,7 @@ def numpy_dtype(name: str) -> np.dtype:
 def compare_digests(
     expected: Iterable[tuple[str, np.ndarray]], actual: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[int, str, list[str]]:
-    """(tensors compared, SHA-256 over all expected digests, names of those that differ), tensor by tensor."""
+    """Return (tensors compared, SHA-256 over all expected digests, names that differ), comparing tensor by tensor."""
     total, different, count = hashlib.sha256(), [], 0
     for (name, a), (other, b) in zip(expected, actual, strict=True):
         digests = [_digest(n, x) for n, x in ((name, a), (other, b))]

@@ -1,4 +1,4 @@
-"""Writing an HF folder that transformers loads anywhere."""
+"""Write an HF folder that transformers loads anywhere."""
 
 import math
 import re
@@ -28,9 +28,9 @@ _INDEX = "model.safetensors.index.json"
 def hf_tensors(
     params: Params, config: LlamaConfig, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """HF names and host arrays of the tensors wanted, one at a time; padding is stripped, stacked layers are unstacked.
+    """Yield HF names and host arrays of the wanted tensors, one at a time, without padding and with layers unstacked.
 
-    With several processes, each gathers all tensors onto its devices, and has those on the host that it wants.
+    With several processes, each gathers all tensors onto its devices, and copies its wanted tensors to the host.
     """
     check_names(params, config)
     stacked = is_stacked(params)
@@ -52,10 +52,10 @@ def write_weights(
     progress: Callable[[int], None] = lambda bytes_written: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """`model.safetensors`, or shards of at most `shard_bytes` with an index; `dtypes` by name.
+    """Write `model.safetensors`, or shards of at most `shard_bytes` with an index; `dtypes` by name.
 
-    Files get their names when all are whole; those of an earlier export that are not written again are removed.
-    Processes deal the shards among themselves, and each holds one at a time.
+    Files get their names when all are complete; other files of an earlier export are removed. Processes deal the shards
+    among themselves, and each holds one at a time.
     """
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(config).items()}
     files = plan_shards(sizes, shard_bytes)
@@ -78,7 +78,7 @@ def write_weights(
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> tensor names, in order, for tensors of so many bytes: no file over the limit but for one tensor."""
+    """Return {file name: tensor names}, in order, for tensors of these sizes; a file over the limit has one tensor."""
     plan: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -93,7 +93,7 @@ def plan_shards(sizes: dict[str, int], shard_bytes: int = SHARD_BYTES) -> dict[s
 
 
 def write_index(folder: Path, files: dict[str, list[str]], total_size: int) -> None:
-    """The index of several files; none for one."""
+    """Write the index of several files; a single file has none."""
     if len(files) == 1:
         (folder / _INDEX).unlink(missing_ok=True)
         return
@@ -124,7 +124,7 @@ def _write_shards(folder: Path, files: dict[str, list[str]], params, config: Lla
 
 
 def write_config(folder: Path, source: Path, raw: dict[str, Any], config: LlamaConfig, dtype: np.dtype) -> None:
-    """`config.json` as it came in, with the true vocabulary and type, and `generation_config.json`."""
+    """Write `config.json` as read, with the true vocabulary and type, and `generation_config.json`."""
     out = {**raw, **_old_rope(raw, config), "vocab_size": config.vocab_size, "architectures": ["LlamaForCausalLM"]}
     for key in {"torch_dtype", *(raw.keys() & {"dtype"})}:  # transformers 5's own name is unknown to 4.37
         out[key] = dtype.name
@@ -139,10 +139,10 @@ def write_config(folder: Path, source: Path, raw: dict[str, Any], config: LlamaC
 
 
 def _old_rope(raw: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` as transformers 4.37 reads them, where the config has them otherwise.
+    """Return `rope_theta` and `rope_scaling` as transformers 4.37 reads them, where the config has them otherwise.
 
-    4.37 knows `linear` and `dynamic`, by two keys exactly; what it does not know it refuses, but only where it stands
-    in `rope_scaling`. 5 reads these keys too, before its own `rope_parameters`.
+    4.37 knows `linear` and `dynamic`, by two keys exactly. It refuses other types, but only in `rope_scaling`. 5 reads
+    these keys too, before its own `rope_parameters`.
     """
     rope, out = config.rope, {}  # type: Any, dict[str, Any]
     if rope.rope_theta != (raw.get("rope_theta") or 10000.0):
