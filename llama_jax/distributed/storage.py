@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,19 @@ def save_params(folder: Path, params: Any) -> None:
         with ocp.Checkpointer(handler(params)) as checkpointer:
             checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
     except BaseException:
-        for half in folder.glob(f"{PARAMS_DIR}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half, ignore_errors=True)
+        _remove_unfinished(folder)
         raise
+
+
+def _remove_unfinished(folder: Path, seconds: float = 5.0) -> None:
+    """Remove the temporary folder of a failed write, again until tensorstore's other writes have ended too."""
+    deadline = time.monotonic() + seconds
+    while unfinished := [*folder.glob(f"{PARAMS_DIR}.orbax-checkpoint-tmp*")]:
+        for path in unfinished:
+            shutil.rmtree(path, ignore_errors=True)
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
 
 
 def saved_shapes(folder: Path) -> Any:
