@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_parity import GRAD_RTOL, LOGITS_ATOL, LOSS_RTOL, assert_within, watch_rounding
-from tiny import CONFIG, ROOT, environment, write_model, write_tokenizer
+from tiny import CONFIG, ROOT, environment, write_json, write_model, write_tokenizer
 
 import llama_jax
 from llama_jax.base.errors import InputError
@@ -119,6 +119,19 @@ def test_greedy_answers(pair: Pair) -> None:
     assert prompt.shape == (1, 6)
     expected_text = pair.ours.tokenizer.decode(row[: row.index(257)] if 257 in row else row)
     assert pair.ours.generate("Hello", max_new_tokens=16) == expected_text
+
+
+def test_an_end_token_ends_an_answer(tmp_path: Path) -> None:
+    """The end tokens of generation_config.json go before those of config.json, as in transformers' generate."""
+    folder, ids = write_model(tmp_path), make_batch(None).ids
+    first, second = llama_jax.load(folder).generate_ids(ids, 16)
+    write_json(folder / "generation_config.json", {"eos_token_id": [first[4], 258], "pad_token_id": 258})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = theirs.generate(torch.tensor(ids), max_new_tokens=16, do_sample=False)[:, 9:].tolist()
+    ends = [[i for i, token in enumerate(row) if token in (first[4], 258)] for row in rows]
+    expected = [row[: end[0]] if end else row for row, end in zip(rows, ends, strict=True)]
+    assert llama_jax.load(folder).generate_ids(ids, 16) == expected
+    assert len(expected[0]) <= 4 and len(second) == 16
 
 
 def test_bfloat16(pair: Pair, tmp_path: Path) -> None:
