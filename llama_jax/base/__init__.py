@@ -1,1 +1,1 @@
-"""What every other folder may use: the user's mistakes and files."""
+"""Read and write files, and report a user's mistakes: used by every other folder."""

@@ -1,1 +1,1 @@
-"""The commands: parse, call, print."""
+"""Run the commands: parse, call, print."""

@@ -48,7 +48,7 @@ def _ignore_closed_loop(problem: Any) -> None:
 def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:
     """Return XLA's options for a program on these devices: none but for several GPUs.
 
-    Gathers are combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of results: an update of 7B
+    Gathers are combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of results. An update of 7B
     on four GPUs is 3.5% shorter. GPUs of one process exchange data by their copy engines, beside the multiprocessors:
     1.5% shorter on two.
     """

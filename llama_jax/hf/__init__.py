@@ -1,1 +1,1 @@
-"""Hugging Face folders: the only rooms that know HF's tensor names."""
+"""Read and write Hugging Face folders: no other folder knows HF's tensor names."""

@@ -1,1 +1,1 @@
-"""The mathematics of the model, and its kernels."""
+"""Define the mathematics of the model and its kernels."""

@@ -1,1 +1,1 @@
-"""What will run on which device, before it runs."""
+"""Decide which programs run on which device, before they run."""

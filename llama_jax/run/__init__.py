@@ -1,1 +1,1 @@
-"""A run from start to end."""
+"""Make a run from start to end."""

@@ -1,1 +1,1 @@
-"""Flags, and the job that flags, model and data make."""
+"""Read flags, and make a job of flags, model and data."""

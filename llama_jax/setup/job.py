@@ -301,8 +301,10 @@ def _resized(config: LlamaConfig, tokens: int, new_tokens: int, compat: str, say
 
 
 def kept_steps(steps: Sequence[int], limit: int | None, best: int | None = None) -> list[int]:
-    """Return the steps to keep by the HF Trainer's rotation: the newest and the best, then more of the newest up to
-    `limit` (None or 0: all)."""
+    """Return the steps that the HF Trainer's rotation keeps, at most `limit` (None or 0: all).
+
+    The newest and the best are kept, then more of the newest.
+    """
     steps = sorted(steps)
     if not limit or limit < 0:
         return steps

@@ -1,1 +1,1 @@
-"""The train state, one update, optimizers, schedules and the loss."""
+"""Define the train state, one update, optimizers, schedules and the loss."""

@@ -336,8 +336,7 @@ def make_schedule(kind: str, peak: float, warmup: int, total: int, compat: str, 
 
     `peak` is --learning_rate, `warmup` and `total` are numbers of updates. The kinds in LISTENING take no warm-up, and
     their direction is the keyword `mode` alone: the Trainer does not pass `greater_is_better` on. Raises InputError for
-    a kind or a keyword that the Trainer does not have, and for a keyword that the Trainer would ignore (4.37's
-    `inverse_sqrt` and both constants ignore all keywords).
+    a kind or a keyword that the Trainer lacks or would ignore (4.37's `inverse_sqrt` and both constants ignore all).
     """
     if kind not in SCHEDULES:
         raise InputError(f"--lr_scheduler_type {kind!r} is not one of {', '.join(SCHEDULES)}")
