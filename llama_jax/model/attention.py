@@ -48,7 +48,7 @@ def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, d
     if wanted != "auto":
         if reasons[wanted]:
             raise InputError(f"--attention {wanted}: {reasons[wanted]}; use auto or xla")
-        return wanted, "as asked"
+        return wanted, "by --attention"
     for name in ("cudnn", "splash"):
         if not reasons[name]:
             return name, f"this is {device_kind}"

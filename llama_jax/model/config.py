@@ -173,14 +173,15 @@ def _check_types(values: dict[str, Any], source: str) -> None:
         if key == "pad_token_id":
             continue
         kind = LlamaConfig.__dataclass_fields__[key].type
-        ok = {
-            int: isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            float: isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
-            bool: isinstance(value, bool),
-            str: isinstance(value, str),
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        ok, wanted = {
+            int: (is_number and isinstance(value, int) and value > 0, "a positive int"),
+            float: (is_number and value >= 0, "a number of 0 or above"),
+            bool: (isinstance(value, bool), "true or false"),
+            str: (isinstance(value, str), "a string"),
         }[kind]  # type: ignore[index]  # annotations are real types in this module
         if not ok:
-            raise InputError(f"{source}: {key} = {value!r} should be a positive {kind.__name__}")  # type: ignore[union-attr]
+            raise InputError(f"{source}: {key} = {value!r} should be {wanted}")
 
 
 def _padding_idx(value: Any, vocab_size: int, source: str) -> int:
