@@ -401,7 +401,7 @@ def answers(folder: str) -> None:
     assert one.code == eight.code == 0, eight.err
     assert one.out == eight.out and len(one.out) > 10
     for outcome in refused:
-        assert outcome.code == 2 and "only tensor divides" in outcome.err.splitlines()[-1]
+        assert outcome.code == 2 and "can be divided over tensor only" in outcome.err.splitlines()[-1]
 
 
 @pytest.mark.slow
