@@ -1,6 +1,7 @@
 """Frozen parameters: no gradient, no moments, no place in checkpoints, and the memory that the planner counts."""
 
 import json
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
-from tiny import CONFIG, make_records, run, write_json, write_model
+from tiny import CONFIG, hf_shapes, make_records, run, write_json, write_model
 from transformers import AutoModelForCausalLM
 
 import llama_jax.run.trainer
@@ -28,6 +29,7 @@ from llama_jax.model.roles import EmbeddingTable, MatmulWeight
 from llama_jax.plan.planner import Planner
 from llama_jax.setup.arguments import parse_arguments
 from llama_jax.setup.job import make_job
+from llama_jax.training.state import saving_bytes
 
 EMBEDDING = "model.embed_tokens.weight"
 EXAMPLES, UPDATES = 4, 4  # of an update, and in all
@@ -130,6 +132,8 @@ def test_what_is_held(scan_layers: bool, tmp_path: Path) -> None:
     for name in ("mu", "nu"):
         assert "embed_tokens" not in optax.tree_utils.tree_get(part.state.opt_state, name)
     assert "embed_tokens" not in part.saved.params and "embed_tokens" not in part.state.trainable
+    matrices = [math.prod(s) for name, s in hf_shapes(CONFIG).items() if "_proj" in name] + [size // 4]  # and the head
+    assert saving_bytes(whole.state) == 4 * sum(matrices)  # in float32, beside their halves
     limit = 2**30
     option = whole.options(limit)[0]
     # Two moments; the gradient beside them is no longer what a device needs most.
