@@ -90,6 +90,7 @@ def test_what_is_found_is_there(model, records, limit, split, tmp_path_factory, 
         "eos_lost": [i for i in whole if cut[i][-1] != "</s>"],
         "masked": [i for i in whole if len(prompts[i]) >= len(cut[i])],
         "boundary_merges": [i for i in whole if whole[i][: len(prompts[i])] != prompts[i]],
+        "doubled_eos": [],
         "duplicates": [i for i in whole if any(cut[i] == cut[j] for j in whole if j < i)],
         "empty_outputs": [i for i in whole if not records[i - 1]["output"].strip()],
     }
@@ -102,8 +103,8 @@ def test_what_is_found_is_there(model, records, limit, split, tmp_path_factory, 
         assert "every label is masked" in str(e)
         return
     facts = examine(job)
-    assert facts["findings"] == {name: told(numbers) for name, numbers in expected.items()}
-    assert facts["examples"] == len(whole) and facts["form"] == "alpaca" and facts["eos"] == []
+    assert facts["findings"] == {"doubled_bos": None} | {name: told(numbers) for name, numbers in expected.items()}
+    assert facts["examples"] == len(whole) and facts["form"] == "alpaca" and facts["tokenizer"] == []
     assert examine(job_of(model, folder, records, *flags)) == facts
 
     lengths = sorted(map(len, cut.values()))
@@ -135,7 +136,7 @@ def test_what_tokens_do_not_tell(model, tmp_path):
     found = examine(job_of(model, tmp_path, records))["findings"]
     assert found["masked"] == told([2, 3]) and found["duplicates"] == told([3])
     assert {name for name, where in found.items() if where is None} == {
-        *("truncated", "eos_lost", "boundary_merges", "empty_outputs")
+        *("truncated", "eos_lost", "boundary_merges", "empty_outputs", "doubled_bos", "doubled_eos")
     }
 
 
@@ -177,7 +178,7 @@ def test_chats(model, tmp_path):
         "truncated": told([3, 5, 7]),
         "eos_lost": told([3, 5]),  # of the 7th only the new line is
         "masked": told([5]),
-        "boundary_merges": None,
+        **dict.fromkeys(["boundary_merges", "doubled_bos", "doubled_eos"]),
         "duplicates": told([4]),
         "empty_outputs": told([2]),
     }
@@ -192,26 +193,35 @@ def test_a_chat_without_ends_has_none_to_lose(model, tmp_path):
 
 
 def test_plain_text(model, tmp_path):
-    """With the beginning and the end 2 tokens more than bytes."""
-    records = [{"text": text} for text in ("a" * 8, "b" * 9, "b" * 10, " ")]
+    """With the beginning and the end 2 tokens more than bytes; a text that has them gets none."""
+    records = [{"text": text} for text in ("a" * 8, "b" * 9, "b" * 10, " ", "<s>cccccccc</s>")]
     facts = examine(job_of(model, tmp_path, records, "--model_max_length", 10))
     assert facts["form"] == "text"
     assert facts["findings"] == {
         **{"truncated": told([2, 3]), "eos_lost": told([2, 3]), "masked": told([]), "boundary_merges": None},
-        **{"duplicates": told([3]), "empty_outputs": told([4])},
+        **{"duplicates": told([3]), "empty_outputs": told([4]), "doubled_bos": told([5]), "doubled_eos": None},
     }
 
 
-@pytest.mark.parametrize("other", ["pad_token", "unk_token"])
-def test_an_eos_that_is_another_token(model, other, tmp_path):
+def test_an_eos_that_is_unk(model, tmp_path):
     folder = copied(model, tmp_path / "model")
     config = json.loads((model / "tokenizer_config.json").read_text())
-    write_json(folder / "tokenizer_config.json", {**config, other: "</s>"})
+    write_json(folder / "tokenizer_config.json", {**config, "unk_token": "</s>"})
     facts = examine(job_of(folder, tmp_path, [{"instruction": "a", "output": "b"}]))
-    assert len(facts["eos"]) == 1 and other in facts["eos"][0]
-    assert [text for subject, text in as_lines(facts) if subject == "eos"] == [
-        f"{facts['eos'][0]}; give the tokenizer an eos_token of its own"
-    ]
+    assert len(facts["tokenizer"]) == 1 and "unk_token" in facts["tokenizer"][0]
+    assert [text for subject, text in as_lines(facts) if subject == "tokenizer"] == facts["tokenizer"]
+
+
+def test_add_eos_token_is_named(model, tmp_path):
+    """Each prompt ends with an eos of the tokenizer, which is not a token shared by prompt and output."""
+    folder = copied(model, tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "LlamaTokenizer", "add_eos_token": True})
+    job = job_of(folder, tmp_path, [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": ") b"}])
+    assert job.tokenizer
+    assert job.examples[0][1].tolist()[-2:] == [job.tokenizer.eos_token_id] * 2
+    found = examine(job)["findings"]
+    assert found["doubled_eos"] == told([1, 2]) and found["boundary_merges"] == told([2])
 
 
 @pytest.mark.parametrize("spoken", ["text", "json"])
@@ -224,7 +234,8 @@ def test_the_command_tells_it(model, spoken, tmp_path):
     found = {"duplicates": 4, "empty_outputs": 2, "boundary_merges": 3, "truncated": 5, "eos_lost": 5}
     if spoken == "json":
         told_of = json.loads(outcome.out)["data"]["findings"]
-        assert told_of == {**{name: told([record]) for name, record in found.items()}, "masked": told([])}
+        none = {"masked": told([]), "doubled_eos": told([]), "doubled_bos": None}
+        assert told_of == {name: told([record]) for name, record in found.items()} | none
     else:
         for name, record in found.items():
             assert re.search(rf"^{name.replace('_', ' ')}: +1 \(record {record}\) - ", outcome.out, re.MULTILINE)

@@ -355,7 +355,7 @@ def test_all_of_a_text_is_trained(small, texts, limit):
     got = tokenize(TEXT, [{"text": text} for text in texts], tokenizer, limit)
     assert len(got) == len(texts)
     for i, text in enumerate(texts):
-        expected = rule.encode(text if text.endswith("</s>") else text + "</s>")
+        expected = rule.encode(text.removeprefix("<s>") if text.endswith("</s>") else text.removeprefix("<s>") + "</s>")
         assert expected[0] == 1 and expected[-1] == 2
         assert got[i][0].tolist() == got[i][1].tolist() == expected[:limit]
     assert got.input_ids.dtype == got.labels.dtype == np.int32

@@ -1,5 +1,6 @@
 """Checkpoints on disk: every tensor arrives bit for bit, and a folder that is not whole is refused in one line."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
@@ -606,7 +607,7 @@ def test_resized_vocabulary(old: int, new: int, new_tokens: int, tied: bool, tmp
         define(config, RunOptions(), mesh).params,
         mesh,
     )
-    result = resize_vocabulary(params, resized, new_tokens, mesh)
+    result = resize_vocabulary(params, config, resized, range(new - new_tokens, new), mesh)
     assert params["embed_tokens"]["weight"].shape[0] == sharding.vocab_rows(old)  # the argument is left as it was
     assert ("lm_head" in result) == (not tied)
     theirs = {"embed_tokens": hf.get_input_embeddings().weight, "lm_head": hf.get_output_embeddings().weight}
@@ -620,6 +621,35 @@ def test_resized_vocabulary(old: int, new: int, new_tokens: int, tied: bool, tmp
         assert (np.abs(ours[kept:new] - expected[kept:new]) <= bound).all()
         assert not ours[new:].any()
     assert result["layers"] is params["layers"]
+
+
+@settings(max_examples=15)
+@given(
+    old=st.integers(1, 300),
+    grows=st.integers(-20, 20),
+    new_ids=st.sets(st.integers(0, 320), max_size=4),
+    seed=st.integers(0, 9),
+)
+def test_rows_of_tokens_stay(old: int, grows: int, new_ids: set[int], seed: int) -> None:
+    """A row that the checkpoint has, and that is no new token's, is untouched; the others are the mean of these."""
+    config, mesh = LlamaConfig.from_hf(RAW), sharding.make_mesh()
+    new = max(1, old + grows)
+    new_ids = {i for i in new_ids if i < new}
+    before = np.random.default_rng(seed).normal(0, 1, (sharding.vocab_rows(old), config.hidden_size))
+    before[old:] = 0
+    stay = [i for i in range(min(old, new)) if i not in new_ids]
+    assume(stay)
+    with jax.set_mesh(mesh):
+        weight = jax.device_put(before.astype(np.float32), jax.NamedSharding(mesh, sharding.EMBED_VD))
+    sizes = (dataclasses.replace(config, vocab_size=n) for n in (old, new))
+    result = resize_vocabulary({"embed_tokens": {"weight": weight}}, *sizes, sorted(new_ids), mesh)
+    after = np.asarray(result["embed_tokens"]["weight"])
+    np.testing.assert_array_equal(after[stay], before[stay].astype(np.float32))
+    others = [i for i in range(new) if i not in stay]
+    # A mean of n numbers, summed in any order in float32, is off by at most n u of the mean magnitude (u = 2^-24).
+    bound = len(stay) * 2.0**-24 * np.abs(before[stay]).mean(0)
+    assert (np.abs(after[others] - before[stay].astype(np.float32).mean(0, dtype=np.float64)) <= bound + 2.0**-24).all()
+    assert not after[new:].any()
 
 
 class AtOnce:

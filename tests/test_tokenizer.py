@@ -6,7 +6,6 @@ space in front of every part ("legacy") or of the first alone.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +14,24 @@ import hf_reader
 import pytest
 import sentencepiece
 import tokenizers
-from hf_tokenizer import SPECIAL, Server, special_tokens
+from hf_tokenizer import DEFAULTS, SPECIAL, Server, describe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models
+from vocabularies import (
+    BOS,
+    CORPUS,
+    END,
+    EOS,
+    convert_sentencepiece,
+    copy,
+    for_tokenizers_0_15,
+    processor,
+    train_byte_level,
+    train_sentencepiece,
+    write,
+)
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.examples import alpaca_prompt
@@ -33,43 +45,6 @@ from llama_jax.data.tokenizer import (
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
-
-CORPUS = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-    "### Instruction:\nName three colours of the rainbow, and say why each of them is where it is.\n\n### Response:",
-    "def f(x):\n    return x + 1\n\nThe quick brown fox jumps over the lazy dog; 12,345 times!",
-    "Übergrößenträger déjà vu, naïve café. 你好世界. Привет, мир. \u0928\u092e\u0938\u094d\u0924\u0947",
-]
-
-
-def write(folder: Path, name: str, value: Any) -> None:
-    (folder / name).write_text(json.dumps(value), encoding="utf-8")
-
-
-def train_sentencepiece(folder: Path, **config: Any) -> Path:
-    """A model of LLaMA's kind: BPE, bytes for what it lacks, spaces kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "tokenizer.model").open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(CORPUS),
-            model_writer=file,
-            model_type="bpe",
-            vocab_size=400,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            minloglevel=2,
-        )
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    } | config
-    write(folder, "tokenizer_config.json", config)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -102,20 +77,6 @@ class Opened(NamedTuple):
 @pytest.fixture(scope="session")
 def opened(folder) -> Opened:
     return Opened(folder, padded(folder), processor(folder))
-
-
-def processor(folder: Path) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-
-
-def copy(folder: Path, to: Path, **config: Any) -> Path:
-    """The tokenizer's files in another folder, with changes to `tokenizer_config.json`."""
-    to.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("tokenizer*"):
-        shutil.copyfile(path, to / path.name)
-    old = json.loads((to / "tokenizer_config.json").read_text())
-    write(to, "tokenizer_config.json", old | config)
-    return to
 
 
 def padded(folder: Path) -> Tokenizer:
@@ -218,11 +179,11 @@ def test_without_legacy_only_the_text_begins_with_the_dummy_space(modern, text):
 def test_pad_is_the_first_id_past_llamas_pieces(llama):
     tokenizer = open_tokenizer(llama)
     assert (len(tokenizer), tokenizer.pad_token_id) == (32000, None)
-    assert tokenizer.add_missing_special_tokens() == 1
+    assert len(tokenizer.add_missing_special_tokens()) == 1
     assert (len(tokenizer), tokenizer.pad_token_id, tokenizer.token_to_id("[PAD]")) == (32001, 32000, 32000)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.token_to_id("<unk>")) == (1, 2, 0)
     assert tokenizer.token_to_id("[no such token]") is None
-    assert tokenizer.add_missing_special_tokens() == 0
+    assert tokenizer.add_missing_special_tokens() == []
     assert len(tokenizer) == 32001
 
 
@@ -230,23 +191,23 @@ def test_tokens_that_the_configuration_leaves_null_are_alpacas(small, tmp_path):
     """`</s>`, `<s>` and `<unk>` are pieces of the model already, so that only `[PAD]` is new."""
     changed = copy(small, tmp_path / "null", bos_token=None, eos_token=None, unk_token=None)
     tokenizer = open_tokenizer(changed)
-    assert tokenizer.add_missing_special_tokens() == 1
-    assert [tokenizer.special[key] for key in SPECIAL] == ["<s>", "</s>", "<unk>", "[PAD]"]
+    assert len(tokenizer.add_missing_special_tokens()) == 1
+    assert {k: v for k, v in tokenizer.special.items() if v} == DEFAULTS
     assert tokenizer.encode_batch(["a</s>"]) == [[1, *processor(small).encode("a"), 2]]
 
 
 def test_added_tokens_keep_their_ids(small, tmp_path):
-    """`added_tokens_decoder` and `added_tokens.json` say where an added token stands, not the order of adding; the
-    longest that fits is cut out; what is saved says the same to transformers."""
+    """`added_tokens_decoder` gives the ids, not the order of adding; the longest token that fits is cut out; a saved
+    folder has the same ids for transformers. With that key, transformers does not read `added_tokens.json`."""
     flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-    decoder = {401: "<b>", 400: "<a>", 1: "<s>", 403: "<a>x"}
+    decoder = {401: "<b>", 400: "<a>", 1: "<s>", 403: "<a>x", 402: "<c>"}
     changed = copy(
         small,
         tmp_path / "added",
         pad_token="<b>",
         added_tokens_decoder={str(i): {"content": token, **flags} for i, token in decoder.items()},
     )
-    write(changed, "added_tokens.json", {"<c>": 402, "<a>": 400})
+    write(changed, "added_tokens.json", {"<d>": 404, "<a>": 399})
     tokenizer, sp = open_tokenizer(changed), processor(small)
     tokens = ["<a>", "<b>", "<c>", "<a>x"]
     assert [tokenizer.token_to_id(token) for token in tokens] == [400, 401, 402, 403]
@@ -381,70 +342,6 @@ def test_transformers_gives_the_same_ids_to_alpacas_texts(shared, llama, in_tran
 
 # --- a tokenizer.json ---
 
-BOS, EOS, END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-
-
-def train_byte_level(folder: Path, specials: list[Any] | None = None, **config: Any) -> Path:
-    """As LLaMA 3 ships it: byte-level BPE, split by a pattern, bos put by the post-processor."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer.add_special_tokens(specials or [BOS, EOS, END])
-    bos = tokenizer.token_to_id(BOS)
-    template = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bos)]
-    )
-    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, **config}
-    write(folder, "tokenizer_config.json", config)
-    return folder
-
-
-def convert_sentencepiece(folder: Path, model: Path, template: bool = True, **config: Any) -> Path:
-    """As LLaMA 2 ships it beside `tokenizer.model`: the same pieces as BPE with bytes, spaces made by a normalizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    sp = processor(model)
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    merges = []
-    for i, piece in enumerate(pieces[3:], start=3):
-        if not sp.is_byte(i):
-            halves = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
-            merges += [(i, a, b) for a, b in halves if a in vocab and b in vocab]
-    merges = [(a, b) for _, a, b in sorted(merges, key=lambda m: (m[0], vocab[m[1]], vocab[m[2]]))]
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>")])
-    if template:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-    } | config
-    write(folder, "tokenizer_config.json", config)
-    return folder
-
-
 fast_fragments = st.sampled_from(
     [BOS, EOS, END, "<|", "|>", "<s>", "</s>", "[PAD]", " ", "  ", "\n", "it's", "123456", "é"]
 )
@@ -519,13 +416,12 @@ def fast_saved(fast, tmp_path_factory) -> tuple[Tokenizer, Tokenizer, Any]:
 def test_fast_special_tokens_after_alpacas_rule(fast, fast_saved):
     before, (ours, again, theirs) = open_tokenizer(fast), fast_saved
     named = {key: before.special[key] for key in SPECIAL if before.special[key] is not None}
-    alpaca = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
-    assert ours.special == again.special == alpaca | named
-    new = [t for t in ours.special.values() if before.token_to_id(t or "") is None]
+    assert ours.special == again.special == dict.fromkeys(SPECIAL) | DEFAULTS | named
+    new = [t for t in ours.special.values() if t and before.token_to_id(t) is None]
     assert len(ours) == len(before) + len(new)
     for key in SPECIAL:
         assert getattr(theirs, key) == ours.special[key]
-        assert getattr(theirs, f"{key}_id") == ours.token_to_id(ours.special[key] or "")
+        assert getattr(theirs, f"{key}_id") == (ours.token_to_id(ours.special[key]) if ours.special[key] else None)
 
 
 def test_a_beginning_token_that_the_file_lacks_is_added(small, tmp_path):
@@ -660,19 +556,18 @@ def test_the_file_that_names_the_special_tokens_is_transformers(small, tmp_path,
     config = json.loads((folder / "tokenizer_config.json").read_text()) | config
     write(folder, "tokenizer_config.json", {k: v for k, v in config.items() if k not in missing})
     write(folder, "special_tokens_map.json", extra)
-    if (folder / "tokenizer.json").exists():  # as tokenizers 0.15 reads it
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
-        tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
-        write(folder, "tokenizer.json", tokenizer)
+    if (folder / "tokenizer.json").exists():
+        for_tokenizers_0_15(folder)
     ours = open_tokenizer(folder)
-    theirs = special_tokens(str(folder))
-    assert old.special_tokens(str(folder)) == theirs
-    assert {**ours.special, "length": len(ours)} == theirs
+    theirs = old.describe(folder, [])
+    same = {key: theirs[key] for key in ("length", "special")}
+    assert {key: describe(str(folder), [])[key] for key in same} == same
+    assert {"length": len(ours), "special": ours.special} == same
     saved = tmp_path / "saved"
     saved.mkdir()
     ours.save(saved)
     again = open_tokenizer(saved)
-    assert {**again.special, "length": len(again)} == theirs
+    assert {"length": len(again), "special": again.special} == same
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
@@ -702,9 +597,9 @@ def both_kinds(small: Path, to: Path) -> list[Path]:
     [
         ({"eos_token": ""}, "''"),
         ({"eos_token": None}, "None"),
-        ({"pad_token": "</s>"}, "pad_token"),
         ({"eos_token": "<unk>"}, "unk_token"),
-        ({"bos_token": "</s>"}, "bos_token"),
+        ({"pad_token": "</s>"}, None),  # a pad takes no label away: rows are packed
+        ({"bos_token": "</s>"}, None),
         ({}, None),
         ({"pad_token": "<unk>"}, None),
     ],
@@ -856,9 +751,9 @@ def test_what_is_saved_loads_in_transformers_of_4_37_and_of_5(kind, small, old_t
         read = [f({"folder": str(saved), "fast": fast, "texts": texts}) for f in (
             hf_reader.tokenize, lambda case: old_transformers.ask("tokenize", case))]  # fmt: skip
         for theirs in read:
-            assert theirs["special"] == ours.special and theirs["special_ids"] == {
-                key: ours.token_to_id(token) for key, token in ours.special.items()
-            }
+            special = {key: token for key, token in ours.special.items() if token}
+            assert theirs["special"] == special
+            assert theirs["special_ids"] == {key: ours.token_to_id(token) for key, token in special.items()}
         assert read[1]["class"].endswith("Fast") == fast
         assert read[1]["ids"] == ours.encode_batch(texts)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, alpaca_prompt
-from llama_jax.data.records import ALPACA, CHAT, Record, messages
+from llama_jax.data.records import ALPACA, CHAT, TEXT, Record, messages
 from llama_jax.data.tokenizer import Tokenizer
 
 # Meaning of a finding, and the remedy.
@@ -18,6 +18,10 @@ ADVICE = {
     "masked": "no token of these is trained: the prompt alone fills --model_max_length, or every label is -100",
     "boundary_merges": "the prompt's end and the output's beginning share a token, so the mask is off by one token; "
     "begin outputs with a letter, or ignore this: stanford_alpaca trains on the same tokens",
+    "doubled_bos": "the texts begin with the bos that the tokenizer adds; here it stays single, in transformers it is "
+    "there twice; remove it from these texts",
+    "doubled_eos": "add_eos_token puts a second eos behind each output and masks the output's first token, as in "
+    "stanford_alpaca; set add_eos_token to false in tokenizer_config.json",
     "duplicates": "the same tokens as an earlier record; remove these records unless the repetition is intended",
     "empty_outputs": "an output is empty: only its eos is trained; remove these records unless intended",
 }
@@ -39,19 +43,26 @@ def diagnose(
     `whole` are the same examples without a length limit, None for records that are tokens already; these need no
     `records`. Each finding has a `count` and the first `records` by number, or is None where the form does not tell.
     """
-    truncated = lost = merged = empty = None
+    truncated = lost = merged = empty = two_bos = two_eos = None
     if whole is not None and len(whole) == len(examples):
         truncated = whole.lengths > examples.lengths
         assert tokenizer is not None
         lost = _end_lost(whole, examples.lengths, tokenizer)
         empty = np.fromiter((not all(map(str.strip, _trained_texts(form, r))) for r in records), bool, len(records))
+        adds_bos, adds_eos = tokenizer.adds()
         if form == ALPACA:
             merged = _merged(whole, records, tokenizer, progress)
+            two_eos = np.full(len(records), adds_eos)
+        if form == TEXT:
+            bos = tokenizer.special["bos_token"] or ""
+            two_bos = np.fromiter((adds_bos and r["text"].startswith(bos) for r in records), bool, len(records))
     found = {
         "truncated": truncated,
         "eos_lost": lost,
         "masked": examples.trained == 0,
         "boundary_merges": merged,
+        "doubled_bos": two_bos,
+        "doubled_eos": two_eos,
         "duplicates": _repeated(examples),
         "empty_outputs": empty,
     }
@@ -66,7 +77,7 @@ def diagnose(
             "counts": np.histogram(examples.lengths, edges)[0].tolist(),
         },
         "findings": {name: None if where is None else _finding(where, first) for name, where in found.items()},
-        "eos": [] if tokenizer is None else tokenizer.warnings(),
+        "tokenizer": [] if tokenizer is None else tokenizer.warnings(),
     }
 
 
@@ -83,7 +94,7 @@ def as_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             numbers = ", ".join(map(str, found["records"])) + more
             advice = ADVICE[name].format(limit=facts["model_max_length"])
             lines.append((name.replace("_", " "), f"{found['count']:,} (record {numbers}) - {advice}"))
-    lines += [("eos", f"{problem}; give the tokenizer an eos_token of its own") for problem in facts["eos"]]
+    lines += [("tokenizer", problem) for problem in facts["tokenizer"]]
     return lines
 
 
@@ -109,10 +120,11 @@ def _merged(
     whole: Examples, records: Sequence[Record], tokenizer: Tokenizer, progress: Callable[[int], None]
 ) -> np.ndarray:
     """Mark examples that do not begin with the tokens of the prompt alone."""
-    merged = np.zeros(len(records), bool)
+    merged, (_, adds_eos) = np.zeros(len(records), bool), tokenizer.adds()
     for start in range(0, len(records), CHUNK):
         prompts = tokenizer.encode_batch([alpaca_prompt(record) for record in records[start : start + CHUNK]])
         for i, prompt in enumerate(prompts, start):
+            prompt = prompt[: len(prompt) - adds_eos]
             merged[i] = whole[i][0][: len(prompt)].tolist() != prompt
         progress(len(prompts))
     return merged

@@ -100,7 +100,8 @@ def tokenize(
     - "alpaca": `alpaca_prompt` + output + eos, tokenised as one text. As in stanford_alpaca, the number of tokens of
       the prompt alone, cut likewise, gives the number of labels -100; the two may differ at the boundary.
     - "chat": the text that the tokenizer's chat template writes; labels outside the assistant's text are -100.
-    - "text": the bos that the tokenizer adds, the text, and eos unless the text ends with eos; all are labels.
+    - "text": the bos that the tokenizer adds, the text, and eos; all are labels. A text that has bos or eos at its end
+      already gets no second.
     - "tokenized": ids and labels as given; only this form needs no tokenizer, and is not cut.
 
     Cutting may leave an example without labels. Raises InputError for a chat that the template refuses.
@@ -140,9 +141,11 @@ def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iter
 
 
 def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-    eos = tokenizer.eos_token or ""
+    eos, (adds_bos, adds_eos) = tokenizer.eos_token or "", tokenizer.adds()
     for ids in tokenizer.encode_batch([r["text"] + ("" if r["text"].endswith(eos) else eos) for r in records]):
-        yield ids, np.ones(len(ids), bool)
+        start = int(adds_bos and ids[1:2] == ids[:1])
+        end = len(ids) - int(adds_eos and ids[-2:-1] == ids[-1:])
+        yield ids[start:end], np.ones(end - start, bool)
 
 
 def from_tokenized(records: Iterable[Record]) -> Examples:

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -143,20 +143,24 @@ def _at(tree: Any, path: tuple) -> Any:
     return tree
 
 
-def resize_vocabulary(params: Params, new: LlamaConfig, new_tokens: int, mesh: Mesh) -> Params:
-    """Resize each vocabulary matrix to `new` as stanford_alpaca does: the last `new_tokens` rows become the others'
-    mean. A checkpoint with more rows than its tokenizer has tokens already has a row for a new token."""
+def resize_vocabulary(params: Params, old: LlamaConfig, new: LlamaConfig, new_ids: Sequence[int], mesh: Mesh) -> Params:
+    """Resize each vocabulary matrix of `old` to `new` as stanford_alpaca does.
+
+    Rows of new tokens, and rows that the checkpoint lacks, become the mean of the rows that stay. (HF draws a row that
+    the checkpoint lacks and that is no new token's.) A checkpoint with more rows than tokens has a row for a new token.
+    """
+    fresh = np.arange(sharding.vocab_rows(new.vocab_size)) >= old.vocab_size
+    fresh[list(new_ids)] = True
+    kept = ~fresh[: min(old.vocab_size, new.vocab_size)]
 
     def resize(weight: jax.Array, spec: sharding.P) -> jax.Array:
         weight = jax.sharding.reshard(weight, sharding.P(None, sharding.SHARDS))  # whole columns: no full copy
-        V, D = sharding.vocab_rows(new.vocab_size), weight.shape[1]
-        kept = new.vocab_size - new_tokens
-        rows = jnp.arange(V)[:, None]
-        weight = weight[:kept]
-        mean = jnp.mean(weight.astype(jnp.float32), axis=0).astype(weight.dtype)
-        body = jnp.pad(weight, ((0, V - kept), (0, 0)))
-        filled = jnp.where(rows < kept, body, jnp.broadcast_to(mean, (V, D)))
-        return jax.sharding.reshard(jnp.where(rows < new.vocab_size, filled, 0), spec)
+        (V,), D = fresh.shape, weight.shape[1]
+        weight = weight[: len(kept)]
+        mean = jnp.mean(weight.astype(jnp.float32), axis=0, where=kept[:, None]).astype(weight.dtype)
+        body = jnp.pad(weight, ((0, V - len(kept)), (0, 0)))
+        filled = jnp.where(fresh[:, None], jnp.broadcast_to(mean, (V, D)), body)
+        return jax.sharding.reshard(jnp.where(jnp.arange(V)[:, None] < new.vocab_size, filled, 0), spec)
 
     result = dict(params)
     with jax.set_mesh(mesh):

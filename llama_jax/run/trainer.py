@@ -225,8 +225,8 @@ def read_weights(prepared: Prepared, like: Params | None = None) -> Params:
     job, mesh, source = prepared.job, prepared.mesh, prepared.source
     with byte_bar("reading weights", source.bytes, prepared.quiet) as bar:
         params = source.load(prepared.planner.run, mesh, bar.update, like)
-    if job.new_tokens or job.config.vocab_size != source.config.vocab_size:
-        return resize_vocabulary(params, job.config, job.new_tokens, mesh)
+    if job.new_ids or job.config.vocab_size != source.config.vocab_size:
+        return resize_vocabulary(params, source.config, job.config, job.new_ids, mesh)
     return params
 
 

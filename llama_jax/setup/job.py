@@ -32,8 +32,8 @@ class Job:
 
     `log_at`, `eval_at` and `save_at` return whether an action is due after an update, by its number from 1. Actions of
     a strategy of "epoch" follow those of "steps". `form` is the data file's, `held_out` the number of its first records
-    kept for evaluation, `data_digest` the checksum of all examples. The tokenizer got the last `new_tokens` of the
-    vocabulary from this program.
+    kept for evaluation, `data_digest` the checksum of all examples. `new_ids` are the special tokens that this program
+    added to the tokenizer.
     """
 
     args: Arguments
@@ -48,7 +48,7 @@ class Job:
     log_at: Callable[[int], bool]
     eval_at: Callable[[int], bool]
     save_at: Callable[[int], bool]
-    new_tokens: int
+    new_ids: tuple[int, ...]
     data_digest: str
 
     @property
@@ -102,12 +102,17 @@ def make_job(
     if eval_data and eval_data.form != data.form:
         forms = f"holds {eval_data.form} records, and {path} {data.form} ones"
         raise InputError(f"{eval_data.path}: {forms}; should be of one form")
-    tokenizer, new_tokens = None, 0
+    tokenizer, new_ids = None, []
     if data.form != TOKENIZED:
-        tokenizer, new_tokens = _open_tokenizer(tokenizer_folder(), config.vocab_size, say)
-    vocab_size = config.vocab_size if tokenizer is None else len(tokenizer)
+        tokenizer = open_tokenizer(tokenizer_folder(), args.hf_compat)
+        new_ids = tokenizer.add_missing_special_tokens()
+        for warning in tokenizer.warnings():
+            say(f"warning: {warning}")
+    vocab_size = config.vocab_size if tokenizer is None else tokenizer.rows(config.vocab_size)
     eval_examples = eval_data.examples(tokenizer, vocab_size, disable_bars, say) if eval_data else None
     examples, held_out = data.examples(tokenizer, vocab_size, disable_bars, say), 0
+    if tokenizer is not None:
+        _check_eos(examples, tokenizer, path, say)
     if args.validation_split_percentage:
         eval_examples, examples = _held_out(examples, args.validation_split_percentage)
         held_out = len(eval_examples)
@@ -120,7 +125,7 @@ def make_job(
     order = dataclasses.replace(order, evaluated=(*([0] if args.eval_on_start else []), *evaluated))
     schedule = _schedule(args, order.updates)
     if tokenizer is not None:
-        config = _resized(config, len(tokenizer), new_tokens, args.hf_compat, say)
+        config = _resized(config, vocab_size, len(new_ids), args.hf_compat, say)
     return Job(
         args=args,
         config=config,
@@ -134,7 +139,7 @@ def make_job(
         log_at=log_at,
         eval_at=eval_at,
         save_at=save_at,
-        new_tokens=new_tokens,
+        new_ids=tuple(new_ids),
         data_digest=" ".join(d.checksum for d in (data, eval_data) if d),
     )
 
@@ -231,7 +236,7 @@ def _open_data(path: Path, args: Arguments, tokenizer_folder: Path | None, say: 
     cache = Path(args.cache_dir) if args.cache_dir else cache_folder("data")
     digest, cached, dated = "", None, ""
     if path.expanduser().is_file():
-        digest = data_digest(path, tokenizer_folder, {"model_max_length": limit})
+        digest = data_digest(path, tokenizer_folder, {"model_max_length": limit, "hf_compat": args.hf_compat})
         cached = load_examples(cache, digest, say)
         if tokenizer_folder and not cached and writes_the_date(tokenizer_folder):
             dated = f"{digest}-{date.today()}"  # of chats alone
@@ -260,18 +265,14 @@ def tokenized(
         return tokenize(form, records, tokenizer, limit, bar.update, str(source))
 
 
-def _open_tokenizer(folder: Path, vocab_size: int, say: Say) -> tuple[Tokenizer, int]:
-    """Return the tokenizer and the number of special tokens added to it. Raises InputError."""
-    tokenizer = open_tokenizer(folder)
-    if len(tokenizer) > vocab_size:
-        raise InputError(
-            f"{tokenizer.folder}: the tokenizer has {len(tokenizer)} tokens, more than the {vocab_size} rows "
-            "of the model's embedding; it belongs to another model"
+def _check_eos(examples: Examples, tokenizer: Tokenizer, path: Path, say: Say) -> None:
+    """Warn where the tokenizer's eos is in no label: generation that stops at eos alone would not stop."""
+    eos = tokenizer.eos_token_id
+    if eos is not None and not any((run.labels == eos).any() for _, run in examples.runs()):
+        say(
+            f"warning: the tokenizer's eos_token {tokenizer.eos_token!r} is not trained in {path}: generation that "
+            "waits for it will not stop; name the token that ends the texts in generation_config.json"
         )
-    new_tokens = tokenizer.add_missing_special_tokens()
-    for warning in tokenizer.warnings():
-        say(f"warning: {warning}")
-    return tokenizer, new_tokens
 
 
 def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples]:
@@ -285,19 +286,19 @@ def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples
     return examples.split(count)
 
 
-def _resized(config: LlamaConfig, tokens: int, new_tokens: int, compat: str, say: Say) -> LlamaConfig:
-    """Return the architecture with a vocabulary row for each token, as stanford_alpaca resizes it."""
+def _resized(config: LlamaConfig, rows: int, new_tokens: int, compat: str, say: Say) -> LlamaConfig:
+    """Return the architecture with a vocabulary of `rows`, as stanford_alpaca resizes it for its tokenizer."""
     added = f"the tokenizer gets {new_tokens} special token(s) that it lacked; " if new_tokens else ""
-    start = ", the new ones starting as the mean of the others" if new_tokens else ""
-    if tokens == config.vocab_size:
+    start = ", the new ones starting as the mean of the others" if new_tokens or rows > config.vocab_size else ""
+    if rows == config.vocab_size:
         if new_tokens:
-            say(f"vocabulary: {added}the model has {tokens} rows for its tokens{start}")
+            say(f"vocabulary: {added}the model has {rows} rows for its tokens{start}")
         return config
     # Resizing gives transformers 4.37 a new embedding, without the old one's padding_idx.
     pad_token_id = None if compat == "4.37" else config.pad_token_id
-    size = f"{'grows' if tokens > config.vocab_size else 'shrinks'} from {config.vocab_size} to {tokens} rows"
+    size = f"{'grows' if rows > config.vocab_size else 'shrinks'} from {config.vocab_size} to {rows} rows"
     say(f"vocabulary: {added}the model's vocabulary {size}, one for each token{start}")
-    return dataclasses.replace(config, vocab_size=tokens, pad_token_id=pad_token_id)
+    return dataclasses.replace(config, vocab_size=rows, pad_token_id=pad_token_id)
 
 
 def kept_steps(steps: Sequence[int], limit: int | None, best: int | None = None) -> list[int]:

@@ -1,0 +1,155 @@
+"""Run the `tokenizers` library on a `tokenizer.json`, prepared as transformers 4.37 or 5 prepares it."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
+
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json_object
+from llama_jax.data.added_tokens import Named, as_json, named_tokens
+from llama_jax.data.tokenizer_base import Tokenizer, write_tokenizer_json
+
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_END = "<|endoftext|>"
+# transformers 4.37's classes: the special tokens that the files need not name.
+_CLASSES = {
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": _LLAMA,
+    "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
+    "GPT2Tokenizer": {"unk_token": _END, "bos_token": _END, "eos_token": _END},
+}
+# The class by config.json's model_type, where no file names the class.
+_CLASS_OF_MODEL = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer"}
+
+
+class FastTokenizer(Tokenizer):
+    """Hold a tokenizer of the `tokenizers` library, whose post-processor adds bos and eos."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        named: Named,
+        special: dict[str, str | None],
+        tokenizer: tokenizers.Tokenizer,
+    ):
+        super().__init__(folder, config, named, special)
+        self._tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    @staticmethod
+    def of_transformers_4(folder: Path, config: dict[str, Any]) -> "FastTokenizer":
+        """Open a `tokenizer.json` as PreTrainedTokenizerFast and its subclasses in transformers 4.37 do."""
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            in_json = json.loads(path.read_bytes()).get("added_tokens", [])
+        except Exception as e:  # the Rust library raises plain Exception
+            raise InputError(f"{path}: not a tokenizer ({str(e).splitlines()[0]})") from None
+        named = named_tokens(folder, config, in_json)
+        class_ = _class(folder, config)
+        named.special = {**_CLASSES.get(class_, {}), **named.special}
+        if tokenizer.padding and "pad_token" not in named.special:
+            named.special["pad_token"] = tokenizer.padding["pad_token"]
+        _register(tokenizer, named)
+        special = {key: None if token is None else str(token) for key, token in named.special.items()}
+        opened = FastTokenizer(folder, config, named, special, tokenizer)
+        if _CLASSES.get(class_) is _LLAMA:
+            opened._follow_add_bos()
+        return opened
+
+    @staticmethod
+    def of_transformers_5(folder: Path, config: dict[str, Any]) -> "FastTokenizer":
+        """Open the folder by the AutoTokenizer of the installed transformers 5, which knows the files' rules."""
+        from transformers import AutoTokenizer
+
+        named = named_tokens(folder, config)
+        try:
+            opened = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = opened.backend_tokenizer
+        except Exception as e:  # of many classes: transformers checks few of the files
+            name = "tokenizer.json" if (folder / "tokenizer.json").exists() else "tokenizer.model"
+            raise InputError(f"{folder / name}: transformers cannot open it ({str(e).splitlines()[0]})") from None
+        special: dict[str, str | None] = {
+            key: str(token) for key, token in opened.special_tokens_map.items() if isinstance(token, str)
+        }
+        return FastTokenizer(folder, config, named, special, tokenizer)
+
+    def _follow_add_bos(self) -> None:
+        """Add bos and eos by `add_bos_token`, `add_eos_token`, not by the file, as HF's LlamaTokenizer classes do."""
+        parts, used = ["$A:0"], []
+        for key, at in (("bos_token", 0), ("eos_token", 1)):
+            token = self.special[key]
+            if token and self.config.get(f"add_{key}", key == "bos_token"):
+                parts.insert(at * len(parts), f"{token}:0")
+                used.append((token, self.token_to_id(token)))
+        pair = parts + [p.replace("$A:0", "$B:1").replace(":0", ":1") for p in parts]
+        self._tokenizer.post_processor = TemplateProcessing(single=parts, pair=pair, special_tokens=used)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def added(self) -> dict[int, AddedToken]:
+        return self._tokenizer.get_added_tokens_decoder()
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def _add(self, token: str) -> None:
+        self._tokenizer.add_special_tokens([token])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
+        for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
+            yield e.ids, e.offsets
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _save_tokens(self, folder: Path) -> None:
+        write_tokenizer_json(folder / "tokenizer.json", self._tokenizer.to_str())
+        self.config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+
+
+def _class(folder: Path, config: dict[str, Any]) -> str:
+    """Return the name of the class that transformers 4.37 chooses, without "Fast"."""
+    path = folder / "config.json"
+    model = read_json_object(path) if path.exists() else {}
+    named = config.get("tokenizer_class") or model.get("tokenizer_class")
+    return str(named or _CLASS_OF_MODEL.get(str(model.get("model_type")), "")).removesuffix("Fast")
+
+
+def _register(tokenizer: tokenizers.Tokenizer, named: Named) -> None:
+    """Add the named tokens in the order of transformers 4.37, runs of special and of plain tokens by turns.
+
+    The library gives a new token the next free id, whatever id the files declare.
+    """
+    tokens: list[Any] = [token for _, token in sorted(named.added.items())]
+    known = {token.content for token in [*tokenizer.get_added_tokens_decoder().values(), *tokens]}
+    # An AddedToken never equals a text of `known`: transformers registers it again, with its own flags.
+    tokens += [t for t in named.all_special() if (t not in known if isinstance(t, str) else t not in tokens)]
+    special = set(map(str, named.all_special()))
+
+    def is_special(token: Any) -> bool:
+        return str(token) in special or (isinstance(token, AddedToken) and token.special)
+
+    def as_0_15(token: Any) -> Any:
+        """tokenizers 0.15 cuts a token out of the raw text if it was ever registered so; the last registration counts
+        since."""
+        before = registered.get(str(token))
+        if isinstance(token, str) or before is None or before.normalized:
+            return token
+        return AddedToken(**{**as_json(token), "normalized": False})
+
+    registered = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    for together, run in itertools.groupby(tokens, is_special):
+        (tokenizer.add_special_tokens if together else tokenizer.add_tokens)(list(map(as_0_15, run)))

@@ -1,0 +1,243 @@
+"""Tokens that the files of a folder add or name: drawn folders and texts, against AutoTokenizer of 4.37.2 and of 5."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hf_tokenizer
+import pytest
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from vocabularies import convert_sentencepiece, copy, for_tokenizers_0_15, train_byte_level, train_sentencepiece, write
+
+from llama_jax.base.errors import InputError
+from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
+
+transformers.logging.set_verbosity_error()
+
+TEXTS = ("<a>", "<ab>", "ab>", "<im>", "<fim>", "the", "s", "[PAD]", "<s>", "</s>", "<pad>", "\u2581the", "two words")
+flag = st.booleans()
+
+
+@st.composite
+def added(draw: Any, text: str) -> dict[str, Any]:
+    """A token as JSON describes it."""
+    flags = {name: draw(flag) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+    return {"content": text, **flags, "special": draw(flag)}
+
+
+@st.composite
+def folders(draw: Any) -> dict[str, Any]:
+    """What is written beside a model's vocabulary: the files by name."""
+    texts = draw(st.lists(st.sampled_from(TEXTS), unique=True, min_size=1, max_size=5))
+    config: dict[str, Any] = {}
+    named: dict[str, Any] = {}
+    files: dict[str, Any] = {"tokenizer_config.json": config}
+    for key in ("pad_token", "eos_token", "mask_token"):
+        for file in (config, named):
+            if draw(st.integers(0, 3)) == 0:
+                words = [text for text in texts if " " not in text]  # transformers refuses an eos with a space
+                file[key] = draw(st.sampled_from([*words, "</s>", None] if key == "pad_token" else [*words, "</s>"]))
+    for file in (config, named):
+        if draw(st.integers(0, 2)) == 0:
+            file["additional_special_tokens"] = draw(st.lists(st.sampled_from(texts), unique=True))
+    if draw(st.booleans()):
+        listed = draw(st.lists(st.sampled_from(texts), unique=True))
+        config["added_tokens_decoder"] = {str(400 + i): draw(added(text)) for i, text in enumerate(listed)}
+    if draw(st.booleans()):
+        files["special_tokens_map.json"] = named
+    if draw(st.booleans()):
+        listed = draw(st.lists(st.sampled_from(texts), unique=True))
+        files["added_tokens.json"] = {text: 400 + i for i, text in enumerate(listed)}
+    if draw(flag):
+        config["legacy"] = draw(flag)
+    if draw(st.integers(0, 3)) == 0:
+        config["add_eos_token"] = draw(flag)
+    return files
+
+
+fragments = st.sampled_from([*TEXTS, " ", "  ", "\n", "x", "a word", "é", "\u2581", "1"])
+drawn_texts = st.lists(st.lists(fragments, max_size=8).map("".join), min_size=1, max_size=3)
+
+
+def with_symbols(to: Path, _: Path) -> None:
+    """Special tokens that are pieces: control symbols, which the text cannot make, and user-defined ones."""
+    train_sentencepiece(to, symbols={"control_symbols": ["<im>"], "user_defined_symbols": ["<fim>"]})
+
+
+VOCABULARIES: dict[str, Callable[[Path, Path], Any]] = {
+    "slow": lambda to, small: copy(small, to),
+    "slow, symbols": with_symbols,
+    "LLaMA 2": lambda to, small: convert_sentencepiece(to, small),
+    "LLaMA 3": lambda to, _: train_byte_level(to),
+}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: Any) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("small") / "model")
+
+
+@pytest.fixture(scope="module", params=VOCABULARIES)
+def vocabulary(request: Any, small: Path, tmp_path_factory: Any) -> Path:
+    """A folder to which drawn files are added."""
+    folder = tmp_path_factory.mktemp("vocabulary") / "model"
+    VOCABULARIES[request.param](folder, small)
+    if (folder / "tokenizer.json").exists():
+        for_tokenizers_0_15(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old() -> Iterator[hf_tokenizer.Server]:
+    """transformers 4.37.2."""
+    server = hf_tokenizer.Server()
+    yield server
+    server.close()
+
+
+def make(folder: Path, vocabulary: Path, files: dict[str, Any]) -> Path:
+    shutil.copytree(vocabulary, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write(folder, "tokenizer_config.json", config | files["tokenizer_config.json"])
+    for name in files.keys() - {"tokenizer_config.json"}:
+        write(folder, name, files[name])
+    return folder
+
+
+def described(tokenizer: Tokenizer, texts: list[str]) -> dict[str, Any]:
+    """What `hf_tokenizer.describe` says of theirs."""
+
+    def now() -> dict[str, Any]:
+        return {
+            "length": len(tokenizer),
+            "special": dict(tokenizer.special),
+            "ids": tokenizer.encode_batch(texts),
+            "added": {token.content: i for i, token in tokenizer.added().items()},
+        }
+
+    return {**now(), "alpaca": (tokenizer.add_missing_special_tokens(), now())[1]}
+
+
+def clash(theirs: dict[str, Any]) -> bool:
+    """Whether a new token got another token's id: 4.37 takes the number of tokens, though the ids may have a gap."""
+    return len(set(theirs["added"].values())) < len(theirs["added"])
+
+
+def takes_another_text(files: dict[str, Any]) -> bool:
+    """Whether 4.37 mixes up two texts: it files each token of `added_tokens.json` under the text of the last token of
+    `additional_special_tokens`, and a special token of that text becomes the other."""
+    more = files.get("special_tokens_map.json", {}).get("additional_special_tokens")
+    decoder = "added_tokens_decoder" in files["tokenizer_config.json"]
+    return bool(more and files.get("added_tokens.json") and not decoder)
+
+
+@settings(max_examples=30)
+@given(files=folders(), texts=drawn_texts)
+def test_tokens_are_those_of_4_37(vocabulary, old, files, texts):
+    """Length, special and added tokens, ids: as opened, after stanford_alpaca's rule, and of what is saved then."""
+    assume(not takes_another_text(files))
+    with tempfile.TemporaryDirectory() as parent:
+        folder = make(Path(parent) / "model", vocabulary, files)
+        theirs = old.describe(folder, texts)
+        tokenizer = open_tokenizer(folder)
+        ours = described(tokenizer, texts)
+        assume(not clash(theirs))
+        if clash(theirs["alpaca"]):
+            assert not clash(ours["alpaca"])
+            ours["alpaca"] = theirs["alpaca"]
+        assert ours == theirs
+        assert_same_when_saved(tokenizer, Path(parent), texts, "4.37", old.describe)
+
+
+@settings(max_examples=15)
+@given(files=folders(), texts=drawn_texts)
+def test_tokens_are_those_of_5(vocabulary, files, texts):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = make(Path(parent) / "model", vocabulary, files)
+        try:
+            theirs = hf_tokenizer.describe(str(folder), texts)
+        except ValueError:  # an eos with a space in it
+            with pytest.raises(InputError, match="transformers cannot open it"):
+                open_tokenizer(folder, "5")
+            return
+        tokenizer = open_tokenizer(folder, "5")
+        assert described(tokenizer, texts) == theirs
+        assert_same_when_saved(tokenizer, Path(parent), texts, "5", lambda *x: hf_tokenizer.describe(str(x[0]), x[1]))
+
+
+def assert_same_when_saved(
+    tokenizer: Tokenizer, parent: Path, texts: list[str], compat: str, describe: Callable[..., dict[str, Any]]
+) -> None:
+    saved = parent / "saved"
+    saved.mkdir()
+    tokenizer.save(saved)
+    before = described(tokenizer, texts)
+    again, theirs = described(open_tokenizer(saved, compat), texts), describe(saved, texts)
+    for key in ("length", "special", "ids"):
+        assert before[key] == again[key] == theirs[key]
+
+
+@settings(max_examples=30)
+@given(files=folders(), texts=drawn_texts)
+def test_offsets_are_places_in_the_text(vocabulary, files, texts):
+    """The ids are those without bos and eos; an added token's span is its text; no letter is without a token."""
+    with tempfile.TemporaryDirectory() as parent:
+        config = {**files["tokenizer_config.json"], "add_bos_token": False, "add_eos_token": False}
+        folder = make(Path(parent) / "model", vocabulary, {**files, "tokenizer_config.json": config})
+        tokenizer = open_tokenizer(folder)
+        added = {i: token.content for i, token in tokenizer.added().items()}
+        whole = tokenizer.encode_batch(texts)
+        for text, ids, (got, spans) in zip(texts, whole, tokenizer.encode_with_offsets(texts), strict=True):
+            assert got == (ids if tokenizer.adds() == (False, False) else ids[1:])
+            covered = set()
+            for i, (start, end) in zip(got, spans, strict=True):
+                assert 0 <= start <= end <= len(text)
+                covered |= {*range(start, end)}
+                if i in added:
+                    assert text[start:end].strip() == added[i].strip()
+            assert all(text[k].isspace() or text[k] == "\u2581" for k in {*range(len(text))} - covered)
+
+
+# --- what the rows of a model are ---
+
+
+@settings(max_examples=30)
+@given(files=folders(), rows=st.integers(380, 420))
+def test_each_row_that_a_file_names_is_kept(vocabulary, files, rows):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = make(Path(parent) / "model", vocabulary, files)
+        tokenizer = open_tokenizer(folder)
+        before = {*tokenizer.added()}
+        new = tokenizer.add_missing_special_tokens()
+        config = files["tokenizer_config.json"]
+        declared = [*map(int, config["added_tokens_decoder"])] if "added_tokens_decoder" in config else []
+        if not declared and "added_tokens_decoder" not in config:
+            declared = [*files.get("added_tokens.json", {}).values()]
+        kept = tokenizer.rows(rows)
+        assert kept >= len(tokenizer) and kept > max([*new, *tokenizer.added()])
+        assert all(i < kept for i in declared if i < rows)
+        assert len({*new}) == len(new) and not {*new} & {*before}
+
+
+def test_cases(shared, old, tmp_path):
+    """Folders of public reports, as both versions of transformers read them."""
+    cases = shared / "cases" / "data"
+    tokenizer = open_tokenizer(cases / "03" / "model")
+    assert (len(tokenizer), tokenizer.token_to_id("<|tool_call|>"), tokenizer.token_to_id("<|tool_end|>")) == (
+        808,
+        806,
+        807,
+    )
+    assert open_tokenizer(cases / "04" / "tokenizer").token_to_id("<|im_start|>") == 3
+    texts = ["<|im_start|>user\nHello<|im_end|>\n"]
+    ids = open_tokenizer(cases / "04" / "tokenizer").encode_batch(texts)
+    assert ids == old.describe(cases / "04" / "tokenizer", texts)["ids"] and 3 in ids[0]
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(shared / "data" / "llama-tokenizer" / name, tmp_path / name)
+    shutil.copyfile(cases / "04" / "sp_additional.tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    assert len(open_tokenizer(tmp_path)) == 32002
