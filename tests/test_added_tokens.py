@@ -199,7 +199,7 @@ def test_offsets_are_places_in_the_text(vocabulary, files, texts):
                 assert 0 <= start <= end <= len(text)
                 covered |= {*range(start, end)}
                 if i in added:
-                    assert text[start:end].strip() == added[i].strip()
+                    assert text[start:end].strip(" \n\u2581") == added[i].strip(" \u2581")
             assert all(text[k].isspace() or text[k] == "\u2581" for k in {*range(len(text))} - covered)
 
 

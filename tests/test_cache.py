@@ -304,12 +304,12 @@ def test_another_limit_or_tokenizer_is_tokenised_again(model, tmp_path):
 
 def test_the_tokenizers_warnings_are_said_each_time(model, tmp_path):
     config = json.loads((model / "tokenizer_config.json").read_text())
-    write_json(model / "tokenizer_config.json", {**config, "pad_token": "</s>"})
+    write_json(model / "tokenizer_config.json", {**config, "unk_token": "</s>"})
     data = write_json(tmp_path / "data.json", ALPACA)
     for reads in (1, 0):
         job = made(model, data, tmp_path / "cache")
         assert job.read == reads
-        assert "eos_token '</s>' is also its pad_token" in job.said
+        assert "eos_token '</s>' is also its unk_token" in job.said
 
 
 def test_another_models_vocabulary_is_checked_from_the_cache(model, tmp_path):

@@ -154,18 +154,18 @@ class SentencePieceTokenizer(Tokenizer):
         return not self._legacy and text.startswith((_SPACE, " "))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        start = [self.bos_token_id] if self.config.get("add_bos_token", True) else []
-        end = [self.eos_token_id] if self.config.get("add_eos_token", False) else []
+        start = [i for i in [self.bos_token_id] if i is not None and self.config.get("add_bos_token", True)]
+        end = [i for i in [self.eos_token_id] if i is not None and self.config.get("add_eos_token", False)]
         split = [[part.text for part in self._parts(text)] for text in texts]
         plain = [text for parts in split for text in parts if text not in self._ids]
         prefixed = [self._unk + text if self._behind_unk(text) else text for text in plain]
         encoded = zip(plain, self._sp.encode(prefixed, num_threads=os.cpu_count() or 1), strict=True)
         result = []
         for parts in split:
-            ids = list(filter(lambda i: i is not None, start))
+            ids = [*start]
             for text in parts:
                 ids += [self._ids[text]] if text in self._ids else self._without_unk(*next(encoded))
-            result.append(ids + list(filter(lambda i: i is not None, end)))
+            result.append(ids + end)
         return result
 
     def _without_unk(self, text: str, ids: list[int]) -> list[int]:
