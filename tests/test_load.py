@@ -1,6 +1,7 @@
 """Checkpoints on disk: every tensor arrives bit for bit, and a folder that is not whole is refused in one line."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -18,16 +19,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub import file_download
+from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.hf.load import READERS, _ahead, check_tensors, load_params, resize_vocabulary
 from llama_jax.hf.names import name_table
-from llama_jax.hf.readers import open_checkpoint
+from llama_jax.hf.readers import check_links, open_checkpoint
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
@@ -202,6 +205,63 @@ def test_eight_devices(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@settings(max_examples=30)
+@given(data=st.data())
+def test_folders_as_transformers_reads_them(data: st.DataObject) -> None:
+    """Of a whole model or its LlamaModel, with either or both of the tied tensors, buffers, any shards: the same
+    tensors as AutoModelForCausalLM's, and refused where transformers has to draw a tensor or ties no longer."""
+    transformers = pytest.importorskip("transformers")
+    tied, bare, seed = data.draw(st.booleans()), data.draw(st.booleans()), data.draw(st.integers(0, 9))
+    raw = RAW | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": tied, "num_hidden_layers": 1}
+    rng = np.random.default_rng(seed)
+    saved = {k: rng.normal(0, 1, v.shape).astype(np.float32) for k, v in make_arrays(raw, np.float32).items()}
+    kept = data.draw(st.sampled_from(["embedding", "head", "both"]))
+    if tied and kept != "embedding":
+        head = saved["lm_head.weight"] = saved[EMBEDDING].copy()
+        head[-1, -1] += data.draw(st.booleans())
+    if kept == "head":
+        del saved[EMBEDDING]
+    elif not tied and kept == "embedding":
+        del saved["lm_head.weight"]
+    if bare:
+        saved = {name.removeprefix("model."): array for name, array in saved.items()}
+    for name in data.draw(st.sets(st.sampled_from(BUFFERS))):
+        saved[name] = np.ones(2, np.float32)
+    names = data.draw(st.permutations([*saved]))
+    shards = data.draw(st.integers(1, 3))
+    with temporary_folder() as folder:
+        write_folder(folder, raw, [{name: saved[name] for name in names[i::shards]} for i in range(shards)])
+        if shards > 1 and data.draw(st.booleans()):
+            unlisted = {BUFFERS[0], *(["lm_head.weight"] if tied else [])} - saved.keys()
+            Model(folder, []).index(**dict.fromkeys(unlisted, min(folder.glob("*.safetensors")).name))
+        for file in folder.glob("*.safetensors"):  # read by their header, which transformers wants
+            save_file(load_file(file), file, metadata={"format": "pt"})
+        theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        expected = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+        untied = tied and not np.array_equal(expected["lm_head.weight"], expected[EMBEDDING])
+        if info["missing_keys"] or untied:
+            fix = (
+                "lm_head.weight from the weights"
+                if untied
+                else "LlamaForCausalLM"
+                if kept == "embedding"
+                else "missing"
+            )
+            assert fix in refusal(folder)
+            return
+        if tied:
+            del expected["lm_head.weight"]
+        read = check_tensors(open_checkpoint(folder).tensors, LlamaConfig.from_hf(raw), str(folder))
+        assert_same_bits({name: tensor.read(()) for name, tensor in read.items()}, expected, np.float32)
+
+
+BUFFERS = (
+    *("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rotary_emb.inv_freq"),
+    *("model.layers.0.self_attn.rotary_emb.cos_cached", "layers.0.self_attn.rotary_emb.sin_cached", "cos_cached"),
+    *("rope.freqs", "model.causal_mask", "model.rotary_emb.original_inv_freq"),
+)
+
+
 # --- what is passed over or refused ----------------------------------------------------------------------------------
 
 
@@ -320,8 +380,17 @@ def test_tensor_elsewhere_than_the_index_says(model: Model) -> None:
     assert EMBEDDING in refusal(model.folder)
     model.index(**{EMBEDDING: None})
     assert EMBEDDING in refusal(model.folder)
-    model.index(**{EMBEDDING: FIRST, "model.layers.7.mlp.up_proj.weight": FIRST})
-    assert "model.layers.7.mlp.up_proj.weight" in refusal(model.folder)
+    model.index(**{EMBEDDING: FIRST})
+    last = "model.layers.1.mlp.up_proj.weight"  # named by the index, needed by the model, in no file
+    write_safetensors(model.folder / SECOND, {k: v for k, v in model.shards[1].items() if k != last})
+    assert "missing" in refusal(model.folder) and last in refusal(model.folder)
+
+
+def test_an_index_that_names_too_much(model: Model, mesh: Mesh) -> None:
+    """As in transformers, which reads the files' own names: a name that the model does not need is passed over."""
+    model.write()
+    model.index(**{"model.layers.7.mlp.up_proj.weight": FIRST, "model.rotary_emb.inv_freq": "gone.safetensors"})
+    assert_same_bits(load(model.folder, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
 
 
 def test_missing_shard(model: Model) -> None:
@@ -342,32 +411,108 @@ def test_shard_name_that_leaves_the_folder(shard: str, model: Model) -> None:
     assert "model.safetensors.index.json" in refusal(model.folder)
 
 
-def test_shard_linked_from_outside(model: Model, mesh: Mesh) -> None:
-    """Refused, except for the hub's cache: models--X/snapshots/HASH/FILE -> models--X/blobs/HASH, whether the folder
-    is named itself or by a link; and for a local folder whose files are links into that cache."""
+def test_weights_behind_links(model: Model, mesh: Mesh) -> None:
+    """Weights may lie anywhere: they are read as numbers, and copied nowhere."""
     model.write()
-    outside = model.folder.parent / "elsewhere" / SECOND
+    outside = model.folder.parent / "elsewhere" / "weights of mine"
     outside.parent.mkdir()
     (model.folder / SECOND).rename(outside)
     (model.folder / SECOND).symlink_to(outside)
-    assert SECOND in refusal(model.folder) and "copy the file here" in refusal(model.folder)
+    assert_same_bits(load(model.folder, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
 
-    cache = model.folder.parent / "models--X"
-    snapshot, blobs = cache / "snapshots" / "0123", cache / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    (model.folder / SECOND).unlink()
-    outside.rename(model.folder / SECOND)
-    for i, file in enumerate(sorted(model.folder.iterdir())):
-        file.rename(blobs / str(i))
-        (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-    linked, local = model.folder.parent / "linked", model.folder.parent / "local"
+
+def into_cache(folder: Path, cache: Path) -> Path:
+    """Move the files into a hub cache, by huggingface_hub's own functions, and return the snapshot."""
+    repo = cache / file_download.repo_folder_name(repo_id="org/x", repo_type="model")
+    snapshot = repo / "snapshots" / ("0" * 40)
+    for path in (snapshot, repo / "blobs", repo / "refs"):
+        path.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    for file in sorted(folder.iterdir()):
+        blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file_download._create_symlink(str(file.rename(blob)), str(snapshot / file.name), new_blob=True)
+    return snapshot
+
+
+def behind_link(path: Path, disk: Path) -> None:
+    """Move a file or folder to another disk, and leave a link to it."""
+    disk.mkdir(exist_ok=True)
+    path.symlink_to(path.rename(disk / path.name))
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared", "blobs", "each blob", "repository", "cache", "shared, cache"])
+def test_hub_caches(layout: str, model: Model, mesh: Mesh) -> None:
+    """Every cache is read, by the snapshot, a link to it, and a folder of links into it: as downloaded, with the blobs
+    shared by all repositories (huggingface_hub 1.32), and with a part on another disk."""
+    model.write()
+    (model.folder / "generation_config.json").write_text("{}")
+    root = model.folder.parent
+    cache = root / "cache"
+    snapshot = into_cache(model.folder, cache)
+    repo = snapshot.parents[1]
+    if "shared" in layout:
+        for blob in (repo / "blobs").iterdir():
+            size = blob.stat().st_size
+            publish_blob_to_shared_store(blob_path=str(blob), xet_hash=blob.name, cache_dir=cache, expected_size=size)
+            assert blob.is_symlink()
+    moved = {"blobs": [repo / "blobs"], "each blob": [*(repo / "blobs").iterdir()], "repository": [repo]}
+    for part in moved.get(layout, [cache] if "cache" in layout else []):
+        behind_link(part, root / "disk")
+    linked, local, again = root / "linked", root / "local", root / "again"
     linked.symlink_to(snapshot)
-    local.mkdir()
+    for folder in (local, again):
+        folder.mkdir()
     for file in snapshot.iterdir():
-        (local / file.name).symlink_to(file.resolve())
-    for folder in (snapshot, linked, local):
+        (local / file.name).symlink_to(os.path.normpath(file.parent / file.readlink()))  # as `local_dir` before 0.23
+        (again / file.name).symlink_to(file)
+    for folder in (snapshot, linked, local, again):
+        check_links(folder)
         assert_same_bits(load(folder, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
+
+
+SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json", "vocab.json", "merges.txt")
+
+
+@pytest.mark.parametrize("name", [*SMALL, "tokenizer.model", "added_tokens.json", "additional_chat_templates/x.jinja"])
+def test_a_link_to_a_secret_is_not_read(name: str, model: Model) -> None:
+    """Nor in folders that look like a hub cache: blobs that are links to another name, or in a folder of secrets."""
+    secret = model.folder.parent / "ssh" / "id_rsa"
+    secret.parent.mkdir()
+    model.write()
+    file = model.folder / name
+    file.parent.mkdir(exist_ok=True)
+    secret.write_text(file.read_text() if file.exists() else "{}")  # valid, so that the link alone is refused
+    file.unlink(missing_ok=True)
+    file.symlink_to(secret)
+    assert name in refusal(model.folder) and "copy the file here" in refusal(model.folder)
+    file.unlink()
+    file.symlink_to(os.path.relpath(secret, file.parent))
+    assert name in refusal(model.folder) and str(secret) in refusal(model.folder)
+    if "/" in name:
+        return
+    file.unlink()
+    snapshot = into_cache(model.folder, model.folder.parent / "cache")
+    blobs = snapshot.parents[1] / "blobs"
+    (blobs / ("a" * 40)).symlink_to(secret)
+    (snapshot / name).symlink_to(Path("../../blobs") / ("a" * 40))
+    assert name in refusal(snapshot)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(Path("../../blobs") / "id_rsa")
+    for blob in blobs.iterdir():
+        blob.rename(secret.parent / blob.name)
+    blobs.rmdir()
+    blobs.symlink_to(secret.parent)
+    assert name in refusal(snapshot)
+
+
+def test_links_within_the_folder_and_links_in_circles(model: Model, mesh: Mesh) -> None:
+    model.write()
+    (model.folder / "config.json").rename(model.folder / "mine.json")
+    (model.folder / "config.json").symlink_to("mine.json")
+    assert_same_bits(load(model.folder, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
+    (model.folder / "config.json").unlink()
+    (model.folder / "config.json").symlink_to("config.json")
+    assert "config.json" in refusal(model.folder)
 
 
 def test_one_file_goes_before_an_index(model: Model) -> None:

@@ -3,10 +3,13 @@
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 from llama_jax.base.errors import InputError
+
+_HASH = re.compile("[0-9a-f]{40,64}")
 
 
 def cache_folder(name: str) -> Path:
@@ -70,6 +73,32 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [k for k, _ in pairs]
         raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice in one object")
     return result
+
+
+def refuse_foreign_link(folder: Path, path: Path) -> None:
+    """Refuse a small file of a model folder that a link leads out of it, unless into a hub cache. Raises InputError.
+
+    Small files are copied into the export, where a stranger's link to a secret would publish it. huggingface_hub links
+    snapshots/HASH/FILE to ../../blobs/ETAG in a `models--` folder, wherever the cache is. ETAG may be a link too: since
+    1.32 to CACHE/blobs/XX/XETHASH, or to another disk. Every blob is named by a hash.
+    """
+    target = Path(os.path.realpath(path))
+    inside = target.is_relative_to(os.path.realpath(folder))
+    if not inside and not (_HASH.fullmatch(target.name) and _leads_to_blobs(path)):
+        raise InputError(f"{path}: is a link to {target}, a file outside the model's folder; copy the file here")
+
+
+def _leads_to_blobs(path: Path, links: int = 40) -> bool:
+    """Return whether one of the links that `path` follows names `blobs/HASH` beside a folder `snapshots`."""
+    for _ in range(links):
+        blobs = path.parent
+        if blobs.name == "blobs" and _HASH.fullmatch(path.name) and (blobs.parent / "snapshots").is_dir():
+            return True
+        path = Path(os.path.realpath(blobs)) / path.name
+        if not path.is_symlink():
+            return False
+        path = Path(os.path.normpath(path.parent / path.readlink()))
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

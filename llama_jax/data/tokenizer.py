@@ -8,11 +8,11 @@ from pathlib import Path
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
-from llama_jax.data.tokenizer_base import FILES, Tokenizer, copy_tokenizer, write_tokenizer_json
+from llama_jax.data.tokenizer_base import FILES, TEMPLATES, Tokenizer, copy_tokenizer, write_tokenizer_json
 from llama_jax.data.tokenizer_fast import FastTokenizer
 from llama_jax.data.tokenizer_slow import SentencePieceTokenizer
 
-__all__ = ["FILES", "Tokenizer", "copy_tokenizer", "open_tokenizer", "write_tokenizer_json"]
+__all__ = ["FILES", "TEMPLATES", "Tokenizer", "copy_tokenizer", "open_tokenizer", "write_tokenizer_json"]
 
 
 def open_tokenizer(folder: Path, hf_compat: str = "4.37") -> Tokenizer:

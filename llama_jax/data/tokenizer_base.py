@@ -17,6 +17,7 @@ FILES = (
     "tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json "
     "chat_template.jinja chat_template.json vocab.json merges.txt"
 ).split()
+TEMPLATES = "additional_chat_templates"  # a folder of named templates
 
 
 class Tokenizer(ABC):
@@ -159,6 +160,10 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    for path in (source / TEMPLATES).glob("*.jinja") if source else ():
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / TEMPLATES / path.name)
 
 
 def write_tokenizer_json(path: Path, serialized: str) -> None:

@@ -13,30 +13,51 @@ from jax.sharding import Mesh
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
-from llama_jax.hf.names import IGNORED, name_table
+from llama_jax.hf.names import name_table
 from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions, is_stacked
 from llama_jax.model.roles import Params
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 READERS = 4  # threads: copying out of the page cache takes several to keep up with a device's bus
 
 
 def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) -> dict[str, Tensor]:
-    """Return the model's tensors. Raises InputError for unknown, missing and wrongly shaped tensors, by name."""
+    """Return the model's tensors, by the names of `name_table`. Raises InputError for unknown, missing and wrongly
+    shaped tensors, by name.
+
+    As in transformers, names may lack the prefix `model.` (of a saved LlamaModel), and a tied model may hold
+    lm_head.weight alone.
+    """
     table = name_table(config)
-    tensors = {name: t for name, t in tensors.items() if not IGNORED.fullmatch(name)}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        if embedding is not None and not _equal(head, embedding):
+    bare = {name for name in tensors if name not in table and f"model.{name}" in table.keys() - tensors.keys()}
+    tensors = {f"model.{name}" if name in bare else name: t for name, t in tensors.items()}
+    if config.tie_word_embeddings and _HEAD in tensors:
+        head = tensors.pop(_HEAD)
+        if not _equal(head, tensors.setdefault(_EMBEDDING, head)):
             raise InputError(
-                f"{source}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight"
+                f"{source}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}; set "
+                f"tie_word_embeddings to false in config.json to keep both, or remove {_HEAD} from the weights"
             )
-    for what, names in (("unknown", tensors.keys() - table.keys()), ("missing", table.keys() - tensors.keys())):
+    missing, unknown = table.keys() - tensors.keys(), tensors.keys() - table.keys()
+    if missing == {_HEAD} and not unknown:
+        raise InputError(
+            f"{source}: {_HEAD} is missing: these are the weights of a model without its head (LlamaModel); save the "
+            "whole LlamaForCausalLM, or set tie_word_embeddings to true in config.json if the embedding is its head"
+        )
+    for what, names, fix in (
+        ("unknown", unknown, "give the config.json that belongs to these weights, or remove what is not LLaMA's"),
+        (
+            "missing",
+            missing,
+            "download or copy the folder again, or give the config.json that belongs to these weights",
+        ),
+    ):
         if names:
             shown = ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            raise InputError(f"{source}: {len(names)} {what} tensor(s) for this config.json: {shown}")
+            raise InputError(f"{source}: {len(names)} {what} tensor(s) for this config.json: {shown}; {fix}")
     for name, (_, shape) in table.items():
         if tensors[name].shape != shape:
             raise InputError(

@@ -11,8 +11,8 @@ from llama_jax.model.roles import Params
 
 Path = tuple[str | int, ...]
 
-# Buffers in old checkpoints; the model computes these values.
-IGNORED = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Buffers that some checkpoints hold, under these last names; the model computes their values, as transformers does.
+IGNORED = re.compile(r"(.+\.)?((original_)?inv_freq|(cos|sin)_cached|freqs_cis|rope\.freqs|causal_mask|position_ids)")
 
 
 def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:

@@ -1,5 +1,6 @@
 """Open a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
 
+import functools
 import json
 import math
 import zipfile
@@ -12,10 +13,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import read_json
+from llama_jax.base.files import read_json, refuse_foreign_link
+from llama_jax.data.tokenizer import FILES, TEMPLATES
+from llama_jax.hf.names import IGNORED
 from llama_jax.hf.tensor import Index, Tensor
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+_SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 class Checkpoint(NamedTuple):
@@ -34,6 +39,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
         raise InputError(f"{path}: no such folder (this program does not download; give a folder with an HF model)")
     if path.is_file() and (path.suffix in (".safetensors", ".json") or path.name.startswith("pytorch_model")):
         raise InputError(f"{path}: is one file of an HF model; give the folder: --model_name_or_path {path.parent}")
+    check_links(path.parent if path.is_file() else path)
     gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if path.is_file() or (gguf and not (path / "config.json").exists()):
         if len(gguf) > 1:
@@ -50,6 +56,14 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(path, config, _open_weights(path, allow_pickle))
 
 
+def check_links(folder: Path) -> None:
+    """Refuse links out of the folder for every file but the weights, which are not copied. Raises InputError."""
+    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
+    for path in (*(folder / name for name in (*_SMALL, *FILES)), *templates):
+        if path.exists():
+            refuse_foreign_link(folder, path)
+
+
 def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
     for stem, suffix, opener in (("model", "safetensors", _open_safetensors), ("pytorch_model", "bin", _open_bin)):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
@@ -60,7 +74,7 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
                 f"{folder}: holds only pickled weights ({stem}*.bin); --allow_pickle reads them (torch >= 2.10)"
             )
         if single.exists():  # takes precedence over an index, as in transformers
-            return opener(_checked_path(folder, single))
+            return opener(single)
         return _open_indexed(folder, index, opener)
     raise InputError(f"{folder}: no model.safetensors, model.safetensors.index.json, .gguf or pytorch_model.bin")
 
@@ -71,6 +85,7 @@ def _open_indexed(folder: Path, index: Path, opener) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise InputError(f"{index}: 'weight_map' should map tensor names to file names")
     tensors: dict[str, Tensor] = {}
+    weight_map = {name: shard for name, shard in weight_map.items() if not IGNORED.fullmatch(name)}
     for shard in sorted(set(weight_map.values())):
         for name, tensor in opener(_shard_path(folder, index, shard)).items():
             if name in tensors:
@@ -78,9 +93,7 @@ def _open_indexed(folder: Path, index: Path, opener) -> dict[str, Tensor]:
             if weight_map.get(name) != shard:
                 raise InputError(f"{index}: tensor {name!r} of {shard} is listed under {weight_map.get(name)!r}")
             tensors[name] = tensor
-    for name in weight_map.keys() - tensors.keys():
-        raise InputError(f"{index}: tensor {name!r} is not in {weight_map[name]}, the file that the index names")
-    return tensors
+    return tensors  # the index may name more: `check_tensors` misses those that the model needs
 
 
 def _shard_path(folder: Path, index: Path, shard: str) -> Path:
@@ -90,18 +103,6 @@ def _shard_path(folder: Path, index: Path, shard: str) -> Path:
     path = folder / shard
     if not path.exists():
         raise InputError(f"{index}: names the shard {shard!r}, which is not in the folder")
-    return _checked_path(folder, path)
-
-
-def _checked_path(folder: Path, path: Path) -> Path:
-    """Return the path; raise InputError for a link out of the folder.
-
-    Links into the hub's cache are allowed: from snapshots/HASH to ../../blobs, and from the hub's local downloads.
-    """
-    home, target = folder.resolve(), path.resolve().parent
-    in_cache = target.name == "blobs" and target.parent.name.startswith("models--")
-    if target not in (home, home.parent.parent / "blobs") and not in_cache:
-        raise InputError(f"{path}: is a link to a file outside its folder; copy the file here")
     return path
 
 
@@ -129,9 +130,8 @@ def _open_safetensors(path: Path) -> dict[str, Tensor]:
         return values.reshape(shape)
 
     header.pop("__metadata__", None)
-    return {
-        name: _tensor(path, name, about["shape"], _DTYPES.get(about["dtype"]), read) for name, about in header.items()
-    }
+    kinds = {name: (about["shape"], _DTYPES.get(about["dtype"])) for name, about in header.items()}
+    return _tensors(path, kinds, read)
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
@@ -166,10 +166,19 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
     for name, t in state.items():
         if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
             raise InputError(f"{path}: {name!r} is not a dense tensor; save the model's state_dict() alone")
-    return {name: _tensor(path, name, t.shape, kinds.get(t.dtype), read) for name, t in state.items()}
+    return _tensors(path, {name: (t.shape, kinds.get(t.dtype)) for name, t in state.items()}, read)
 
 
-def _tensor(path: Path, name: str, shape: Iterable[int], dtype: Any, read) -> Tensor:
-    if dtype is None:
-        raise InputError(f"{path}: tensor {name!r} is not of a floating type (quantized checkpoints are not supported)")
-    return Tensor(tuple(shape), np.dtype(dtype), file=path.name, read=lambda index: read(name, index))
+def _tensors(path: Path, kinds: dict[str, tuple[Iterable[int], Any]], read) -> dict[str, Tensor]:
+    """Describe a file's tensors, given by (shape, type), without buffers of no effect. Raises InputError."""
+    found = {name: kind for name, kind in kinds.items() if not IGNORED.fullmatch(name)}
+    for name, (_, dtype) in found.items():
+        if dtype is None:
+            raise InputError(
+                f"{path}: tensor {name!r} is not of a floating type (quantized checkpoints are not supported); give "
+                "the model that it was made of, in float32, bfloat16 or float16"
+            )
+    return {
+        name: Tensor(tuple(shape), np.dtype(dtype), file=path.name, read=functools.partial(read, name))
+        for name, (shape, dtype) in found.items()
+    }

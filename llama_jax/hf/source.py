@@ -17,7 +17,7 @@ from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
 from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
-from llama_jax.hf.readers import Checkpoint, open_checkpoint
+from llama_jax.hf.readers import Checkpoint, check_links, open_checkpoint
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, pick
 from llama_jax.model.llama import RunOptions, stack_layers
@@ -44,6 +44,7 @@ class Source:
         path = path.expanduser()
         self.is_flax = (path / FLAX_JSON).is_file()
         if self.is_flax or (not weights and (path / "config.json").is_file()):
+            check_links(path)
             self._checkpoint = Checkpoint(path, read_json_object(path / "config.json"), {})
         else:
             self._checkpoint = open_checkpoint(path, allow_pickle)
