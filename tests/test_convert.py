@@ -329,6 +329,26 @@ def test_the_flax_folder_trains_the_same(tmp_path: Path) -> None:
     np.testing.assert_allclose([e["grad_norm"] for e in scanned], [e["grad_norm"] for e in expected], rtol=1e-5)
 
 
+@pytest.mark.parametrize("records", ["text", "ids"])
+def test_the_export_stops_where_it_was_trained_to(records: str, tmp_path: Path) -> None:
+    """decapoda's LLaMA: config.json says 0 and 1, the tokenizer 256 and 257. The values are the real Trainer's of 5.24;
+    4.37 leaves the files as they are, which is said."""
+    source = write_tokenizer(write_model(tmp_path / "hf", {**CONFIG, "bos_token_id": 0, "eos_token_id": 1}))
+    data = write_json(tmp_path / "data.json", ALPACA if records == "text" else make_records(8))
+    train(source, tmp_path / "out", "--max_steps", 1, data=data)
+    config, generation = (
+        json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("config", "generation_config")
+    )
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    assert config == {**CONFIG, **ids}
+    assert generation == {"_from_model_config": True, **ids, "eos_token_id": [257, 1]}
+
+    flags = ("--model_name_or_path", source, "--data_path", data, "--use_cpu", True, "--explain")
+    for compat, said in (("4.37", records == "text"), ("5", False)):
+        outcome = run(train_jax.main, *flags, "--hf_compat", compat)
+        assert outcome.code == 0 and ("'</s>' (257)" in outcome.err) == said, outcome.err
+
+
 # -- Answers ----------------------------------------------------------------------------------------------------------
 
 

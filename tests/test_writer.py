@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from tiny import CONFIG, Arrays, hf_shapes, make_arrays, write_model
+from tiny import CONFIG, Arrays, hf_shapes, make_arrays, write_model, write_tokenizer
 
+from llama_jax.data.tokenizer import copy_tokenizer, open_tokenizer
 from llama_jax.distributed.sharding import make_mesh
 from llama_jax.hf import writer
 from llama_jax.hf.source import Source
-from llama_jax.hf.writer import write_config, write_weights
+from llama_jax.hf.writer import align_special_tokens, write_config, write_weights
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.llama import RunOptions
 
@@ -152,22 +155,58 @@ def test_the_config_is_the_one_that_came_in(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     for folder in (source, out):
         folder.mkdir()
-    write_config(out, source, raw, config, np.dtype(np.float16))
+    code = {"auto_map": {"AutoConfig": "configuration_mine.MineConfig"}}  # in Python files, which stay behind
+    (source / "config.json").write_text(json.dumps({**raw, "temperature": 0.7, "top_p": None}))
+    write_config(out, raw | code, Source(source, weights=False).generation, config, np.dtype(np.float16))
     written = json.loads((out / "config.json").read_text())
     changed = {"vocab_size": 260, "architectures": ["LlamaForCausalLM"], "torch_dtype": "float16"}
     assert written == {**raw, **changed}
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation == {"_from_model_config": True, "bos_token_id": 256, "eos_token_id": 257}
+    assert generation == {"_from_model_config": True, "bos_token_id": 256, "eos_token_id": 257, "temperature": 0.7}
 
-    (source / "generation_config.json").write_text('{"eos_token_id": [257, 258], "top_p": 0.9}')
+    given = {"eos_token_id": [257, 258], "top_p": 0.9}
+    (source / "generation_config.json").write_text(json.dumps(given))
     modern = {**raw, "dtype": "float32"}  # transformers 5's name of the key
     del modern["torch_dtype"]
-    write_config(out, source, modern, config, np.dtype(ml_dtypes.bfloat16))
+    write_config(out, modern, Source(source, weights=False).generation, config, np.dtype(ml_dtypes.bfloat16))
     written = json.loads((out / "config.json").read_text())
     assert written["dtype"] == written["torch_dtype"] == "bfloat16"
-    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [257, 258], "top_p": 0.9}
-    write_config(out, out, raw, config, np.dtype(np.float32))  # the folder that it was read from
-    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [257, 258], "top_p": 0.9}
+    assert json.loads((out / "generation_config.json").read_text()) == given
+    write_config(out, raw, Source(out, weights=False).generation, config, np.dtype(np.float32))  # read and written
+    assert json.loads((out / "generation_config.json").read_text()) == given
+
+
+_id = st.none() | st.integers(0, 3)
+_ids = st.one_of(st.just("absent"), _id, st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True))
+
+
+@settings(max_examples=40)
+@given(
+    config=st.fixed_dictionaries({"eos_token_id": _ids, "bos_token_id": st.just("absent") | _id, "pad_token_id": _id}),
+    generation=st.none() | st.fixed_dictionaries({"eos_token_id": _ids, "bos_token_id": _id, "pad_token_id": _id}),
+    eos=_id,
+    bos=_id,
+    pad=_id,
+)
+def test_special_tokens_are_aligned_as_by_the_trainer_of_5(config, generation, eos, bos, pad) -> None:
+    """Against its own `align_special_tokens`, by what transformers reads of the written files."""
+    transformers = pytest.importorskip("transformers")
+    align = pytest.importorskip("transformers.trainer_utils").align_special_tokens
+    present, generation = ({k: v for k, v in (d or {}).items() if v != "absent"} for d in (config, generation))
+    generation = generation or {"_from_model_config": True, **{k: v for k, v in present.items() if v is not None}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(4)}, "t0")),
+        **{f"{key}_token": f"t{i}" for key, i in (("eos", eos), ("bos", bos), ("pad", pad)) if i is not None},
+    )
+    theirs = types.SimpleNamespace(
+        config=transformers.LlamaConfig(**present), generation_config=transformers.GenerationConfig(**generation)
+    )
+    align(theirs, tokenizer)
+    raw, ours = align_special_tokens(present, generation, tokenizer)
+    read = transformers.LlamaConfig(**raw), transformers.GenerationConfig(**ours)
+    for key in config:
+        assert getattr(read[0], key) == getattr(theirs.config, key), key
+        assert getattr(read[1], key) == getattr(theirs.generation_config, key), key
 
 
 BARE = {key: value for key, value in SMALL.items() if key not in ("rope_theta", "torch_dtype")}
@@ -203,7 +242,7 @@ def test_transformers_of_4_37_and_of_5_read_the_config_alike(
     raw = {**BARE, "max_position_embeddings": 16, **ROPES[name]}
     source, out = write_model(tmp_path / "in", raw), tmp_path / "out"
     out.mkdir()
-    write_config(out, source, raw, LlamaConfig.from_hf(raw), np.dtype(np.float32))
+    write_config(out, raw, Source(source).generation, LlamaConfig.from_hf(raw), np.dtype(np.float32))
     shutil.copy(source / "model.safetensors", out)
     meant, new = (hf_reader.configure(str(folder)) for folder in (source, out))
     assert isinstance(meant, dict) and isinstance(new, dict)
@@ -221,3 +260,36 @@ def test_transformers_of_4_37_and_of_5_read_the_config_alike(
     for logits in (old_transformers.ask("logits", {"folder": str(out), "ids": ids}),
                    hf_reader.logits({"folder": str(out), "ids": ids})):  # fmt: skip
         np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("key", ["tokenizer_class", "auto_map"])
+@pytest.mark.parametrize("how", ["saved", "copied"])
+def test_both_transformers_load_the_tokenizer_that_5_saved(
+    how: str, key: str, old_transformers: hf_reader.Server, tmp_path: Path
+) -> None:
+    """5 names its base class, which 4.37 lacks; others name a class in a Python file, which is not copied."""
+    transformers = pytest.importorskip("transformers")
+    plain = write_tokenizer(write_model(tmp_path / "plain"))
+    (plain / "additional_chat_templates").mkdir()
+    (plain / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
+    (plain / "chat_template.jinja").write_text("{{ messages }}")
+    source, out = tmp_path / "in", tmp_path / "out"
+    for folder in (source, out):
+        write_model(folder)
+    transformers.AutoTokenizer.from_pretrained(plain).save_pretrained(source)
+    path = source / "tokenizer_config.json"
+    assert json.loads(path.read_text())["tokenizer_class"] == "TokenizersBackend"
+    if key == "auto_map":
+        custom = {"tokenizer_class": "MineTokenizer", "auto_map": {"AutoTokenizer": [None, "mine.MineTokenizer"]}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | custom))
+    if how == "saved":
+        open_tokenizer(source).save(out)
+    else:
+        copy_tokenizer(source, out)
+    case = {"folder": str(out), "fast": True, "texts": ["Hello</s> you", ""]}
+    expected = hf_reader.tokenize({**case, "folder": str(plain)})
+    assert old_transformers.ask("tokenize", case)["ids"] == hf_reader.tokenize(case)["ids"] == expected["ids"]
+    templates = transformers.AutoTokenizer.from_pretrained(out).chat_template
+    assert templates == {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    copy_tokenizer(write_tokenizer(tmp_path), out)
+    assert not (out / "additional_chat_templates").exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from llama_jax.base.files import write_json, write_text
+from llama_jax.base.files import read_json_object, write_json, write_text
 from llama_jax.data.added_tokens import DEFAULTS, SPECIAL, Named, as_json
 
 # The files of a tokenizer in an HF folder.
@@ -82,9 +82,8 @@ class Tokenizer(ABC):
         special = {key: text for key, text in self.special.items() if text is not None}
         decoder = {str(i): as_json(token) for i, token in sorted(self.added().items())}
         nulls = {key: None for key in SPECIAL if key in self.config}
-        write_json(
-            folder / "tokenizer_config.json", {**self.config, **nulls, **special, "added_tokens_decoder": decoder}
-        )
+        config = {**self.config, **nulls, **special, "added_tokens_decoder": decoder}
+        write_json(folder / "tokenizer_config.json", _portable(config, folder))
         write_json(folder / "special_tokens_map.json", special)
 
     def add_missing_special_tokens(self) -> list[int]:
@@ -152,7 +151,7 @@ class Tokenizer(ABC):
 
 
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files unchanged, and remove other tokenizer files from the folder."""
+    """Copy the tokenizer's files, for any transformers to load, and remove other tokenizer files from the folder."""
     if source and source.resolve() == folder.resolve():
         return
     for name in FILES:
@@ -164,6 +163,24 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
     for path in (source / TEMPLATES).glob("*.jinja") if source else ():
         (folder / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, folder / TEMPLATES / path.name)
+    if (path := folder / "tokenizer_config.json").exists():
+        config = read_json_object(path)
+        if (portable := _portable(config, folder)) != config:
+            write_json(path, portable)
+
+
+def _portable(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a `tokenizer_config.json` that transformers 4.37 and 5 load: without the base classes of 5, whose names
+    4.37 lacks, and without classes in Python files, which are not copied."""
+    custom = {"TokenizersBackend", "SentencePieceBackend", "PythonBackend"}
+    auto_map = config.get("auto_map")
+    for names in auto_map.values() if isinstance(auto_map, dict) else ():
+        custom |= {str(name).rpartition(".")[2] for name in (names if isinstance(names, list) else [names])}
+    config = {key: value for key, value in config.items() if key != "auto_map"}
+    if config.get("tokenizer_class") in custom:
+        is_fast = (folder / "tokenizer.json").exists()
+        config["tokenizer_class"] = "PreTrainedTokenizerFast" if is_fast else "LlamaTokenizer"
+    return config
 
 
 def write_tokenizer_json(path: Path, serialized: str) -> None:

@@ -30,7 +30,7 @@ def to_flax(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) 
     storage.save_params(folder, params)
     del params
     summary = dtype_summary(source.dtypes)
-    write_config(folder, source.folder, source.raw, source.config, numpy_dtype(summary["dtype"]))
+    write_config(folder, source.raw, source.generation, source.config, numpy_dtype(summary["dtype"]))
     copy_tokenizer(tokenizer, folder)
     write_json(folder / FLAX_JSON, {"stored_dtype": run.param_dtype.name, **summary})
     if not verify:
@@ -48,7 +48,7 @@ def to_hf(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) ->
     size = sum(math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(source.config).items())
     with byte_bar("writing weights", size) as bar:
         write_weights(folder, params, source.config, dtypes, bar.update)
-    write_config(folder, source.folder, source.raw, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
+    write_config(folder, source.raw, source.generation, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
     copy_tokenizer(source.folder, folder)
     if not verify:
         return []

@@ -48,11 +48,11 @@ def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) 
             "whole LlamaForCausalLM, or set tie_word_embeddings to true in config.json if the embedding is its head"
         )
     for what, names, fix in (
-        ("unknown", unknown, "give the config.json that belongs to these weights, or remove what is not LLaMA's"),
+        ("unknown", unknown, "give the config.json of these weights, or remove the tensors that LLaMA lacks"),
         (
             "missing",
             missing,
-            "download or copy the folder again, or give the config.json that belongs to these weights",
+            "download or copy the folder again, or give the config.json of these weights",
         ),
     ):
         if names:

@@ -25,6 +25,11 @@ from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import say
 
 FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
+# The part of generation_config.json that an old config.json may hold instead.
+GENERATION = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+    "repetition_penalty",
+)
 
 
 def refuse_other_kind(folder: Path, flax: bool) -> None:
@@ -123,14 +128,23 @@ class Source:
             params = stack_layers(params) if run.scan_layers else params
         return params if like is None else pick(params, like)
 
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """Return `generation_config.json`; without the file, its part of `config.json`. Raises InputError."""
+        path = self.folder / "generation_config.json"
+        if path.exists():
+            return read_json_object(path)
+        return {"_from_model_config": True} | {k: self.raw[k] for k in GENERATION if self.raw.get(k) is not None}
+
     def eos_token_ids(self) -> list[int]:
         """Return the end tokens of `generation_config.json`, or without that file of config.json. Raises InputError."""
-        path = self.folder / "generation_config.json"
-        where = path if path.exists() else self.folder / "config.json"
-        configured = (read_json_object(path) if path.exists() else self.raw).get("eos_token_id")
+        configured = self.generation.get("eos_token_id")
         ids = [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
         if not all(type(i) is int for i in ids):
-            raise InputError(f"{where}: eos_token_id {configured!r} should be a token's id or a list of ids")
+            file = "config.json" if "_from_model_config" in self.generation else "generation_config.json"
+            raise InputError(
+                f"{self.folder / file}: eos_token_id {configured!r} should be a token's id or a list of ids"
+            )
         return sorted(set(ids))
 
     def _check_shapes(self) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llama_jax.base.files import write_json
+from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.distributed.processes import exchange, is_first
 from llama_jax.hf.names import check_names, name_table, without_layer
@@ -22,6 +22,7 @@ from llama_jax.model.roles import Params
 
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # of transformers' LlamaConfig
 _INDEX = "model.safetensors.index.json"
 
 
@@ -123,19 +124,46 @@ def _write_shards(folder: Path, files: dict[str, list[str]], params, config: Lla
             writing.result()
 
 
-def write_config(folder: Path, source: Path, raw: dict[str, Any], config: LlamaConfig, dtype: np.dtype) -> None:
-    """Write `config.json` as read, with the true vocabulary and type, and `generation_config.json`."""
+def write_config(
+    folder: Path, raw: dict[str, Any], generation: dict[str, Any], config: LlamaConfig, dtype: np.dtype
+) -> None:
+    """Write `config.json` as read, with the true vocabulary and type, and `generation_config.json`.
+
+    `auto_map` is left out: it names Python files, which are not copied, for what is a plain LlamaForCausalLM here.
+    """
     out = {**raw, **_old_rope(raw, config), "vocab_size": config.vocab_size, "architectures": ["LlamaForCausalLM"]}
+    out.pop("auto_map", None)
     for key in {"torch_dtype", *(raw.keys() & {"dtype"})}:  # transformers 5's own name is unknown to 4.37
         out[key] = dtype.name
     write_json(folder / "config.json", out)
-    generation = source / "generation_config.json"
-    if generation.exists():
-        if generation.resolve() != (folder / generation.name).resolve():
-            shutil.copyfile(generation, folder / generation.name)
-    else:
-        ids = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if raw.get(k) is not None}
-        write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    write_json(folder / "generation_config.json", generation)
+
+
+def align_special_tokens(
+    raw: dict[str, Any], generation: dict[str, Any], tokenizer: Tokenizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `config.json` and `generation_config.json` with the tokenizer's ids, as the Trainer of transformers 5
+    aligns them: end tokens that `generation_config.json` or a list of `config.json` has stay, behind the tokenizer's.
+    """
+    raw, generation = dict(raw), dict(generation)
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        new, old, old_generation = (
+            getattr(tokenizer, key),
+            raw.get(key, _DEFAULT_IDS.get(key)),
+            _as_list(generation.get(key)),
+        )
+        if new is None or (new in _as_list(old) and new in old_generation):
+            continue
+        raw[key] = generation[key] = new
+        if key == "eos_token_id":
+            generation[key] = [new, *(i for i in old_generation if i not in (new, None))]
+            if isinstance(old, list):
+                raw[key] = [new, *(i for i in old if i != new)]
+    return raw, generation
+
+
+def _as_list(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [ids]
 
 
 def _old_rope(raw: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Train by the flags in four phases: prepare, restore or load, make the updates, export."""
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -13,14 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax.base.errors import InputError
 from llama_jax.base.files import make_output_dir
-from llama_jax.data.tokenizer import copy_tokenizer
+from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
 from llama_jax.hf.load import resize_vocabulary
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
-from llama_jax.hf.writer import write_config, write_weights
+from llama_jax.hf.writer import align_special_tokens, write_config, write_weights
 from llama_jax.model.definition import merge
 from llama_jax.model.roles import Params
 from llama_jax.plan import explain
@@ -165,6 +167,8 @@ def _prepared_alone(args: Arguments, platform: str) -> Prepared:
         say(note)
     ways, quiet = sharding.batch_ways(mesh), args.disable_tqdm or None
     job = make_job(args, source.config, lambda: source.tokenizer_folder, ways, disable_bars=quiet)
+    for warning in end_warnings(source, job):
+        say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)
     facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(args, job.config, platform))
     if resume_step:
@@ -365,11 +369,21 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype, tokenizer_folder
         write_weights(output_dir, params, job.config, dict.fromkeys(name_table(job.config), dtype), bar.update)
     if not processes.is_first():
         return
-    write_config(output_dir, source.folder, source.raw, job.config, dtype)
+    raw, generation = source.raw, source.generation
+    if job.args.hf_compat == "5" and (tokenizer := job.tokenizer or copied_tokenizer(tokenizer_folder)):
+        raw, generation = align_special_tokens(raw, generation, tokenizer)
+    write_config(output_dir, raw, generation, job.config, dtype)
     if job.tokenizer is not None:
         job.tokenizer.save(output_dir)
     else:
         copy_tokenizer(tokenizer_folder, output_dir)
+
+
+def copied_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """Return the tokenizer whose files are exported unread, None where the folder has none that can be opened."""
+    with contextlib.suppress(InputError):
+        return open_tokenizer(folder) if folder else None
+    return None
 
 
 # -- Lines for the user -----------------------------------------------------------------------------------------------
@@ -386,6 +400,19 @@ def say_header(prepared: Prepared) -> None:
     )
     rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
     say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
+
+
+def end_warnings(source: Source, job: Job) -> list[str]:
+    """Return a line where the exported model will not stop at its trained end token. Raises InputError."""
+    ends, eos = source.eos_token_ids(), job.tokenizer.eos_token_id if job.tokenizer else None
+    if eos is None or eos in ends or job.args.hf_compat == "5":
+        return []
+    assert job.tokenizer
+    return [
+        f"{source.folder}: generation ends at the tokens {ends} by generation_config.json or config.json, not at the "
+        f"tokenizer's {job.tokenizer.eos_token!r} ({eos}), so that programs that read these files will not stop; add "
+        f"{eos} to eos_token_id there, or give --hf_compat 5, which does"
+    ]
 
 
 def say_speed(run_log: RunLog) -> None:
