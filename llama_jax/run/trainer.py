@@ -380,9 +380,9 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype, tokenizer_folder
 
 
 def copied_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """Return the tokenizer whose files are exported unread, None where the folder has none that can be opened."""
+    """Return the tokenizer whose files are exported as they are, None where the folder has none that opens."""
     with contextlib.suppress(InputError):
-        return open_tokenizer(folder) if folder else None
+        return open_tokenizer(folder, hf_compat="5") if folder else None
     return None
 
 
