@@ -9,14 +9,20 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
+from llama_jax.base.launcher import rank_of
+
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
 class InputError(Exception):
-    """Report bad input or usage in one line: error, place and fix. Commands print the line and exit with 2."""
+    """Report bad input or usage in one line: error, place and fix. Commands print the line and exit with 2.
 
-    def __init__(self, message: str):
+    Of several processes the first prints; each does where the mistake may be that of one process, `everywhere`.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False):
         super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))
+        self.everywhere = everywhere
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +41,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
     except InputError as e:
-        if _is_first_process(sys.argv):
+        if e.everywhere or _is_first_process(sys.argv):
             print(f"error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -64,6 +70,5 @@ def _disk_problem(e: Exception) -> str | None:
 def _is_first_process(argv: list[str]) -> bool:
     """Return whether this process is the first, by its flags or launcher: a mistake is the same in all processes."""
     given = dict(re.findall(r"--(process_id|num_processes)[= ](\d+)", " ".join(argv)))
-    ranks = (given.get("process_id"), os.environ.get("SLURM_PROCID"), os.environ.get("OMPI_COMM_WORLD_RANK"), "0")
-    rank = next(int(rank) for rank in ranks if rank)
+    rank = int(given["process_id"]) if "process_id" in given else rank_of()
     return rank == 0 or rank >= int(given.get("num_processes", rank + 1))

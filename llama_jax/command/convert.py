@@ -13,9 +13,11 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     # JAX is imported once the flags are good, so that --help answers at once.
     from llama_jax.distributed.platform import set_up_jax
+    from llama_jax.distributed.processes import refuse_several
     from llama_jax.hf.convert import to_flax, to_hf
     from llama_jax.hf.source import Source, numpy_dtype, refuse_other_kind
 
+    refuse_several("convert_torch_to_flax.py")
     set_up_jax(use_cpu=True)
     dtype = numpy_dtype(args.dtype) if args.dtype else None
     source = Source(Path(args.model_name_or_path), args.allow_pickle)

@@ -16,6 +16,7 @@ from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
+from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf.source import Source
 from llama_jax.model.definition import define
 from llama_jax.model.generate import generate
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
         raise InputError("--max_new_tokens should be above 0, --temperature 0 or above")
     if args.message is not None and args.input:
         raise InputError("--input belongs to --instruction; put it into the --message")
+    refuse_several("python -m llama_jax.generate")
     set_up_jax(args.use_cpu)
     source = Source(Path(args.model_name_or_path), args.allow_pickle)
     for note in source.notes:

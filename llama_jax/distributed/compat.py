@@ -9,6 +9,9 @@ from typing import Any
 from jax._src import clusters as _clusters
 from jax._src import distributed as _distributed
 
+# Missing: whether this host has TPUs, before a backend starts.
+from jax._src import cloud_tpu_init as _cloud_tpu_init
+
 # Missing: barriers and preemption notices outside `jax.experimental`.
 from jax.experimental import multihost_utils as multihost_utils
 
@@ -21,6 +24,11 @@ def find_cluster() -> Any:
     """Return the environment that `jax.distributed.initialize` would detect without arguments, or None."""
     kinds = [kind for kind in _clusters.ClusterEnv._cluster_types if not kind.opt_in_only_method]
     return next((kind for kind in kinds if kind.is_env_present()), None)
+
+
+def on_tpu_host() -> bool:
+    """Return whether jax found TPUs and libtpu on this host."""
+    return bool(_cloud_tpu_init.running_in_cloud_tpu_vm)
 
 
 def key_value_store() -> Any:

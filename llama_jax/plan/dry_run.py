@@ -13,6 +13,7 @@ import numpy as np
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import MEMORY_SHARE, set_up_jax
+from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf.source import Source, training_dtype
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.remat import REMAT
@@ -47,6 +48,7 @@ def dry_run(args: Arguments) -> int:
     """
     topology = find_topology(args.dry_run or "")
     chip, fast = topology.chip, args.dry_run_effort == "fast"
+    refuse_several("python train_jax.py --dry_run")
     set_up_jax(use_cpu=True)
     for note in args.notes(chip.platform):
         say(note)

@@ -136,7 +136,7 @@ def print_explanation(args: Arguments) -> int:
 
 def prepare(args: Arguments) -> Prepared:
     """Join the other processes and settle the run; all processes raise the same InputError."""
-    processes.join(args.coordinator_address, args.num_processes, args.process_id)
+    processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
     if not processes.is_first():
         silence()
