@@ -5,12 +5,14 @@ import errno
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 from llama_jax.base.launcher import rank_of
 
+FIRST_PRINTS = 5  # seconds: once one process has ended, its launcher ends all, the first too
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
 
@@ -43,6 +45,8 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     except InputError as e:
         if e.everywhere or _is_first_process(sys.argv):
             print(f"error: {e}", file=sys.stderr)
+        elif rank_of():
+            time.sleep(FIRST_PRINTS)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -14,6 +14,8 @@ def main(argv: list[str]) -> int:
         from llama_jax.plan.dry_run import dry_run
 
         return dry_run(args)
+    from llama_jax.distributed import processes
     from llama_jax.run import trainer
 
-    return trainer.print_explanation(args) if args.explain else trainer.train(args, started)
+    with processes.failing_alone():
+        return trainer.print_explanation(args) if args.explain else trainer.train(args, started)

@@ -5,7 +5,10 @@ Each entry names the missing public API. Heavy modules are imported on the first
 
 from typing import Any
 
-# Missing: the detection of a cluster without joining it; the key-value store of `jax.distributed`.
+import jax
+
+# Missing: the detection of a cluster without joining it; the key-value store and SIGTERM's handler of
+# `jax.distributed`.
 from jax._src import clusters as _clusters
 from jax._src import distributed as _distributed
 
@@ -36,6 +39,12 @@ def key_value_store() -> Any:
     store = _distributed.global_state.client
     assert store is not None
     return store
+
+
+def watch_sigterm() -> None:
+    """Catch SIGTERM as the preemption notice of all processes, later than `jax.distributed.initialize` would."""
+    jax.config.update("jax_enable_preemption_service", True)
+    _distributed.global_state.initialize_preemption_sync_manager()
 
 
 def piecewise_transfer() -> Any:

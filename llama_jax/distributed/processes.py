@@ -3,6 +3,7 @@
 All processes run the same program on the same flags and data. Each must call every function here in the same order.
 """
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -19,7 +20,7 @@ import jax
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.launcher import DEFAULT_PORT, SLURM, TORCH, Place, PlaceError, find_place
-from llama_jax.distributed.compat import find_cluster, key_value_store, multihost_utils, on_tpu_host
+from llama_jax.distributed.compat import find_cluster, key_value_store, multihost_utils, on_tpu_host, watch_sigterm
 
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
 JOIN_SECONDS = 300  # until all processes of a run have started
@@ -56,7 +57,7 @@ def join(address: str | None, count: int | None, index: int | None, use_cpu: boo
     elif count is not None:
         _connect(address, num_processes=count, process_id=index)
     elif address or (cluster and cluster.get_process_count() > 1):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        _configure()
         jax.distributed.initialize(address)
 
 
@@ -143,7 +144,7 @@ def _connect(address: str, *, num_processes: int, process_id: int, local_device_
     timer = threading.Timer(JOIN_SECONDS, give_up)
     timer.daemon = True
     timer.start()
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    _configure()
     jax.distributed.initialize(
         address,
         num_processes,
@@ -153,6 +154,12 @@ def _connect(address: str, *, num_processes: int, process_id: int, local_device_
         initialization_timeout=2 * JOIN_SECONDS,
     )
     timer.cancel()
+
+
+def _configure() -> None:
+    """Set collectives between CPUs; leave SIGTERM to end a process at once, until there is an update to save."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)
 
 
 def _is_free(port: int) -> bool:
@@ -223,7 +230,32 @@ def agreed() -> Iterator[None]:
             raise InputError(line if i == 0 else f"process {i}: {line}")
 
 
+@contextlib.contextmanager
+def failing_alone() -> Iterator[None]:
+    """Run a block of one among several processes; end the process soon after an exception of the block.
+
+    jax's own end waits 300 s for the others, which wait for this process. All processes raise the same InputError.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        if jax.distributed.is_initialized():
+            number = f"process {jax.process_index()} of {jax.process_count()}"
+            e.add_note(f"({number}; where a connection failed, another process ended first: see its output)")
+            atexit.register(_end_at_once)  # before jax's, as the last one registered
+        raise
+
+
+def _end_at_once() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def stop_together() -> Callable[[], bool]:
     """Return a function to call once an update: true on all processes at the same update after any got SIGTERM."""
+    watch_sigterm()
     updates = itertools.count()
     return lambda: multihost_utils.reached_preemption_sync_point(next(updates))
