@@ -14,7 +14,7 @@ TRANSFORMERS_437 = Path(sys.prefix) / "transformers-4.37"  # with the accelerate
 
 def environment(compat: str, *paths: Path) -> dict[str, str]:
     """Of a process whose `transformers` is of that version; modules of these paths can be imported too."""
-    first = [TRANSFORMERS_437] if compat == "4.37" else []
+    first = [TRANSFORMERS_437, Path(__file__).parent / "without_datasets"] if compat == "4.37" else []
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*first, *paths])), "OMP_NUM_THREADS": "1"}
 
 
