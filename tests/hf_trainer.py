@@ -60,7 +60,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     """One run. Its `spec`:
 
     - `argv`: flags for HfArgumentParser and TrainingArguments, `--output_dir` left out; `QUIET` is added
-    - `model`: an HF folder; `data`, `eval_data` (may be absent): JSON files of records of `input_ids` and `labels`
+    - `model`: an HF folder; `data`, `eval_data` (may be absent): JSON files of records of `input_ids` and `labels`,
+      perhaps with an `attention_mask`
     - `output_dir`
     - `new_tokens` (0): how many rows stanford_alpaca's resize adds to the vocabulary
     - `pad_token_id` (0): what pads the ids; `attn` ("sdpa"): the attention implementation; `threads` (1): torch's
@@ -124,7 +125,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
         return {
             "input_ids": padded([r["input_ids"] for r in records], spec.get("pad_token_id", 0)),
             "labels": padded([r["labels"] for r in records], -100),
-            "attention_mask": padded([[1] * len(r["input_ids"]) for r in records], 0),
+            "attention_mask": padded([r.get("attention_mask", [1] * len(r["input_ids"])) for r in records], 0),
         }
 
     losses: list[float] = []

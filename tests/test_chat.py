@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import reference
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny import write_tokenizer
 from tokenizers import AddedToken
@@ -32,6 +32,7 @@ from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 
 transformers = pytest.importorskip("transformers")
+render_jinja_template = transformers.utils.chat_template_utils.render_jinja_template
 transformers.logging.set_verbosity_error()
 
 
@@ -186,6 +187,38 @@ def test_both_names_of_a_turn_are_one_chat(pair):
     got = tokenize("chat", same, ours, 4096)
     assert got[0][0].tolist() == got[1][0].tolist() == got[2][0].tolist()
     assert got[0][1].tolist() == got[1][1].tolist() == got[2][1].tolist()
+
+
+@given(
+    st.lists(st.tuples(words, words, st.sampled_from([None, True, False])), min_size=1, max_size=4),
+    st.sampled_from(["train", "training", "loss", "weight"]),
+)
+def test_a_turn_that_is_switched_off_is_not_trained(pair, exchanges, flag):
+    """Its answer's tokens are those of all answers less those of the others, each trained alone."""
+    assume(any(on is not False for _, _, on in exchanges))
+    chat = turns(*(text for both in exchanges for text in both[:2]))
+    for turn, (_, _, on) in zip(chat[1::2], exchanges, strict=True):
+        if on is not None:
+            turn[flag] = on
+    bare, tagged, theirs = pair
+    _, (spans,) = render_jinja_template(
+        [chat], chat_template=theirs.chat_template, return_assistant_tokens_mask=True, **theirs.special_tokens_map
+    )
+    text = theirs.apply_chat_template(chat, tokenize=False)
+    at = theirs(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    kept = [span for span, (_, _, on) in zip(spans, exchanges, strict=True) if on is not False]
+    expected = [int(any(b > start and a < end for start, end in kept)) for a, b in at]
+    assert trained(tagged, chat)[1] == trained(bare, chat)[1] == expected
+
+
+def test_a_template_that_joins_answers_cannot_switch_one_off(tmp_path):
+    template = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
+    tokenizer = open_tokenizer(write(tmp_path, template))
+    chat = turns("a", "b", "a", "b")
+    trained(tokenizer, chat)
+    chat[1]["train"] = False
+    with pytest.raises(InputError, match=r"record 1: switches turns off, but the chat template writes 1 answers for 2"):
+        trained(tokenizer, chat)
 
 
 def test_other_keys_of_a_turn_reach_the_template_and_nulls_do_not(tmp_path):

@@ -270,6 +270,23 @@ def test_tokenised_records_come_through(lengths):
     assert got.input_ids.dtype == got.labels.dtype == np.int32
 
 
+@given(lengths=lengths_strategy, pads=st.lists(st.tuples(*[st.integers(0, 3)] * 2), min_size=8, max_size=8))
+def test_pads_are_no_tokens(lengths, pads):
+    """Records with pads at either end, marked by the mask, give the examples of the records without."""
+    records = some_examples(lengths)
+    padded = [
+        {
+            "input_ids": [7] * a + r["input_ids"] + [7] * b,
+            "labels": [-100] * a + r["labels"] + [-100] * b,
+            "attention_mask": [0] * a + [1] * len(r["labels"]) + [0] * b,
+        }
+        for r, (a, b) in zip(records, pads, strict=False)
+    ]
+    got, expected = from_tokenized(padded), from_tokenized(records)
+    for a, b in zip(vars(got).values(), vars(expected).values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @settings(max_examples=300)
 @given(
     data=st.data(),

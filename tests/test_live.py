@@ -73,11 +73,18 @@ def spelled(compat: str, flags: Flags) -> list[str]:
 DEFAULTS: Flags = {"learning_rate": 1e-3, "optim": "adamw_torch", "adam_epsilon": 1e-4, "logging_steps": 1}
 
 
-def records_of(count: int, masked: tuple[int, ...]) -> list[dict[str, list[int]]]:
+def records_of(count: int, masked: tuple[int, ...], padded: bool = False) -> list[dict[str, list[int]]]:
     records = make_records(count, seed=count)
     for i in masked:
         records[i]["labels"] = [-100] * len(records[i]["labels"])
-    return records
+    return [with_pads(r, i % 6, i % 3) for i, r in enumerate(records)] if padded else records
+
+
+def with_pads(record: dict[str, list[int]], before: int, after: int) -> dict[str, list[int]]:
+    """Return the record with pads of id 0 at both ends, and its mask."""
+    pads = {"input_ids": (record["input_ids"], 0), "labels": (record["labels"], -100)}
+    pads["attention_mask"] = ([1] * len(record["input_ids"]), 0)
+    return {key: [pad] * before + values + [pad] * after for key, (values, pad) in pads.items()}
 
 
 class Ours(NamedTuple):
@@ -124,13 +131,19 @@ def train_ours(argv: list[str], out: Path) -> Ours:
 
 
 def compare(
-    bench: Bench, compat: str, flags: Flags, count: int, masked: tuple[int, ...] = (), eval_masked: tuple[int, ...] = ()
+    bench: Bench,
+    compat: str,
+    flags: Flags,
+    count: int,
+    masked: tuple[int, ...] = (),
+    eval_masked: tuple[int, ...] = (),
+    padded: bool = False,
 ) -> dict[str, Any]:
     """Run both, assert that they did the same, and return what the Trainer did. `count` records are trained on, some of
-    them `masked`, and seven evaluated, where the flags say so."""
+    them `masked`, all `padded` at both ends, and seven evaluated, where the flags say so."""
     with tempfile.TemporaryDirectory(dir=bench.folder) as directory:
         folder = Path(directory)
-        data = write_json(folder / "data.json", records_of(count, masked))
+        data = write_json(folder / "data.json", records_of(count, masked, padded))
         eval_data = write_json(folder / "eval.json", records_of(7, eval_masked))
         argv = spelled(compat, flags)
         print(compat, "on", count, "records, masked", masked, "with", *argv)  # pytest shows it where the test fails
@@ -150,6 +163,10 @@ def compare(
         weights = load_file(hf["weights"])
     assert len(hf["losses"]) >= 5
     same_run(ours, hf, weights)
+    if padded:  # the Trainer's count has the pads
+        del ours.state["total_flos"], hf["state"]["total_flos"]
+        for state in (ours.state, hf["state"]):
+            del state["log_history"][-1]["total_flos"]
     same_log(ours, hf, compat)
     return hf
 
@@ -312,6 +329,7 @@ RUNS: dict[str, Flags] = {
     "by length": {**ACCUMULATED, **BEST, "train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 3,
                   "dataloader_drop_last": True, "max_steps": 8},
     "adafactor": {"per_device_train_batch_size": 1, "max_steps": 8, "optim": "adafactor", "weight_decay": 0.1},
+    "padded": ACCUMULATED,
     "fused": {**ACCUMULATED, "optim": "adamw_torch_fused", "weight_decay": 0.1, "label_smoothing_factor": 0.2},
 }  # fmt: skip
 MIN_LR = '{"min_lr_rate": 0.2}'
@@ -343,7 +361,7 @@ def test_chosen_runs(bench: Bench, compat: str, name: str) -> None:
     flags = (RUNS | ONLY_5)[name]
     masked = (0, 2, 3, 7) if name in ("NaN trained on", "NaN unfiltered") else ()
     eval_masked = (3, 4, 5) if name.startswith("NaN evaluated") else ()
-    hf = compare(bench, compat, flags, 9, masked, eval_masked)
+    hf = compare(bench, compat, flags, 9, masked, eval_masked, padded=name == "padded")
     assert any(math.isnan(x) for window in hf["micro_losses"] for x in window) == bool(masked), "what the case is for"
     evaluated = [line["eval_loss"] for line in hf["state"]["log_history"] if "eval_loss" in line]
     # 5 leaves such a batch out of the mean, by its filter of the log.

@@ -132,6 +132,19 @@ def without(record: dict[str, Any], key: str) -> dict[str, Any]:
         (TOKENS, {**TOKENS, "input_ids": [1, 5, 1 << 64]}, "token id"),
         (TOKENS, {**TOKENS, "labels": [1, 5, -1 << 64]}, "label"),
         *((TOKENS, v, "object") for v in NOT_A_RECORD),
+        *((TEXT, {**TEXT, key: "x"}, repr(key)) for key in ("system", "images", "rejected", "tools")),
+        (TEXT, {**TEXT, "history": [["Hi", "Hello"]]}, "'history'"),
+        *(
+            (TOKENS, {**TOKENS, "attention_mask": v}, "'attention_mask'")
+            for v in (7, [1, 1], [1, 1, 2], [[1], [1], [1]])
+        ),
+        (TOKENS, {**TOKENS, "attention_mask": [1, 0, 1]}, "labels where 'attention_mask' is 0"),
+        (TOKENS, {"input_ids": [1, 5, 2], "labels": [-100] * 3, "attention_mask": [1, 0, 1]}, "a 0 between tokens"),
+        (TOKENS, {"input_ids": [1, 5, 2], "labels": [-100] * 3, "attention_mask": [0, 0, 0]}, "0 throughout"),
+        *((TOKENS, {**TOKENS, key: [1, 1, 0]}, repr(key)) for key in ("completion_mask", "assistant_masks")),
+        (TOKENS, {**TOKENS, "position_ids": [0, 1, 0]}, "restart at token 3"),
+        *((TOKENS, {**TOKENS, "position_ids": v}, "'position_ids'") for v in (7, [0, 1], [1, 2, 3], [0, 2, 3])),
+        (TOKENS, {**TOKENS, "seq_lengths": [2, 1]}, "'seq_lengths'"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, good, bad, named, layout):
@@ -306,6 +319,7 @@ def test_a_home_folder_is_followed(tmp_path, monkeypatch):
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}]}
 SHAREGPT: dict[str, Any] = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "é"}]}
 PLAIN: dict[str, Any] = {"text": "Once upon\na time"}
+FLAGS = ("train", "training", "trainable", "loss", "weight")
 NOT_TURNS = [None, 3, "Hi", [], {"role": "user"}, {}]
 
 
@@ -325,7 +339,23 @@ def with_turn(good: dict[str, Any], n: int, **changes: Any) -> dict[str, Any]:
         ("chat", [{"conversations": CHAT["messages"]}, with_turn(CHAT, 1, tool_calls=None, name="x", weight=1)]),
         ("chat", [{"conversations": [{"from": f, "value": ""} for f in ("system", "user", "assistant")]}]),
         ("text", [PLAIN, {"text": ""}, {"text": "x", "instruction": "y"}]),
-        ("alpaca", [{**TEXT, "text": "all of it"}]),
+        (
+            "chat",
+            [with_turn(CHAT, 0, weight=1, train=False), {**SHAREGPT, "source": "x", "category": 3, "rejected": None}],
+        ),
+        ("alpaca", [{**TEXT, "text": "all of it"}, {**TEXT, "history": [], "system": "", "images": None, "id": 7}]),
+        (
+            "tokenized",
+            [{**TOKENS, "attention_mask": [1, 1, 1], "position_ids": [0, 1, 2], "token_type_ids": [0, 0, 0]}],
+        ),
+        (
+            "tokenized",
+            [
+                {"input_ids": [0, 1, 5], "labels": [-100, 1, 5], "attention_mask": m, "position_ids": p}
+                for m in ([0, 1, 1], [False, True, True])
+                for p in ([0, 1, 2], [1, 0, 1], None)
+            ],
+        ),
     ],
 )
 def test_the_first_record_tells_the_form(tmp_path, form, records, layout):
@@ -354,8 +384,12 @@ HALF = "half of a pair: \ud83d"
         *((SHAREGPT, with_turn(SHAREGPT, 1, value=v), "'value' of turn 2") for v in (..., *NOT_A_STRING, HALF)),
         (CHAT, {"messages": CHAT["messages"][:1]}, "assistant"),
         (CHAT, with_turn(CHAT, 1, tool_calls=[{}]), "tool in turn 2"),
-        (CHAT, with_turn(CHAT, 1, weight=0), "weight 0 in turn 2"),
-        *((CHAT, {**CHAT, key: "x"}, repr(key)) for key in ("tools", "functions", "system")),
+        *((CHAT, with_turn(CHAT, 1, **{key: v}), "each assistant turn off") for key in FLAGS for v in (0, False, 0.0)),
+        *((SHAREGPT, with_turn(SHAREGPT, 1, **{key: 0}), "each assistant turn off") for key in FLAGS),
+        *((CHAT, with_turn(CHAT, n, weight=v), f"'weight' of turn {n + 1}") for n in (0, 1) for v in (0.5, "1", [1])),
+        (CHAT, with_turn(CHAT, 0, train=True), "'train' in turn 1"),
+        (CHAT, with_turn(CHAT, 1, train_detail=[{"begin_offset": 0}]), "'train_detail' in turn 2"),
+        *((CHAT, {**CHAT, key: "x"}, repr(key)) for key in ("tools", "functions", "system", "rejected", "images")),
         *((CHAT, v, "object") for v in NOT_A_RECORD),
         *((PLAIN, {"text": v}, "'text'") for v in (*NOT_A_STRING, HALF)),
     ],
@@ -420,6 +454,22 @@ def test_parquet_holds_every_form(tmp_path, form):
     got_form, records = read_records(path)
     assert got_form == ("chat" if form == "sharegpt" else form)
     assert list(records) == [good] * 5, "other columns are not read"
+
+
+@pytest.mark.parametrize(
+    ("good", "changes", "named"),
+    [
+        (TEXT, {"history": [["Hi", "Hello"]]}, "'history'"),
+        (TOKENS, {"attention_mask": [1, 1, 0]}, "'attention_mask'"),
+        (TOKENS, {"position_ids": [0, 1, 0]}, "'position_ids'"),
+        (with_turn(CHAT, 1, train=True), with_turn(CHAT, 1, train=False), "each assistant turn off"),
+    ],
+)
+def test_keys_that_change_the_training_are_not_filtered_out_of_parquet(tmp_path, good, changes, named):
+    message = refusal(
+        write_parquet(tmp_path / "data.parquet", [{**dict.fromkeys(changes), **good}] * 2 + [{**good, **changes}])
+    )
+    assert number_in(message) == 3 and named in message
 
 
 def test_a_null_of_parquet_is_no_value(tmp_path):

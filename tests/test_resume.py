@@ -2,12 +2,21 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from llama_jax.run.resume import ACTIONS, Facts, SavedRun
+from llama_jax.run.resume import ACTIONS, UPDATE, Facts, SavedRun, compare_with_saved
 
-FACTS = Facts(dtype="float32", optim="adamw_torch", order={"updates": 4}, scan_layers=False, model={"a": 1}, data="x")
+FACTS = Facts(
+    dtype="float32",
+    optim="adamw_torch",
+    order={"updates": 4},
+    scan_layers=False,
+    model={"a": 1},
+    data="x",
+    update={"learning_rate": 1e-3},
+)
 SAVED = SavedRun(
     facts=FACTS, trainer_state={"global_step": 2}, left=("epoch/save",), schedule={}, log_window={"now": {}}
 )
@@ -33,10 +42,23 @@ def test_a_number_of_actions_done_names_those_left(done: int) -> None:
     assert SavedRun.from_json(values) == dataclasses.replace(SAVED, left=tuple(order[done:]))
 
 
-def test_older_checkpoints_hold_less() -> None:
-    values = {k: v for k, v in as_read(SAVED).items() if k not in ("left", "log_window", "model", "data")}
+def test_older_checkpoints_hold_less(capsys: pytest.CaptureFixture) -> None:
+    values = {k: v for k, v in as_read(SAVED).items() if k not in ("left", "log_window", "model", "data", "update")}
     saved = SavedRun.from_json(values)
     assert (saved.left, saved.log_window, saved.facts.model, saved.facts.data) == ((), None, {}, "")
+    compare_with_saved(dataclasses.replace(FACTS, model={}), saved, "checkpoint-2")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_each_flag_that_decides_an_update_is_compared(capsys: pytest.CaptureFixture) -> None:
+    """Flags that only another version of this program knows are none of the differences."""
+    then = {**dict.fromkeys(UPDATE, 1), "lr_scheduler_kwargs": {"power": 2}}
+    now = {**dict.fromkeys(UPDATE, 2), "lr_scheduler_kwargs": {"power": 3}}
+    saved = dataclasses.replace(SAVED, facts=dataclasses.replace(FACTS, update=then))
+    compare_with_saved(dataclasses.replace(FACTS, update=now), SavedRun.from_json(as_read(saved)), "checkpoint-2")
+    said = capsys.readouterr().err.splitlines()
+    assert [re.search(r"--(\w+) ", line)[1] for line in said] == [*UPDATE, "lr_scheduler_kwargs"]
+    assert {"learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "adam_beta2"} < {*UPDATE}
 
 
 def test_what_is_written_does_not_change_with_the_run() -> None:

@@ -912,11 +912,16 @@ def test_resuming_says_what_is_otherwise(tmp_path: Path) -> None:
     assert "made with seed 42, this run has 7" in outcome.err
     assert "made with updates 4, this run has 5" in outcome.err
     assert "--scan_layers: True, as in" in outcome.err
-    assert "other examples" not in outcome.err
+    assert "other examples" not in outcome.err and "goes on with" not in outcome.err
     write_json(job.folder / "data.json", make_records(21, seed=1))
-    outcome = run(train_jax.main, *job.argv("out", resume_from_checkpoint=True, max_steps=6, weight_decay=0.0))
+    changes = {"max_steps": 6, "weight_decay": 0.0, "learning_rate": 1e-4, "lr_scheduler_type": "linear"}
+    outcome = run(train_jax.main, *job.argv("out", resume_from_checkpoint=True, **changes))
     assert outcome.code == 0, outcome.err
     assert "was made with other examples: other data, another tokenizer or --model_max_length" in outcome.err
+    assert "checkpoint-5 was made with --learning_rate 0.001, this run goes on with 0.0001" in outcome.err
+    assert "made with --weight_decay 0.1, this run goes on with 0.0" in outcome.err
+    assert "made with --lr_scheduler_type cosine, this run goes on with linear" in outcome.err
+    assert outcome.err.count("goes on with") == 3
 
 
 # -- Packed and padded ------------------------------------------------------------------------------------------------

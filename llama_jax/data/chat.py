@@ -13,7 +13,7 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
-from llama_jax.data.records import Record, messages
+from llama_jax.data.records import Record, answers, messages
 from llama_jax.data.tokenizer import Tokenizer
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -48,9 +48,10 @@ class Chat:
     ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """Yield ids and a mask of trained tokens (bool) for each record; errors name `source` and count from `first`.
 
-        A token is trained if any of its characters is in the assistant's text.
+        A token is trained if any of its characters is in the assistant's text, except in turns that their flags switch
+        off.
         """
-        rendered = [self.render(messages(record), f"{source}: record {n}") for n, record in enumerate(records, first)]
+        rendered = [self._trained(record, f"{source}: record {n}") for n, record in enumerate(records, first)]
         encoded = self._tokenizer.encode_with_offsets([text for text, _ in rendered])
         for (_, spans), (ids, offsets) in zip(rendered, encoded, strict=True):
             at = np.asarray(offsets, np.int64).reshape(-1, 2)
@@ -58,6 +59,19 @@ class Chat:
             for start, end in spans:
                 trained |= (at[:, 1] > start) & (at[:, 0] < end)
             yield ids, trained
+
+    def _trained(self, record: Record, where: str) -> tuple[str, list[tuple[int, int]]]:
+        """Return the chat as text, and the spans of the answers that are trained. Raises InputError."""
+        text, spans = self.render(messages(record), where)
+        wanted = answers(record)
+        if all(wanted):
+            return text, spans
+        if len(spans) != len(wanted):
+            raise InputError(
+                f"{where}: switches turns off, but the chat template writes {len(spans)} answers for {len(wanted)} "
+                "assistant turns; remove the flags of its turns"
+            )
+        return text, [span for span, kept in zip(spans, wanted, strict=True) if kept]
 
     def prompt(self, turns: list[dict[str, Any]], where: str) -> list[int]:
         """Return the ids of a chat, up to the start of the assistant's answer. Raises InputError."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, alpaca_prompt
-from llama_jax.data.records import ALPACA, CHAT, TEXT, Record, messages
+from llama_jax.data.records import ALPACA, CHAT, TEXT, Record, answers, messages
 from llama_jax.data.tokenizer import Tokenizer
 
 # Meaning of a finding, and the remedy.
@@ -100,7 +100,8 @@ def as_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _trained_texts(form: str, record: Record) -> list[str]:
     if form == CHAT:
-        return [turn["content"] for turn in messages(record) if turn["role"] == "assistant"]
+        said = [turn["content"] for turn in messages(record) if turn["role"] == "assistant"]
+        return [text for text, trained in zip(said, answers(record), strict=True) if trained]
     return [record["output" if form == ALPACA else "text"]]
 
 

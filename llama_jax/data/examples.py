@@ -10,7 +10,7 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Chat
-from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Record
+from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Record, unpadded
 from llama_jax.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
@@ -102,7 +102,7 @@ def tokenize(
     - "chat": the text that the tokenizer's chat template writes; labels outside the assistant's text are -100.
     - "text": the bos that the tokenizer adds, the text, and eos; all are labels. A text that has bos or eos at its end
       already gets no second.
-    - "tokenized": ids and labels as given; only this form needs no tokenizer, and is not cut.
+    - "tokenized": ids and labels as given, without pads; only this form needs no tokenizer, and is not cut.
 
     Cutting may leave an example without labels. Raises InputError for a chat that the template refuses.
     """
@@ -152,13 +152,13 @@ def from_tokenized(records: Iterable[Record]) -> Examples:
     """Join records that are `input_ids` and `labels` already, as int32, or as int64 where a number needs it."""
     arrays, offsets = [array("i"), array("i")], array("q", [0])
     for record in records:
-        for at, key in enumerate(("input_ids", "labels")):
+        for at, values in enumerate(unpadded(record)):
             try:
-                arrays[at].extend(record[key])
+                arrays[at].extend(values)
             except OverflowError:  # outside any vocabulary: `check_examples` names the number
                 del arrays[at][offsets[-1] :]
                 arrays = [array("q", a) for a in arrays]
-                arrays[at].extend(record[key])
+                arrays[at].extend(values)
         offsets.append(len(arrays[0]))
     ids, labels = (np.frombuffer(a, a.typecode) for a in arrays)
     return Examples(ids, labels, np.frombuffer(offsets, np.int64))

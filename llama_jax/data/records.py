@@ -30,8 +30,35 @@ _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _MARK = re.compile(rb'(?:[^]["{},]++|%s|\{(?:[^]["{}]++|%s)*+\})*+[][{},]' % (_STRING, _STRING), re.DOTALL)
 _KINDS = "a JSON array, JSONL (an object a line), parquet, or a .txt file, not compressed"
 _ROWS = 1000  # rows of a parquet file to hold as Python objects at a time
-_BESIDE = ("tools", "functions", "system")  # keys that would change the chat template's output
-_COLUMNS = {"instruction", "input", "output", "messages", "conversations", *_BESIDE, "text", "input_ids", "labels"}
+
+# Keys that change training where they hold a value, by form, with the fix.
+_MOVE, _REMOVE = "move it into a system turn at the beginning", "remove such records"
+_MEDIA = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "the model reads text alone")
+_PAIRS = dict.fromkeys(("chosen", "rejected", "kto_tag"), "preferences are not trained; remove the key")
+_AS_CHAT = "write the record as 'messages': a system turn, the earlier turns, then instruction and output"
+_REFUSED = {
+    ALPACA: {"history": _AS_CHAT, "system": _AS_CHAT, "system_prompt": _AS_CHAT, "tools": _REMOVE, **_MEDIA, **_PAIRS},
+    CHAT: {**dict.fromkeys(("tools", "functions", "system", "system_prompt", "documents"), _MOVE), **_MEDIA, **_PAIRS},
+    TEXT: _MEDIA,
+    TOKENIZED: {
+        "seq_lengths": "give each document a record of its own: documents are packed side by side anyway",
+        **dict.fromkeys(("pixel_values", "inputs_embeds"), "the model reads input_ids alone"),
+    },
+}
+_FLAGS = (
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_scale",
+    "weight",
+)  # switches of a turn (axolotl, OpenAI, swift)
+_MASKS = ("attention_mask", "completion_mask", "assistant_masks")  # 0 at tokens whose label must be -100
+_COLUMNS = {
+    *("instruction", "input", "output", "messages", "conversations", "text", "input_ids", "labels", "position_ids"),
+    *_MASKS,
+    *(key for keys in _REFUSED.values() for key in keys),
+}
 
 
 def read_records(path: Path) -> tuple[str, Sequence[Record]]:
@@ -43,8 +70,10 @@ def read_records(path: Path) -> tuple[str, Sequence[Record]]:
     - "alpaca": the strings `instruction`, `output` and perhaps `input`;
     - "chat": a list `messages` of `role` and `content`, or `conversations` of `from` and `value`;
     - "text": a string `text`;
-    - "tokenized": the integer lists `input_ids` and `labels` of equal length.
+    - "tokenized": the integer lists `input_ids` and `labels` of equal length, perhaps with an `attention_mask` that is
+      0 at pads, before or after the tokens.
 
+    A key that would change the training and is not supported is refused; other keys are passed over.
     A null in parquet is an absent value. Records are read on access; only their places are held in memory. Raises an
     InputError that names the file, and the record by number from 1.
     """
@@ -61,7 +90,7 @@ def read_records(path: Path) -> tuple[str, Sequence[Record]]:
         if not isinstance(record, dict):
             problem: str | None = f"should be an object, not {_kind(record)}"
         elif form := form or _form(record):
-            problem = _CHECKS[form](record)
+            problem = _refused(form, record) or _CHECKS[form](record)
         else:
             problem = (
                 f"is of no known form{_keys(record)}; should have 'instruction' and 'output', 'messages', "
@@ -81,6 +110,17 @@ def messages(record: Record) -> list[dict[str, Any]]:
         else {"role": SHAREGPT[turn["from"]], "content": turn["value"]}
         for turn in record.get("messages") or record["conversations"]
     ]
+
+
+def answers(record: Record) -> list[bool]:
+    """Return for each assistant turn of a chat record whether it is trained: no flag of the turn is false or 0."""
+    return [_is_trained(turn) for turn in record.get("messages") or record["conversations"] if _is_assistant(turn)]
+
+
+def unpadded(record: Record) -> tuple[list[int], list[int]]:
+    """Return the ids and labels of a tokenised record, without the pads at either end that its mask marks by 0."""
+    part = _tokens(record)
+    return record["input_ids"][part], record["labels"][part]
 
 
 class _Lines(Sequence[Record]):
@@ -268,6 +308,13 @@ def _form(record: Record) -> str | None:
     return next((form for key, form in keys.items() if key in record), None)
 
 
+def _refused(form: str, record: Record) -> str | None:
+    for key, fix in _REFUSED[form].items():
+        if record.get(key) not in (None, "", [], {}):
+            return f"has {key!r}, which is not supported in {form} records: {fix}"
+    return None
+
+
 def _check_alpaca(record: Record) -> str | None:
     for key in ("instruction", "input", "output"):
         if key not in record:
@@ -287,10 +334,6 @@ def _check_chat(record: Record) -> str | None:
     turns = record.get("messages") or record.get("conversations")
     if not isinstance(turns, list):
         return f"needs 'messages' or 'conversations', a list of turns{_keys(record)}"
-    for key in _BESIDE:
-        if record.get(key):
-            return f"has {key!r} beside its turns, which is not supported; move it into a system turn at the beginning"
-    assistant = False
     for n, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             return f"has {_kind(turn)} as turn {n}, should be an object"
@@ -302,11 +345,31 @@ def _check_chat(record: Record) -> str | None:
             return f"calls a tool in turn {n}, which is not supported; remove such records"
         if problem := _check_string(turn.get(text), f"{text!r} of turn {n}"):
             return problem
-        if role in ("assistant", "gpt"):
-            assistant = True
-            if turn.get("weight") == 0:
-                return f"has the weight 0 in turn {n}, which is not supported: every assistant turn is trained"
-    return None if assistant else "has no turn of the assistant, so there is nothing to train"
+        if problem := _check_flags(turn, n):
+            return problem
+    if not any(map(_is_assistant, turns)):
+        return "has no turn of the assistant, so there is nothing to train"
+    return None if any(answers(record)) else "trains no turn: the flags of its turns switch each assistant turn off"
+
+
+def _check_flags(turn: dict[str, Any], n: int) -> str | None:
+    for key in _FLAGS:
+        value = turn.get(key)
+        if value is not None and value not in (0, 1):
+            return f"has {str(value)[:40]!r} as {key!r} of turn {n}, should be true or false (1 or 0)"
+        if value and key != "weight" and not _is_assistant(turn):  # a weight counts on assistant turns alone
+            return f"has {key!r} in turn {n}, but only turns of the assistant are trained; remove the key there"
+    if turn.get("train_detail"):
+        return f"has 'train_detail' in turn {n}, which is not supported; train the whole turn, or split it"
+    return None
+
+
+def _is_assistant(turn: dict[str, Any]) -> bool:
+    return (turn["role"] if "role" in turn else turn["from"]) in ("assistant", "gpt")
+
+
+def _is_trained(turn: dict[str, Any]) -> bool:
+    return not any(turn.get(key) == 0 for key in _FLAGS)
 
 
 def _check_string(value: Any, name: str) -> str | None:
@@ -332,7 +395,52 @@ def _check_tokenized(record: Record) -> str | None:
         return f"has {len(record['input_ids'])} input_ids but {len(record['labels'])} labels"
     if not record["input_ids"]:
         return "has no tokens"
+    return _check_masks(record) or _check_positions(record)
+
+
+def _check_masks(record: Record) -> str | None:
+    for key in _MASKS:
+        mask, labels = record.get(key), record["labels"]
+        if mask is None:
+            continue
+        if not isinstance(mask, list) or mask.count(0) + mask.count(1) != len(mask):
+            return f"has {key!r}, but not as a list of 0 and 1"
+        if len(mask) != len(labels):
+            return f"has {len(labels)} input_ids but {len(mask)} values in {key!r}"
+        if 0 in mask and any(label != -100 for m, label in zip(mask, labels, strict=True) if not m):
+            return f"has labels where {key!r} is 0; set these labels to -100"
+    mask = record.get("attention_mask") or [1]
+    if 1 not in mask:
+        return "has no tokens: its 'attention_mask' is 0 throughout"
+    if 0 in mask[_tokens(record)]:
+        return "has a 0 between tokens in its 'attention_mask', which is not supported; only pads at the ends are"
     return None
+
+
+def _check_positions(record: Record) -> str | None:
+    positions = record.get("position_ids")
+    if positions is None:
+        return None
+    if not isinstance(positions, list) or len(positions) != len(record["input_ids"]):
+        return "has 'position_ids', but not as a list with an integer for each token"
+    part = _tokens(record)
+    found = positions[part]
+    if found in ([*range(len(found))], [*range(part.start, part.stop)]):
+        return None
+    if 0 in found[1:]:
+        return (
+            f"has 'position_ids' that restart at token {found.index(0, 1) + 1}, which is not supported; give each "
+            "document a record of its own: documents are packed side by side anyway"
+        )
+    return "has 'position_ids' that do not count the tokens from 0, which is not supported; leave the key out"
+
+
+def _tokens(record: Record) -> slice:
+    """Return the part of a tokenised record between the pads."""
+    mask = record.get("attention_mask")
+    if mask is None or 0 not in mask:
+        return slice(0, len(record["input_ids"]))
+    return slice(mask.index(1), len(mask) - mask[::-1].index(1))
 
 
 def _kind(value: Any) -> str:

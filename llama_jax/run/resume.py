@@ -15,6 +15,13 @@ from llama_jax.setup.job import Job
 
 Json = dict[str, Any]
 
+# Flags that decide an update, beside those of the order: a resumed run takes its own.
+UPDATE = (
+    *("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    *("average_tokens_across_devices", "bf16", "tf32"),
+)
+
 # Actions after an update, in the HF Trainer's order: first by steps, then at an epoch's end. Checkpoints hold the names
 # of those left to do; before 2026-11-28, the number of those done. So neither names nor places may change.
 ACTIONS = ("steps/log", "steps/evaluate", "steps/save", "epoch/log", "epoch/evaluate", "epoch/save")
@@ -24,7 +31,8 @@ ACTIONS = ("steps/log", "steps/evaluate", "steps/save", "epoch/log", "epoch/eval
 class Facts:
     """Hold the properties of a run that a resumed run is compared with.
 
-    Checkpoints written before 2026-11-26 have no `data`, and those before 2026-11-25 no `model`.
+    Checkpoints written before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before
+    2026-11-25 no `model`.
     """
 
     dtype: str
@@ -33,6 +41,7 @@ class Facts:
     scan_layers: bool
     model: Json = dataclasses.field(default_factory=dict)
     data: str = ""
+    update: Json = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, job: Job, *, dtype: str, scan_layers: bool) -> "Facts":
@@ -44,6 +53,8 @@ class Facts:
             scan_layers=scan_layers,
             model=as_json_values(job.config),
             data=job.data_digest,
+            update={name: getattr(job.args, name) for name in UPDATE}
+            | {"lr_scheduler_kwargs": job.args.schedule_kwargs},
         )
 
 
@@ -133,5 +144,8 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     for key, value in facts.order.items():
         if then.order.get(key) != value:
             say(f"warning: {name} was made with {key} {then.order.get(key)}, this run has {value}")
+    for flag, was in then.update.items():
+        if was != facts.update.get(flag):
+            say(f"warning: {name} was made with --{flag} {was}, this run goes on with {facts.update.get(flag)}")
     if then.scan_layers != facts.scan_layers:
         say(f"--scan_layers: {then.scan_layers}, as in {name}")

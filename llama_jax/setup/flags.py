@@ -264,6 +264,12 @@ DIFFERENCES = (
     "A resumed run continues exactly as the uninterrupted run would have. The Trainer's does not always: 4.37 takes "
     "other examples in the middle of a later epoch, or with a tail that carries over; so does 5 with "
     "`group_by_length`.",
+    "A resumed run takes `--learning_rate`, `--weight_decay`, `--adam_beta1`, `--adam_beta2` and `--adam_epsilon` from "
+    "the command line, as all flags, and warns of each change. The Trainer goes on with the checkpoint's values of "
+    "these five; schedule, warm-up and `--max_grad_norm` are the command line's there too.",
+    "Pads of records of `input_ids`, marked by `attention_mask` 0 at either end, are removed, so that "
+    "`group_by_length` and token counts go without them. The label of the first token after pads is not trained; the "
+    "Trainer predicts the label from the last pad.",
     "`dynamic` rope scaling depends on the length of a micro-batch. In transformers it depends on the longest length "
     "so far, so that a loss depends on earlier batches (5 resets after a batch within the original context).",
     "4.37's order is that of accelerate 0.26 and 0.27; accelerate 0.24 and 0.25 gave 4.37 the order of 5. With "
