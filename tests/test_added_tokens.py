@@ -12,10 +12,22 @@ import pytest
 import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from vocabularies import convert_sentencepiece, copy, for_tokenizers_0_15, train_byte_level, train_sentencepiece, write
+from tiny import CONFIG, write_model, write_tokenizer
+from vocabularies import (
+    convert_sentencepiece,
+    copy,
+    for_tokenizers_0_15,
+    processor,
+    train_byte_level,
+    train_sentencepiece,
+    write,
+)
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llama_jax.model.config import LlamaConfig
+from llama_jax.setup.arguments import parse_arguments
+from llama_jax.setup.job import Job, make_job
 
 transformers.logging.set_verbosity_error()
 
@@ -241,3 +253,74 @@ def test_cases(shared, old, tmp_path):
         shutil.copyfile(shared / "data" / "llama-tokenizer" / name, tmp_path / name)
     shutil.copyfile(cases / "04" / "sp_additional.tokenizer_config.json", tmp_path / "tokenizer_config.json")
     assert len(open_tokenizer(tmp_path)) == 32002
+
+
+def job_of(model: Path, data: Path, cache: Path, *flags: str) -> tuple[Job, str]:
+    """The job of these flags, and what is said meanwhile."""
+    said: list[str] = []
+    argv = [
+        "--model_name_or_path",
+        str(model),
+        "--data_path",
+        str(data),
+        "--output_dir",
+        "out",
+        "--cache_dir",
+        str(cache),
+    ]
+    config = LlamaConfig.from_hf(json.loads((model / "config.json").read_text()))
+    job = make_job(parse_arguments([*argv, *flags]), config, lambda: model, 1, True, said.append)
+    return job, "\n".join(said)
+
+
+@pytest.mark.parametrize("hf_compat", ["4.37", "5"])
+def test_rows_of_cases(shared, tmp_path, hf_compat):
+    """03: tokens that tokenizer.json lacks have rows. 06: a pad past the model's rows, Alpaca's [PAD] behind it."""
+    case = shared / "cases" / "data" / "03"
+    job, _ = job_of(case / "model", case / "data.jsonl", tmp_path, "--hf_compat", hf_compat)
+    assert (job.config.vocab_size, job.new_ids) == (809, (808,))
+    assert {806, 807} <= {*job.examples.input_ids.tolist()}
+    case = shared / "cases" / "data" / "06"
+    model = tmp_path / "model"
+    shutil.copytree(shared / "data" / "stories260K", model)
+    shutil.copyfile(case / "added_tokens.json", model / "added_tokens.json")
+    job, said = job_of(model, case / "four.json", tmp_path, "--hf_compat", hf_compat)
+    assert (job.config.vocab_size, job.new_ids) == (514, (513,))
+    assert "grows from 512 to 514 rows" in said
+
+
+def test_the_versions_ids_are_cached_apart(shared, tmp_path):
+    """transformers 5 cuts runs of spaces otherwise than sentencepiece does, which 4.37 runs."""
+    model = tmp_path / "model"
+    shutil.copytree(shared / "data" / "llama-tokenizer", model)
+    write(
+        model,
+        "config.json",
+        json.loads((shared / "data" / "stories260K" / "config.json").read_text()) | {"vocab_size": 32000},
+    )
+    records = [{"text": f"def f(x):{' ' * n}return x{' ' * n}+ 1"} for n in range(1, 40)]
+    write(tmp_path, "data.json", records)
+    for compat, open_theirs in (("4.37", None), ("5", transformers.AutoTokenizer.from_pretrained)):
+        job, _ = job_of(model, tmp_path / "data.json", tmp_path / "cache", "--hf_compat", compat)
+        if open_theirs:
+            expected = [[*open_theirs(model)(r["text"])["input_ids"], 2] for r in records]
+        else:
+            sp = processor(model)
+            expected = [[1, *sp.encode(r["text"]), 2] for r in records]
+        assert [job.examples[i][0].tolist() for i in range(len(records))] == expected
+
+
+def test_an_eos_that_is_nowhere_trained_is_said(tmp_path):
+    """As of chats whose template ends a turn with another token than eos."""
+    model = write_tokenizer(write_model(tmp_path / "model", {**CONFIG, "vocab_size": 259}))
+    end = "{% for m in messages %}{{ m.role + ': ' }}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    write(
+        model,
+        "tokenizer_config.json",
+        json.loads((model / "tokenizer_config.json").read_text()) | {"chat_template": end},
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write(tmp_path, "chats.json", [{"messages": turns}])
+    write(tmp_path, "texts.json", [{"text": "a"}])
+    assert "'</s>' is not trained in" in job_of(model, tmp_path / "chats.json", tmp_path)[1]
+    assert "not trained" not in job_of(model, tmp_path / "texts.json", tmp_path)[1]
