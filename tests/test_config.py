@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 from transformers import LlamaConfig as HFLlamaConfig
 
 from llama_jax.base.errors import InputError
-from llama_jax.model.config import LlamaConfig, RopeConfig
+from llama_jax.model.config import FAMILIES, LlamaConfig, RopeConfig
 
 # What transformers 4 wrote into every file of its time.
 _COMMON = {
@@ -53,7 +54,7 @@ _LLAMA31 = _LLAMA3 | {"mlp_bias": False, "max_position_embeddings": 131072, "rop
 _LLAMA32 = _LLAMA31 | {"rope_scaling": _SCALING | {"factor": 32.0}, "tie_word_embeddings": True}
 
 # The key sets and values of the published files.
-FAMILIES: dict[str, dict[str, Any]] = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "llama-7b": _COMMON
     | _7B
     | {"max_position_embeddings": 2048, "max_sequence_length": 2048, "pad_token_id": 0, "rms_norm_eps": 1e-06},
@@ -116,10 +117,23 @@ def copy(raw: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(raw))
 
 
-def assert_same_reading(ours: LlamaConfig, hf: HFLlamaConfig) -> None:
-    for name in LlamaConfig.__dataclass_fields__:
-        if name not in ("rope", "pad_token_id"):
-            assert getattr(ours, name) == getattr(hf, name), name
+def assert_same_reading(ours: LlamaConfig, hf: Any) -> None:
+    """LLaMA's config has no keys for what its sisters have beside it."""
+    H = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    fixed = {"mistral": (False, False, False), "qwen2": (True, False, False)}
+    biases = fixed.get(hf.model_type) or (hf.attention_bias, hf.attention_bias, getattr(hf, "mlp_bias", False))
+    other = {"head_dim": H, "attention_bias": biases[0], "o_bias": biases[1], "mlp_bias": biases[2]}
+    other |= {"qk_norm": hf.model_type == "qwen3", "rope_layers": ()}
+    if not all(rotates := getattr(hf, "no_rope_layers", [])):
+        other["rope_layers"] = tuple(map(bool, rotates[: hf.num_hidden_layers]))
+    if hf.model_type != "mistral":
+        other["sliding_window"] = None
+    if hf.model_type != "granite":
+        other |= {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+        other["attention_multiplier"] = None
+    for name in LlamaConfig.__dataclass_fields__.keys() - {"rope", "pad_token_id"}:
+        expected = other[name] if name in other else getattr(hf, name)
+        assert getattr(ours, name) == expected, name
     # As torch's Embedding reads it: a negative padding_idx counts from the end.
     assert ours.pad_token_id == torch.nn.Embedding(hf.vocab_size, 1, hf.pad_token_id).padding_idx
     parameters = {k: tuple(v) if isinstance(v, list) else v for k, v in hf.rope_parameters.items() if k != "type"}
@@ -129,13 +143,88 @@ def assert_same_reading(ours: LlamaConfig, hf: HFLlamaConfig) -> None:
         assert getattr(ours.rope, key) == ours.rope.__dataclass_fields__[key].default, key
 
 
-@pytest.mark.parametrize("raw", FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize("raw", PUBLISHED.values(), ids=PUBLISHED.keys())
 def test_published_configs(raw: dict[str, Any]) -> None:
     """The file, and what transformers 5 makes of it when it saves the model again, are read as transformers does."""
     hf = HFLlamaConfig(**{k: v for k, v in copy(raw).items() if k != "model_type" and v is not None})
     assert_same_reading(LlamaConfig.from_hf(copy(raw)), hf)
     assert_same_reading(LlamaConfig.from_hf(copy(hf.to_dict())), hf)
     assert_same_reading(LlamaConfig.from_hf(copy(hf.to_diff_dict())), hf)  # what save_pretrained writes
+
+
+# The published files of the sister models, without the keys that LLaMA's test covers. Granite's has a dropout of 0.1.
+SISTERS: dict[str, dict[str, Any]] = {
+    "Mistral-7B-v0.1": _8B
+    | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 4096}
+    | {"max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "vocab_size": 32000},
+    "Mistral-7B-Instruct-v0.3": _8B
+    | {"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": None}
+    | {"attention_dropout": 0.0, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0}
+    | {"vocab_size": 32768},
+    "Mistral-Nemo-Base-2407": _8B
+    | {"model_type": "mistral", "head_dim": 128, "hidden_size": 5120, "rope_theta": 1e6}
+    | {"num_hidden_layers": 40, "num_key_value_heads": 8, "sliding_window": None, "vocab_size": 131072},
+    "Qwen2.5-0.5B-Instruct": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864}
+    | {"num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rope_theta": 1000000.0}
+    | {"max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "attention_dropout": 0.0}
+    | {"max_position_embeddings": 32768, "tie_word_embeddings": True, "vocab_size": 151936, "rms_norm_eps": 1e-06},
+    "Qwen3-0.6B": {"model_type": "qwen3", "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072}
+    | {"attention_bias": False, "max_position_embeddings": 40960, "max_window_layers": 28, "num_attention_heads": 16}
+    | {"num_hidden_layers": 28, "num_key_value_heads": 8, "rope_scaling": None, "rope_theta": 1000000}
+    | {"sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936},
+    "granite-3.1-2b-instruct": {"model_type": "granite", "attention_bias": False, "attention_dropout": 0.0}
+    | {"attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "logits_scaling": 8.0}
+    | {"residual_multiplier": 0.22, "hidden_size": 2048, "intermediate_size": 8192, "mlp_bias": False}
+    | {"max_position_embeddings": 131072, "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8}
+    | {"rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 5000000.0, "tie_word_embeddings": True}
+    | {"vocab_size": 49155, "pad_token_id": 0},
+    "SmolLM3-3B": {"model_type": "smollm3", "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}
+    | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16, "num_hidden_layers": 36}
+    | {"layer_types": ["full_attention"] * 36, "no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4}
+    | {"max_position_embeddings": 65536, "max_window_layers": 28, "num_key_value_heads": 4, "rope_theta": 5000000.0}
+    | {"pretraining_tp": 2, "sliding_window": None, "use_sliding_window": False, "vocab_size": 128256}
+    | {"pad_token_id": 128004},
+}
+_NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What a family's config class fills in itself; 32 heads, as many as Qwen's kv heads.
+for _name in ("mistral", "qwen2", "qwen3", "granite", "smollm3"):
+    SISTERS[f"{_name}, defaults"] = {"model_type": _name, **dict.fromkeys(_NEEDED, 256)}
+    SISTERS[f"{_name}, defaults"] |= {"vocab_size": 128256, "num_attention_heads": 32}
+
+
+@pytest.mark.parametrize("raw", SISTERS.values(), ids=SISTERS.keys())
+def test_sister_models(raw: dict[str, Any]) -> None:
+    """As `test_published_configs`, defaults included."""
+    hf = AutoConfig.for_model(**copy(raw))
+    assert_same_reading(LlamaConfig.from_hf(copy(raw)), hf)
+    assert_same_reading(LlamaConfig.from_hf(copy(hf.to_dict())), hf)
+    assert_same_reading(LlamaConfig.from_hf(copy({**hf.to_diff_dict(), **{k: raw[k] for k in _NEEDED}})), hf)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "named"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window"),
+        ("mistral", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+        ("mistral", {"logits_scaling": 2.0}, "logits_scaling"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"layer_types": 2}, "layer_types"),
+        ("granite", {"attention_dropout": 0.1}, "set it to 0.0"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling"),
+        ("granite", {"attention_multiplier": "0.1"}, "attention_multiplier"),
+        ("granite", {"sliding_window": 4096}, "sliding_window"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window"),
+        ("smollm3", {"pad_token_id": 100}, "pad_token_id"),
+    ],
+)
+def test_wrong_values_of_sisters(model_type: str, change: dict[str, Any], named: str) -> None:
+    raw = SMALL | {"model_type": model_type, "num_key_value_heads": 4, "pad_token_id": None}
+    LlamaConfig.from_hf(raw)
+    assert named in refusal(raw | change)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +264,7 @@ json_values = st.recursive(
     max_leaves=4,
 )
 # Keys with no effect on the mathematics are passed over; this list is the test's own, from transformers' documentation.
-KNOWN = {*SMALL, *HFLlamaConfig().to_dict(), *(k for raw in FAMILIES.values() for k in raw)}
+KNOWN = {*SMALL, *HFLlamaConfig().to_dict(), *(k for raw in PUBLISHED.values() for k in raw)}
 
 
 @settings(max_examples=300)
@@ -205,7 +294,14 @@ def test_unknown_key(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "mistral"),
+        ({"model_type": "gemma2"}, "norms that scale by 1 + weight"),
+        ({"model_type": "mixtral"}, "needs experts and a router"),
+        ({"model_type": "qwen3_moe"}, "needs experts and a router"),
+        ({"model_type": "qwen2_5_vl"}, "needs an image encoder"),
+        ({"model_type": "phi3"}, "fused projections"),
+        ({"model_type": "rwkv"}, "'rwkv'; this program reads llama, mistral, qwen2, qwen3, granite, smollm3 only"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types"),
         ({"model_type": None}, "model_type"),
         ({"vocab_size": None}, "vocab_size"),
         ({"hidden_size": "32"}, "hidden_size"),
@@ -265,15 +361,18 @@ def test_wrong_values(change: dict[str, Any], named: str) -> None:
 
 @settings(max_examples=400)
 @given(
-    key=st.sampled_from(sorted(LlamaConfig.__dataclass_fields__.keys() - {"rope"})) | st.just("rope_theta"),
+    model_type=st.sampled_from(sorted(FAMILIES)),
+    key=st.sampled_from(sorted(LlamaConfig.__dataclass_fields__.keys() - {"rope"}))
+    | st.sampled_from(["rope_theta", "no_rope_layers", "no_rope_layer_interval", "layer_types", "max_window_layers"]),
     value=json_values,
 )
-def test_any_value_of_a_known_key(key: str, value: Any) -> None:
+def test_any_value_of_a_known_key(model_type: str, key: str, value: Any) -> None:
     """Read or refused in one line; no other exception."""
+    raw = SMALL | {"model_type": model_type, "num_key_value_heads": 4, "pad_token_id": None, key: value}
     try:
-        LlamaConfig.from_hf(SMALL | {key: value})
+        LlamaConfig.from_hf(raw)
     except InputError:
-        refusal(SMALL | {key: value})
+        refusal(raw)
 
 
 @settings(max_examples=400)

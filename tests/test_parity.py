@@ -154,8 +154,8 @@ def by_hf_name(config: LlamaConfig, run: RunOptions, tree: Any) -> Weights:
 def make_hf(raw: dict[str, Any], weights: Weights) -> Any:
     """transformers' model of the same `config.json` and weights, float32."""
     raw = json.loads(json.dumps(raw))  # transformers writes into the rope dict
-    config = transformers.LlamaConfig(**raw, attn_implementation="eager")
-    model = transformers.LlamaForCausalLM(config)
+    config = transformers.AutoConfig.for_model(**raw, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config)
     state = {name: torch.tensor(value) for name, value in weights.items()}
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     model.load_state_dict(state)
@@ -264,6 +264,10 @@ def watch_rounding(model: Any) -> Callable[[], dict[str, float]]:
     What is rounded are the terms: u P_ij (|dP_ij| + |D_i|) each. Times |k_j| / sqrt(H) and summed they are what q_i's
     cotangent is off by, times |q_i| / sqrt(H) what k_j's is (rotation keeps norms), and times the token's input |x|
     (1 for a bias), summed over tokens, what the gradient of a head's rows is off by. This returns them without the u.
+
+    A norm w x / rms(x) of q or k passes an error on at most |w|_max / rms(x) times as large, as its Jacobian is that
+    times a projection. The gradient of w_h is the sum over tokens and heads of the cotangent times x_h / rms(x), which
+    is at most sqrt(H).
     """
     calls: list[Any] = []
 
@@ -275,16 +279,23 @@ def watch_rounding(model: Any) -> Callable[[], dict[str, float]]:
         sums = {}
         for name, module, x_BTD, P_BNTS in calls:
             groups, H = module.num_key_value_groups, module.head_dim
-            q_BTN = module.q_proj(x_BTD).unflatten(-1, (-1, H)).norm(dim=-1)
-            k_BSN = module.k_proj(x_BTD).unflatten(-1, (-1, H)).norm(dim=-1).repeat_interleave(groups, -1)
+            q, k = (p(x_BTD).unflatten(-1, (-1, H)) for p in (module.q_proj, module.k_proj))
+            norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+            q_BTN, k_BSN = (
+                (y if norm is None else norm(y)).norm(dim=-1) for y, norm in zip((q, k), norms, strict=True)
+            )
+            k_BSN = k_BSN.repeat_interleave(groups, -1)
             D_BNT1 = (P_BNTS * P_BNTS.grad).sum(-1, keepdim=True)
             terms_BNTS = P_BNTS * (P_BNTS.grad.abs() + D_BNT1.abs())
-            terms_BNTS *= model.model.rotary_emb.attention_scaling**2 / math.sqrt(H)
+            terms_BNTS *= model.model.rotary_emb.attention_scaling**2 * module.scaling
             off_q = torch.einsum("bnts,bsn->btn", terms_BNTS, k_BSN)
             off_k = torch.einsum("bnts,btn->bsn", terms_BNTS, q_BTN).unflatten(-1, (-1, groups)).sum(-1)
-            for projection, off in (("q_proj", off_q), ("k_proj", off_k)):
-                sums[f"{name}.{projection}.weight"] = (off * x_BTD.norm(dim=-1, keepdim=True)).sum((0, 1)).norm().item()
-                sums[f"{name}.{projection}.bias"] = off.sum((0, 1)).norm().item()
+            for part, y, norm, off in zip("qk", (q, k), norms, (off_q, off_k), strict=True):
+                if norm is not None:
+                    sums[f"{name}.{part}_norm.weight"] = math.sqrt(H) * off.sum().item()
+                    off = off * norm.weight.abs().max() / y.square().mean(-1).sqrt()
+                sums[f"{name}.{part}_proj.weight"] = (off * x_BTD.norm(dim=-1, keepdim=True)).sum((0, 1)).norm().item()
+                sums[f"{name}.{part}_proj.bias"] = off.sum((0, 1)).norm().item()
         return sums
 
     for name, module in model.named_modules():
@@ -589,6 +600,7 @@ def rope_keys(draw: st.DrawFn, rope_type: str, head_dim: int) -> dict[str, Any]:
     return {**top, "rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
+@cache
 @cache
 def quick_compilation() -> dict[str, Any]:
     """Compiler options, as far as this jax knows them, that take a fifth of the time; other tests use the defaults."""

@@ -24,14 +24,17 @@ def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
         "self_attn.q_proj": (Q, D, config.attention_bias),
         "self_attn.k_proj": (KV, D, config.attention_bias),
         "self_attn.v_proj": (KV, D, config.attention_bias),
-        "self_attn.o_proj": (D, Q, config.attention_bias),
+        "self_attn.o_proj": (D, Q, config.o_bias),
         "mlp.gate_proj": (F, D, config.mlp_bias),
         "mlp.up_proj": (F, D, config.mlp_bias),
         "mlp.down_proj": (D, F, config.mlp_bias),
     }
+    norms = {"input_layernorm": D, "post_attention_layernorm": D}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     for i in range(config.num_hidden_layers):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            table[f"model.layers.{i}.{norm}.weight"] = (("layers", i, norm, "weight"), (D,))
+        for norm, size in norms.items():
+            table[f"model.layers.{i}.{norm}.weight"] = (("layers", i, *norm.split("."), "weight"), (size,))
         for name, (out, in_, bias) in projections.items():
             path: Path = ("layers", i, *name.split("."))
             table[f"model.layers.{i}.{name}.weight"] = ((*path, "weight"), (out, in_))

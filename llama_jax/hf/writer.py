@@ -16,7 +16,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.distributed.processes import exchange, is_first
 from llama_jax.hf.names import check_names, name_table, without_layer
-from llama_jax.model.config import LlamaConfig
+from llama_jax.model.config import FAMILIES, LlamaConfig
 from llama_jax.model.llama import is_stacked
 from llama_jax.model.roles import Params
 
@@ -129,9 +129,10 @@ def write_config(
 ) -> None:
     """Write `config.json` as read, with the true vocabulary and type, and `generation_config.json`.
 
-    `auto_map` is left out: it names Python files, which are not copied, for what is a plain LlamaForCausalLM here.
+    `auto_map` is left out: it names Python files, which are not copied, for what is a plain model of its family here.
     """
-    out = {**raw, **_old_rope(raw, config), "vocab_size": config.vocab_size, "architectures": ["LlamaForCausalLM"]}
+    out = {**raw, **_old_rope(raw, config), "vocab_size": config.vocab_size}
+    out["architectures"] = [FAMILIES[config.model_type].architecture]
     out.pop("auto_map", None)
     for key in {"torch_dtype", *(raw.keys() & {"dtype"})}:  # transformers 5's own name is unknown to 4.37
         out[key] = dtype.name

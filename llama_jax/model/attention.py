@@ -24,7 +24,23 @@ class Kernel(NamedTuple):
     segments: int = 0
 
 
+class Scores(NamedTuple):
+    """Describe the scores of a model: the factor of q k', None for 1 / sqrt(H), and the sliding window, the number of
+    keys that a query sees (its own included), None for all earlier ones."""
+
+    scale: float | None = None
+    window: int | None = None
+
+    def factor(self, H: int) -> float:
+        return H**-0.5 if self.scale is None else self.scale
+
+    def within(self, S: int) -> int | None:
+        """Return the window where it hides some of S keys."""
+        return self.window if self.window is not None and self.window < S else None
+
+
 XLA = Kernel()
+PLAIN = Scores()
 
 
 def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, dtype: str) -> tuple[str, str]:
@@ -63,22 +79,27 @@ def attention(
     q_positions: Int[Array, "B T"],
     kv_segments: Int[Array, "B S"],
     kv_positions: Int[Array, "B S"],
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B T N H"]:
-    """Return softmax(q k' / sqrt(H)) v over the keys of the same segment at no later position.
+    """Return softmax(q k' / sqrt(H)) v over the keys of the same segment at no later position, as `scores` has them.
 
     Plain XLA, for any device: products in the operands' type, scores and softmax in float32. Every query needs at least
     one visible key (itself, in training).
     """
-    return _on_devices(_xla, q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions)
+    return _on_devices(
+        partial(_xla, kind=scores), q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions
+    )
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions):
+def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positions, *, kind: Scores):
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * kind.factor(H)
     same = q_segments[:, :, None] == kv_segments[:, None, :]
     visible = same & (q_positions[:, :, None] >= kv_positions[:, None, :])
+    if window := kind.within(S):
+        visible &= q_positions[:, :, None] - kv_positions[:, None, :] < window
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
@@ -142,6 +163,7 @@ def packed_attention(
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     interpret: bool = False,
+    scores: Scores = PLAIN,
 ) -> Float[Array, "B T N H"]:
     """Return `attention` of packed rows to themselves, by the kernel of the run.
 
@@ -149,14 +171,14 @@ def packed_attention(
     differs between kernels. `interpret` runs splash on the CPU.
     """
     if kernel.name == "xla":
-        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions)
-    inner = partial(_splash, interpret=interpret)
+        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions, scores)
+    inner = partial(_splash, interpret=interpret, scores=scores)
     if kernel.name == "cudnn":
-        inner = partial(_cudnn, segments=kernel.segments)
+        inner = partial(_cudnn, segments=kernel.segments, scores=scores)
     return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids)
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int, scores: Scores):
     """Call cuDNN's flash attention (Hopper and later), in the form for packed rows that jax's public function lacks.
 
     Its inputs are each segment's start and length. Unused places must be -1, the last start included: other values give
@@ -179,8 +201,9 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int):
         kv_seqlen=sizes,
         q_offsets=starts,
         kv_offsets=starts,
-        scale=q_BTNH.shape[-1] ** -0.5,
+        scale=scores.factor(q_BTNH.shape[-1]),
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        sliding_window_length=scores.within(q_BTNH.shape[1]),
     )
 
 
@@ -191,21 +214,23 @@ def splash_block(T: int, dtype: Any) -> int:
     return max(block for block in range(128, most + 1, 128) if T % block == 0)
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool):
-    """Call jax's Splash attention for TPUs: causal blocks only, segments masked inside them."""
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool, scores: Scores):
+    """Call jax's Splash attention for TPUs: blocks with visible keys only, segments masked inside them."""
     splash, masks = splash_attention()
     _, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     block = splash_block(T, q_BTNH.dtype)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes = splash.BlockSizes(**cast(Any, {f"block_{name}": block for name in names}))
-    causal = masks.MultiHeadMask([masks.CausalMask((T, T))] * (N // K))
-    kernel = splash.make_splash_mqa(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    window = scores.within(T)
+    mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+    heads = masks.MultiHeadMask([mask] * (N // K))
+    kernel = splash.make_splash_mqa(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
     if q_BTNH.dtype != jnp.float32:
         kernel = _with_precision("default", kernel)
 
     def row(q_TNH, k_TKH, v_TKH, ids_T):
-        q_KGTH = jnp.transpose((q_TNH * H**-0.5).reshape(T, K, N // K, H), (1, 2, 0, 3))
+        q_KGTH = jnp.transpose((q_TNH * scores.factor(H)).reshape(T, K, N // K, H), (1, 2, 0, 3))
         k_KTH, v_KTH = jnp.swapaxes(k_TKH, 0, 1), jnp.swapaxes(v_TKH, 0, 1)
         out_KGTH = jax.vmap(kernel, (0, 0, 0, None))(q_KGTH, k_KTH, v_KTH, splash.SegmentIds(ids_T, ids_T))
         return jnp.transpose(out_KGTH, (2, 0, 1, 3)).reshape(T, N, H)

@@ -1,7 +1,7 @@
-"""Read the architecture from a `config.json` of `model_type: llama`: its mathematics, and nothing else.
+"""Read the architecture from a `config.json` of LLaMA or a sister model: its mathematics, and nothing else.
 
-Keys are read from a white list (transformers' `LlamaConfig`, versions 4 and 5). An unlisted key stops the load: it
-might change the mathematics. Keys that are known to have no effect on the forward pass are passed over.
+Keys are read from a white list (transformers' config of the family, versions 4 and 5). An unlisted key stops the load:
+it might change the mathematics. Keys that are known to have no effect on the forward pass are passed over.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +18,79 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, bool]]] = {
     "relu": ("relu", {}),
 }
 
+
+@dataclass(frozen=True)
+class Family:
+    """Describe a `model_type` by its differences from LLaMA, as transformers 5.24 has them.
+
+    `defaults` holds the keys that LLaMA's config lacks, and LLaMA's keys with other defaults. `fixed` holds the values
+    that the family's code has, whatever the file holds under these keys. Keys in `idle` have no effect.
+    """
+
+    architecture: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+
+
+_WINDOWS = ("layer_types", "max_window_layers", "sliding_window")  # no effect without use_sliding_window, a refused key
+_SCALARS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family(
+        "MistralForCausalLM",
+        defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        fixed={"attention_bias": False, "mlp_bias": False},
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
+        fixed={"attention_bias": True, "o_bias": False, "mlp_bias": False},
+        idle=_WINDOWS,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        fixed={"mlp_bias": False, "qk_norm": True},
+        idle=_WINDOWS,
+    ),
+    "granite": Family("GraniteForCausalLM", defaults=dict.fromkeys(_SCALARS, 1.0)),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6}
+        | {"tie_word_embeddings": True, "pad_token_id": 128004, "no_rope_layers": None, "no_rope_layer_interval": 4},
+        idle=_WINDOWS,
+    ),
+}
+
+# What other families would need, by a part of their `model_type`; the first match counts.
+_MISSING = {
+    "moe": "experts and a router",
+    "mixtral": "experts and a router",
+    "deepseek": "experts, a router and latent attention",
+    "gpt_oss": "experts, a router and attention sinks",
+    "llama4": "experts, a router and chunked attention",
+    "vl": "an image encoder",
+    "llava": "an image encoder",
+    "mllama": "an image encoder",
+    "mistral3": "an image encoder",
+    "gemma": "norms that scale by 1 + weight, and scaled embeddings",
+    "phi3": "fused projections of q, k and v, and of gate and up",
+    "olmo": "norms over all heads of q and k, and norms after each block",
+    "cohere": "LayerNorm, and attention and MLP side by side",
+    "ministral": "layers with and without a window",
+    "mamba": "state-space layers",
+}
+
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+_KEYS = frozenset(
+    """
+    attention_bias head_dim hidden_act initializer_range max_position_embeddings mlp_bias num_key_value_heads
+    pad_token_id rms_norm_eps tie_word_embeddings
+    """.split()
+).union(_REQUIRED)
 
 # Keys without effect on the forward pass: bookkeeping, generation defaults, and leftovers of PretrainedConfig.
 _WITHOUT_EFFECT = frozenset(
@@ -90,7 +162,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Describe the architecture of a LLaMA with the attribute names of transformers' `LlamaConfig`."""
+    """Describe the architecture of a model with the attribute names of transformers' configs."""
 
     vocab_size: int
     hidden_size: int
@@ -105,10 +177,25 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False
+    """Whether q, k and v have biases."""
     mlp_bias: bool = False
     pad_token_id: int | None = None
     """The row of the input embedding that gets no gradient: torch's `padding_idx`."""
     rope: RopeConfig = field(default_factory=RopeConfig)
+    model_type: str = "llama"
+    o_bias: bool = False
+    qk_norm: bool = False
+    """Whether each head of q and k is normed before the rotation."""
+    sliding_window: int | None = None
+    """The number of keys that a query sees, its own included; None for all earlier ones."""
+    rope_layers: tuple[bool, ...] = ()
+    """Which layers rotate q and k; empty where all do."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    """The factor of the scores; None for 1 / sqrt(head_dim)."""
+    logits_scaling: float = 1.0
+    """The divisor of the logits."""
 
     @property
     def num_parameters(self) -> int:
@@ -121,19 +208,19 @@ class LlamaConfig:
         D, H = self.hidden_size, self.head_dim
         q, kv = self.num_attention_heads * H, self.num_key_value_heads * H
         layer = 2 * D * q + 2 * D * kv + 3 * D * self.intermediate_size + 2 * D
-        layer += self.attention_bias * (q + 2 * kv + D) + self.mlp_bias * (2 * self.intermediate_size + D)
+        layer += self.attention_bias * (q + 2 * kv) + self.o_bias * D + self.qk_norm * 2 * H
+        layer += self.mlp_bias * (2 * self.intermediate_size + D)
         return self.num_hidden_layers * layer + D + (0 if self.tie_word_embeddings else self.vocab_size * D)
 
     @staticmethod
     def from_hf(raw: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
         """Read a `config.json` dict; `source` names it in messages. Raises InputError for unsupported entries."""
-        if raw.get("model_type") != "llama":
-            raise InputError(f"{source}: model_type is {raw.get('model_type')!r}; this program reads 'llama' only")
-        values = {k: v for k, v in raw.items() if k in LlamaConfig.__dataclass_fields__ and k != "rope"}
-        values = {k: v for k, v in values.items() if v is not None}
+        family = _family(raw.get("model_type"), source)
+        readable = _KEYS | family.defaults.keys()
         for key, value in raw.items():
-            known = key in LlamaConfig.__dataclass_fields__ or key in _WITHOUT_EFFECT or key in _ROPE_KEYS
-            if (known and key != "rope") or value is None or key.startswith("_"):
+            if key in readable or key in _WITHOUT_EFFECT or key in _ROPE_KEYS or key in family.idle:
+                continue
+            if value is None or key.startswith("_"):
                 continue
             if key not in _ONLY_AT:
                 raise InputError(
@@ -141,21 +228,35 @@ class LlamaConfig:
                     "remove it if it does not"
                 )
             if value != _ONLY_AT[key]:
-                raise InputError(f"{source}: {key} = {value} is not supported, only {_ONLY_AT[key]}")
+                fix = "; set it to 0.0 to train without dropout" if key == "attention_dropout" else ""
+                raise InputError(f"{source}: {key} = {value} is not supported, only {_ONLY_AT[key]}{fix}")
+        types = raw.get("layer_types") or []
+        if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
+            raise InputError(
+                f"{source}: layer_types should name full_attention alone; windows of layers are not supported"
+            )
+        # A null is no value, and not the family's default: Mistral's `sliding_window: null` is no window.
+        values = {k: v for k, v in {**family.defaults, **raw}.items() if k in readable and v is not None}
         for key in _REQUIRED:
             if key not in values:
                 raise InputError(f"{source}: key {key!r} is missing")
         _check_types(values, source)
+        if values.get("logits_scaling") == 0:
+            raise InputError(f"{source}: logits_scaling, a divisor, should be above 0")
         heads = values["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
         values.setdefault("head_dim", values["hidden_size"] // heads)
-        if "head_dim" not in raw and values["hidden_size"] % heads:
+        if "head_dim" not in {**family.defaults, **raw} and values["hidden_size"] % heads:
             raise InputError(
                 f"{source}: hidden_size {values['hidden_size']} is not a multiple of num_attention_heads {heads}"
             )
         if "pad_token_id" in values:
             values["pad_token_id"] = _padding_idx(values["pad_token_id"], values["vocab_size"], source)
-        config = LlamaConfig(**values, rope=_rope_from_hf(raw, values, source))
+        rope = _rope_from_hf(raw, values, source)
+        values.pop("rope_theta", None)
+        values |= {"rope_layers": _rope_layers(values, source), **family.fixed}
+        values.setdefault("o_bias", values.get("attention_bias", False))
+        config = LlamaConfig(**values, rope=rope, model_type=raw["model_type"])
         if heads % config.num_key_value_heads:
             raise InputError(
                 f"{source}: num_attention_heads {heads} is not a multiple of "
@@ -168,18 +269,28 @@ class LlamaConfig:
         return config
 
 
+def _family(model_type: Any, source: str) -> Family:
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    needs = next((needs for part, needs in _MISSING.items() if part in str(model_type)), "")
+    raise InputError(
+        f"{source}: model_type is {model_type!r}; this program reads {', '.join(FAMILIES)} only"
+        + (f", and this family needs {needs}" if needs else "")
+    )
+
+
 def _check_types(values: dict[str, Any], source: str) -> None:
     for key, value in values.items():
-        if key == "pad_token_id":
+        if key in ("pad_token_id", "rope_theta", "no_rope_layers"):  # checked where they are read
             continue
-        kind = LlamaConfig.__dataclass_fields__[key].type
+        kind = int if key == "no_rope_layer_interval" else LlamaConfig.__dataclass_fields__[key].type
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         ok, wanted = {
             int: (is_number and isinstance(value, int) and value > 0, "a positive int"),
             float: (is_number and value >= 0, "a number of 0 or above"),
             bool: (isinstance(value, bool), "true or false"),
             str: (isinstance(value, str), "a string"),
-        }[kind]  # type: ignore[index]  # annotations are real types in this module
+        }[getattr(kind, "__args__", (kind,))[0]]  # annotations are real types in this module; of T | None, T
         if not ok:
             raise InputError(f"{source}: {key} = {value!r} should be {wanted}")
 
@@ -189,6 +300,17 @@ def _padding_idx(value: Any, vocab_size: int, source: str) -> int:
     if type(value) is not int or not -vocab_size <= value < vocab_size:
         raise InputError(f"{source}: pad_token_id {value!r} is not a row of the vocabulary of {vocab_size}")
     return value % vocab_size
+
+
+def _rope_layers(values: dict[str, Any], source: str) -> tuple[bool, ...]:
+    """Take SmolLM3's keys out of `values` and return `LlamaConfig.rope_layers`."""
+    layers, interval = values["num_hidden_layers"], values.pop("no_rope_layer_interval", None)
+    default = [(i + 1) % interval != 0 for i in range(layers)] if interval else []
+    rotates = values.pop("no_rope_layers", default)  # despite its name, 1 marks a layer that rotates
+    if not isinstance(rotates, list) or (rotates and len(rotates) < layers) or any(x not in (0, 1) for x in rotates):
+        raise InputError(f"{source}: no_rope_layers should be a list of 0 and 1, one for each of {layers} layers")
+    chosen = tuple(map(bool, rotates[:layers]))
+    return () if all(chosen) else chosen
 
 
 def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> RopeConfig:
@@ -201,7 +323,7 @@ def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> R
     rope_type = rope.pop("rope_type", None) or old_type or "default"
     if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
         raise InputError(f"{source}: rope type {rope_type!r} is not one of {', '.join(_ROPE_FIELDS)}")
-    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or raw.get("rope_theta") or 10000.0
     rope.pop("finetuned", None)  # of Yarn-Llama-2: records how the model was made
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise InputError(f"{source}: partial_rotary_factor other than 1 is not supported")

@@ -1,4 +1,4 @@
-"""Define the LLaMA decoder in Flax NNX, with HF's attribute names and torch's [out, in] weights.
+"""Define the LLaMA decoder, and its sisters by `config.FAMILIES`, in Flax NNX: HF's names, torch's [out, in] weights.
 
 NNX defines, JAX transforms: `split` gives a graph definition and a pure dict of arrays; everything else is `jax.jit`.
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
-from llama_jax.model.attention import XLA, Kernel, attention, keeps_kernel, packed_attention
+from llama_jax.model.attention import XLA, Kernel, Scores, attention, keeps_kernel, packed_attention
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.matmul import project
 from llama_jax.model.remat import REMAT
@@ -69,6 +69,12 @@ class Tokens(NamedTuple):
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
 
+    def of_layer(self, rotates: Any) -> "Tokens":
+        """Return the inputs of a layer: angles of 0 where `rotates`, a boolean or None for true, is false."""
+        if rotates is None:
+            return self
+        return self._replace(cos=jnp.where(rotates, self.cos, 1), sin=jnp.where(rotates, self.sin, 0))
+
 
 def _draw(shape: tuple[int, int], spec: P, config: LlamaConfig, run: RunOptions, rngs) -> Float[Array, "O I"]:
     """Draw a matrix as transformers initializes it, placed by `spec`."""
@@ -98,12 +104,12 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Compute weight * x / sqrt(mean(x^2) + eps) in float32, rounded to x's type before the weight."""
 
-    def __init__(self, config: LlamaConfig, run: RunOptions):
-        ones = jnp.ones(config.hidden_size, run.param_dtype, out_sharding=placed(sharding.REPLICATED))
+    def __init__(self, size: int, config: LlamaConfig, run: RunOptions):
+        ones = jnp.ones(size, run.param_dtype, out_sharding=placed(sharding.REPLICATED))
         self.weight = NormWeight(ones)
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return self.weight[...] * (x32 * scale).astype(x.dtype)
@@ -114,12 +120,13 @@ class Attention(nnx.Module):
         D, H = config.hidden_size, config.head_dim
         kv_dim = sharding.padded(config.num_key_value_heads, "tensor") * H
         q_dim = kv_dim * (config.num_attention_heads // config.num_key_value_heads)
-        linear = partial(Linear, bias=config.attention_bias, config=config, run=run, rngs=rngs)
-        self.q_proj = linear((q_dim, D), sharding.column(q_dim))
-        self.k_proj = linear((kv_dim, D), sharding.column(kv_dim))
-        self.v_proj = linear((kv_dim, D), sharding.column(kv_dim))
-        self.o_proj = linear((D, q_dim), sharding.ROW_DF)
-        self.head_dim = H
+        linear = partial(Linear, config=config, run=run, rngs=rngs)
+        self.q_proj = linear((q_dim, D), sharding.column(q_dim), config.attention_bias)
+        self.k_proj = linear((kv_dim, D), sharding.column(kv_dim), config.attention_bias)
+        self.v_proj = linear((kv_dim, D), sharding.column(kv_dim), config.attention_bias)
+        self.o_proj = linear((D, q_dim), sharding.ROW_DF, config.o_bias)
+        self.q_norm, self.k_norm = (RMSNorm(H, config, run) if config.qk_norm else None for _ in "qk")
+        self.head_dim, self.scores = H, Scores(config.attention_multiplier, config.sliding_window)
         self.rope_dtype, self.kernel = run.rope_dtype, run.attention
 
     def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
@@ -130,12 +137,17 @@ class Attention(nnx.Module):
             return jnp.reshape(y, shape, out_sharding=placed(sharding.ACT_BTNH))
 
         q, k, v = (heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        names = ("q", "k", "v")
+        if self.q_norm is not None and self.k_norm is not None:
+            # The gradient of a norm needs its input: that is kept, and norm and rotation are recomputed.
+            q, k = self.q_norm(checkpoint_name(q, "q")), self.k_norm(checkpoint_name(k, "k"))
+            names = ("rotated q", "rotated k", "v")
         dtype = self.rope_dtype or x.dtype
         cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
         q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)
-        q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), ("q", "k", "v"), strict=True))
+        q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), names, strict=True))
         if cache is None:
-            out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions)
+            out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions, scores=self.scores)
         else:
             row = jnp.arange(k.shape[0])[:, None]
             k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=placed(sharding.ACT_BTNH))
@@ -143,7 +155,7 @@ class Attention(nnx.Module):
             cache = KVCache(k, v)
             kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=placed(sharding.ACT_BT))
             kv_segments = jnp.ones_like(kv_positions)
-            out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions)
+            out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions, self.scores)
         out = checkpoint_name(out, "attention")
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
         return checkpoint_name(self.o_proj(out), "o_proj"), cache
@@ -166,15 +178,20 @@ class MLP(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
-        self.input_layernorm = RMSNorm(config, run)
+        self.input_layernorm = RMSNorm(config.hidden_size, config, run)
         self.self_attn = Attention(config, run, rngs)
-        self.post_attention_layernorm = RMSNorm(config, run)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, run)
         self.mlp = MLP(config, run, rngs)
+        self.factor = config.residual_multiplier
 
     def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
         attended, cache = self.self_attn(self.input_layernorm(x), tokens, cache)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        x = x + _times(attended, self.factor)
+        return x + _times(self.mlp(self.post_attention_layernorm(x)), self.factor), cache
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else x * factor
 
 
 class Embedding(nnx.Module):
@@ -206,7 +223,7 @@ class Llama(nnx.Module):
         self.embed_tokens = Embedding(config, run, rngs)
         blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
         self.layers: Any = _stack(blocks) if run.scan_layers else nnx.List(blocks)
-        self.norm = RMSNorm(config, run)
+        self.norm = RMSNorm(config.hidden_size, config, run)
         self.lm_head = None if config.tie_word_embeddings else Head(config, run, rngs)
 
     def __call__(
@@ -225,20 +242,21 @@ class Llama(nnx.Module):
         one. With `cache` (of `make_cache`) the block is written at its positions and attends to all earlier positions.
         `states` receives the input of each layer; stacked layers do not support it.
         """
-        x = self.embed_tokens(input_ids)
+        x = _times(self.embed_tokens(input_ids), self.config.embedding_multiplier)
         if lengths is None:
             lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
         slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
         cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
-        tokens = Tokens(cos, sin, positions, segment_ids)
+        tokens, rotates = Tokens(cos, sin, positions, segment_ids), self.config.rope_layers or None
         if self.run.scan_layers:
             assert states is None
             graphdef, stacked = nnx.split(self.layers)
-            x, cache = jax.lax.scan(
-                lambda x, layer: _run_block(graphdef, self.run.remat, layer[0], x, tokens, layer[1]),
-                x,
-                (stacked, cache),
-            )
+
+            def run_layer(x, layer):
+                weights, cache, rotates = layer
+                return _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(rotates), cache)
+
+            x, cache = jax.lax.scan(run_layer, x, (stacked, cache, rotates and jnp.asarray(rotates)))
         else:
             caches, (graphdefs, weights) = [], map(list, zip(*map(nnx.split, self.layers), strict=True))
             for i, graphdef in enumerate(graphdefs):
@@ -246,14 +264,16 @@ class Llama(nnx.Module):
                     states.append(x)
                 if sharding.sums_gradients() and i + 1 < len(weights):
                     x, weights[i + 1] = _in_order(x, weights[i + 1])
-                x, layer_cache = _run_block(graphdef, self.run.remat, weights[i], x, tokens, cache and cache[i])
+                own = tokens.of_layer(rotates and rotates[i])
+                x, layer_cache = _run_block(graphdef, self.run.remat, weights[i], x, own, cache and cache[i])
                 caches.append(layer_cache)
             cache = cache and caches
         return self.norm(x), cache
 
     def head(self) -> Float[Array, "V D"]:
-        """Return the output projection in the compute type; rows past `vocab_size` are padding."""
+        """Return the output projection / `logits_scaling` in the compute type; rows past `vocab_size` are padding."""
         weight = (self.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        weight = _times(weight, 1 / self.config.logits_scaling)
         return sharding.reshard(weight.astype(self.run.compute_dtype or weight.dtype), sharding.HEAD_VD)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T vocab"]:

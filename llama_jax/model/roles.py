@@ -19,7 +19,7 @@ class Bias(nnx.Param):
 
 
 class NormWeight(nnx.Param):
-    """Mark the scale of a norm, [model]."""
+    """Mark the scale of a norm, [model], or [head dim] for q and k."""
 
 
 class EmbeddingTable(nnx.Param):

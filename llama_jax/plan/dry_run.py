@@ -233,14 +233,16 @@ def _by_kind(collectives: list[Collective]) -> list[str]:
 def operations(config: LlamaConfig, tokens: int, row: int, remat: str) -> tuple[float, float]:
     """Return the floating-point operations of an update, without and with recomputation.
 
-    Each weight of a matmul counts six a token. Causal attention counts 12 times the heads' width and half of a row, in
-    each layer; a kernel may skip more, where segments end.
+    Each weight of a matmul counts six a token. Causal attention counts 12 times the heads' width and the mean number of
+    a row's visible keys (half of the row without a window), in each layer; a kernel may skip more, where segments end.
     """
     D, L = config.hidden_size, config.num_hidden_layers
     head = config.vocab_size * D
     weights = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
     width = config.num_attention_heads * config.head_dim
-    layers = tokens * (6.0 * weights + 12.0 * L * width * row / 2)
+    window = min(config.sliding_window or row, row)
+    keys = window - window**2 / row / 2
+    layers = tokens * (6.0 * weights + 12.0 * L * width * keys)
     return layers + 6.0 * tokens * head, layers * (1 + REMAT[remat].again / 3) + 6.0 * tokens * head
 
 

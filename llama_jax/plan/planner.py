@@ -31,7 +31,7 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.remat import REMAT
-from llama_jax.model.roles import EmbeddingTable, MatmulWeight
+from llama_jax.model.roles import EmbeddingTable, MatmulWeight, NormWeight
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 from llama_jax.training.optimizer import make_optimizer
@@ -129,13 +129,15 @@ class Planner:
 
     def _optimizer(self, blocks: np.ndarray | None = None) -> optax.GradientTransformationExtraArgs:
         args = self.job.args
+        # 4.37 exempts norms from the decay by their class, of which LLaMA's alone is registered.
+        norms = (NormWeight,) if args.hf_compat == "4.37" and self.job.config.model_type != "llama" else ()
         return make_optimizer(
             args.optim,
             b1=args.adam_beta1,
             b2=args.adam_beta2,
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            decays=self.definition.having(MatmulWeight, EmbeddingTable),
+            decays=self.definition.having(MatmulWeight, EmbeddingTable, *norms),
             max_grad_norm=args.max_grad_norm,
             blocks=blocks,
             sizes={path: math.prod(shape) for path, shape in name_table(self.job.config).values()},
