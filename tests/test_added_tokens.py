@@ -43,11 +43,11 @@ def added(draw: Any, text: str) -> dict[str, Any]:
 
 
 @st.composite
-def named(draw: Any, text: str, typed: bool) -> str | dict[str, Any]:
+def named(draw: Any, token: dict[str, Any], typed: bool) -> str | dict[str, Any]:
     """A token as a special key names it: its text, or an object; `tokenizer_config.json` marks objects (`typed`)."""
     if draw(st.integers(0, 2)):
-        return text
-    token = {key: value for key, value in draw(added(text)).items() if key != "special"}
+        return token["content"]
+    token = {key: value for key, value in token.items() if key != "special"}
     return {**token, "__type": "AddedToken"} if typed else token
 
 
@@ -55,6 +55,8 @@ def named(draw: Any, text: str, typed: bool) -> str | dict[str, Any]:
 def folders(draw: Any) -> dict[str, Any]:
     """What is written beside a model's vocabulary: the files by name."""
     texts = draw(st.lists(st.sampled_from(TEXTS), unique=True, min_size=1, max_size=5))
+    # Of a token with two descriptions in the configuration, tokenizers 0.15 keeps both.
+    tokens = {text: draw(added(text)) for text in [*texts, "</s>"]}
     config: dict[str, Any] = {}
     mapped: dict[str, Any] = {}
     files: dict[str, Any] = {"tokenizer_config.json": config}
@@ -63,14 +65,14 @@ def folders(draw: Any) -> dict[str, Any]:
             if draw(st.integers(0, 3)) == 0:
                 words = [text for text in texts if " " not in text]  # transformers refuses an eos with a space
                 text = draw(st.sampled_from([*words, "</s>", None] if key == "pad_token" else [*words, "</s>"]))
-                file[key] = text and draw(named(text, file is config))
+                file[key] = text and draw(named(tokens[text], file is config))
     for file in (config, mapped):
         if draw(st.integers(0, 2)) == 0:
             listed = draw(st.lists(st.sampled_from(texts), unique=True))
-            file["additional_special_tokens"] = [draw(named(text, file is config)) for text in listed]
+            file["additional_special_tokens"] = [draw(named(tokens[text], file is config)) for text in listed]
     if draw(st.booleans()):
         listed = draw(st.lists(st.sampled_from(texts), unique=True))
-        config["added_tokens_decoder"] = {str(400 + i): draw(added(text)) for i, text in enumerate(listed)}
+        config["added_tokens_decoder"] = {str(400 + i): tokens[text] for i, text in enumerate(listed)}
     if draw(st.booleans()):
         files["special_tokens_map.json"] = mapped
     if draw(st.booleans()):

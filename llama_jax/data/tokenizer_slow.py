@@ -128,10 +128,7 @@ class SentencePieceTokenizer(Tokenizer):
         for i, part in enumerate(parts):
             if part.text in self._ids:
                 self._apply_flags(parts, i)
-        parts = [part for part in parts if part.text]
-        if not self._legacy and len(parts) > 1 and parts[0].text == _SPACE and parts[1].text in self._all_special():
-            return parts[1:]
-        return parts
+        return [part for part in parts if part.text]
 
     def _apply_flags(self, parts: list[_Part], i: int) -> None:
         """Strip the neighbours of the added token at place `i`, or join a token that is no word of its own to one."""
@@ -146,8 +143,12 @@ class SentencePieceTokenizer(Tokenizer):
         elif token.single_word and right.text and right.text[0] != " ":
             parts[i + 1], parts[i] = parts[i] + parts[i + 1], _NOTHING
 
-    def _all_special(self) -> set[str]:
-        return {*map(str, self._named.all_special()), *filter(None, self.special.values())}
+    def _starts(self, ids: list[int]) -> int:
+        """Return 1 where a dummy space comes before a special token, which non-legacy encoding drops, else 0."""
+        if self._legacy or len(ids) < 2 or ids[0] != self._vocab.get(_SPACE):
+            return 0
+        special = {*map(str, self._named.all_special()), *filter(None, self.special.values())}
+        return int(ids[1] in map(self._vocab.get, special))
 
     def _behind_unk(self, text: str) -> bool:
         """Return whether HF encodes the text behind the unk token's text."""
@@ -162,10 +163,10 @@ class SentencePieceTokenizer(Tokenizer):
         encoded = zip(plain, self._sp.encode(prefixed, num_threads=os.cpu_count() or 1), strict=True)
         result = []
         for parts in split:
-            ids = [*start]
+            ids: list[int] = []
             for text in parts:
                 ids += [self._ids[text]] if text in self._ids else self._without_unk(*next(encoded))
-            result.append(ids + end)
+            result.append([*start, *ids[self._starts(ids) :], *end])
         return result
 
     def _without_unk(self, text: str, ids: list[int]) -> list[int]:
@@ -181,7 +182,8 @@ class SentencePieceTokenizer(Tokenizer):
                 more, spans = self._encode_part(part)
                 ids += more
                 offsets += spans
-            yield ids, offsets
+            start = self._starts(ids)
+            yield ids[start:], offsets[start:]
 
     def _encode_part(self, part: _Part) -> tuple[list[int], list[tuple[int, int]]]:
         """Return a part's ids, and the characters of each in the whole text."""
