@@ -332,6 +332,9 @@ def test_unknown_key(key: str, value: Any) -> None:
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"is_encoder_decoder": "a\nb"}, "is_encoder_decoder"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "give the model that was quantized"),
+        ({"use_bias": True}, "use_bias"),
+        ({"draft_vocab_size": 32000}, "draft_vocab_size"),
         ({"rope_theta": "10000"}, "rope_theta"),
         ({"rope_theta": -1}, "rope_theta"),
         ({"rope_scaling": "linear"}, "rope_scaling"),
@@ -357,6 +360,17 @@ def test_unknown_key(key: str, value: Any) -> None:
 )
 def test_wrong_values(change: dict[str, Any], named: str) -> None:
     assert named in refusal(SMALL | change)
+
+
+def test_keys_without_mathematics() -> None:
+    """Of the tools that save models, and all that LlamaConfig of transformers 5 writes."""
+    config = pytest.importorskip("transformers").LlamaConfig
+    tools = {"attn_implementation": "flash_attention_2", "_attn_implementation": "sdpa", "use_flash_attention_2": True,
+             "unsloth_fixed": True, "model_max_length": 4096, "gradient_checkpointing": True, "hidden_dropout": 0.0,
+             "pad_token": "[PAD]", "min_p": 0.1, "use_bias": False}  # fmt: skip
+    written = config(**{k: v for k, v in SMALL.items() if k != "model_type"}).to_dict()
+    assert LlamaConfig.from_hf(SMALL | tools) == LlamaConfig.from_hf(SMALL)
+    assert LlamaConfig.from_hf(written) == LlamaConfig.from_hf(SMALL)
 
 
 @settings(max_examples=400)

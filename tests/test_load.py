@@ -563,6 +563,13 @@ def test_damaged_config(text: str | bytes, model: Model) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     assert "no such folder" in refusal(tmp_path / "absent")
     assert "config.json" in refusal(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "no config.json" in refusal(tmp_path) and "merge_and_unload" in refusal(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    for inside in ("checkpoint-3", "snapshots/0123"):
+        (tmp_path / inside).mkdir(parents=True)
+        (tmp_path / inside / "config.json").write_text(json.dumps(RAW))
+        assert "no config.json" in refusal(tmp_path) and str(tmp_path / inside) in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(RAW))
     assert "model.safetensors" in refusal(tmp_path)
     (tmp_path / "model.safetensors").mkdir()

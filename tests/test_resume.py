@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from llama_jax.run.resume import ACTIONS, UPDATE, Facts, SavedRun, compare_with_saved
+from llama_jax.base.errors import InputError
+from llama_jax.run.resume import ACTIONS, UPDATE, Facts, SavedRun, choose_step, compare_with_saved
+from llama_jax.setup.arguments import Arguments
 
 FACTS = Facts(
     dtype="float32",
@@ -65,3 +68,20 @@ def test_what_is_written_does_not_change_with_the_run() -> None:
     values = SAVED.to_json()
     values["trainer_state"]["global_step"] = 3
     assert SAVED.trainer_state["global_step"] == 2
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_checkpoint_of_the_trainer_is_proposed_as_the_model(inside: bool, tmp_path: Path) -> None:
+    """Its optimizer state is not read, its weights are: of the last one in output_dir, or of the one that is named."""
+    out = tmp_path / "out"
+    for number in (500, 1000):
+        path = (out if inside else tmp_path / "theirs") / f"checkpoint-{number}"
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+    for resume in ("True", str(path))[not inside :]:
+        with pytest.raises(InputError, match=f"by --model_name_or_path {path}"):
+            choose_step(Arguments(resume_from_checkpoint=resume), out)
+    (path / "config.json").rename(path / "notes.txt")
+    with pytest.raises(InputError) as caught:
+        choose_step(Arguments(resume_from_checkpoint=str(path)), out)
+    assert "--model_name_or_path" not in str(caught.value)

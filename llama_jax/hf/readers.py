@@ -49,11 +49,19 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
         config, tensors = read_gguf(gguf[0])
         return Checkpoint(gguf[0].parent, config, tensors, gguf=gguf[0])
     if not (path / "config.json").exists():
-        raise InputError(f"{path}: no config.json in this folder, so it is not an HF model")
+        raise InputError(f"{path}: no config.json in this folder, so it is not an HF model{_elsewhere(path)}")
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{path / 'config.json'}: should be a JSON object")
     return Checkpoint(path, config, _open_weights(path, allow_pickle))
+
+
+def _elsewhere(folder: Path) -> str:
+    """Return where the model of a folder without config.json is, "" where nothing tells."""
+    if (folder / "adapter_config.json").exists():
+        return "; it holds a PEFT adapter: merge it into its base model (merge_and_unload) and save that"
+    inside = [p.parent for pattern in ("*", "snapshots/*") for p in sorted(folder.glob(f"{pattern}/config.json"))]
+    return f"; give the folder that has one: {inside[-1]}" if inside else ""
 
 
 def check_links(folder: Path) -> None:

@@ -92,31 +92,43 @@ _KEYS = frozenset(
     """.split()
 ).union(_REQUIRED)
 
-# Keys without effect on the forward pass: bookkeeping, generation defaults, and leftovers of PretrainedConfig.
+# Keys without effect on the forward pass: bookkeeping, choices of a kernel, generation, leftovers of PretrainedConfig.
 _WITHOUT_EFFECT = frozenset(
     """
-    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    architectures attn_implementation auto_map bad_words_ids base_model_name_or_path begin_suppress_tokens
+    bos_token bos_token_id cache_implementation chunk_size_feed_forward cls_token_id
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id id2label is_decoder is_llama_config keys_to_ignore_at_inference
-    label2id length_penalty max_length max_sequence_length min_length model_type name_or_path
-    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_scores prefix pretraining_tp problem_type remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    encoder_no_repeat_ngram_size eos_token eos_token_id exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_decoder is_llama_config
+    keys_to_ignore_at_inference label2id length_penalty mask_token_id max_length max_new_tokens max_seq_len
+    max_seq_length max_sequence_length min_length min_new_tokens min_p model_max_length model_type
+    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_logits output_scores pad_token prefix pretraining_tp
+    problem_type remove_invalid_values renormalize_logits repetition_penalty return_dict
+    return_dict_in_generate sep_token_id seq_length stop_strings suppress_tokens task_specific_params
     temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
-    use_bfloat16 use_cache
+    transformers.js_config transformers_version trust_remote_code typical_p unk_token unk_token_id
+    unsloth_fixed unsloth_version use_auth_token use_bfloat16 use_cache use_flash_attention
+    use_flash_attention_2 use_flash_attn xla_device
     """.split()
 )
 
 # Keys that are harmless at a single value.
 _ONLY_AT: dict[str, Any] = {
     "add_cross_attention": False,
+    "alibi": False,
     "attention_dropout": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "embd_pdrop": 0.0,
+    "hidden_dropout": 0.0,
     "is_encoder_decoder": False,
     "partial_rotary_factor": 1.0,
     "pruned_heads": {},
+    "qkv_bias": False,
+    "resid_pdrop": 0.0,
     "rope_interleaved": False,
+    "use_bias": False,
+    "use_qk_norm": False,
     "use_sliding_window": False,
 }
 
@@ -222,6 +234,12 @@ class LlamaConfig:
                 continue
             if value is None or key.startswith("_"):
                 continue
+            if key in ("quantization_config", "compression_config"):
+                raise InputError(
+                    f"{source}: {key} ({repr(value)[:60]}): quantized weights are not read; give the model that was "
+                    "quantized, or model.dequantize() and save it by transformers; where the tensors are float32, "
+                    f"bfloat16 or float16 all the same, remove {key}"
+                )
             if key not in _ONLY_AT:
                 raise InputError(
                     f"{source}: unknown key {key!r} ({repr(value)[:60]}) could change the mathematics; "

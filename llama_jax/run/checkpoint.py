@@ -48,8 +48,9 @@ def find_steps(output_dir: Path) -> list[int]:
 
 
 def find_foreign(output_dir: Path) -> list[str]:
-    """Return the names of folders that another program wrote as `checkpoint-N`, as the HF Trainer does."""
-    return sorted(p.name for p in _named(output_dir) if any(f.is_file() and f.name not in _ORBAX for f in p.iterdir()))
+    """Return the names of folders that another program wrote as `checkpoint-N`, as the HF Trainer does, by N."""
+    found = (p.name for p in _named(output_dir) if any(f.is_file() and f.name not in _ORBAX for f in p.iterdir()))
+    return sorted(found, key=lambda name: int(name.removeprefix("checkpoint-")))
 
 
 def _named(output_dir: Path) -> list[Path]:

@@ -93,9 +93,10 @@ def as_json_values(config: LlamaConfig) -> Json:
 def choose_step(args: Arguments, output_dir: Path) -> int:
     """Return the step of the checkpoint to resume from, 0 for none. Raises InputError."""
     if foreign := find_foreign(output_dir):
+        path = output_dir / foreign[-1]
         raise InputError(
-            f"{output_dir}/{foreign[-1]}: is not a checkpoint of this program (the HF Trainer's?); move it away, or "
-            "choose another --output_dir"
+            f"{path}: is not a checkpoint of this program{_as_model(path)}; move it away, or choose another "
+            "--output_dir"
         )
     wanted, steps = args.resume_from_checkpoint, find_steps(output_dir)
     if wanted and wanted.lower() == "auto":
@@ -119,8 +120,17 @@ def _named_step(wanted: str, steps: list[int], output_dir: Path) -> int:
     path = Path(wanted).expanduser()
     name = path.name.removeprefix("checkpoint-")
     if path.parent.resolve() != output_dir.resolve() or not name.isdigit() or int(name) not in steps:
-        raise InputError(f"--resume_from_checkpoint {wanted}: not one of the checkpoints in {output_dir}: {steps}")
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: not one of the checkpoints in {output_dir}: {steps}{_as_model(path)}"
+        )
     return int(name)
+
+
+def _as_model(path: Path) -> str:
+    """Return the proposal to start from the weights of an HF Trainer's checkpoint, "" where `path` is no HF model."""
+    if not (path / "config.json").is_file():
+        return ""
+    return f"; it is the HF Trainer's: train on from its weights, with a new optimizer, by --model_name_or_path {path}"
 
 
 def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
