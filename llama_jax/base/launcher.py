@@ -19,8 +19,8 @@ class Launcher(NamedTuple):
 
 TORCH = Launcher("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SLURM = Launcher("srun", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "", told_by="SLURM_STEP_NODELIST")
-# The innermost first: SLURM starts mpirun, and either starts torchrun. `accelerate launch` and `deepspeed` set torchrun's
-# variables. Outside a step of srun, SLURM's variables describe the allocation; within, srun may set PMI's too.
+# The innermost first: SLURM starts mpirun, and either starts torchrun. `accelerate launch` and `deepspeed` set the
+# variables of torchrun. Outside a step of srun, SLURM's describe the allocation; within, srun may set PMI's too.
 LAUNCHERS = (
     TORCH,
     Launcher(

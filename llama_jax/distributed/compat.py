@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
+# Missing: whether this host has TPUs, before a backend starts.
+from jax._src import cloud_tpu_init as _cloud_tpu_init
+
 # Missing: the detection of a cluster without joining it; the key-value store and SIGTERM's handler of
 # `jax.distributed`.
 from jax._src import clusters as _clusters
 from jax._src import distributed as _distributed
-
-# Missing: whether this host has TPUs, before a backend starts.
-from jax._src import cloud_tpu_init as _cloud_tpu_init
 
 # Missing: barriers and preemption notices outside `jax.experimental`.
 from jax.experimental import multihost_utils as multihost_utils

@@ -133,8 +133,8 @@ def _connect(address: str, *, num_processes: int, process_id: int, local_device_
 
     def give_up() -> None:
         print(
-            f"error: process {process_id} of {num_processes}: after {JOIN_SECONDS} s not all processes are at {address}; "
-            "see the others' output, and whether all hosts reach that port",
+            f"error: process {process_id} of {num_processes}: not all processes came to {address} within "
+            f"{JOIN_SECONDS} s; see the output of the others, and whether all hosts reach that port",
             file=sys.stderr,
             flush=True,
         )

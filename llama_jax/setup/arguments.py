@@ -15,6 +15,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.model.kernels import KERNELS
 from llama_jax.model.remat import REMAT
 from llama_jax.reporting.metrics import EVALUATION_METRICS
+from llama_jax.setup.deepspeed import differences
 from llama_jax.setup.flags import OtherFlags, overridden, read_json, read_others, resolve_optimizer, suggest_flag
 from llama_jax.setup.help import help_page
 from llama_jax.training.optimizer_names import OPTIMIZERS
@@ -143,7 +144,9 @@ class Arguments:
     )
     full_determinism: bool = _flag(False, "give the same bits on every run; some kernels are slower")
     coordinator_address: str | None = _flag(
-        None, "HOST:PORT of the first of several processes; TPU slices, SLURM and Open MPI need no address"
+        None,
+        "HOST:PORT of the first of several processes; torchrun, accelerate launch, deepspeed, mpirun, srun and TPU "
+        "slices need no address",
     )
     num_processes: int | None = _flag(None, "number of processes; needed where only --coordinator_address is given")
     process_id: int | None = _flag(
@@ -448,9 +451,33 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     meant, arguments.read_as = read_others(others)
     for name, value in meant.items():
         setattr(arguments, name, value)
+    arguments.read_as += _of_accelerate(arguments)
     arguments.settle()
+    if file := others.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").removeprefix("none"):
+        arguments.read_as += differences(read_json("deepspeed", file), arguments)
     arguments.check()
     return arguments
+
+
+def _of_accelerate(arguments: Arguments) -> list[str]:
+    """Apply the settings of `accelerate launch` that TrainingArguments reads, and return a line for each.
+
+    Source: `mixed_precision` and `_setup_devices` in transformers 4.37 and 5. Raises InputError.
+    """
+    lines = []
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "bf16") and not arguments.bf16:
+        raise InputError(
+            f"ACCELERATE_MIXED_PRECISION is {precision} (accelerate launch --mixed_precision): float16 and float8 are "
+            "not there; use bf16 or no"
+        )
+    if precision == "bf16" and not arguments.bf16:
+        arguments.bf16 = True
+        lines.append("ACCELERATE_MIXED_PRECISION=bf16 (accelerate launch): read as --bf16 True")
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") and not arguments.use_cpu:
+        arguments.use_cpu = True
+        lines.append("ACCELERATE_USE_CPU (accelerate launch --cpu): read as --use_cpu True")
+    return lines
 
 
 def _unknown_argument(word: str) -> str:

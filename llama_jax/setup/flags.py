@@ -39,7 +39,8 @@ class Flag(NamedTuple):
 
 _LEVELS = {"choices": ["detail", "debug", "info", "warning", "error", "critical", "passive"]}
 _HALF = {"choices": ["auto", "apex", "cpu_amp"]}
-_MESH = "one program runs on all devices, without ranks to launch"
+_MESH = "--mesh lays out all devices, and XLA exchanges their data; torch's distributed settings are not used"
+_RANK = "the place of a process comes from its launcher's variables, as RANK and LOCAL_RANK"
 _LOADER = "there is no DataLoader; batches are planned ahead"
 _METRICS = "an evaluation computes the loss alone and keeps no outputs"
 _HUB = "nothing is uploaded; OUTPUT_DIR holds the HF folder"
@@ -49,7 +50,10 @@ _COMPILE = "XLA compiles every step"
 _APEX = "belongs to --fp16; there is no loss scaling here"
 _LOG = "no log of transformers or torch is printed"
 _SCRIPT = "this command always trains; --eval_strategy turns evaluation on"
-_SHARDS = "the device mesh makes the shards; torch's FSDP is not used"
+_SHARDS = (
+    "torch's FSDP is not used; --mesh auto, the default, divides parameters, gradients and moments over all devices, "
+    "as full_shard does, with the same updates"
+)
 _FULL_EVAL = "the Trainer casts only for evaluations outside training; there are none here"
 _FP16 = "float16 needs loss scaling, which is not there; use --bf16 True"
 _DEBUG = "torch's reports are not there; leave it out and set JAX_DEBUG_NANS=True, which stops at the first NaN"
@@ -84,7 +88,9 @@ FLAGS = (
     Flag("ddp_timeout", BOTH, int, 1800, NO_MEANING, _MESH),
     Flag("debug", BOTH, list[str], "", REFUSED, _DEBUG,
          options={"choices": ["underflow_overflow", "tpu_metrics_debug"]}),
-    Flag("deepspeed", BOTH, str | None, None, NO_MEANING, "there is no DeepSpeed; its file is not read"),
+    Flag("deepspeed", BOTH, str | None, None, NO_MEANING,
+         "there is no DeepSpeed; --mesh divides the state over all devices. The file is read for settings that differ "
+         "from the flags, a line each"),
     Flag("dispatch_batches", OLD, bool | None, None, REFUSED, _SPLIT, also=(False,)),
     Flag("do_eval", BOTH, bool, False, NO_MEANING, _SCRIPT),
     Flag("do_predict", BOTH, bool, False, NO_MEANING, "this command only trains; llama_jax.generate answers prompts"),
@@ -125,7 +131,7 @@ FLAGS = (
          "the labels are the key 'labels' of the records; rename it there and leave this out", also=("labels",)),
     Flag("length_column_name", BOTH, str, "length", NO_MEANING, "lengths are counted from the token ids"),
     Flag("liger_kernel_config", NEW, str | None, None, NO_MEANING, _COMPILE),
-    Flag("local_rank", BOTH, int, -1, NO_MEANING, _MESH),
+    Flag("local_rank", BOTH, int, -1, NO_MEANING, _RANK),
     Flag("log_level", BOTH, str, "passive", NO_MEANING, _LOG, options=_LEVELS),
     Flag("log_level_replica", BOTH, str, "warning", NO_MEANING, _LOG, options=_LEVELS),
     Flag("log_on_each_node", BOTH, bool, True, NO_MEANING, _LOG),
@@ -377,14 +383,15 @@ def _nearest_optimizer(name: str) -> str:
 
 def read_json(name: str, text: str) -> dict[str, Any]:
     """Read the JSON object in a flag, or in the file that the flag names. Raises InputError."""
+    where = f"--{name}" if text.startswith("{") else f"--{name} {text}"
     try:
         if not text.startswith("{"):
             text = Path(text).expanduser().read_text(encoding="utf-8")
         value = json.loads(text)
     except OSError as e:
-        raise InputError(f"--{name} {text}: neither a JSON object nor a file that holds it: {e.strerror}") from None
+        raise InputError(f"{where}: neither a JSON object nor a file that holds it: {e.strerror}") from None
     except ValueError as e:
-        raise InputError(f"--{name}: not valid JSON: {e}") from None
+        raise InputError(f"{where}: not valid JSON: {e}") from None
     if not isinstance(value, dict):
-        raise InputError(f"--{name}: should be a JSON object, as {{}}")
+        raise InputError(f"{where}: should be a JSON object, as {{}}")
     return value
