@@ -24,6 +24,27 @@ from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, write_
 import train_jax
 from llama_jax.distributed import processes
 
+# The command under torchrun. A rank may fail on purpose in an update: FAILS holds the rank, the update and the way.
+LAUNCHED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train_jax
+from llama_jax.base.errors import run_command
+from llama_jax.reporting.run_log import RunLog
+
+rank, update, how = os.environ.get("FAILS", "- 0 -").split()
+on_update = RunLog.on_update
+
+def failing(self, metrics):
+    on_update(self, metrics)
+    if os.environ["RANK"] == rank and metrics.step == int(update):
+        raise (RuntimeError("broken") if how == "bug" else OSError(28, "No space left on device", "weights"))
+
+RunLog.on_update = failing
+code = run_command(train_jax.main)
+print("rank", os.environ["RANK"], "ends with", code, file=sys.stderr)
+sys.exit(code)
+"""
 # The command, which tells what it read of the weights, and whose shards are small.
 COUNTED = """
 import dataclasses, functools, sys
@@ -101,6 +122,15 @@ def finish(processes: list[subprocess.Popen], code: int = 0) -> list[Told]:
         printed = "".join(line for line in out.splitlines(True) if not GLOO.fullmatch(line))
         result.append(Told(printed, [line for line in lines if not line.startswith("bytes read:")], sum(read)))
     return result
+
+
+def torchrun(argv: list[str], folder: Path, **env: str) -> subprocess.Popen:
+    """Start two processes by the real torchrun."""
+    script = folder / "launched.py"
+    script.write_text(LAUNCHED.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, str(script), *argv], env=environment() | env, **pipes)
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -249,3 +279,75 @@ def test_the_least_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for told, expected in ((["7", "5", "6"], 5), (["7", "", "6"], None), (["", "", ""], None)):
         monkeypatch.setattr(processes, "exchange", lambda value, told=told: told)
         assert processes.least(7) == expected
+
+
+def test_a_mistake_under_torchrun(tmp_path: Path) -> None:
+    """The processes meet, and the first prints, before torchrun ends it because the other has ended."""
+    started = torchrun(Job(tmp_path).argv("out", mesh="fsdp=3"), tmp_path)
+    _, err = started.communicate(timeout=200)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert started.returncode == 1
+    assert lines == ["error: --mesh fsdp=3: needs 3 device(s), but there are 2; set one axis to -1, or give auto"], err[
+        -3000:
+    ]
+
+
+def test_nobody_comes(tmp_path: Path) -> None:
+    """Without the others, or with its port in use, a process ends with one line instead of waiting or aborting."""
+    job, port = Job(tmp_path), free_port()
+    code = "import sys; sys.path.insert(0, {!r}); import train_jax; from llama_jax.base.errors import run_command\n"
+    code = code.format(str(ROOT)) + "from llama_jax.distributed import processes; processes.JOIN_SECONDS = 1\n"
+    alone = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "JAX_COORDINATOR_PORT": str(port)}
+    with socket.socket() as other:
+        other.bind(("", port))
+        other.listen()
+        several = [
+            subprocess.Popen(
+                [sys.executable, "-c", code + "sys.exit(run_command(train_jax.main))", *job.argv("out")],
+                env=environment() | alone | {"RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in (0, 1)
+        ]
+        err = [process.communicate(timeout=200)[1].splitlines()[-1] for process in several]
+    assert err[0].startswith(f"error: port {port} of this host is in use, at which the 2 processes of this run would")
+    assert err[1].startswith(f"error: process 1 of 2: not all processes came to 127.0.0.1:{port} within 1 s; see the")
+    assert [process.returncode for process in several] == [2, 1]
+
+
+@pytest.mark.slow
+def test_torchrun_as_one_process(tmp_path: Path) -> None:
+    """stanford_alpaca's own command; then SIGTERM to torchrun, which all processes get: one checkpoint, code 143."""
+    job = Job(tmp_path, adam_epsilon=EPSILON, hf_compat="5")
+    shards = {"fsdp": "full_shard auto_wrap", "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}
+    started = torchrun(job.argv("several", **shards), tmp_path)
+    out, err = started.communicate(timeout=300)
+    assert started.returncode == 0, err[-3000:]
+    assert "devices: 2 cpu device(s) of 2 process(es), mesh fsdp=2" in err.splitlines()
+    assert any(line.startswith("--fsdp: no meaning here") and "--mesh auto" in line for line in err.splitlines())
+    assert out.count("'loss'") == 6
+    finish(start([job.argv("one")], 2))
+    assert_same_run(tmp_path / "one", tmp_path / "several")
+
+    started = torchrun(job.argv("stopped", max_steps=2000, save_steps=1000), tmp_path)
+    assert started.stdout
+    while "'loss'" not in started.stdout.readline():
+        assert started.poll() is None
+    started.send_signal(signal.SIGTERM)
+    out, err = started.communicate(timeout=100)
+    (name,) = checkpoints(tmp_path / "stopped")
+    assert err.count(f"stopped after update {name.removeprefix('checkpoint-')}, saved as {name}") == 1
+    assert "rank 0 ends with 143" in err and "rank 1 ends with 143" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "how"), [(1, "bug"), (0, "bug"), (1, "disk")])
+def test_a_rank_fails(rank: int, how: str, tmp_path: Path) -> None:
+    """torchrun hears of it at once, where jax's own end would wait 300 s for the other."""
+    started = torchrun(Job(tmp_path, max_steps=2000).argv("out"), tmp_path, FAILS=f"{rank} 3 {how}")
+    _, err = started.communicate(timeout=200)
+    said = "RuntimeError: broken" if how == "bug" else "error: writing failed: No space left on device: weights"
+    assert started.returncode == 1
+    assert err.splitlines().count(said) == 1, err[-3000:]
+    assert ("(process 1 of 2; where a connection failed" in err) == (how == "bug" or rank == 0)
