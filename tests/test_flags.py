@@ -13,14 +13,17 @@ from collections.abc import Iterator
 from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_arguments
 import pytest
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from hf_arguments import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROOT, run
+from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
 import train_jax
 from llama_jax.base.errors import InputError
@@ -104,7 +107,9 @@ def another_value(name: str, flag: dict[str, Any]) -> str:
         return {"optim": "sgd", "lr_scheduler_type": "cosine", "eval_strategy": "epoch"}.get(name, kept[0])
     if name in ("metric_for_best_model", "include_num_input_tokens_seen"):
         return {"metric_for_best_model": "runtime"}.get(name, "True")
-    if name.endswith(("_kwargs", "_config", "deepspeed")):
+    if name == "deepspeed":
+        return '{"gradient_clipping": "auto"}'  # without the key, DeepSpeed does not clip
+    if name.endswith(("_kwargs", "_config")):
         return '{"a": 1}'
     return {"int": "7", "float": "0.25", "str": "word"}[flag["type"]]
 
@@ -674,3 +679,90 @@ def test_best_is_not_due_by_itself() -> None:
     arguments = Arguments(save_strategy="best", hf_compat="5")
     at = arguments.due("save", Updates(4, 2, 0.0))
     assert not any(at(k) for k in range(1, 5))
+
+
+class RealDeepSpeed(HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
+    """transformers' own comparison, without the check that deepspeed is installed."""
+
+    def __init__(self, settings: dict[str, Any]):
+        HfDeepSpeedConfig.__init__(self, settings)
+        self._dtype, self.mismatches = None, []
+
+
+NUMBERS = st.sampled_from(["auto", 1, 2, 0.5, 1e-5, 5e-5, 0.9])
+SWITCHES = st.fixed_dictionaries({}, optional={"enabled": st.sampled_from(["auto", True, False])})
+DEEPSPEED = st.fixed_dictionaries(
+    {},
+    optional={
+        "train_micro_batch_size_per_gpu": NUMBERS,
+        "gradient_accumulation_steps": NUMBERS,
+        "gradient_clipping": NUMBERS,
+        "optimizer": st.fixed_dictionaries(
+            {"params": st.dictionaries(st.sampled_from(["lr", "eps", "weight_decay"]), NUMBERS)}
+        ),
+        "scheduler": st.fixed_dictionaries({"params": st.fixed_dictionaries({}, optional={"warmup_max_lr": NUMBERS})}),
+        "bf16": SWITCHES,
+        "fp16": SWITCHES,
+        "zero_optimization": st.fixed_dictionaries({"stage": st.integers(0, 3)}),
+    },
+)
+
+
+@settings(max_examples=80)
+@given(DEEPSPEED, st.sampled_from([[1, 2], [2, 1]]), NUMBERS.filter(lambda x: x != "auto"), st.booleans())
+def test_deepspeeds_file_is_compared_as_the_trainer_does(
+    settings: dict[str, Any], sizes: list[int], number: float, bf16: bool
+) -> None:
+    """A line for each setting that the Trainer refuses, named by the same key, and for a clip that is missing."""
+    batch, accumulated = sizes
+    words = (
+        f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulated} --max_grad_norm {number}"
+    )
+    words += f" --learning_rate {number} --weight_decay {number} --adam_epsilon {number}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
+        args = parse_arguments([*NEEDED, *words.split(), "--deepspeed", json.dumps(settings)])
+    real = RealDeepSpeed(json.loads(json.dumps(settings)))
+    theirs = SimpleNamespace(**vars(args), world_size=1, fp16=False, fp16_full_eval=False, bf16_full_eval=False)
+    theirs.save_on_each_node = False
+    real.trainer_config_process(theirs)
+    expected = {line.split()[2].partition("=")[0] for line in real.mismatches}
+    lines = [line.removeprefix("--deepspeed: ") for line in args.notes("gpu") if line.startswith("--deepspeed: ")][1:]
+    expected |= {"zero_optimization.stage"} & {f"{key}.stage" for key in settings}
+    expected |= {"gradient_clipping"} - settings.keys()
+    assert sorted(line.split()[0] for line in lines) == sorted(expected), lines
+
+
+def test_deepspeeds_files(tmp_path: Path) -> None:
+    """A stage's own settings, and the names of schedules and optimizers; files that cannot be read."""
+    file = tmp_path / "zero2.json"
+    written = {
+        "train_batch_size": 64,
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "Lion", "params": {"betas": [0.9, 0.95]}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 7}},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
+    file.write_text(json.dumps(written))
+    argv = [*NEEDED, "--gradient_accumulation_steps", "4", "--warmup_steps", "7", "--deepspeed", str(file)]
+    assert parse_arguments(argv).notes("gpu")[1:] == [
+        "--deepspeed: optimizer.params.betas is [0.9, 0.95] there; the flags decide: --adam_beta1 0.9 "
+        "--adam_beta2 0.999",
+        '--deepspeed: optimizer.type is "Lion" there; the flags decide: --optim adamw_torch',
+        "--deepspeed: scheduler.type WarmupDecayLR warms up by the logarithm of the update unless warmup_type is "
+        "linear; here the learning rate rises linearly",
+        "--deepspeed: train_batch_size is 64 there, which is 2 device(s) of --per_device_train_batch_size 8 x "
+        "--gradient_accumulation_steps 4; here the devices of data x fsdp in --mesh count",
+        "--deepspeed: zero_optimization.stage 2 changes memory, not the updates; --mesh auto divides all of the state, "
+        "as stage 3 does",
+    ]
+    for text, said in (
+        (None, "zero.json: neither a JSON object nor a file that holds it: No such file or directory"),
+        ("{'a': 1}", "zero.json: not valid JSON: Expecting property name"),
+        ("[1]", "zero.json: should be a JSON object"),
+    ):
+        if text:
+            (tmp_path / "zero.json").write_text(text)
+        with pytest.raises(InputError) as refused:
+            parse_arguments([*NEEDED, "--deepspeed", str(tmp_path / "zero.json")])
+        assert said in str(refused.value) and str(refused.value).startswith("--deepspeed ")
