@@ -30,6 +30,8 @@ import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.hf.gguf_file import read_gguf
 from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
+from llama_jax.hf.load import check_tensors
+from llama_jax.model.config import LlamaConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 KEYS = {
@@ -318,6 +320,80 @@ def test_other_rope_factors_are_refused(tmp_path, change):
     refuses(read_gguf, path, "rope_freqs.weight", "HF folder")
 
 
+# --- sister models
+
+SCALES = {"attention.scale": 0.25, "embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0}
+SISTERS: dict[str, tuple[dict, dict]] = {  # metadata beside KEYS, what LlamaConfig has then
+    "llama": ({}, {}),
+    "qwen2": ({}, {"attention_bias": True, "o_bias": False}),
+    "qwen3": ({"attention.key_length": 64, "attention.value_length": 64}, {"qk_norm": True}),
+    "granite": (SCALES, dict(zip(("attention", "embedding", "residual"), (0.25, 12.0, 0.22), strict=True))),
+    "smollm3": ({"rope.dimension_count": 64, "block_count": 4}, {"rope_layers": (True, True, True, False)}),
+}
+
+
+@pytest.mark.parametrize("arch", SISTERS)
+def test_sister_architectures(tmp_path: Path, arch: str):
+    """Config and tensors as llama.cpp's converter stores them: q and k interleaved unless llama.cpp rotates halves."""
+    keys, meant = SISTERS[arch]
+    rng, expected, tensors = np.random.default_rng(0), {}, []
+    shapes = {name: shape for name, shape in SHAPES.items() if arch != "smollm3" or name != "output"}
+    for layer in range(1, {**KEYS, **keys}["block_count"]):
+        own = {name: shape for name, shape in SHAPES.items() if name.startswith("blk.0.")}
+        shapes |= {
+            name.replace(".0.", f".{layer}."): (of[0].replace(".0.", f".{layer}."), *of[1:]) for name, of in own.items()
+        }
+    if arch == "qwen3":
+        shapes |= {f"blk.0.attn_{x}_norm": (f"model.layers.0.self_attn.{x}_norm", 64) for x in "qk"}
+    for name, (hf_name, *shape) in shapes.items():
+        kinds = ["weight", *(["bias"] if arch == "qwen2" and name[-1] in "qkv" else [])]
+        for kind in kinds:
+            value = rng.normal(size=shape[:1] if kind == "bias" else shape).astype(np.float32)
+            expected[f"{hf_name}.{kind}"] = value
+            heads = HEADS.get(f"blk.0.{name.rpartition('.')[2]}")
+            stored = interleave(value, heads) if heads and arch in ("llama", "granite", "smollm3") else value
+            tensors.append((f"{name}.{kind}", stored, Kind.F32))
+    path = write_model(tmp_path / "m.gguf", KEYS | keys, tensors, arch=arch)
+    raw, read = read_gguf(path)
+    config = LlamaConfig.from_hf(raw)
+    assert (config.model_type, config.tie_word_embeddings) == (arch, arch == "smollm3")
+    for name, value in meant.items():
+        assert getattr(config, f"{name}_multiplier" if isinstance(value, float) else name) == value
+    assert config.logits_scaling == (8.0 if arch == "granite" else 1.0)
+    assert check_tensors(read, config, "m.gguf").keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(read[name].read(()), value, name)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
+def test_transformers_reads_the_same(tmp_path: Path, arch: str):
+    """Where transformers has a mapping. It ignores the head dim, of which Qwen3's default is 128."""
+    from transformers import AutoModelForCausalLM
+
+    rng, tensors = np.random.default_rng(0), []
+    shapes = SHAPES | ({f"blk.0.attn_{x}_norm": ("", 128) for x in "qk"} if arch == "qwen3" else {})
+    for name, (_, *shape) in shapes.items():
+        tensors.append((f"{name}.weight", rng.normal(size=shape).astype(np.float32), Kind.F32))
+        if arch == "qwen2" and name[-1] in "qkv":
+            tensors.append((f"{name}.bias", rng.normal(size=shape[0]).astype(np.float32), Kind.F32))
+    heads = {"attention.head_count": 2, "attention.head_count_kv": 1}
+    heads |= {"attention.key_length": 128, "attention.value_length": 128} if arch == "qwen3" else {}
+    path = write_model(
+        tmp_path / "m.gguf",
+        KEYS | {"vocab_size": 48, "attention.layer_norm_rms_epsilon": 0.5} | heads,
+        tensors,
+        arch=arch,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    raw, ours = read_gguf(path)
+    config = LlamaConfig.from_hf(raw)
+    meant = {key: value for key, value in theirs.config.to_dict().items() if key != "quantization_config"}
+    assert config == dataclasses.replace(LlamaConfig.from_hf(meant), pad_token_id=config.pad_token_id)
+    assert ours.keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        np.testing.assert_array_equal(ours[name].read(()), value.numpy(), name)
+
+
 # --- refusals
 
 
@@ -356,7 +432,7 @@ def test_missing_metadata(tmp_path, key):
 
 
 def test_other_files(tmp_path):
-    refuses(read_gguf, write_model(tmp_path / "qwen.gguf", arch="qwen2"), "qwen2", "llama")
+    refuses(read_gguf, write_model(tmp_path / "gemma.gguf", arch="gemma"), "gemma", "llama, qwen2, qwen3")
     big = write_model(tmp_path / "big.gguf", tensors=[embedding()], endianess=gguf.GGUFEndian.BIG)
     refuses(read_gguf, big, "gguf-convert-endian")
     integers = ("blk.0.attn_q.weight", np.zeros((8, 256), np.int8), Kind.I8)

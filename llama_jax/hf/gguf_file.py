@@ -1,7 +1,7 @@
 """Read GGUF, llama.cpp's file format: the config and the tensors in Hugging Face's form.
 
-Sources: the package `gguf` (keys, block formats) and llama.cpp. Its `conversion/llama.py` interleaves the rows of q and
-k and stores llama 3's rope factors; `src/llama-vocab.cpp` defines the tokenizer's metadata.
+Sources: the package `gguf` (keys, block formats) and llama.cpp. Its `conversion/` interleaves the rows of q and k for
+some architectures and stores llama 3's rope factors; `src/llama-vocab.cpp` defines the tokenizer's metadata.
 """
 
 import re
@@ -15,7 +15,17 @@ from gguf.quants import dequantize
 
 from llama_jax.base.errors import InputError
 from llama_jax.hf.tensor import Index, Tensor
+from llama_jax.model.config import FAMILIES
 
+# llama.cpp's architectures, which bear the names of HF's `model_type`; Mistral is a llama. True where llama.cpp rotates
+# neighbours, and its converter therefore interleaves the rows of q and k.
+_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False, "granite": True, "smollm3": True}
+_SCALARS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -25,6 +35,8 @@ _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
@@ -53,14 +65,18 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     F32, F16 and BF16 tensors keep their type; quantized tensors are read as float32. The rows of q and k are returned
     in HF's order. A tensor unknown to LLaMA (an expert's, say) keeps its GGUF name, for the caller to refuse. Raises
-    `InputError` for a file that is not a whole GGUF file of architecture llama. The same error refuses metadata or rope
-    factors that change the mathematics and that the config cannot express.
+    `InputError` for a file that is not a whole GGUF file of a known architecture. The same error refuses metadata or
+    rope factors that change the mathematics and that the config cannot express.
     """
     metadata, sources = open_gguf(path)
-    if (architecture := metadata.get("general.architecture")) != "llama":
-        raise InputError(f"{path}: general.architecture is {architecture!r}, not 'llama'; give a LLaMA model")
-    config = _make_config(path, metadata, sources)
+    architecture = metadata.get("general.architecture")
+    if architecture not in _INTERLEAVED:
+        known = ", ".join(_INTERLEAVED)
+        raise InputError(f"{path}: general.architecture is {architecture!r}; give a model of one of {known}")
+    config = _make_config(path, architecture, metadata, sources)
     head_counts = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    if not _INTERLEAVED[architecture]:
+        head_counts = {}
     tensors = {}
     for name, source in sources.items():
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
@@ -87,13 +103,16 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
-def _make_config(path: str | Path, metadata: dict[str, Any], sources: dict[str, ReaderTensor]) -> dict[str, Any]:
-    keys = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+def _make_config(
+    path: str | Path, architecture: str, metadata: dict[str, Any], sources: dict[str, ReaderTensor]
+) -> dict[str, Any]:
+    own = f"{architecture}."
+    keys = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
 
     def take(key: str, default: Any = None) -> Any:
         value = keys.pop(key, default)
         if value is None or isinstance(value, list):
-            raise InputError(f"{path}: metadata llama.{key} must be one value, not {value}; convert the model again")
+            raise InputError(f"{path}: metadata {own}{key} must be one value, not {value}; convert the model again")
         return _shortest(value) if isinstance(value, float) else value
 
     hidden, heads = take("embedding_length"), take("attention.head_count")
@@ -103,8 +122,8 @@ def _make_config(path: str | Path, metadata: dict[str, Any], sources: dict[str, 
         raise InputError(f"{path}: rope.dimension_count, attention.key_length and value_length must be one number")
     embedding = sources.get("token_embd.weight")
     config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [FAMILIES[architecture].architecture],
+        "model_type": architecture,
         "vocab_size": int(embedding.shape[-1]) if embedding else len(metadata.get("tokenizer.ggml.tokens", ())),
         "hidden_size": hidden,
         "intermediate_size": take("feed_forward_length"),
@@ -123,6 +142,14 @@ def _make_config(path: str | Path, metadata: dict[str, Any], sources: dict[str, 
         "torch_dtype": "float32",
         **{f"{key}_token_id": metadata.get(f"tokenizer.ggml.{TOKEN_IDS[key]}") for key in ("bos", "eos", "pad")},
     }
+    if architecture == "granite":
+        # As llama.cpp reads a file without the key; HF's default for the scores is 1.
+        config |= dict.fromkeys(_SCALARS.values(), 1.0) | {"attention_multiplier": head_dim**-0.5}
+        config |= {name: take(key) for key, name in _SCALARS.items() if key in keys}
+        if not keys.get("rope.scaling.finetuned", True):
+            raise InputError(
+                f"{path}: metadata 'granite.rope.scaling.finetuned' is false: no rotation is not supported"
+            )
     scaling = {"rope_type": "linear"} | {name: take(key) for key, name in _SCALING.items() if key in keys}
     if scaling["rope_type"] not in ("none", "linear", "yarn"):
         raise InputError(f"{path}: rope scaling {scaling['rope_type']!r} is not supported; use a model without it")
@@ -131,7 +158,7 @@ def _make_config(path: str | Path, metadata: dict[str, Any], sources: dict[str, 
     if "rope_freqs.weight" in sources:
         config["rope_scaling"] = _recover_llama3(path, config, sources["rope_freqs.weight"].data)
     if unknown := sorted(keys.keys() - _IGNORED):
-        raise InputError(f"{path}: metadata {'llama.' + unknown[0]!r} is not supported: it may change the mathematics")
+        raise InputError(f"{path}: metadata {own + unknown[0]!r} is not supported: it may change the mathematics")
     return config
 
 
