@@ -105,7 +105,9 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(output_dir), *QUIET, *map(str, spec["argv"])])
     data = _Examples(spec["data"])
     eval_data = _Examples(spec["eval_data"]) if spec.get("eval_data") else None
-    model = transformers.LlamaForCausalLM.from_pretrained(spec["model"], attn_implementation=spec.get("attn", "sdpa"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        spec["model"], attn_implementation=spec.get("attn", "sdpa")
+    )
     if new_tokens := spec.get("new_tokens", 0):
         model.resize_token_embeddings(model.config.vocab_size + new_tokens)
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):

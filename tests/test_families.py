@@ -29,24 +29,11 @@ from test_parity import (
     torch,
     transformers,
 )
-from tiny import slow_unless
+from tiny import SISTERS, slow_unless
 
 from llama_jax.distributed import sharding
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.llama import RunOptions, make_cache
-
-# Each family's own features, at sizes that a few tokens tell apart.
-SISTERS: dict[str, dict[str, Any]] = {
-    "mistral": {"model_type": "mistral", "sliding_window": None},
-    "mistral, window": {"model_type": "mistral", "sliding_window": 5, "tie_word_embeddings": True},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "sliding_window": 4, "max_window_layers": 1},
-    "qwen3": {"model_type": "qwen3", "attention_bias": False, "rope_theta": 1e6},
-    "qwen3, biases": {"model_type": "qwen3", "rope_scaling": {"type": "yarn", "factor": 4.0}},
-    "granite": {"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
-    | {"attention_multiplier": 0.7, "logits_scaling": 3.0},
-    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 1], "num_hidden_layers": 3}
-    | {"pad_token_id": None, "attention_bias": False, "mlp_bias": False},
-}
 
 
 def make_case(name: str, seed: int) -> tuple[dict[str, Any], LlamaConfig, np.random.Generator, Weights]:

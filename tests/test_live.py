@@ -18,7 +18,7 @@ from hf_trainer import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tiny import ALPACA, CONFIG, make_records, run, slow_unless, write_json, write_model, write_tokenizer
+from tiny import ALPACA, CONFIG, SISTERS, make_records, run, slow_unless, write_json, write_model, write_tokenizer
 
 import llama_jax.run.trainer
 import train_jax
@@ -138,9 +138,10 @@ def compare(
     masked: tuple[int, ...] = (),
     eval_masked: tuple[int, ...] = (),
     padded: bool = False,
+    attn: str = "sdpa",
 ) -> dict[str, Any]:
     """Run both, assert that they did the same, and return what the Trainer did. `count` records are trained on, some of
-    them `masked`, all `padded` at both ends, and seven evaluated, where the flags say so."""
+    them `masked`, all `padded` at both ends, and seven evaluated, where the flags say so; `attn` is the Trainer's."""
     with tempfile.TemporaryDirectory(dir=bench.folder) as directory:
         folder = Path(directory)
         data = write_json(folder / "data.json", records_of(count, masked, padded))
@@ -149,6 +150,7 @@ def compare(
         print(compat, "on", count, "records, masked", masked, "with", *argv)  # pytest shows it where the test fails
         evaluates = flags.get("eval_strategy", "no") != "no"
         spec = {"argv": argv, "model": str(bench.model), "data": str(data), "output_dir": str(folder / "hf")}
+        spec["attn"] = attn
         hf = bench.servers[compat].train({**spec, "eval_data": str(eval_data)} if evaluates else spec)
         assert "error" not in hf, hf
         out = folder / "ours"
@@ -369,6 +371,20 @@ def test_chosen_runs(bench: Bench, compat: str, name: str) -> None:
     assert any(map(math.isnan, evaluated)) == (bool(eval_masked) and not filtered)
     if name == "plateau":
         assert hf["rates"][-1] < hf["rates"][0]
+
+
+# 4.37 knows the first families alone. Its default attention ignores the window.
+FAMILIES = [("4.37", "mistral, window", "eager"), ("4.37", "qwen2", "sdpa")]
+FAMILIES += [("5", name, "sdpa") for name in SISTERS if name not in ("mistral", "qwen3, biases")]
+QUICK_FAMILIES = [("4.37", "mistral, window", "eager"), ("5", "qwen3", "sdpa")]
+
+
+@pytest.mark.parametrize(("compat", "name", "attn"), [slow_unless(f in QUICK_FAMILIES, *f) for f in FAMILIES])
+def test_sister_models(bench: Bench, compat: str, name: str, attn: str, tmp_path: Path) -> None:
+    """With a decay of a size that shows which norms get it: 4.37 spares LLaMA's alone."""
+    raw = {**CONFIG, **SISTERS[name], "architectures": None}
+    flags = {**ACCUMULATED, "weight_decay": 0.5, "save_strategy": "no", "eval_strategy": "epoch"}
+    compare(bench._replace(model=write_model(tmp_path / "model", raw)), compat, flags, 9, attn=attn)
 
 
 @pytest.mark.parametrize("compat", COMPATS)

@@ -46,8 +46,29 @@ CONFIG: dict[str, Any] = {
 }
 
 
+# Of each sister model, the features that LLaMA lacks, at sizes that a few tokens tell apart.
+SISTERS: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 5, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {"model_type": "qwen3", "attention_bias": False, "rope_theta": 1e6},
+    "qwen3, biases": {"model_type": "qwen3", "attention_bias": True, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "granite": {"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4}
+    | {"attention_multiplier": 0.7, "logits_scaling": 3.0},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1, 1], "num_hidden_layers": 3}
+    | {"pad_token_id": None, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": False},
+}
+
+
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of transformers' LlamaForCausalLM."""
+    """The tensors of transformers' LlamaForCausalLM; of a sister model, from its class."""
+    if config["model_type"] != "llama":
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head is none of its own
     D, F, V = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     N = config["num_attention_heads"]
     H = config.get("head_dim") or D // N

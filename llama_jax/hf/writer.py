@@ -22,7 +22,6 @@ from llama_jax.model.roles import Params
 
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}  # of transformers' LlamaConfig
 _INDEX = "model.safetensors.index.json"
 
 
@@ -147,10 +146,11 @@ def align_special_tokens(
     aligns them: end tokens that `generation_config.json` or a list of `config.json` has stay, behind the tokenizer's.
     """
     raw, generation = dict(raw), dict(generation)
+    defaults = FAMILIES[raw["model_type"]].special_ids
     for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
         new, old, old_generation = (
             getattr(tokenizer, key),
-            raw.get(key, _DEFAULT_IDS.get(key)),
+            raw.get(key, defaults.get(key)),
             _as_list(generation.get(key)),
         )
         if new is None or (new in _as_list(old) and new in old_generation):

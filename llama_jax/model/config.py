@@ -24,13 +24,15 @@ class Family:
     """Describe a `model_type` by its differences from LLaMA, as transformers 5.24 has them.
 
     `defaults` holds the keys that LLaMA's config lacks, and LLaMA's keys with other defaults. `fixed` holds the values
-    that the family's code has, whatever the file holds under these keys. Keys in `idle` have no effect.
+    that the family's code has, whatever the file holds under these keys. Keys in `idle` have no effect. `special_ids`
+    are the defaults of the special tokens' keys.
     """
 
     architecture: str
     defaults: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     idle: tuple[str, ...] = ()
+    special_ids: dict[str, int] = field(default_factory=lambda: {"bos_token_id": 1, "eos_token_id": 2})
 
 
 _WINDOWS = ("layer_types", "max_window_layers", "sliding_window")  # no effect without use_sliding_window, a refused key
@@ -48,12 +50,14 @@ FAMILIES = {
         defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32},
         fixed={"attention_bias": True, "o_bias": False, "mlp_bias": False},
         idle=_WINDOWS,
+        special_ids={},
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         defaults={"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
         fixed={"mlp_bias": False, "qk_norm": True},
         idle=_WINDOWS,
+        special_ids={},
     ),
     "granite": Family("GraniteForCausalLM", defaults=dict.fromkeys(_SCALARS, 1.0)),
     "smollm3": Family(
@@ -61,6 +65,7 @@ FAMILIES = {
         defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6}
         | {"tie_word_embeddings": True, "pad_token_id": 128004, "no_rope_layers": None, "no_rope_layer_interval": 4},
         idle=_WINDOWS,
+        special_ids={"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
     ),
 }
 
