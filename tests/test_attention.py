@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
-from tiny import ROOT, environment
+from tiny import ROOT, environment, slow_unless
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
-from llama_jax.model.attention import Kernel, choose_kernel, kv_copies, packed_attention, splash_block
+from llama_jax.model.attention import PLAIN, Kernel, Scores, choose_kernel, kv_copies, packed_attention, splash_block
 
 H200, A100, V5E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite"
 
@@ -33,18 +33,22 @@ def make_rows(lengths: list[list[int]], T: int) -> tuple[np.ndarray, np.ndarray]
     return ids, positions
 
 
-def one_by_one(q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: list[list[int]]) -> np.ndarray:
+def one_by_one(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, lengths: list[list[int]], kind: Scores = PLAIN
+) -> np.ndarray:
     """Softmax attention of each query over its own segment's earlier keys, in float64, query by query."""
+    scale = 1 / np.sqrt(q.shape[3]) if kind.scale is None else kind.scale
     out = np.zeros(q.shape)
     group = q.shape[2] // k.shape[2]
     for b, row in enumerate(lengths):
         start = 0
         for n in row:
             for t in range(start, start + n):
+                first = start if kind.window is None else max(start, t + 1 - kind.window)
                 for head in range(q.shape[2]):
-                    scores = k[b, start : t + 1, head // group].astype(np.float64) @ q[b, t, head] / np.sqrt(q.shape[3])
+                    scores = k[b, first : t + 1, head // group].astype(np.float64) @ q[b, t, head] * scale
                     chances = np.exp(scores - scores.max())
-                    out[b, t, head] = chances @ v[b, start : t + 1, head // group] / chances.sum()
+                    out[b, t, head] = chances @ v[b, first : t + 1, head // group] / chances.sum()
             start += n
     return out
 
@@ -66,9 +70,20 @@ LENGTHS = {  # padded ends, a full row, segments across blocks
 
 
 @pytest.mark.parametrize("kernel", ["xla", "splash"])
-@pytest.mark.parametrize(("heads", "kv_heads", "T"), [(4, 4, 128), (4, 1, 128), (2, 1, 768)])
-def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, mesh: Mesh) -> None:
-    """Values; and gradients against the plain one's, whose own are torch's by test_parity.py."""
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "T", "kind"),
+    [
+        (4, 4, 128, PLAIN),
+        (4, 1, 128, PLAIN),
+        (4, 1, 128, Scores(scale=0.02, window=17)),
+        (2, 1, 768, PLAIN),
+        slow_unless(False, 2, 1, 128, Scores(window=1)),
+        slow_unless(False, 2, 1, 768, Scores(window=300)),
+        slow_unless(False, 2, 1, 768, Scores(window=768)),
+    ],
+)
+def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, kind: Scores, mesh: Mesh) -> None:
+    """Values; and gradients against the plain one's, whose own are torch's by test_parity.py and test_families.py."""
     lengths = LENGTHS[T]
     ids, positions = make_rows(lengths, T)
     q, k, v = make_inputs(len(lengths), T, heads, kv_heads, 128)
@@ -78,7 +93,7 @@ def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, mesh: Mesh)
 
     def both(name: str) -> tuple[Any, Any]:
         def loss(q, k, v, weights, ids, positions):
-            out = packed_attention(Kernel(name), q, k, v, ids, positions, interpret=True)
+            out = packed_attention(Kernel(name), q, k, v, ids, positions, interpret=True, scores=kind)
             return jnp.sum(out * weights), out
 
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*arrays)
@@ -86,7 +101,7 @@ def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, mesh: Mesh)
     grads, out = both(kernel)
     assert np.isfinite(out).all() and all(np.isfinite(g).all() for g in grads)
     # Scores are sums of 128 products of the size of 1, over sqrt(128); some 1e-6 off. Outputs are means of values of 1.
-    np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, lengths), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, lengths, kind), rtol=0, atol=1e-5)
     for ours, plain in zip(grads, both("xla")[0], strict=True):
         # Sums over up to 128 queries of the same: ten times that.
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
@@ -99,11 +114,12 @@ def on_meshes() -> None:
     ids, positions = make_rows(lengths, T)
     one = sharding.make_mesh(jax.devices()[:1])
     for heads, kv_heads, kernel in ((8, 2, "xla"), (4, 4, "xla"), (6, 2, "xla"), (3, 1, "xla"), (4, 2, "splash")):
+        kind = Scores(window=40) if heads == 6 else PLAIN
         q, k, v = make_inputs(len(lengths), T, heads, kv_heads, 128)
         weights = np.random.default_rng(0).standard_normal(q.shape, np.float32) * (ids > 0)[:, :, None, None]
 
-        def loss(q, k, v, weights, ids, positions, kernel=kernel):
-            out = packed_attention(Kernel(kernel), q, k, v, ids, positions, interpret=True)
+        def loss(q, k, v, weights, ids, positions, kernel=kernel, kind=kind):
+            out = packed_attention(Kernel(kernel), q, k, v, ids, positions, interpret=True, scores=kind)
             return jnp.sum(out * weights), out
 
         def both(mesh: Mesh, loss: Any = loss, arrays: tuple = (q, k, v, weights, ids, positions)) -> Any:
@@ -119,7 +135,7 @@ def on_meshes() -> None:
             grads, out = both(sharding.make_mesh(jax.devices()[:size], spec))
             real = (ids > 0)[:, :, None, None]
             # Bounds of test_packed_rows.
-            np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, lengths), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(np.where(real, out, 0), one_by_one(q, k, v, lengths, kind), rtol=0, atol=1e-5)
             for ours, plain in zip(grads, expected, strict=True):
                 np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4, err_msg=f"{heads} {kv_heads} {spec}")
 
@@ -170,9 +186,11 @@ def test_splash_blocks() -> None:
     lengths=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=6), min_size=1, max_size=3),
     room=st.integers(0, 5),
     tail=st.booleans(),
+    kind=st.sampled_from([PLAIN, Scores(scale=0.3, window=9)]),
 )
-def test_what_cudnn_is_told(lengths: list[list[int]], room: int, tail: bool) -> None:
-    """A loop that attends by the starts and sizes that cuDNN gets: padding a segment of its own, -1 where unused."""
+def test_what_cudnn_is_told(lengths: list[list[int]], room: int, tail: bool, kind: Scores) -> None:
+    """A loop that attends by the starts and sizes that cuDNN gets: padding a segment of its own, -1 where unused. A
+    window reaches cuDNN where it hides keys of the row."""
     T = max(sum(row) for row in lengths) + (7 if tail else 0)
     ids, positions = make_rows(lengths, T)
     told: dict[str, np.ndarray] = {}
@@ -181,7 +199,8 @@ def test_what_cudnn_is_told(lengths: list[list[int]], room: int, tail: bool) -> 
         names = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")
         jax.debug.callback(lambda *arrays: told.update(zip(names, map(np.asarray, arrays), strict=True)),
                            *(options[n] for n in names))  # fmt: skip
-        assert options["mask_type"] == cudnn.MaskType.PADDING_CAUSAL and options["scale"] == 8**-0.5
+        assert options["mask_type"] == cudnn.MaskType.PADDING_CAUSAL and options["scale"] == (kind.scale or 8**-0.5)
+        assert options["sliding_window_length"] == (kind.window if kind.window and kind.window < T else None)
         return q
 
     mesh = sharding.make_mesh()
@@ -189,7 +208,7 @@ def test_what_cudnn_is_told(lengths: list[list[int]], room: int, tail: bool) -> 
         patch.setattr(cudnn, "dot_product_attention", record)
         arrays = placed(mesh, [*make_inputs(len(lengths), T, 2, 1, 8), ids, positions])
         kernel = Kernel("cudnn", max(map(len, lengths)) + room)
-        jax.block_until_ready(jax.jit(lambda *a: packed_attention(kernel, *a))(*arrays))
+        jax.block_until_ready(jax.jit(lambda *a: packed_attention(kernel, *a, scores=kind))(*arrays))
         jax.effects_barrier()
     np.testing.assert_array_equal(told["q_seqlen"], told["kv_seqlen"])
     np.testing.assert_array_equal(told["q_offsets"], told["kv_offsets"])

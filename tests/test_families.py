@@ -17,6 +17,7 @@ from test_parity import (
     Weights,
     assert_equal_outcomes,
     assert_within,
+    bfloat16_ratio,
     make_batch,
     make_hf,
     make_params,
@@ -102,3 +103,10 @@ def test_packed_equals_alone_and_decoding(name: str, scan: bool, mesh: Mesh) -> 
         places = np.arange(start, stop)[None]
         logits, cache = forward(params, (ids[:, start:stop], places, np.ones_like(places)), cache)
         assert_within("decoding", np.abs(np.asarray(logits)[0] - alone[start:stop]), LOGITS_ATOL)
+
+
+@pytest.mark.parametrize("autocast", [slow_unless(True, True), slow_unless(False, False)])
+@pytest.mark.parametrize("name", [slow_unless(name == "qwen3, biases", name) for name in SISTERS])
+def test_bfloat16_is_as_exact_as_torch(name: str, autocast: bool, mesh: Mesh) -> None:
+    """By the bound of `test_parity.py`, which derives it."""
+    assert_within("error over torch's error", bfloat16_ratio(autocast, 1.0, mesh, **SISTERS[name]), 1.25)

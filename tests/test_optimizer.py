@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
-from tiny import CONFIG, ROOT
+from tiny import CONFIG, ROOT, SISTERS
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -422,13 +422,14 @@ def test_two_devices() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_decay_groups_are_the_trainers(mesh: jax.sharding.Mesh, tied: bool, bias: bool) -> None:
-    from transformers import LlamaConfig as HFConfig
-    from transformers import LlamaForCausalLM, Trainer
+@pytest.mark.parametrize("family", [{"model_type": "llama"}, SISTERS["qwen2"], SISTERS["qwen3"]])
+def test_decay_groups_are_the_trainers(mesh: jax.sharding.Mesh, tied: bool, bias: bool, family: dict) -> None:
+    """Of transformers 5; test_live.py has 4.37's, which decays the norms of LLaMA's sisters."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
-    raw = {**CONFIG, "tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": bias}
+    raw = {**CONFIG, **family, "tie_word_embeddings": tied, "attention_bias": bias, "mlp_bias": bias}
     with torch.device("meta"):
-        model = LlamaForCausalLM(HFConfig(**raw))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
     names = {name for name, _ in model.named_parameters()}  # a tied head is no parameter of its own
     expected = set(Trainer.get_decay_parameter_names(None, model)) & names
     table = name_table(LlamaConfig.from_hf(raw))

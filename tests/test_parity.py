@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from numpy_llama import llama_logits
-from tiny import slow_unless
+from tiny import SISTERS, slow_unless
 
 from llama_jax.distributed import sharding
 from llama_jax.hf.load import check_tensors, load_params
@@ -734,10 +734,10 @@ def test_no_leak_between_segments(kind: str, mesh: Mesh) -> None:
 # --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
-def bfloat16_case(draw_seed: int, stream: float) -> tuple[dict[str, Any], Weights, Batch]:
+def bfloat16_case(draw_seed: int, stream: float, **family: Any) -> tuple[dict[str, Any], Weights, Batch]:
     """A model whose residual stream is `stream` times as large as what its layers add to it."""
     raw = make_raw(hidden_size=64, intermediate_size=96, num_attention_heads=8, rope_theta=10000.0, head_dim=8)
-    raw |= {"max_position_embeddings": 64, "num_hidden_layers": 3}
+    raw |= {"max_position_embeddings": 64, "num_hidden_layers": 3, **family}
     config, rng = LlamaConfig.from_hf(raw), np.random.default_rng(draw_seed)
     weights, batch = make_weights(config, rng), make_batch(config, rng, [24, 24])
     weights["model.embed_tokens.weight"] *= stream
@@ -753,9 +753,13 @@ def test_bfloat16_is_as_exact_as_torch(autocast: bool, stream: float, mesh: Mesh
     and torch rounds attention's scores where we keep float32. 1.25 bounds the ratio. A residual stream or a norm in
     bfloat16 would show where the stream is large: 1.4.
     """
+    assert_within("error over torch's error", bfloat16_ratio(autocast, stream, mesh), 1.25)
+
+
+def bfloat16_ratio(autocast: bool, stream: float, mesh: Mesh, **family: Any) -> float:
     ours_squares, theirs_squares = 0.0, 0.0
     for draw_seed in range(6):
-        raw, weights, batch = bfloat16_case(draw_seed, stream)
+        raw, weights, batch = bfloat16_case(draw_seed, stream, **family)
         run = RunOptions(compute_dtype=jnp.bfloat16) if autocast else RunOptions(param_dtype=jnp.bfloat16)
         ours = forward_logits(raw, run, mesh, weights, batch)
         model, ids = make_hf(raw, weights), torch.tensor(batch.ids)
@@ -763,7 +767,7 @@ def test_bfloat16_is_as_exact_as_torch(autocast: bool, stream: float, mesh: Mesh
             exact = model(ids).logits.numpy()
             if not autocast:
                 # from_pretrained(dtype=bfloat16) keeps the rotary frequencies in float32, .to(bfloat16) does not
-                rotary = modeling_llama.LlamaRotaryEmbedding(model.config)
+                rotary = type(model.model.rotary_emb)(model.config)
                 model = model.to(torch.bfloat16)
                 model.model.rotary_emb = rotary
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -771,7 +775,7 @@ def test_bfloat16_is_as_exact_as_torch(autocast: bool, stream: float, mesh: Mesh
         ours_squares += np.square(ours - exact).mean()
         theirs_squares += np.square(theirs - exact).mean()
     assert theirs_squares > 0
-    assert_within("error over torch's error", math.sqrt(ours_squares / theirs_squares), 1.25)
+    return math.sqrt(ours_squares / theirs_squares)
 
 
 def test_rotation_type_under_autocast(mesh: Mesh) -> None:
@@ -889,15 +893,17 @@ def test_decoding_equals_the_full_forward(kind: str, scan_layers: bool, mesh: Me
 # --- eight devices ---------------------------------------------------------------------------------------------------
 
 
-def compare_meshes() -> None:
-    """One device against eight as data x fsdp x tensor = 2 x 2 x 2; run where there are eight."""
+def compare_meshes(spec: str = "data=2,fsdp=2,tensor=2", families: Sequence[str] = ()) -> None:
+    """One device against eight, of LLaMA or of sister models; run where there are eight."""
     jax.config.update("jax_default_matmul_precision", "highest")
     devices = jax.devices()
     assert len(devices) == 8, devices
     one = sharding.make_mesh(devices[:1])
-    eight = sharding.make_mesh(devices, "data=2,fsdp=2,tensor=2")
-    for tied, scan_layers, remat in ((False, False, "none"), (True, True, "matmuls"), (False, True, "full")):
-        raw = make_raw(tie_word_embeddings=tied, intermediate_size=40)
+    eight = sharding.make_mesh(devices, spec)
+    kinds = [{"tie_word_embeddings": tied} for tied in (False, True, False)]
+    runs = [(False, "none"), (True, "matmuls"), (True, "full")]
+    for changes, (scan_layers, remat) in zip([SISTERS[f] for f in families] or kinds, itertools.cycle(runs)):
+        raw = make_raw(intermediate_size=40, **changes)
         config = LlamaConfig.from_hf(raw)
         run = RunOptions(scan_layers=scan_layers, remat=remat)
         rng = np.random.default_rng(7)
@@ -912,9 +918,10 @@ def compare_meshes() -> None:
 
 
 @pytest.mark.slow
-def test_eight_devices() -> None:
+@pytest.mark.parametrize("arguments", ["", "families=[*SISTERS]", "'context=2,tensor=4', [*SISTERS][1::2]"])
+def test_eight_devices(arguments: str) -> None:
     root = Path(__file__).resolve().parent.parent
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", "import test_parity; test_parity.compare_meshes()"]
+    command = [sys.executable, "-c", f"from test_parity import *; compare_meshes({arguments})"]
     result = subprocess.run(command, cwd=root / "tests", env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
