@@ -273,8 +273,8 @@ DIFFERENCES = (
     "A resumed run takes `--learning_rate`, `--weight_decay`, `--adam_beta1`, `--adam_beta2` and `--adam_epsilon` from "
     "the command line, as all flags, and warns of each change. The Trainer goes on with the checkpoint's values of "
     "these five; schedule, warm-up and `--max_grad_norm` are the command line's there too.",
-    "Token ids are those of the AutoTokenizer of the version in `--hf_compat`: for 4.37 a bare `tokenizer.model` runs in "
-    "sentencepiece (`use_fast=False`, as in stanford_alpaca); transformers 5 splits some runs of spaces otherwise.",
+    "Token ids are those of the AutoTokenizer of the version in `--hf_compat`. For 4.37, a bare `tokenizer.model` runs "
+    "in sentencepiece (`use_fast=False`, as in stanford_alpaca); transformers 5 splits some runs of spaces otherwise.",
     "A row for a token that a file names past the model's rows starts as the mean of the others; the Trainer draws it. "
     "Where the ids of the files have a gap, 4.37 may give `[PAD]` the id of another token; here it gets a free id.",
     "A record of `text` that begins with bos, or ends with eos, keeps one of each, though the tokenizer adds another.",
