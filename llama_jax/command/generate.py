@@ -21,6 +21,7 @@ from llama_jax.hf.source import Source
 from llama_jax.model.definition import define
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import say
 
 
@@ -62,6 +63,10 @@ def main(argv: list[str]) -> int:
     if max(prompt) >= source.config.vocab_size:
         past = f"the tokenizer has tokens past the embedding's {source.config.vocab_size} rows"
         raise InputError(f"{tokenizer.folder}: {past}; use the model's own tokenizer")
+    if len(prompt) + args.max_new_tokens > (covered := covered_positions(source.config)):
+        lengths = f"the prompt's {len(prompt):,} tokens and --max_new_tokens {args.max_new_tokens:,}"
+        pass_it = f"pass the {covered:,} positions of the model (max_position_embeddings)"
+        say(f"warning: {lengths} {pass_it}: text past them is poor; shorten one of the two")
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ends = sorted({*source.eos_token_ids(), *own})
     graphdef = define(source.config, run, mesh).graphdef

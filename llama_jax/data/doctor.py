@@ -22,6 +22,8 @@ ADVICE = {
     "there twice; remove it from these texts",
     "doubled_eos": "add_eos_token puts a second eos behind each output and masks the output's first token, as in "
     "stanford_alpaca; set add_eos_token to false in tokenizer_config.json",
+    "past_positions": "longer than the {positions} positions of the model (max_position_embeddings); lower "
+    "--model_max_length, or set rope_scaling in config.json",
     "duplicates": "the same tokens as an earlier record; remove these records unless the repetition is intended",
     "empty_outputs": "an output is empty: only its eos is trained; remove these records unless intended",
 }
@@ -35,13 +37,15 @@ def diagnose(
     whole: Examples | None,
     tokenizer: Tokenizer | None,
     limit: int,
+    positions: int = sys.maxsize,
     first: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Describe the data as JSON values. `examples` were made of `records`, numbered from `first`.
 
     `whole` are the same examples without a length limit, None for records that are tokens already; these need no
-    `records`. Each finding has a `count` and the first `records` by number, or is None where the form does not tell.
+    `records`. The model was made for sequences of `positions`. Each finding has a `count` and the first `records` by
+    number, or is None where the form does not tell.
     """
     truncated = lost = merged = empty = two_bos = two_eos = None
     if whole is not None and len(whole) == len(examples):
@@ -63,6 +67,7 @@ def diagnose(
         "boundary_merges": merged,
         "doubled_bos": two_bos,
         "doubled_eos": two_eos,
+        "past_positions": examples.lengths > positions,
         "duplicates": _repeated(examples),
         "empty_outputs": empty,
     }
@@ -71,6 +76,7 @@ def diagnose(
         "form": form,
         "examples": len(examples),
         "model_max_length": limit,
+        "positions": positions,
         "lengths": {
             "percentiles": {str(p): int(np.percentile(examples.lengths, p)) for p in (0, 50, 90, 99, 100)},
             "edges": edges.tolist(),
@@ -92,7 +98,7 @@ def as_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         if found and found["count"]:
             more = ", ..." if found["count"] > len(found["records"]) else ""
             numbers = ", ".join(map(str, found["records"])) + more
-            advice = ADVICE[name].format(limit=facts["model_max_length"])
+            advice = ADVICE[name].format(limit=facts["model_max_length"], positions=facts["positions"])
             lines.append((name.replace("_", " "), f"{found['count']:,} (record {numbers}) - {advice}"))
     lines += [("tokenizer", problem) for problem in facts["tokenizer"]]
     return lines

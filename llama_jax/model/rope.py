@@ -46,6 +46,19 @@ def rope_cos_sin(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+def covered_positions(config: LlamaConfig) -> int:
+    """Return the length of sequences that the model was made for, as vLLM derives it from the scaling.
+
+    `linear` and `dynamic` stretch `max_position_embeddings`; the others name the length before the stretch themselves.
+    """
+    rope, maximum = config.rope, config.max_position_embeddings
+    if rope.rope_type in ("linear", "dynamic"):
+        return int(maximum * (rope.factor or 1))
+    if rope.rope_type in ("yarn", "llama3"):
+        return max(maximum, int(rope.original_max_position_embeddings * (rope.factor or 1)))
+    return maximum
+
+
 def apply_rope(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T H/2"], sin: Float[Array, "B T H/2"]
 ) -> Float[Array, "B T N H"]:

@@ -19,15 +19,15 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.remat import REMAT
 from llama_jax.plan.chips import Chip, Topology, find_topology
 from llama_jax.plan.hlo import Collective, Program
-from llama_jax.plan.planner import Option, Plan, Planner, activation_bytes, choose_scan
+from llama_jax.plan.planner import Plan, Planner, activation_bytes, choose_scan
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, Say, make_job
-from llama_jax.training.loss import CHUNK
-from llama_jax.training.state import TrainState, saving_bytes
+from llama_jax.training.state import TrainState
 
 GIB = 2**30
 DOES_NOT_FIT = 3
+LITTLE = 0.98  # share of the memory from which a run that fits has little to spare
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def dry_run(args: Arguments) -> int:
         fits = outcome.needed is None or outcome.needed <= limit
         print("\n".join(_verdict(outcome, topology, limit)), flush=True)
         if not fits:
+            print("\n".join(_ways_out(outcome.planner, limit)), flush=True)
             print(_nearest(planner, source, topology, devices, limit=limit, fast=fast), flush=True)
         return 0 if fits else DOES_NOT_FIT
     finally:
@@ -97,8 +98,8 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
     started = time.monotonic()
     first = planner.options(limit)[0]
     if chip.platform == "gpu":
-        best = next((o for o in planner.options(limit) if _estimate(planner, o) <= limit), first)
-        return Outcome(planner, planner.make(best), _estimate(planner, best), time.monotonic() - started)
+        best = next((o for o in planner.options(limit) if planner.estimate(o) <= limit), first)
+        return Outcome(planner, planner.make(best), planner.estimate(best), time.monotonic() - started)
     if (least := planner.least_bytes(first)) > limit:  # no compiler can change that
         return Outcome(planner, planner.make(first), least, time.monotonic() - started)
     with waiting("planning", planner.job.args.disable_tqdm or None) as bar:
@@ -111,26 +112,6 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
     # A program that fits at low effort need not fit: the verdict is open. A refusal counts.
     unknown = fast and needed <= limit
     return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started)
-
-
-def _estimate(planner: Planner, option: Option) -> int:
-    """Estimate the bytes of a device by arithmetic alone.
-
-    Beside the state: gradients, values kept for the backward pass, logits of a chunk with their gradient, and two
-    layers' gathered weights; or the bytes that saving takes, if more.
-    """
-    job, run, mesh = planner.job, planner.run, planner.mesh
-    kept = option.max_tokens * activation_bytes(job.config, run, option.remat, mesh)
-    grads = sharding.bytes_on_device(planner.state.trainable)
-    itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
-    layer = (job.config.num_parameters - 2 * job.config.vocab_size * job.config.hidden_size) // (
-        job.config.num_hidden_layers * mesh.shape["tensor"]
-    )
-    head = job.config.vocab_size * job.config.hidden_size // mesh.shape["tensor"]
-    logits = min(CHUNK, option.max_tokens * job.config.vocab_size // mesh.shape["tensor"])
-    gathered = (2 * layer + head) * itemsize if mesh.size > 1 else 0
-    step = kept + grads + logits * (4 + itemsize) + gathered
-    return planner.held_bytes(option) + max(step, saving_bytes(planner.state))
 
 
 def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
@@ -291,7 +272,22 @@ def _verdict(outcome: Outcome, topology: Topology, limit: int) -> list[str]:
         told = f"{'fits' if needed <= limit else 'DOES NOT FIT'}: {needed / GIB:.2f} of {room} on a device ({by})"
     else:
         told = f"{'fits' if needed <= limit else 'DOES NOT FIT'}: {needed / GIB:.2f} of {room} on a device ({spent})"
-    return ["", f"{topology.name}: {told}"]
+    lines = ["", f"{topology.name}: {told}"]
+    if needed is not None and LITTLE * limit < needed <= limit:
+        lines.append(
+            f"only {1 - needed / limit:.1%} of a device's memory is to spare: another process on it, or another "
+            "version of the compiler, may leave too little"
+        )
+    return lines
+
+
+def _ways_out(planner: Planner, limit: int) -> list[str]:
+    """Return a line for each change that needs less memory, with the bytes of a device by arithmetic."""
+    lines = [f"by arithmetic, a device needs of its {limit / GIB:.2f} GiB, with one change:"]
+    for way in planner.ways_out(limit):
+        verdict = "fits" if way.needed <= limit else "not enough alone"
+        lines.append(f"  {way.needed / GIB:9.2f}  {way.text} ({verdict}{way.note})")
+    return lines
 
 
 def _nearest(

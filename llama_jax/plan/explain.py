@@ -16,6 +16,7 @@ from llama_jax.data.examples import IGNORE_INDEX
 from llama_jax.data.records import Record, read_records
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed.storage import tree_bytes
+from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar
 from llama_jax.setup.job import Job, kept_steps, tokenized
 from llama_jax.training.state import TrainState
@@ -110,6 +111,7 @@ def examine(job: Job) -> Description:
             whole=whole,
             tokenizer=job.tokenizer,
             limit=args.model_max_length,
+            positions=covered_positions(job.config),
             first=job.held_out + 1,
             progress=bar.update,
         )

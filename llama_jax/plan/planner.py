@@ -1,6 +1,7 @@
 """Plan a run's device programs: the blocks and the recomputation that fit a device, by the compiler's count."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -32,9 +33,12 @@ from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import EmbeddingTable, MatmulWeight, NormWeight
+from llama_jax.plan.chips import Named
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
+from llama_jax.training.loss import CHUNK
 from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.optimizer_names import OPTIMIZERS
 from llama_jax.training.state import TrainState, abstract_saved, abstract_state, saving_bytes
 from llama_jax.training.step import Steps
 
@@ -53,6 +57,14 @@ class Option(NamedTuple):
 
     max_tokens: int
     remat: str
+
+
+class Way(NamedTuple):
+    """Describe a change of the run that needs less memory: `needed` bytes a device, and its effect as a `note`."""
+
+    text: str
+    needed: int
+    note: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Planner:
     parameters to train."""
 
     def __init__(self, job: Job, mesh: Mesh, platform: str, dtype: str, scan_layers: bool, trainable: Any = nnx.Param):
-        self.job, self.mesh, self._trainable = job, mesh, trainable
+        self.job, self.mesh, self._trainable, self._platform = job, mesh, trainable, platform
         args, self.device_kind = job.args, mesh.devices.flat[0].device_kind
         compute = jnp.bfloat16 if args.bf16 else None
         kind = "bfloat16" if args.bf16 else dtype
@@ -175,6 +187,25 @@ class Planner:
         kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
         return self.held_bytes(option) + max(kept, grads, saving_bytes(self.state))
 
+    def estimate(self, option: Option) -> int:
+        """Estimate the bytes of a device by arithmetic alone.
+
+        Beside the state: gradients, values kept for the backward pass, logits of a chunk with their gradient, and two
+        layers' gathered weights; or the bytes that saving takes, if more.
+        """
+        config, run, mesh = self.job.config, self.run, self.mesh
+        kept = option.max_tokens * activation_bytes(config, run, option.remat, mesh)
+        grads = sharding.bytes_on_device(self.state.trainable)
+        itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
+        layer = (config.num_parameters - 2 * config.vocab_size * config.hidden_size) // (
+            config.num_hidden_layers * mesh.shape["tensor"]
+        )
+        head = config.vocab_size * config.hidden_size // mesh.shape["tensor"]
+        logits = min(CHUNK, option.max_tokens * config.vocab_size // mesh.shape["tensor"])
+        gathered = (2 * layer + head) * itemsize if mesh.size > 1 else 0
+        step = kept + grads + logits * (4 + itemsize) + gathered
+        return self.held_bytes(option) + max(step, saving_bytes(self.state))
+
     def choose(
         self, limit: int | None, report: Callable[[str], None] = lambda line: None, remember: bool = True
     ) -> tuple[Plan, float]:
@@ -222,11 +253,62 @@ class Planner:
     def _check_room(self, option: Option, needed: float, limit: int | None) -> None:
         if limit is not None and needed > limit:
             verdict = f"needs {needed / 2**30:.3g} GiB" if needed < math.inf else "does not fit"
+            ways = ", or ".join(f"{way.text} ({way.needed / 2**30:.3g} GiB{way.note})" for way in self.ways_out(limit))
             raise InputError(
                 f"the run {verdict}, and a device has {limit / 2**30:.3g} GiB for it, even in blocks of "
-                f"{option.max_tokens} tokens with --remat {option.remat}; use more devices, a smaller "
-                "--model_max_length, or --dtype bfloat16"
+                f"{option.max_tokens} tokens with --remat {option.remat}; needed by arithmetic with one change: {ways}"
             )
+
+    def ways_out(self, limit: int) -> list[Way]:
+        """Return the changes of devices or flags that need less memory, each alone, in the order of their effect on the
+        updates: none, the parameters' type, the optimizer, the data."""
+        args, now = self.job.args, min(map(self.estimate, self.options(limit)))
+        lr, ways = args.learning_rate, list[Way | None]()
+        free = {"remat": "auto", "max_tokens_per_device": "auto", "packing": True}
+        if changed := {name: value for name, value in free.items() if getattr(args, name) != value}:
+            ways.append(self._way(" ".join(f"--{n} {v}" for n, v in changed.items()), limit, changed))
+        for times in (2, 4, 8, 16, 32, 64):
+            more = self._way(f"{times * self.mesh.size} devices", limit, {"mesh": "auto"}, times)
+            if more and (more.needed <= limit or times == 64):
+                ways.append(more)
+                break
+        rounding = f"; steps of --learning_rate {lr:g} do not move parameters above {512 * lr:.2g}"
+        if self.run.param_dtype == jnp.float32:
+            ways.append(self._way("--dtype bfloat16", limit, {"dtype": "bfloat16"}, note=rounding))
+        for optim in OPTIMIZERS:
+            ways.append(self._way(f"--optim {optim}", limit, {"optim": optim}, note=", other updates"))
+        half = -(-self._longest // 2)
+        shorter = min(self.estimate(Option(half, remat)) for _, remat in self.options(limit))
+        ways.append(Way(f"examples of at most {half * self._row_ways} tokens (--model_max_length)", shorter, ""))
+        return [way for way in ways if way is not None and way.needed < now]
+
+    def _way(self, text: str, limit: int, changes: dict[str, Any], times: int = 1, note: str = "") -> Way | None:
+        """Estimate the least bytes of a device with other flags, on `times` as many devices with the same updates where
+        the accumulation divides; None where such a run is refused."""
+        args, order = copy.copy(self.job.args), self.job.order
+        for name, value in changes.items():
+            setattr(args, name, value)
+        mesh, dtype = self.mesh, np.dtype(self.run.param_dtype).name
+        try:
+            if times > 1:
+                devices: list[Any] = [Named(i, "gpu", self.device_kind) for i in range(times * self.mesh.size)]
+                mesh, ranks = sharding.make_mesh(devices, args.mesh), times * self.mesh.size
+                accumulation = max(1, order.accumulation * order.ranks // ranks)
+                order = replace(order, ranks=ranks, accumulation=accumulation)
+                if accumulation * ranks == self.job.order.accumulation * self.job.order.ranks:
+                    note = f", the same updates with --gradient_accumulation_steps {accumulation}"
+            job = replace(self.job, args=args, order=order)
+            other = Planner(
+                job,
+                mesh,
+                self._platform,
+                dtype=args.dtype if "dtype" in changes else dtype,
+                scan_layers=choose_scan(args, job.config, self._platform),
+                trainable=self._trainable,
+            )
+        except InputError:
+            return None
+        return Way(text, min(map(other.estimate, other.options(limit))), note)
 
     def _found_before(self, limit: int | None) -> Path:
         """Return the file of the option found earlier for such a job on such devices."""

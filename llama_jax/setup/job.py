@@ -19,6 +19,7 @@ from llama_jax.data.order import Order, group_by_length, randperm
 from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Record, read_records
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar, say
 from llama_jax.setup.arguments import Arguments
 from llama_jax.training.schedule import Schedule, make_schedule
@@ -118,6 +119,8 @@ def make_job(
         held_out = len(eval_examples)
     if eval_examples:
         eval_examples = _grouped(eval_examples, args)
+
+    _check_positions(examples, eval_examples, config, say)
 
     order = _order(args, examples, ranks)
     log_at, eval_at, save_at = (args.due(name, order) for name in ("logging", "eval", "save"))
@@ -273,6 +276,18 @@ def _check_eos(examples: Examples, tokenizer: Tokenizer, path: Path, say: Say) -
             f"warning: the tokenizer's eos_token {tokenizer.eos_token!r} is not trained in {path}: generation that "
             "waits for it will not stop; name the token that ends the texts in generation_config.json"
         )
+
+
+def _check_positions(examples: Examples, eval_examples: Examples | None, config: LlamaConfig, say: Say) -> None:
+    """Warn of examples that are longer than the sequences that the model was made for."""
+    covered = covered_positions(config)
+    for kind, some in (("", examples), ("evaluation ", eval_examples)):
+        if some and (longer := int((some.lengths > covered).sum())):
+            say(
+                f"warning: {longer:,} of {len(some):,} {kind}examples are longer than the {covered:,} positions of the "
+                f"model (max_position_embeddings), the longest of {some.lengths.max():,} tokens; lower "
+                "--model_max_length, or set rope_scaling in config.json"
+            )
 
 
 def _held_out(examples: Examples, percentage: float) -> tuple[Examples, Examples]:
