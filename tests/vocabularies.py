@@ -31,8 +31,10 @@ def for_tokenizers_0_15(folder: Path) -> None:
     write(folder, "tokenizer.json", tokenizer)
 
 
-def train_sentencepiece(folder: Path, symbols: dict[str, list[str]] | None = None, **config: Any) -> Path:
-    """A model of LLaMA's kind: BPE, bytes for what it lacks, spaces kept."""
+def train_sentencepiece(
+    folder: Path, symbols: dict[str, list[str]] | None = None, spaces: bool = True, **config: Any
+) -> Path:
+    """A model of LLaMA's kind: BPE, bytes for what it lacks, spaces kept, or (`spaces`) runs of them made one."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -42,7 +44,7 @@ def train_sentencepiece(folder: Path, symbols: dict[str, list[str]] | None = Non
             vocab_size=400,
             byte_fallback=True,
             normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
+            remove_extra_whitespaces=not spaces,
             allow_whitespace_only_pieces=True,
             split_digits=True,
             minloglevel=2,

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
-from llama_jax.data.added_tokens import Named, as_json, named_tokens
+from llama_jax.data.added_tokens import Named, Token, as_json, named_tokens
 from llama_jax.data.tokenizer_base import Tokenizer, write_tokenizer_json
 
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -133,23 +133,24 @@ def _register(tokenizer: tokenizers.Tokenizer, named: Named) -> None:
 
     The library gives a new token the next free id, whatever id the files declare.
     """
-    tokens: list[Any] = [token for _, token in sorted(named.added.items())]
+    tokens: list[Token] = [token for _, token in sorted(named.added.items())]
     known = {token.content for token in [*tokenizer.get_added_tokens_decoder().values(), *tokens]}
     # An AddedToken never equals a text of `known`: transformers registers it again, with its own flags.
     tokens += [t for t in named.all_special() if (t not in known if isinstance(t, str) else t not in tokens)]
     special = set(map(str, named.all_special()))
 
-    def is_special(token: Any) -> bool:
+    def is_special(token: Token) -> bool:
         return str(token) in special or (isinstance(token, AddedToken) and token.special)
 
-    def as_0_15(token: Any) -> Any:
-        """tokenizers 0.15 cuts a token out of the raw text if it was ever registered so; the last registration counts
-        since."""
-        before = registered.get(str(token))
-        if isinstance(token, str) or before is None or before.normalized:
-            return token
-        return AddedToken(**{**as_json(token), "normalized": False})
+    # tokenizers 0.15 cuts a token out of the raw text if it was ever registered so, 0.23 by its last registration.
+    raw = {token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.normalized}
 
-    registered = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    def as_0_15(token: Token) -> Token:
+        if isinstance(token, AddedToken) and token.normalized and token.content in raw:
+            return AddedToken(**{**as_json(token), "normalized": False})
+        if isinstance(token, str) or not token.normalized:
+            raw.add(str(token))
+        return token
+
     for together, run in itertools.groupby(tokens, is_special):
-        (tokenizer.add_special_tokens if together else tokenizer.add_tokens)(list(map(as_0_15, run)))
+        (tokenizer.add_special_tokens if together else tokenizer.add_tokens)([as_0_15(token) for token in run])

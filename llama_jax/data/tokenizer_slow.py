@@ -194,9 +194,12 @@ class SentencePieceTokenizer(Tokenizer):
         prefix = self._unk if self._behind_unk(part.text) else ""
         pieces = SentencePieceText.FromString(self._sp.encode(prefix + part.text, out_type="serialized_proto")).pieces
         ids = self._without_unk(part.text, [piece.id for piece in pieces])
-        # All but the last byte of a character, and an inserted space, have an empty surface.
-        after = np.cumsum([len(piece.surface) for piece in pieces])[len(pieces) - len(ids) :] - len(prefix)
-        before = np.concatenate([[0], after[:-1]])
+        # Bytes to characters. All but the last byte of a character, and an inserted space, have an empty span.
+        bytes_at = np.cumsum([0, *(len(c.encode()) for c in prefix + part.text)])
+        spans = [(piece.begin, piece.end) for piece in pieces[len(pieces) - len(ids) :]]
+        if not spans:  # white space that the model removes
+            return [], []
+        before, after = np.searchsorted(bytes_at, spans).T - len(prefix)
         at = np.array([*part.at, part.at[-1] + 1])
         starts = np.maximum(at[before], 0)
         ends = np.maximum(np.where(after > 0, at[after - 1] + 1, at[0]), 0)
