@@ -134,7 +134,7 @@ def _register(tokenizer: tokenizers.Tokenizer, named: Named) -> None:
     The library gives a new token the next free id, whatever id the files declare.
     """
     tokens: list[Token] = [token for _, token in sorted(named.added.items())]
-    known = {token.content for token in [*tokenizer.get_added_tokens_decoder().values(), *tokens]}
+    known = {str(token) for token in [*tokenizer.get_added_tokens_decoder().values(), *tokens]}
     # An AddedToken never equals a text of `known`: transformers registers it again, with its own flags.
     tokens += [t for t in named.all_special() if (t not in known if isinstance(t, str) else t not in tokens)]
     special = set(map(str, named.all_special()))
