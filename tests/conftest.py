@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the subprocesses of tests
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
 
 import hypothesis
 import jax

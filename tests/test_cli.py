@@ -149,7 +149,7 @@ def replaced(record: int, **changes: Any) -> Callable[[Case], None]:
 BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     # The model's folder.
     "no folder": (lambda c: c.flags.update(model_name_or_path=c.folder / "nowhere"), ["nowhere", "no such folder"]),
-    "a name of the hub": (lambda c: c.flags.update(model_name_or_path="org/model"), ["org/model", "does not download"]),
+    "a name of the hub": (lambda c: c.flags.update(model_name_or_path="org/model"), ["org/model", "hf download"]),
     "empty folder": (lambda c: c.flags.update(model_name_or_path=c.folder), ["no config.json"]),
     "a file of the folder": (
         lambda c: c.flags.update(model_name_or_path=c.model / "model.safetensors"),

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     refuse_several("convert_torch_to_flax.py")
     set_up_jax(use_cpu=True)
     dtype = numpy_dtype(args.dtype) if args.dtype else None
-    source = Source(Path(args.model_name_or_path), args.allow_pickle)
+    source = Source(Path(args.model_name_or_path), args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
     if args.to_hf and not source.is_flax:
@@ -44,8 +44,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Return the flags of a command line. Raises InputError."""
     parser = Parser(prog="convert_torch_to_flax.py", description=__doc__)
     parser.add_argument(
-        "--model_name_or_path", required=True, help="HF folder or .gguf file; with --to_hf a Flax folder"
+        "--model_name_or_path", required=True, help="HF folder, hub name or .gguf file; with --to_hf a Flax folder"
     )
+    parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--to_hf", action="store_true", help="write an HF folder from a Flax one")
     parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.generate", description="Answer one instruction, or one message.")
     parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--instruction", help="the instruction of an Alpaca prompt")
     asked.add_argument("--message", help="a user's message, in the tokenizer's chat template")
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         raise InputError("--input belongs to --instruction; put it into the --message")
     refuse_several("python -m llama_jax.generate")
     set_up_jax(args.use_cpu)
-    source = Source(Path(args.model_name_or_path), args.allow_pickle)
+    source = Source(Path(args.model_name_or_path), args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
     tokenizer = open_tokenizer(source.tokenizer_folder)

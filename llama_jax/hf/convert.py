@@ -49,7 +49,7 @@ def to_hf(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) ->
     with byte_bar("writing weights", size) as bar:
         write_weights(folder, params, source.config, dtypes, bar.update)
     write_config(folder, source.raw, source.generation, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
-    copy_tokenizer(source.folder, folder)
+    copy_tokenizer(source.tokenizer_to_copy(), folder)
     if not verify:
         return []
     written = open_checkpoint(folder).tensors

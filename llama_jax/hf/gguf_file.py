@@ -54,6 +54,16 @@ _SCALING = {
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
 TOKEN_IDS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
+# The texts of tokens that llama.cpp ends a generation at, among them its fill-in-the-middle pad, repository and file.
+_ENDS = frozenset(
+    """
+    <|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|>
+    <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> [e~[
+    <\uff5cend\u2581of\u2581sentence\uff5c>
+    <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|>
+    """.split()
+)
+_END_IDS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 _F = GGMLQuantizationType
 _NATIVE = {_F.F32: np.dtype(np.float32), _F.F16: np.dtype(np.float16), _F.BF16: np.dtype(ml_dtypes.bfloat16)}
@@ -103,6 +113,25 @@ def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]
     return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
+def end_tokens(metadata: dict[str, Any]) -> list[int]:
+    """Return the ids that end a generation by llama.cpp's rule, the eos token first: ids of the metadata, and texts.
+
+    Its exceptions are followed too: <|end|> between the channels of a harmony answer, </s> beside <|tool_response>.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    eos = metadata.get("tokenizer.ggml.eos_token_id", 2 if metadata.get("tokenizer.ggml.model") == "llama" else None)
+    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _END_IDS]
+    ends = {i: tokens[i] for i in [eos, *named] if isinstance(i, int) and i < len(tokens)}
+    ends |= {i: token for i, token in enumerate(tokens) if token in _ENDS}
+    texts, excepted = {*ends.values()}, set()
+    if texts & {"<|return|>", "<|flush|>"} and texts & {"<|call|>", "<|calls|>"}:
+        excepted.add("<|end|>")
+    if "<|tool_response>" in texts:
+        excepted.add("</s>")
+    ends = {i: token for i, token in ends.items() if token not in excepted}
+    return sorted(ends, key=lambda i: (i != eos, i))
+
+
 def _make_config(
     path: str | Path, architecture: str, metadata: dict[str, Any], sources: dict[str, ReaderTensor]
 ) -> dict[str, Any]:
@@ -142,6 +171,8 @@ def _make_config(
         "torch_dtype": "float32",
         **{f"{key}_token_id": metadata.get(f"tokenizer.ggml.{TOKEN_IDS[key]}") for key in ("bos", "eos", "pad")},
     }
+    if ends := end_tokens(metadata):
+        config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if architecture == "granite":
         # As llama.cpp reads a file without the key; HF's default for the scores is 1.
         config |= dict.fromkeys(_SCALARS.values(), 1.0) | {"attention_multiplier": head_dim**-0.5}

@@ -12,18 +12,35 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import write_tokenizer_json
-from llama_jax.hf.gguf_file import TOKEN_IDS, open_gguf
+from llama_jax.hf.gguf_file import TOKEN_IDS, end_tokens, open_gguf
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> the patterns that split the text, each applied to the pieces of the previous pattern.
+_OTHER = "give the tokenizer of the model's HF folder by --tokenizer_name DIR"
+_QWEN2 = _LLAMA3.replace("{1,3}", "")  # llama.cpp does not normalize to NFC first, as Qwen's tokenizer.json does
+# The patterns that split the text, each applied to the pieces of the previous one, and their names in llama.cpp, which
+# are the values of tokenizer.ggml.pre.
+_LLAMA3_NAMES = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano".split()
 _SPLITS = {
-    **{name: [_LLAMA3] for name in ("llama-bpe", "llama3", "llama-v3")},
-    **{name: [r"\p{N}", _GPT2] for name in ("smollm", "starcoder", "refact")},
-    "gpt-2": [_GPT2],
+    **{name: [_LLAMA3] for name in [*_LLAMA3_NAMES, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"]},
+    **{
+        name: [_QWEN2]
+        for name in "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2".split()
+    },
+    **{
+        name: [r"\p{N}", _GPT2]
+        for name in "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2".split()
+    },
+    **{
+        name: [_GPT2]
+        for name in (
+            "gpt-2 phi-2 jina-es jina-de gigachat a.x-4.0 mellum modern-bert exaone4 mpt olmo jais trillion "
+            "granite-docling"
+        ).split()
+    },
     "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
 }
 
@@ -51,7 +68,7 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
     }
     for key in (key for key, unknown in refused.items() if unknown):
         value = repr(settings.get(key))[:40]
-        raise InputError(f"{path}: tokenizer.ggml.{key} {value} is not supported; use the tokenizer of its HF folder")
+        raise InputError(f"{path}: tokenizer.ggml.{key} {value} is not supported; {_OTHER}")
     try:
         tokens, types = settings["tokens"], settings["token_type"]
         ids = {key: settings[name] for key, name in TOKEN_IDS.items() if name in settings}
@@ -60,14 +77,15 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
         if not len(tokens) == len(types) == tokenizer.get_vocab_size():
             raise ValueError("a token occurs twice or has no type")
     except Exception as problem:  # `tokenizers` raises no narrower class
-        raise InputError(f"{path}: damaged tokenizer ({problem!r}); use the tokenizer of its HF folder") from problem
+        raise InputError(f"{path}: damaged tokenizer ({problem!r}); {_OTHER}") from problem
 
     special = {i for i, type_ in enumerate(types) if type_ in (TokenType.CONTROL, TokenType.UNKNOWN)} | {*ids.values()}
+    special |= {*end_tokens(metadata)}  # whatever their type, as in llama.cpp
     plain = {i for i, type_ in enumerate(types) if type_ == TokenType.USER_DEFINED} - special
     added = [AddedToken(tokens[i], special=i in special, normalized=False) for i in sorted(special | plain)]
     tokenizer.add_tokens(added)
     # Without the key, llama.cpp adds a bos token for sentencepiece and for llama 3.
-    add_bos = settings.get("add_bos_token", model == "llama" or _SPLITS[pre] == _SPLITS["llama-bpe"])
+    add_bos = settings.get("add_bos_token", model == "llama" or pre in _LLAMA3_NAMES)
     add = {"bos": bool(add_bos and "bos" in ids), "eos": bool(settings.get("add_eos_token") and "eos" in ids)}
     before, after = ([names[f"{key}_token"]] if add[key] else [] for key in ("bos", "eos"))
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -88,9 +106,9 @@ def _make_byte_level(settings: dict[str, Any]) -> Tokenizer:
     vocab = {token: i for i, token in enumerate(settings["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in settings["merges"]]
     # llama 3's vocabulary has words that no merges produce: a whole piece that is a token stays whole.
-    splits = _SPLITS[settings["pre"]]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=splits == _SPLITS["llama-bpe"]))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits]
+    pre = settings["pre"]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre in _LLAMA3_NAMES))
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

@@ -15,12 +15,11 @@ from safetensors import SafetensorError, safe_open
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json, refuse_foreign_link
 from llama_jax.data.tokenizer import FILES, TEMPLATES
+from llama_jax.hf.hub import SMALL
 from llama_jax.hf.names import IGNORED
 from llama_jax.hf.tensor import Index, Tensor
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-_SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 class Checkpoint(NamedTuple):
@@ -36,7 +35,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     """Open an HF folder, a `.gguf` file, or a folder with a `.gguf` file. Raises InputError for damaged files."""
     path = path.expanduser()
     if not path.exists():
-        raise InputError(f"{path}: no such folder (this program does not download; give a folder with an HF model)")
+        raise InputError(f"{path}: no such folder; give a folder with an HF model, or its name on the hub, org/model")
     if path.is_file() and (path.suffix in (".safetensors", ".json") or path.name.startswith("pytorch_model")):
         raise InputError(f"{path}: is one file of an HF model; give the folder: --model_name_or_path {path.parent}")
     check_links(path.parent if path.is_file() else path)
@@ -67,7 +66,7 @@ def _elsewhere(folder: Path) -> str:
 def check_links(folder: Path) -> None:
     """Refuse links out of the folder for every file but the weights, which are not copied. Raises InputError."""
     templates = sorted((folder / TEMPLATES).glob("*.jinja"))
-    for path in (*(folder / name for name in (*_SMALL, *FILES)), *templates):
+    for path in (*(folder / name for name in (*SMALL, *FILES)), *templates):
         if path.exists():
             refuse_foreign_link(folder, path)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
+from llama_jax.hf.hub import find_folder
 from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, check_links, open_checkpoint
@@ -43,10 +44,13 @@ def refuse_other_kind(folder: Path, flax: bool) -> None:
 
 class Source:
     """Open a model: `raw` is its config.json, `config` the architecture. Weights are read by `load`; without `weights`
-    the folder may have none."""
+    the folder may have none. `tokenizer` is a folder that replaces the model's own. Both may be names of the hub."""
 
-    def __init__(self, path: Path, allow_pickle: bool = False, weights: bool = True):
-        path = path.expanduser()
+    def __init__(
+        self, path: Path, allow_pickle: bool = False, weights: bool = True, tokenizer: str | Path | None = None
+    ):
+        path = find_folder(path.expanduser(), weights, allow_pickle)
+        self._tokenizer = Path(tokenizer).expanduser() if tokenizer else None
         self.is_flax = (path / FLAX_JSON).is_file()
         if self.is_flax or (not weights and (path / "config.json").is_file()):
             check_links(path)
@@ -75,7 +79,14 @@ class Source:
 
     @cached_property
     def tokenizer_folder(self) -> Path:
-        """Return the folder with the tokenizer's files; a GGUF's tokenizer is written to a temporary folder."""
+        """Return the folder with the tokenizer's files; a GGUF's tokenizer is written to a temporary folder.
+
+        Raises InputError.
+        """
+        if self._tokenizer:
+            folder = find_folder(self._tokenizer, weights=False)
+            check_links(folder)
+            return folder
         if self._checkpoint.gguf is None:
             return self.folder
         from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer

@@ -58,7 +58,7 @@ def dry_run(args: Arguments) -> int:
     for name, value in settings.items():
         jax.config.update(name, value)
     try:
-        source = Source(Path(args.model_name_or_path), args.allow_pickle, weights=False)
+        source = Source(Path(args.model_name_or_path), args.allow_pickle, weights=False, tokenizer=args.tokenizer_name)
         for note in source.notes:
             say(note)
         devices = topology.devices()

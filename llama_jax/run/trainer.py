@@ -162,7 +162,7 @@ def _prepared_alone(args: Arguments, platform: str) -> Prepared:
         refuse_other_kind(output_dir, flax=False)
         make_output_dir(output_dir)
         resume_step = choose_step(args, output_dir)
-    source = Source(Path(args.model_name_or_path), args.allow_pickle)
+    source = Source(Path(args.model_name_or_path), args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
     ways, quiet = sharding.batch_ways(mesh), args.disable_tqdm or None

@@ -23,7 +23,7 @@ from llama_jax.training.schedule import LISTENING, SCHEDULES
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _INTERVALS = ("logging", "eval", "save")
-_PATHS = ("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir")
+_PATHS = ("model_name_or_path", "tokenizer_name", "data_path", "eval_data_path", "output_dir", "cache_dir")
 _ARGS_FILE = Path(__file__).resolve().parents[2] / "train_jax.args"  # beside train_jax.py
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -45,7 +45,15 @@ def _flag(default: Any, text: str, **options: Any) -> Any:
 
 
 _OWN = (
-    *("model_name_or_path", "data_path", "eval_data_path", "output_dir", "cache_dir", "resume_from_checkpoint"),
+    *(
+        "model_name_or_path",
+        "tokenizer_name",
+        "data_path",
+        "eval_data_path",
+        "output_dir",
+        "cache_dir",
+        "resume_from_checkpoint",
+    ),
     *("coordinator_address", "process_id", "disable_tqdm", "show_examples", "config"),
 )
 
@@ -58,8 +66,11 @@ class Arguments:
     """
 
     model_name_or_path: str = _flag(
-        "", "HF folder, .gguf file or Flax folder (required); convert_torch_to_flax.py makes Flax folders"
+        "",
+        "HF folder, hub name (org/model), .gguf file or Flax folder (required); a named model is read from the hub's "
+        "cache, or downloaded into it; convert_torch_to_flax.py makes Flax folders",
     )
+    tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer than the model's own")
     data_path: str | None = _flag(
         None, "JSON, JSONL, parquet or .txt file (required); records are Alpaca, chat, text, or input_ids and labels"
     )
