@@ -93,6 +93,7 @@ def test_what_is_found_is_there(model, records, limit, split, tmp_path_factory, 
         "doubled_eos": [],
         "duplicates": [i for i in whole if any(cut[i] == cut[j] for j in whole if j < i)],
         "empty_outputs": [i for i in whole if not records[i - 1]["output"].strip()],
+        "past_positions": [],
     }
     assume(len(expected["masked"]) < len(whole) and (not split or first > 0))
     folder = tmp_path_factory.mktemp("run")
@@ -181,6 +182,7 @@ def test_chats(model, tmp_path):
         **dict.fromkeys(["boundary_merges", "doubled_bos", "doubled_eos"]),
         "duplicates": told([4]),
         "empty_outputs": told([2]),
+        "past_positions": told([]),
     }
 
 
@@ -200,6 +202,7 @@ def test_plain_text(model, tmp_path):
     assert facts["findings"] == {
         **{"truncated": told([2, 3]), "eos_lost": told([2, 3]), "masked": told([]), "boundary_merges": None},
         **{"duplicates": told([3]), "empty_outputs": told([4]), "doubled_bos": told([5]), "doubled_eos": None},
+        "past_positions": told([]),
     }
 
 
@@ -234,7 +237,7 @@ def test_the_command_tells_it(model, spoken, tmp_path):
     found = {"duplicates": 4, "empty_outputs": 2, "boundary_merges": 3, "truncated": 5, "eos_lost": 5}
     if spoken == "json":
         told_of = json.loads(outcome.out)["data"]["findings"]
-        none = {"masked": told([]), "doubled_eos": told([]), "doubled_bos": None}
+        none = {"masked": told([]), "past_positions": told([]), "doubled_eos": told([]), "doubled_bos": None}
         assert told_of == {name: told([record]) for name, record in found.items()} | none
     else:
         for name, record in found.items():

@@ -1,5 +1,6 @@
 """`--dry_run`: what it says of state and traffic against sums of our own, and its verdicts."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,8 +14,9 @@ import pytest
 from tiny import CONFIG, ROOT, Outcome, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
+from llama_jax.distributed.platform import MEMORY_SHARE
 from llama_jax.hf.source import Source
-from llama_jax.plan.chips import find_topology
+from llama_jax.plan.chips import CHIPS, find_topology
 from llama_jax.plan.dry_run import make_planner
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.planner import Option
@@ -87,6 +89,30 @@ def test_what_does_not_fit_a_gpu(tmp_path: Path) -> None:
     assert change, outcome.out
     changed = dry_run(tmp_path, raw, "--dry_run", "h200:1", *asked, *shlex.split(change[1]))
     assert changed.code == 0 and "256 examples" in changed.out, changed.out
+
+
+def test_ways_out_and_little_to_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each change that would help has its memory: the larger dry run has the same figure for two devices."""
+    raw = {**CONFIG, "hidden_size": 4096, "intermediate_size": 65536, "num_hidden_layers": 8, "head_dim": 128}
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h100:1", "--learning_rate", "2e-5")
+    assert outcome.code == 3, outcome.out
+    section = outcome.out.split("by arithmetic, a device needs of its 76.93 GiB, with one change:\n")[1]
+    ways = re.findall(r"^ +([\d.]+)  (.*?) \((fits|not enough alone)(.*)\)$", section, re.M)
+    told = {text: (float(size), verdict, note) for size, text, verdict, note in ways}
+    assert told["2 devices"][1:] == ("fits", ", the same updates with --gradient_accumulation_steps 4")
+    assert told["--dtype bfloat16"][2] == "; steps of --learning_rate 2e-05 do not move parameters above 0.01"
+    assert [told[f"--optim {name}"][1] for name in ("sgd", "adafactor")] == ["fits"] * 2
+    assert told["--optim lion_32bit"] > told["--optim sgd"]
+
+    fits = r"h100:1: fits: ([\d.]+) of "
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h100:1", "--optim", "sgd")
+    assert outcome.code == 0 and "to spare" not in outcome.out
+    needed = float(re.search(fits, outcome.out)[1]) * 2**30  # type: ignore[index]
+    for spare, said in ((0.019, True), (0.021, False)):
+        small = dataclasses.replace(CHIPS["h100"], memory=int(needed / (1 - spare) / MEMORY_SHARE) + 2**24)
+        monkeypatch.setitem(CHIPS, "h100", small)
+        outcome = dry_run(tmp_path, raw, "--dry_run", "h100:1", "--optim", "sgd")
+        assert outcome.code == 0 and ("of a device's memory is to spare: another process" in outcome.out) == said
 
 
 def test_larger_ones_that_do_not_divide_the_model(tmp_path: Path) -> None:

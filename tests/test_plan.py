@@ -1,5 +1,6 @@
 """What is chosen fits by the compiler's own count, what was passed over does not, and all choices make the same run."""
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import llama_jax.run.trainer
 import train_jax
 from llama_jax.distributed import sharding
 from llama_jax.model.config import LlamaConfig
-from llama_jax.plan.chips import find_topology
+from llama_jax.plan.chips import Named, find_topology
 from llama_jax.plan.planner import Option, Plan, Planner, activation_bytes, choose_scan
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.setup.arguments import parse_arguments
@@ -119,7 +120,51 @@ def test_too_large_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(llama_jax.hf.source.Source, "load", None)
     outcome = run(train_jax.main, *argv(tmp_path))
     assert outcome.code == 2 and outcome.compiled == 0, outcome.err
-    assert "and a device has 0.000244 GiB for it" in outcome.err and "use more devices" in outcome.err
+    assert "and a device has 0.000244 GiB for it" in outcome.err
+    ways = outcome.err.split("; needed by arithmetic with one change: ")[1].split(", or ")
+    assert [way.split(" (")[0].split()[-1] for way in ways] == ["devices", "bfloat16", "sgd", "adafactor", "lion_32bit"]
+    assert all(re.search(r" \(0\.0\d+ GiB", way) for way in ways)
+
+
+def test_ways_out_are_the_planners_own_figures(tmp_path: Path) -> None:
+    """Each is the least that the planner of those flags, or of that many devices, estimates."""
+
+    def least(plans: Planner) -> int:
+        return min(map(plans.estimate, plans.options(limit)))
+
+    limit, fixed = 2**20, {"remat": "none", "max_tokens_per_device": 4096, "gradient_accumulation_steps": 4}
+    now, config = planner(tmp_path, **fixed), LlamaConfig.from_hf(RAW)
+    ways = {way.text: way for way in now.ways_out(limit)}
+    args = parse_arguments(argv(tmp_path, **fixed))
+    bfloat16 = Planner(make_job(args, config, lambda: tmp_path, 1, True), now.mesh, "cpu", "bfloat16", False)
+    (devices,) = (int(text.split()[0]) for text in ways if text.endswith("devices"))
+    args = parse_arguments(argv(tmp_path, **{**fixed, "gradient_accumulation_steps": max(1, 4 // devices)}))
+    mesh = sharding.make_mesh([Named(i, "gpu", now.device_kind) for i in range(devices)])
+    expected = {
+        "--remat auto --max_tokens_per_device auto": planner(tmp_path, gradient_accumulation_steps=4),
+        f"{devices} devices": Planner(
+            make_job(args, config, lambda: tmp_path, devices, True), mesh, "cpu", "float32", False
+        ),
+        "--dtype bfloat16": bfloat16,
+        **{f"--optim {name}": planner(tmp_path, **fixed, optim=name) for name in ("sgd", "adafactor", "lion_32bit")},
+    }
+    assert ways.keys() == expected.keys()
+    for text, plans in expected.items():
+        assert ways[text].needed == least(plans) < least(now), text
+    assert ways["--dtype bfloat16"].note.endswith("do not move parameters above " + f"{512 * args.learning_rate:.2g}")
+    halved = []
+    for length in (3000, 1500):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        write_model(folder / "model", RAW)
+        write_json(folder / "data.json", [{"input_ids": [1] * length, "labels": [1] * length}] * 8)
+        halved.append(planner(folder, gradient_accumulation_steps=4))
+    (way,) = (way for way in halved[0].ways_out(limit) if way.text == "--model_max_length 1500")
+    assert way.needed == least(halved[1]) < least(halved[0])
+    # In bfloat16, a smaller step is lost.
+    for size in (1.0, 1.5, 1.99):
+        moved = jnp.bfloat16(size) + jnp.bfloat16(float(jnp.bfloat16(size)) / 512 * 0.99)
+        assert moved == jnp.bfloat16(size)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

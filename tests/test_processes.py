@@ -30,8 +30,11 @@ import os, sys
 sys.path.insert(0, {root!r})
 import train_jax
 from llama_jax.base.errors import run_command
+from llama_jax.hf import writer
 from llama_jax.reporting.run_log import RunLog
 
+plan_shards = writer.plan_shards
+writer.plan_shards = lambda sizes, limit: plan_shards(sizes, {shard_bytes})
 rank, update, how = os.environ.get("FAILS", "- 0 -").split()
 on_update = RunLog.on_update
 
@@ -127,7 +130,7 @@ def finish(processes: list[subprocess.Popen], code: int = 0) -> list[Told]:
 def torchrun(argv: list[str], folder: Path, **env: str) -> subprocess.Popen:
     """Start two processes by the real torchrun."""
     script = folder / "launched.py"
-    script.write_text(LAUNCHED.format(root=str(ROOT)))
+    script.write_text(LAUNCHED.format(root=str(ROOT), shard_bytes=SHARD_BYTES))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, str(script), *argv], env=environment() | env, **pipes)

@@ -267,19 +267,22 @@ class Planner:
         free = {"remat": "auto", "max_tokens_per_device": "auto", "packing": True}
         if changed := {name: value for name, value in free.items() if getattr(args, name) != value}:
             ways.append(self._way(" ".join(f"--{n} {v}" for n, v in changed.items()), limit, changed))
-        for times in (2, 4, 8, 16, 32, 64):
-            more = self._way(f"{times * self.mesh.size} devices", limit, {"mesh": "auto"}, times)
-            if more and (more.needed <= limit or times == 64):
-                ways.append(more)
+        more = None
+        for times in (2, 4, 8, 16, 32, 64):  # the fewest that fit, else the most
+            more = self._way(f"{times * self.mesh.size} devices", limit, {"mesh": "auto"}, times) or more
+            if more and more.needed <= limit:
                 break
+        ways.append(more)
         rounding = f"; steps of --learning_rate {lr:g} do not move parameters above {512 * lr:.2g}"
         if self.run.param_dtype == jnp.float32:
             ways.append(self._way("--dtype bfloat16", limit, {"dtype": "bfloat16"}, note=rounding))
         for optim in OPTIMIZERS:
             ways.append(self._way(f"--optim {optim}", limit, {"optim": optim}, note=", other updates"))
         half = -(-self._longest // 2)
-        shorter = min(self.estimate(Option(half, remat)) for _, remat in self.options(limit))
-        ways.append(Way(f"examples of at most {half * self._row_ways} tokens (--model_max_length)", shorter, ""))
+        block = next((size for size in SIZES if half <= size < self._longest), None)
+        if block is not None:  # of half as long examples; no shorter block than SIZES is planned
+            shorter = min(self.estimate(Option(block, option.remat)) for option in self.options(limit))
+            ways.append(Way(f"--model_max_length {half * self._row_ways}", shorter, ", for records of text"))
         return [way for way in ways if way is not None and way.needed < now]
 
     def _way(self, text: str, limit: int, changes: dict[str, Any], times: int = 1, note: str = "") -> Way | None:
