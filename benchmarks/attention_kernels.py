@@ -3,8 +3,9 @@
 
     python benchmarks/attention_kernels.py [KERNEL]
 
-Each shape class varies rows, GQA or MHA, segments a row, padded tails and head dims. Then milliseconds of forward, and
-of forward and backward, for 4 rows of 2,048 tokens, 32 heads. Exits with 1 where an error is more than bf16 explains.
+Each shape class varies rows, GQA or MHA, segments a row, padded tails, head dims and window. Then milliseconds of
+forward, and of forward and backward, for 4 rows of 2,048 tokens, 32 heads. Exits with 1 where an error is more than
+bf16 explains.
 """
 
 import os
@@ -17,17 +18,20 @@ import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 from llama_jax.distributed import sharding
-from llama_jax.model.attention import Kernel, packed_attention
+from llama_jax.model.attention import Kernel, Scores, packed_attention
 
-# (rows, length, heads, kv heads, head dim, segments a row)
+# (rows, length, heads, kv heads, head dim, segments a row), sliding window
 CASES = [
-    (1, 128, 4, 4, 64, 1),
-    (1, 1024, 32, 32, 128, 8),
-    (4, 1024, 32, 8, 128, 8),
-    (4, 2048, 32, 32, 128, 64),
-    (2, 896, 9, 3, 64, 5),
-    (4, 640, 32, 4, 64, 17),
-    (8, 1920, 16, 2, 128, 33),
+    ((1, 128, 4, 4, 64, 1), None),
+    ((1, 1024, 32, 32, 128, 8), None),
+    ((4, 1024, 32, 8, 128, 8), None),
+    ((4, 1024, 32, 8, 128, 8), 17),
+    ((4, 2048, 32, 32, 128, 64), None),
+    ((2, 896, 9, 3, 64, 5), None),
+    ((2, 896, 9, 3, 64, 5), 128),
+    ((4, 640, 32, 4, 64, 17), None),
+    ((8, 1920, 16, 2, 128, 33), None),
+    ((8, 1920, 16, 2, 128, 3), 500),
 ]
 # Relative to the float32 reference's largest value: inputs, outputs and probabilities rounded to bf16 (2^-9 each).
 BOUND = 2e-2
@@ -44,9 +48,10 @@ def make_rows(rng, B: int, T: int, segments: int):
     return ids, positions
 
 
-def run(kernel: Kernel, mesh, dtype, q, k, v, w, ids, positions):
+def run(kernel: Kernel, scores: Scores, mesh, dtype, q, k, v, w, ids, positions):
     def loss(q, k, v, w, ids, positions):
-        out = packed_attention(kernel, q.astype(dtype), k.astype(dtype), v.astype(dtype), ids, positions)
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
+        out = packed_attention(kernel, q, k, v, ids, positions, scores=scores)
         return jnp.sum(out.astype(jnp.float32) * w), out
 
     with jax.set_mesh(mesh):
@@ -56,7 +61,8 @@ def run(kernel: Kernel, mesh, dtype, q, k, v, w, ids, positions):
 
 def check(name: str, mesh) -> bool:
     good = True
-    for case in CASES:
+    for case, window in CASES:
+        scores = Scores(window=window)
         B, T, N, K, H, segments = case
         rng = np.random.default_rng(sum(case))
         ids, positions = make_rows(rng, B, T, segments)
@@ -66,9 +72,9 @@ def check(name: str, mesh) -> bool:
         arrays[3] *= real  # padding has no gradient
         placed = [jax.device_put(a, jax.NamedSharding(mesh, sharding.ACT_BTNH)) for a in arrays]
         rows = [sharding.put(mesh, a) for a in (ids, positions)]
-        expected = run(Kernel("xla"), mesh, jnp.float32, *placed, *rows)
-        got = run(Kernel(name, segments), mesh, jnp.bfloat16, *placed, *rows)
-        with_room = run(Kernel(name, segments + 7), mesh, jnp.bfloat16, *placed, *rows)
+        expected = run(Kernel("xla"), scores, mesh, jnp.float32, *placed, *rows)
+        got = run(Kernel(name, segments), scores, mesh, jnp.bfloat16, *placed, *rows)
+        with_room = run(Kernel(name, segments + 7), scores, mesh, jnp.bfloat16, *placed, *rows)
         errors = []
         for g, r, e in zip(got, with_room, expected, strict=True):
             g, e, r = (np.where(real, x, 0) for x in (g, e, r))
@@ -77,7 +83,10 @@ def check(name: str, mesh) -> bool:
         fine = finite and max(errors) < BOUND
         good &= fine
         numbers = " ".join(f"{e:.1e}" for e in errors)
-        print(f"{name} {case}: out, dq, dk, dv off by {numbers}{'' if finite else ', NOT FINITE'}", flush=True)
+        print(
+            f"{name} {case}, window {window}: out, dq, dk, dv off by {numbers}{'' if finite else ', NOT FINITE'}",
+            flush=True,
+        )
     return good
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import CONFIG, ROOT, Outcome, hf_shapes, make_records, run, write_json, write_model
+from tiny import CONFIG, ROOT, SISTERS, Outcome, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
 from llama_jax.distributed.platform import MEMORY_SHARE
 from llama_jax.hf.source import Source
+from llama_jax.model.config import LlamaConfig
 from llama_jax.plan.chips import CHIPS, find_topology
-from llama_jax.plan.dry_run import make_planner
+from llama_jax.plan.dry_run import make_planner, operations
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.planner import Option
 from llama_jax.setup.arguments import parse_arguments
@@ -74,6 +75,25 @@ def test_gpus_by_arithmetic(tmp_path: Path) -> None:
     parameters = sum(math.prod(shape) for shape in hf_shapes(raw).values())
     for name, size in (("parameters", 4), ("optimizer's state", 8)):
         assert row(outcome.out, name) == pytest.approx(parameters * size / 8 / 2**30, abs=0.006), name
+
+
+@pytest.mark.parametrize("name", ["mistral, window", "qwen3, biases"])
+def test_sister_models(name: str, tmp_path: Path) -> None:
+    raw = {**CONFIG, **SISTERS[name]}
+    outcome = dry_run(tmp_path, raw, "--dry_run", "h200:2")
+    assert outcome.code == 0, outcome.err
+    assert f"model: {sum(math.prod(shape) for shape in hf_shapes(raw).values()):,} parameters" in outcome.out
+
+
+def test_operations_of_a_window() -> None:
+    """Attention counts the keys that a mask shows, but for half of the diagonal."""
+    L, width = CONFIG["num_hidden_layers"], CONFIG["hidden_size"]
+    full = operations(LlamaConfig.from_hf(CONFIG), 64, 64, "none")[0]
+    q, k = np.indices((64, 64))
+    for window in (1, 5, 63, 64, 300, None):
+        config = LlamaConfig.from_hf({**CONFIG, "model_type": "mistral", "sliding_window": window})
+        hidden = 64 * 64 / 2 - (((k <= q) & (q - k < (window or 64))).sum() - min(window or 64, 64) / 2)
+        assert operations(config, 64, 64, "none")[0] == full - 12 * L * width * hidden, window
 
 
 @pytest.mark.slow

@@ -264,6 +264,9 @@ DIFFERENCES = (
     "`--report_to` without a value means none under 4.37 too, where the Trainer means all installed trackers.",
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
+    "`--weight_decay` under 4.37 applies to the norms of Mistral, Qwen and other sister models too, as in its Trainer, "
+    "which exempts LLaMA's norms by their class. 4.37's default attention ignores Mistral's sliding window; here the "
+    "window is applied, as by 5.",
     "The Trainer's checks of flags without meaning here are not made.",
     "A token inside a text that equals the pad token (`<unk>`, where the tokenizer pads with it) is attended to like "
     "any other token. stanford_alpaca's collator derives its mask from the ids, so that later tokens do not see it.",
