@@ -104,7 +104,8 @@ def test_what_is_found_is_there(model, records, limit, split, tmp_path_factory, 
         assert "every label is masked" in str(e)
         return
     facts = examine(job)
-    assert facts["findings"] == {"doubled_bos": None} | {name: told(numbers) for name, numbers in expected.items()}
+    absent = dict.fromkeys(["doubled_bos", "dropped"])
+    assert facts["findings"] == absent | {name: told(numbers) for name, numbers in expected.items()}
     assert facts["examples"] == len(whole) and facts["form"] == "alpaca" and facts["tokenizer"] == []
     assert examine(job_of(model, folder, records, *flags)) == facts
 
@@ -137,7 +138,7 @@ def test_what_tokens_do_not_tell(model, tmp_path):
     found = examine(job_of(model, tmp_path, records))["findings"]
     assert found["masked"] == told([2, 3]) and found["duplicates"] == told([3])
     assert {name for name, where in found.items() if where is None} == {
-        *("truncated", "eos_lost", "boundary_merges", "empty_outputs", "doubled_bos", "doubled_eos")
+        *("truncated", "eos_lost", "boundary_merges", "dropped", "empty_outputs", "doubled_bos", "doubled_eos")
     }
 
 
@@ -181,9 +182,54 @@ def test_chats(model, tmp_path):
         "masked": told([5]),
         **dict.fromkeys(["boundary_merges", "doubled_bos", "doubled_eos"]),
         "duplicates": told([4]),
+        "dropped": told([]),
         "empty_outputs": told([2]),
         "past_positions": told([]),
     }
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_words_that_the_template_drops(model, tagged, tmp_path):
+    """Thoughts that are cut, of all turns but the last; not white space, nor a thought's marks that it writes anew."""
+    folder = copied(model, tmp_path / "model")
+    said = (
+        "{% if '</think>' in turn.content %}{{ '<think>' if loop.last }}"
+        "{{ turn.content.split('</think>')[0].split('<think>')[-1] + '</think>' if loop.last }}"
+        "{{ turn.content.split('</think>')[-1].strip() }}{% else %}{{ turn.content.strip() }}{% endif %}</s>"
+    )
+    template = TEMPLATE.replace(
+        "{{ turn.content }}</s>", f"{{% generation %}}{said}{{% endgeneration %}}" if tagged else said
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    thought, plain = "<think>\nwhy\n</think>\n\n4", " a \n"
+    chats = [[plain], [thought], [plain, thought], [thought, plain], [plain, plain], [plain, "why</think>"]]
+    records = [
+        {
+            "messages": [
+                turn
+                for text in chat
+                for turn in ({"role": "user", "content": " a"}, {"role": "assistant", "content": text})
+            ]
+        }
+        for chat in chats
+    ]
+    records[4]["messages"][3]["reasoning_content"] = "because"
+    job = job_of(folder, tmp_path, records, "--model_max_length", 600)
+    facts = examine(job)
+    assert facts["findings"]["dropped"] == told([4, 5])
+    said = dict(as_lines(facts))["dropped"]
+    assert said.startswith("2 (record 4, 5) - the chat template leaves out words")
+    assert "⟦<think>" in show_examples(job, 6, False)
+
+
+def test_a_call_of_a_tool_is_no_empty_output(model, tmp_path):
+    folder = copied(model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        TEMPLATE.replace("{{ turn.content", "{{ turn.tool_calls }}{{ turn.content")
+    )
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    found = examine(job_of(folder, tmp_path, [{"messages": [{"role": "user", "content": "a"}, call]}]))["findings"]
+    assert found["empty_outputs"] == told([]) and found["dropped"] == told([])
 
 
 def test_a_chat_without_ends_has_none_to_lose(model, tmp_path):
@@ -203,6 +249,7 @@ def test_plain_text(model, tmp_path):
         **{"truncated": told([2, 3]), "eos_lost": told([2, 3]), "masked": told([]), "boundary_merges": None},
         **{"duplicates": told([3]), "empty_outputs": told([4]), "doubled_bos": told([5]), "doubled_eos": None},
         "past_positions": told([]),
+        "dropped": None,
     }
 
 
@@ -237,7 +284,8 @@ def test_the_command_tells_it(model, spoken, tmp_path):
     found = {"duplicates": 4, "empty_outputs": 2, "boundary_merges": 3, "truncated": 5, "eos_lost": 5}
     if spoken == "json":
         told_of = json.loads(outcome.out)["data"]["findings"]
-        none = {"masked": told([]), "past_positions": told([]), "doubled_eos": told([]), "doubled_bos": None}
+        none = {name: told([]) for name in ("masked", "past_positions", "doubled_eos")}
+        none |= {"doubled_bos": None, "dropped": None}
         assert told_of == {name: told([record]) for name, record in found.items()} | none
     else:
         for name, record in found.items():

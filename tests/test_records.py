@@ -320,6 +320,13 @@ CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}, {"role":
 SHAREGPT: dict[str, Any] = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "é"}]}
 PLAIN: dict[str, Any] = {"text": "Once upon\na time"}
 FLAGS = ("train", "training", "trainable", "loss", "weight")
+TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f"}}]},
+    {"role": "tool", "content": "7", "name": "f"},
+    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+]
 NOT_TURNS = [None, 3, "Hi", [], {"role": "user"}, {}]
 
 
@@ -338,6 +345,7 @@ def with_turn(good: dict[str, Any], n: int, **changes: Any) -> dict[str, Any]:
         ("chat", [SHAREGPT, CHAT, {"messages": None, **SHAREGPT}, {**CHAT, "id": 3, "tools": []}]),
         ("chat", [{"conversations": CHAT["messages"]}, with_turn(CHAT, 1, tool_calls=None, name="x", weight=1)]),
         ("chat", [{"conversations": [{"from": f, "value": ""} for f in ("system", "user", "assistant")]}]),
+        ("chat", [{"messages": CALLED, "tools": TOOLS}, {"messages": CALLED, "tools": json.dumps(TOOLS)}]),
         ("text", [PLAIN, {"text": ""}, {"text": "x", "instruction": "y"}]),
         (
             "chat",
@@ -378,12 +386,17 @@ HALF = "half of a pair: \ud83d"
         (PLAIN, TEXT, "'text'"),
         *((CHAT, {"messages": v}, "list of turns") for v in NOT_TURNS),
         *((CHAT, {"messages": [*CHAT["messages"], v]}, "turn 3") for v in (None, "Hi", ["user", "Hi"])),
-        *((CHAT, with_turn(CHAT, 0, role=v), "turn 1") for v in (..., None, 3, "tool", "User", "human", ["user"])),
+        *((CHAT, with_turn(CHAT, 0, role=v), "turn 1") for v in (..., None, 3, "function", "User", "human", ["user"])),
         *((SHAREGPT, with_turn(SHAREGPT, 0, **{"from": v}), "turn 1") for v in (..., None, "bing", {"a": 1})),
         *((CHAT, with_turn(CHAT, 1, content=v), "'content' of turn 2") for v in (..., *NOT_A_STRING, HALF)),
         *((SHAREGPT, with_turn(SHAREGPT, 1, value=v), "'value' of turn 2") for v in (..., *NOT_A_STRING, HALF)),
         (CHAT, {"messages": CHAT["messages"][:1]}, "assistant"),
-        (CHAT, with_turn(CHAT, 1, tool_calls=[{}]), "tool in turn 2"),
+        *(
+            (CHAT, with_turn(CHAT, 1, tool_calls=v), "tool in turn 2")
+            for v in ([{}], [3], [{"name": 1}], {"name": "f"}, 3)
+        ),
+        (CHAT, with_turn(CHAT, 1, function_call={"name": "f"}), "'function_call' in turn 2"),
+        *((CHAT, {**CHAT, "tools": v}, "'tools'") for v in ("[", "{}", [3], {"name": "f"})),
         *((CHAT, with_turn(CHAT, 1, **{key: v}), "each assistant turn off") for key in FLAGS for v in (0, False, 0.0)),
         *((SHAREGPT, with_turn(SHAREGPT, 1, **{key: 0}), "each assistant turn off") for key in FLAGS),
         *((CHAT, with_turn(CHAT, n, weight=v), f"'weight' of turn {n + 1}") for n in (0, 1) for v in (0.5, "1", [1])),

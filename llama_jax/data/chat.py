@@ -3,9 +3,11 @@
 transformers renders the template in its sandbox: texts and ids equal those of its `apply_chat_template`.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,25 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
-from llama_jax.data.records import Record, answers, messages
+from llama_jax.data import origins
+from llama_jax.data.records import Record, answers, messages, tools
 from llama_jax.data.tokenizer import Tokenizer
 
+Turn = dict[str, Any]
+
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PROBES = "\ue000", "\ue001", "\ue002"  # contents that no template writes by itself
 _FIX = "mark the assistant's text in the template by {% generation %} and {% endgeneration %}"
+_THOUGHT = re.compile(r"[<\[](?!/)[^][<>]*think.*", re.DOTALL | re.IGNORECASE)
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers' names of a turn's thoughts
 
 
 class Chat:
     """Apply a tokenizer's chat template. Raises InputError where the tokenizer has none.
 
     The assistant's text is the text between the template's `{% generation %}` tags. Without such tags, the text of an
-    assistant's turn starts after the earlier turns and the generation prompt, and ends with the end-of-turn token.
-    White space after that token is not trained: generation has stopped there.
+    assistant's turn starts after the generation prompt, and ends with the end-of-turn token. White space after that
+    token is not trained: generation has stopped there.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -36,12 +44,13 @@ class Chat:
                 f"{tokenizer.folder}: the tokenizer has no chat template, which chat records need; put one into this "
                 "folder as chat_template.jinja, or use the tokenizer of the model's chat version"
             )
-        self._template = template
-        self._marked = bool(_GENERATION.search(template))
-        self._ends = tuple(tokenizer.special_texts())
-        self._variables: dict[str, Any] = {
-            name: token for name, token in tokenizer.special.items() if token is not None
-        }
+        self._default = _Template(template, tokenizer)
+
+    @cached_property
+    def _for_tools(self) -> "_Template":
+        """Return transformers' choice for chats with tools: the template named "tool_use", else the default."""
+        template = chat_template(self._tokenizer.folder, self._tokenizer.config, "tool_use")
+        return _Template(template, self._tokenizer) if template else self._default
 
     def tokenize(
         self, records: Sequence[Record], source: str, first: int
@@ -51,7 +60,7 @@ class Chat:
         A token is trained if any of its characters is in the assistant's text, except in turns that their flags switch
         off.
         """
-        rendered = [self._trained(record, f"{source}: record {n}") for n, record in enumerate(records, first)]
+        rendered = [self._render(record, f"{source}: record {n}") for n, record in enumerate(records, first)]
         encoded = self._tokenizer.encode_with_offsets([text for text, _ in rendered])
         for (_, spans), (ids, offsets) in zip(rendered, encoded, strict=True):
             at = np.asarray(offsets, np.int64).reshape(-1, 2)
@@ -60,10 +69,38 @@ class Chat:
                 trained |= (at[:, 1] > start) & (at[:, 0] < end)
             yield ids, trained
 
-    def _trained(self, record: Record, where: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return the chat as text, and the spans of the answers that are trained. Raises InputError."""
-        text, spans = self.render(messages(record), where)
+    def prompt(self, turns: list[Turn], where: str) -> list[int]:
+        """Return the ids of a chat, up to the start of the assistant's answer. Raises InputError."""
+        text, _ = self._default.render(turns, where, add_generation_prompt=True)
+        ((ids, _),) = self._tokenizer.encode_with_offsets([text])
+        if not ids:
+            raise InputError(f"{where}: the chat template makes no tokens for this chat")
+        return ids
+
+    def drops_words(self, record: Record) -> bool:
+        """Return whether the template leaves out words of a turn, of its content or its thoughts."""
+        template, turns, options = self._prepare(record, "record")
+        text = template.trace(turns, "record", **options)
+        marks = origins.marks(text)
+        for i, turn in enumerate(turns):
+            own = [mark for mark in marks if mark[2] == i]
+            written = ""
+            if own:  # with the template's own words around it, as "<think>" may be cut off and written again
+                before, after = _between(marks, i, own[0][0], max(end for _, end, _ in own), len(text))
+                written = "".join(text[before:after].split())
+            if any("".join(str(turn.get(key) or "").split()) not in written for key in ("content", *_THOUGHTS)):
+                return True
+        return False
+
+    def _render(self, record: Record, where: str) -> tuple[str, list[tuple[int, int]]]:
+        """Return the chat as text, and the spans [start, end) of the answers that are trained. Raises InputError."""
+        template, turns, options = self._prepare(record, where)
         wanted = answers(record)
+        if not template.tagged:
+            text, found = template.locate(turns, where, **options)
+            said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+            return text, [found[i] for i, kept in zip(said, wanted, strict=True) if kept and i in found]
+        text, spans = template.render(turns, where, return_assistant_tokens_mask=True, **options)
         if all(wanted):
             return text, spans
         if len(spans) != len(wanted):
@@ -73,46 +110,218 @@ class Chat:
             )
         return text, [span for span, kept in zip(spans, wanted, strict=True) if kept]
 
-    def prompt(self, turns: list[dict[str, Any]], where: str) -> list[int]:
-        """Return the ids of a chat, up to the start of the assistant's answer. Raises InputError."""
-        text, _ = self._apply(turns, where, add_generation_prompt=True)
-        ((ids, _),) = self._tokenizer.encode_with_offsets([text])
-        if not ids:
-            raise InputError(f"{where}: the chat template makes no tokens for this chat")
-        return ids
+    def _prepare(self, record: Record, where: str) -> tuple["_Template", list[Turn], dict[str, Any]]:
+        """Return the template of a record, its turns, and its tools by name. Raises InputError for ignored tools."""
+        turns, offered = messages(record), tools(record)
+        template = self._for_tools if offered else self._default
+        if offered and not template.names("tools"):
+            raise InputError(
+                f"{where} has 'tools' beside its turns, which the chat template does not write; remove such records, "
+                "or use a tokenizer whose template takes tools"
+            )
+        for n, turn in enumerate(turns, start=1):
+            if turn.get("tool_calls") and not template.names("tool_calls"):
+                raise InputError(
+                    f"{where} calls a tool in turn {n}, which the chat template does not write; remove such records, "
+                    "or use a tokenizer whose template takes tool_calls"
+                )
+            if turn.get("tool_calls") and not template.takes_strings:
+                turn["tool_calls"] = [_parse_arguments(call, f"{where} has in turn {n}") for call in turn["tool_calls"]]
+        return template, turns, {"tools": offered} if offered else {}
 
-    def render(self, turns: list[dict[str, Any]], where: str) -> tuple[str, list[tuple[int, int]]]:
-        """Return the chat as text, and the assistant's spans of characters [start, end). Raises InputError."""
-        text, spans = self._apply(turns, where, return_assistant_tokens_mask=self._marked)
-        if self._marked:
-            return text, spans
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                before, _ = self._apply(turns[:i], where, add_generation_prompt=True)
-                until, _ = self._apply(turns[: i + 1], where)
-                if not (until.startswith(before) and text.startswith(until)):
-                    raise InputError(
-                        f"{where}: the chat template writes turn {i + 1} differently when other turns follow or when "
-                        f"the turn is still to be written, so its tokens cannot be found; {_FIX}"
-                    )
-                stripped = until.rstrip()
-                spans.append((len(before), len(stripped if stripped.endswith(self._ends) else until)))
-        return text, spans
 
-    def _apply(self, turns: list[dict[str, Any]], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+class _Template:
+    """Render one chat template, and locate the assistant's text in it."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer):
+        self._source = source
+        self._specials = sorted(filter(None, tokenizer.special_texts()), key=len, reverse=True)
+        self._variables: dict[str, Any] = {
+            name: token for name, token in tokenizer.special.items() if token is not None
+        }
+        self.tagged = bool(_GENERATION.search(source))
+
+    def names(self, variable: str) -> bool:
+        return re.search(rf"\b{variable}\b", self._source) is not None
+
+    def render(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text by transformers itself, and the spans between tags if `options` ask for them."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template  # its annotation is wrong about the result
         try:
-            texts, spans = render([turns], chat_template=self._template, **self._variables, **options)
-        except Exception as e:  # a template's code may raise any class
-            raise InputError(f"{where}: the chat template fails after {len(turns)} turns: {e}") from None
+            texts, spans = render([turns], chat_template=self._source, **self._variables, **options)
+        except Exception as e:
+            raise _refusal(e, where) from None
         return texts[0], spans[0] if spans else []
 
+    def trace(self, turns: list[Turn], where: str, add_generation_prompt: bool = False, **options: Any) -> str:
+        """Return the text with marks of the turns. Raises InputError."""
+        traced = [origins.trace(turn, i) for i, turn in enumerate(turns)]
+        for turn in traced:  # transformers 5.24 gives thoughts every name
+            if (thoughts := next((turn[key] for key in _THOUGHTS if key in turn), None)) is not None:
+                turn.setdefault("thinking", thoughts)
+                turn["reasoning_content"] = thoughts
+        more = {"tools": None, "documents": None, **self._variables, **options}
+        try:
+            return self._tracing.render(messages=traced, add_generation_prompt=add_generation_prompt, **more)
+        except Exception as e:
+            raise _refusal(e, where) from None
 
-def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the template in `chat_template.jinja`, else in `tokenizer_config.json` (of named ones, "default")."""
+    def locate(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, dict[int, tuple[int, int]]]:
+        """Return the text by transformers, and the spans of answers by turn, found in the same text traced."""
+        text, _ = self.render(turns, where, **options)
+        traced = self.trace(turns, where, **options)
+        if traced != text or not self._traceable:
+            raise InputError(f"{where}: the chat template changes texts in a way that cannot be traced; {_FIX}")
+        marks = origins.marks(traced)
+        spans: dict[int, tuple[int, int]] = {}
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            calls = bool(turn.get("tool_calls"))
+            own, names = ([mark for mark in marks if mark[2] == number] for number in (i, ~i))
+            if not own + names:
+                if span := self._empty(text, marks, i, max((end for _, end in spans.values()), default=0)):
+                    spans[i] = span
+                continue
+            first = min(own + names)[0]
+            last = max(end for _, end, _ in own or names[:1])
+            if any(start < last and end > first for start, end, number in marks if number not in (i, ~i)):
+                raise InputError(f"{where}: the chat template writes turn {i + 1} in two places; {_FIX}")
+            before, after = _between(marks, i, first, last, len(text))
+            spans[i] = self._start(text, before, first, calls), self._end(text, last, after, calls)
+        return text, spans
+
+    def _empty(self, text: str, marks: list[origins.Mark], turn: int, before: int) -> tuple[int, int] | None:
+        """Return the span of an answer of which no mark is left: from its prompt to its end, after `before`.
+
+        Templates write `content | default('', true)`, which is not the empty content that was marked.
+        """
+        prompt, _, ends = self._frame
+        numbered = [(start, end, max(number, ~number)) for start, end, number in marks]
+        before = max([before, *(end for _, end, number in numbered if number < turn)])
+        after = min((start for start, _, number in numbered if number > turn), default=len(text))
+        start = text.find(prompt, before, after) + len(prompt) if prompt in text[before:after] else after
+        found = [at + len(end) for end in ends if (at := text.find(end, start, after)) >= 0]
+        return (start, min(found)) if prompt and found else None
+
+    def _start(self, text: str, before: int, first: int, calls: bool) -> int:
+        """Return where an answer starts, between the end of the text of other turns and its own text.
+
+        Text that the template writes after the generation prompt, as "<think>", is the model's to write.
+        """
+        prompt, tail, _ = self._frame
+        if prompt:
+            at = text.rfind(prompt, before, first)
+            return first if at < 0 else at + len(prompt)
+        # LLaMA 2's template has no generation prompt: a space in front of the answer comes after the user's "[/INST]".
+        head = text[before:first]
+        written = head.startswith(tail) and (calls or head[len(tail) :].isspace())
+        return before + len(tail) if written else first
+
+    def _end(self, text: str, last: int, after: int, calls: bool) -> int:
+        """Return where an answer ends: after the end of turn that follows its own text, if there is one."""
+        ends = self._frame[2]
+        for end in ends:
+            if text.startswith(end, last):
+                return last + len(end)
+        if calls:  # the template closes brackets in between
+            for ways in (ends, self._specials):
+                found = [at + len(end) for end in ways if (at := text.find(end, last, after)) >= 0]
+                if found:
+                    return min(found)
+        return last
+
+    @cached_property
+    def _tracing(self) -> Any:
+        return origins.tracing(self._source)
+
+    @cached_property
+    def _frame(self) -> tuple[str, str, list[str]]:
+        """Return the generation prompt, the text from a user's content to the answer, and the ways to end a turn.
+
+        All are texts that the template writes around contents of `_PROBES`; empty where it refuses such chats.
+        """
+        user, answer, another = _PROBES
+        asked = {"role": "user", "content": user}
+        answered, again = ({"role": "assistant", "content": content} for content in (answer, another))
+        closed = self._written(asked).partition(user)[2]
+        opened = self._written(asked, add_generation_prompt=True).partition(user)[2]
+        # A thought that the prompt opens is of the answer where one is trained, as in the tags of TRL's templates.
+        prompt = _THOUGHT.sub("", opened[_shared(closed, opened) :]).lstrip()
+        last = self._written(asked, answered).partition(answer)[2]
+        middle = self._written(asked, answered, again).partition(answer)[2].partition(another)[0]
+        middle = middle[: middle.rfind(prompt)] if prompt and prompt in middle else ""
+        ends = [self._through_special(last) or last.rstrip() or last, self._through_special(middle)]
+        return prompt, opened, [end for end in ends if end]
+
+    @cached_property
+    def _traceable(self) -> bool:
+        """Return whether every part of `_PROBES` in a chat's text is marked."""
+        user, answer, _ = _PROBES
+        text = self._written({"role": "user", "content": user}, {"role": "assistant", "content": answer})
+        marked = sum(end - start for start, end, _ in origins.marks(text))
+        return marked == sum(map(text.count, _PROBES))
+
+    @cached_property
+    def takes_strings(self) -> bool:
+        """Return whether arguments of a tool call that are a string of JSON come into the text as they are."""
+        arguments = json.dumps({_PROBES[0]: _PROBES[1]}, ensure_ascii=False)
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return arguments in self._written({"role": "user", "content": "a"}, turn)
+
+    def _written(self, *turns: Turn, **options: Any) -> str:
+        """Return the traced text of a chat, empty where the template refuses it."""
+        try:
+            return self.trace([*turns], "", **options)
+        except InputError:
+            return ""
+
+    def _through_special(self, text: str) -> str:
+        """Return the text through its first special token; empty where it has none."""
+        found = re.search("|".join(map(re.escape, self._specials)) or "(?!)", text)
+        return text[: found.end()] if found else ""
+
+
+def _shared(a: str, b: str) -> int:
+    """Return the number of characters that both texts begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _between(marks: list[origins.Mark], turn: int, first: int, last: int, length: int) -> tuple[int, int]:
+    """Return where the parts of other turns around a turn's text [first, last) end and begin."""
+    others = [mark for mark in marks if mark[2] not in (turn, ~turn)]
+    before = max((end for _, end, _ in others if end <= first), default=0)
+    return before, min((start for start, _, _ in others if start >= last), default=length)
+
+
+def _parse_arguments(call: Any, where: str) -> Any:
+    """Return a tool call with its arguments as an object, which OpenAI's form has as a string of JSON."""
+    if "function" in call:
+        return {**call, "function": _parse_arguments(call["function"], where)}
+    if not isinstance(arguments := call.get("arguments"), str):
+        return call
+    try:
+        return {**call, "arguments": json.loads(arguments)}
+    except ValueError:
+        raise InputError(f"{where} the arguments {arguments[:40]!r} of a tool call, which are not JSON") from None
+
+
+def _refusal(error: Exception, where: str) -> InputError:
+    """Return the error of a template that raised any class of exception, in one line."""
+    from jinja2 import TemplateError
+
+    raised = "refuses this chat" if type(error) is TemplateError else "fails"  # `raise_exception` raises this class
+    return InputError(f"{where}: the chat template {raised}: {' '.join(str(error).split())}")
+
+
+def chat_template(folder: Path, config: dict[str, Any], name: str = "default") -> str | None:
+    """Return the template in `chat_template.jinja`, else in `tokenizer_config.json`, of several the named template."""
     file = folder / "chat_template.jinja"
+    if name != "default":
+        file = folder / "additional_chat_templates" / f"{name}.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
@@ -120,7 +329,9 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             raise InputError(f"{file}: not UTF-8: {e.reason} at byte {e.start}; save it as UTF-8") from None
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+        found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get(name)
+    elif name != "default":
+        found = None
     return found if isinstance(found, str) and found else None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.data.chat import Chat
 from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, alpaca_prompt
 from llama_jax.data.records import ALPACA, CHAT, TEXT, Record, answers, messages
 from llama_jax.data.tokenizer import Tokenizer
@@ -25,6 +26,8 @@ ADVICE = {
     "past_positions": "longer than the {positions} positions of the model (max_position_embeddings); lower "
     "--model_max_length, or set rope_scaling in config.json",
     "duplicates": "the same tokens as an earlier record; remove these records unless the repetition is intended",
+    "dropped": "the chat template leaves out words of a turn, as many do with earlier thoughts: they are not trained; "
+    "use a template that writes them, or remove these words",
     "empty_outputs": "an output is empty: only its eos is trained; remove these records unless intended",
 }
 SHOWN = 8  # records to name for each finding
@@ -47,7 +50,7 @@ def diagnose(
     `records`. The model was made for sequences of `positions`. Each finding has a `count` and the first `records` by
     number, or is None where the form does not tell.
     """
-    truncated = lost = merged = empty = two_bos = two_eos = None
+    truncated = lost = merged = empty = two_bos = two_eos = dropped = None
     if whole is not None and len(whole) == len(examples):
         truncated = whole.lengths > examples.lengths
         assert tokenizer is not None
@@ -60,6 +63,8 @@ def diagnose(
         if form == TEXT:
             bos = tokenizer.special["bos_token"] or ""
             two_bos = np.fromiter((adds_bos and r["text"].startswith(bos) for r in records), bool, len(records))
+        if form == CHAT:
+            dropped = _dropped(records, Chat(tokenizer), progress)
     found = {
         "truncated": truncated,
         "eos_lost": lost,
@@ -69,6 +74,7 @@ def diagnose(
         "doubled_eos": two_eos,
         "past_positions": examples.lengths > positions,
         "duplicates": _repeated(examples),
+        "dropped": dropped,
         "empty_outputs": empty,
     }
     edges = 2 ** np.arange(np.log2(examples.lengths.min()) // 1, np.log2(examples.lengths.max()) // 1 + 2).astype(int)
@@ -106,8 +112,9 @@ def as_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _trained_texts(form: str, record: Record) -> list[str]:
     if form == CHAT:
-        said = [turn["content"] for turn in messages(record) if turn["role"] == "assistant"]
-        return [text for text, trained in zip(said, answers(record), strict=True) if trained]
+        said = [turn for turn in messages(record) if turn["role"] == "assistant"]
+        trained = zip(said, answers(record), strict=True)
+        return [turn["content"] for turn, wanted in trained if wanted and not turn.get("tool_calls")]
     return [record["output" if form == ALPACA else "text"]]
 
 
@@ -135,6 +142,15 @@ def _merged(
             merged[i] = whole[i][0][: len(prompt)].tolist() != prompt
         progress(len(prompts))
     return merged
+
+
+def _dropped(records: Sequence[Record], chat: Chat, progress: Callable[[int], None]) -> np.ndarray:
+    """Mark chats of which the template leaves out words."""
+    dropped = np.empty(len(records), bool)
+    for i, record in enumerate(records):
+        dropped[i] = chat.drops_words(record)
+        progress(1)
+    return dropped
 
 
 def _repeated(examples: Examples) -> np.ndarray:

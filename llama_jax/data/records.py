@@ -1,5 +1,6 @@
 """Read and validate the data file: every record is checked before tokenising begins."""
 
+import json
 import mmap
 import re
 from array import array
@@ -21,7 +22,7 @@ FORMS = {  # a description of each for the user
     TEXT: "plain text with an eos; all of it is trained",
     TOKENIZED: "input_ids and labels, taken as they are",
 }
-OPENAI = ("system", "user", "assistant")
+OPENAI = ("system", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", **{role: role for role in OPENAI}}  # ShareGPT's names -> OpenAI's
 
 _BLANK = b" \t\r\n"  # JSON's white space; Python's has more
@@ -38,7 +39,7 @@ _PAIRS = dict.fromkeys(("chosen", "rejected", "kto_tag"), "preferences are not t
 _AS_CHAT = "write the record as 'messages': a system turn, the earlier turns, then instruction and output"
 _REFUSED = {
     ALPACA: {"history": _AS_CHAT, "system": _AS_CHAT, "system_prompt": _AS_CHAT, "tools": _REMOVE, **_MEDIA, **_PAIRS},
-    CHAT: {**dict.fromkeys(("tools", "functions", "system", "system_prompt", "documents"), _MOVE), **_MEDIA, **_PAIRS},
+    CHAT: {**dict.fromkeys(("functions", "system", "system_prompt", "documents"), _MOVE), **_MEDIA, **_PAIRS},
     TEXT: _MEDIA,
     TOKENIZED: {
         "seq_lengths": "give each document a record of its own: documents are packed side by side anyway",
@@ -115,6 +116,12 @@ def messages(record: Record) -> list[dict[str, Any]]:
 def answers(record: Record) -> list[bool]:
     """Return for each assistant turn of a chat record whether it is trained: no flag of the turn is false or 0."""
     return [_is_trained(turn) for turn in record.get("messages") or record["conversations"] if _is_assistant(turn)]
+
+
+def tools(record: Record) -> list[dict[str, Any]]:
+    """Return the tools that a chat record offers, which may be written as a string of JSON."""
+    value = record.get("tools") or []
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def unpadded(record: Record) -> tuple[list[int], list[int]]:
@@ -334,6 +341,8 @@ def _check_chat(record: Record) -> str | None:
     turns = record.get("messages") or record.get("conversations")
     if not isinstance(turns, list):
         return f"needs 'messages' or 'conversations', a list of turns{_keys(record)}"
+    if problem := _check_tools(record):
+        return problem
     for n, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             return f"has {_kind(turn)} as turn {n}, should be an object"
@@ -341,9 +350,12 @@ def _check_chat(record: Record) -> str | None:
         role = turn.get(name)
         if role not in known:
             return f"has the {name!r} {str(role)[:40]!r} in turn {n}, should be one of {', '.join(known)}"
-        if turn.get("tool_calls") or turn.get("function_call"):
-            return f"calls a tool in turn {n}, which is not supported; remove such records"
-        if problem := _check_string(turn.get(text), f"{text!r} of turn {n}"):
+        if turn.get("function_call"):
+            return f"has 'function_call' in turn {n}, which is not supported; write it as 'tool_calls'"
+        if problem := _check_tool_calls(turn.get("tool_calls"), n):
+            return problem
+        calls_only = turn.get("tool_calls") and turn.get(text) is None
+        if not calls_only and (problem := _check_string(turn.get(text), f"{text!r} of turn {n}")):
             return problem
         if problem := _check_flags(turn, n):
             return problem
@@ -370,6 +382,24 @@ def _is_assistant(turn: dict[str, Any]) -> bool:
 
 def _is_trained(turn: dict[str, Any]) -> bool:
     return not any(turn.get(key) == 0 for key in _FLAGS)
+
+
+def _check_tools(record: Record) -> str | None:
+    try:
+        value = tools(record)
+    except ValueError:
+        value = None
+    if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
+        return None
+    return "should have as 'tools' a list of objects, which may be a string of JSON"
+
+
+def _check_tool_calls(calls: Any, n: int) -> str | None:
+    for call in calls if isinstance(calls, list) else [calls] if calls else []:
+        function = call.get("function", call) if isinstance(call, dict) and isinstance(calls, list) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return f"calls a tool in turn {n} by no name; 'tool_calls' should be a list of objects that name a function"
+    return None
 
 
 def _check_string(value: Any, name: str) -> str | None:

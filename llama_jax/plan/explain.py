@@ -103,7 +103,7 @@ def examine(job: Job) -> Description:
         path = Path(args.data_path or "")
         records = read_records(path)[1][job.held_out :]
         whole = tokenized(job.form, records, job.tokenizer, limit=sys.maxsize, source=path, disable_bars=quiet)
-    with count_bar("comparing prompts", len(records), "record", quiet) as bar:
+    with count_bar("comparing texts", len(records), "record", quiet) as bar:
         return diagnose(
             job.form,
             job.examples,

@@ -270,6 +270,8 @@ DIFFERENCES = (
     "The Trainer's checks of flags without meaning here are not made.",
     "A token inside a text that equals the pad token (`<unk>`, where the tokenizer pads with it) is attended to like "
     "any other token. stanford_alpaca's collator derives its mask from the ids, so that later tokens do not see it.",
+    "Arguments of a tool call that are a string of JSON become an object where the chat template needs one, as in "
+    "vLLM. transformers' `apply_chat_template` writes them as a string inside a string.",
     "A resumed run continues exactly as the uninterrupted run would have. The Trainer's does not always: 4.37 takes "
     "other examples in the middle of a later epoch, or with a tail that carries over; so does 5 with "
     "`group_by_length`.",
