@@ -54,7 +54,7 @@ def join(address: str | None, count: int | None, index: int | None, use_cpu: boo
         address, count, index = address or _coordinator(place, cluster), place.size, place.rank
         devices = None if use_cpu else _own_gpus(place)
         _connect(address, num_processes=count, process_id=index, local_device_ids=devices)
-    elif count is not None:
+    elif count is not None and index is not None and address is not None:
         _connect(address, num_processes=count, process_id=index)
     elif address or (cluster and cluster.get_process_count() > 1):
         _configure()

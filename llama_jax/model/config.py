@@ -306,7 +306,7 @@ def _check_types(values: dict[str, Any], source: str) -> None:
     for key, value in values.items():
         if key in ("pad_token_id", "rope_theta", "no_rope_layers"):  # checked where they are read
             continue
-        kind = int if key == "no_rope_layer_interval" else LlamaConfig.__dataclass_fields__[key].type
+        kind: Any = int if key == "no_rope_layer_interval" else LlamaConfig.__dataclass_fields__[key].type
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         ok, wanted = {
             int: (is_number and isinstance(value, int) and value > 0, "a positive int"),

@@ -305,7 +305,7 @@ class Planner:
                 job,
                 mesh,
                 self._platform,
-                dtype=args.dtype if "dtype" in changes else dtype,
+                dtype=changes.get("dtype", dtype),
                 scan_layers=choose_scan(args, job.config, self._platform),
                 trainable=self._trainable,
             )
