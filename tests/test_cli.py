@@ -37,6 +37,7 @@ import train_jax
 from llama_jax.base.errors import run_command
 from llama_jax.command import convert
 from llama_jax.data.examples import alpaca_prompt
+from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.setup.arguments import Arguments, parse_arguments
 
 INDEX = "model.safetensors.index.json"
@@ -497,6 +498,19 @@ def test_a_disk_that_takes_no_more(command: str, case: Case) -> None:
         assert (
             run(convert_torch_to_flax.main, "--to_hf", "--model_name_or_path", flax, "--output_dir", output).code == 0
         )
+
+
+def test_a_prompt_past_the_models_positions(case: Case) -> None:
+    """Said where the prompt and the new tokens together are more than the model was made for."""
+    (prompt,) = open_tokenizer(case.model).encode_batch([alpaca_prompt({"instruction": "Name a fish"})])
+    config = json.loads((case.model / "config.json").read_text())
+    generating = ("--model_name_or_path", case.model, "--use_cpu", "--max_new_tokens", 3)
+    for positions in (len(prompt) + 3, len(prompt) + 2):
+        write_json(case.model / "config.json", {**config, "max_position_embeddings": positions})
+        outcome = run(llama_jax.command.generate.main, *generating, "--instruction", "Name a fish")
+        assert outcome.code == 0, outcome.err
+        said = f"warning: the prompt's {len(prompt)} tokens and --max_new_tokens 3 pass the {positions} positions of"
+        assert (said in outcome.err) == (positions < len(prompt) + 3)
 
 
 def test_message_by_the_chat_template(case: Case) -> None:

@@ -397,3 +397,27 @@ def test_where_colour_is_wanted(tmp_path, monkeypatch):
         assert wants_colour(Terminal())  # type: ignore[arg-type]
         monkeypatch.setenv("FORCE_COLOR", "1")
         assert wants_colour(file)
+
+
+@pytest.mark.parametrize("factor", [None, 2.0])
+def test_examples_past_the_models_positions(model, factor, tmp_path, capsys):
+    """Warn once with count and longest, of evaluation too, unless a scaling covers them; the doctor names them."""
+    folder = copied(model, tmp_path / "model")
+    scaling = {"rope_scaling": {"type": "linear", "factor": factor}} if factor else {}
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "max_position_embeddings": 64, **scaling})
+    lengths = [3, 64, 65, 90, 10, 70]
+    records = [{"input_ids": [5] * n, "labels": [5] * n} for n in lengths]
+    job = job_of(folder, tmp_path, records, "--validation_split_percentage", "50", "--eval_strategy", "epoch")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "positions of the model" in line]
+    past = examine(job)["findings"]["past_positions"]
+    if factor:
+        assert warnings == [] and past == told([])
+        return
+    assert [line.partition("; ")[0] for line in warnings] == [
+        f"warning: {count} {kind}examples are longer than the 64 positions of the model (max_position_embeddings), the "
+        f"longest of {longest} tokens"
+        for count, kind, longest in (("2 of 3", "", 90), ("1 of 3", "evaluation ", 65))
+    ]
+    assert past == told([4, 6])
+    assert "longer than the 64 positions of the model" in dict(as_lines(examine(job)))["past positions"]

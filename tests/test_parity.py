@@ -31,7 +31,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from numpy_llama import llama_logits
-from tiny import SISTERS, slow_unless
+from tiny import CONFIG, SISTERS, slow_unless
 
 from llama_jax.distributed import sharding
 from llama_jax.hf.load import check_tensors, load_params
@@ -925,3 +925,39 @@ def test_eight_devices(arguments: str) -> None:
     command = [sys.executable, "-c", f"from test_parity import *; compare_meshes({arguments})"]
     result = subprocess.run(command, cwd=root / "tests", env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("values", "covered"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),  # Llama 2
+        ({"max_position_embeddings": 16384, "rope_theta": 1e6}, 16384),  # CodeLlama
+        # Vicuna 1.5 16k
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"max_position_embeddings": 2048, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 4096),
+        # Yarn-Llama-2-64k; the same as transformers 5 writes it without the original length
+        (
+            {
+                "max_position_embeddings": 65536,
+                "rope_scaling": {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096},
+            },
+            65536,
+        ),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "yarn", "factor": 16.0}}, 65536),
+        # Llama 3.1
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {
+                    **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+                    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                },
+            },
+            131072,
+        ),
+        ({**ROPES["longrope"], "max_position_embeddings": 131072}, 131072),
+    ],
+)
+def test_positions_that_a_model_covers(values: dict[str, Any], covered: int) -> None:
+    """Published lengths of context."""
+    assert rope.covered_positions(LlamaConfig.from_hf({**CONFIG, **values})) == covered
