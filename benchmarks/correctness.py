@@ -5,7 +5,8 @@
 
 1. The attention kernel that `auto` takes here, against plain XLA in float32 (`attention_kernels.py`).
 2. A model of the shape in bf16 on packed rows of odd lengths, for each choice of --remat, stacked and not, against
-   float32 by plain XLA: the loss, the gradient's norm, and every gradient.
+   float32 by plain XLA: the loss, the gradient's norm, and every gradient. The same for each sister model, with two
+   layers of SmolLM2's sizes.
 3. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
    full recomputation.
 4. An update of 8 Alpaca-like examples in float32, packed into one block, against its examples one by one: the loss and
@@ -58,6 +59,15 @@ CURVE = 1e-2
 PACKED = 2
 # 20 updates on several devices: float32 sums in another order, a difference that Adam's divisions increase.
 MESHES = 1e-3
+# What each sister model has beside LLaMA's mathematics.
+SISTERS = {
+    "mistral": {"sliding_window": 100},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 1 / 64}
+    | {"logits_scaling": 8.0},
+    "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": None},
+}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -246,6 +256,10 @@ def main() -> None:
     print(f"{args.shape}, {args.layers} layers; attention by {kernel}: {why}")
     good = kernel == "xla" or attention_kernels.check(kernel, mesh)
     good = check_gradients(config, mesh, kernel) and good
+    for family, keys in SISTERS.items():
+        print(family)
+        sister = LlamaConfig.from_hf({**raw_config("smollm2-135m", 2), "model_type": family, **keys})
+        good = check_gradients(sister, mesh, kernel) and good
     good = check_curve(config, mesh, platform) and good
     good = check_packing(whole, mesh, platform) and good
     for kind in ("float32", "bf16") if jax.device_count() > 1 else ():
