@@ -22,6 +22,7 @@ import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import cache_folder
 from llama_jax.data import cache as cache_module
+from llama_jax.data import origins
 from llama_jax.data.cache import data_digest, load_examples, save_examples
 from llama_jax.data.examples import Examples
 from llama_jax.model.config import LlamaConfig
@@ -194,7 +195,12 @@ def test_where_the_cache_lies(monkeypatch):
 # --- its name ---
 
 files = st.dictionaries(
-    st.sampled_from(["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]),
+    st.sampled_from(
+        [
+            *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+            "additional_chat_templates/tool_use.jinja",
+        ]
+    ),
     st.binary(max_size=2),
     max_size=3,
 )
@@ -212,6 +218,7 @@ def test_only_the_same_inputs_have_the_same_name(pair, tmp_path_factory):
         folder = tmp_path_factory.mktemp("inputs")
         (folder / name).write_bytes(data)
         for file, content in (tokenizer or {}).items():
+            (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(content)
         (folder / "model.safetensors").write_bytes(folder.name.encode())  # decides nothing
         names.append(data_digest(folder / name, None if tokenizer is None else folder, {"model_max_length": limit}))
@@ -239,7 +246,7 @@ def test_the_code_and_its_libraries_are_in_the_name(tmp_path, monkeypatch):
     copy = shutil.copytree(Path(job_module.__file__).parents[1] / "data", tmp_path / "copy")
     monkeypatch.setattr("llama_jax.data.cache.__file__", str(copy / "cache.py"))
     assert data_digest(data, None, {}) == name
-    for file in ("records.py", "examples.py", "chat.py", "tokenizer.py"):
+    for file in ("records.py", "examples.py", "chat.py", "origins.py", "tokenizer.py"):
         with (copy / file).open("a") as f:
             f.write("#")
         assert name != (name := data_digest(data, None, {}))
@@ -350,29 +357,36 @@ def test_a_run_goes_on_without_a_cache(model, tmp_path):
         assert job.said.count("\n") == 2 and "not cached" in job.said and str(tmp_path / "file") in job.said
 
 
-@pytest.mark.parametrize("place", ["file", "config"])
+@pytest.mark.parametrize("place", ["file", "config", "folder"])
 def test_a_template_that_writes_the_date_is_of_its_day(model, tmp_path, monkeypatch, place):
     """As LLaMA 3.2's does. What else there is to train on keeps its tokens."""
     from transformers.utils import chat_template_utils
 
     template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    tools = []
     if place == "file":
         (model / "chat_template.jinja").write_text(template)
+    elif place == "folder":  # of the template for tools
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+        (model / "additional_chat_templates").mkdir()
+        (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0] }}" + template)
+        tools = [{"name": "f"}]
     else:
         config = json.loads((model / "tokenizer_config.json").read_text())
         write_json(model / "tokenizer_config.json", {**config, "chat_template": template})
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    chat = write_json(tmp_path / "chat.json", [{"messages": turns}])
+    chat = write_json(tmp_path / "chat.json", [{"messages": turns, "tools": tools}])
     other = write_json(tmp_path / "other.json", ALPACA)
     for day, reads in ((11, (1, 1)), (11, (0, 0)), (12, (1, 0)), (12, (0, 0))):
         today = datetime(2026, 3, day, 9)
-        monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda today=today: today))
+        for module in (chat_template_utils, origins):
+            monkeypatch.setattr(module, "datetime", SimpleNamespace(now=lambda today=today: today))
         monkeypatch.setattr(job_module, "date", SimpleNamespace(today=lambda today=today: today.date()), raising=False)
         jobs = made(model, chat, tmp_path / "cache"), made(model, other, tmp_path / "cache")
         assert tuple(job.read for job in jobs) == reads
         assert jobs[0].job.tokenizer is not None
         text = jobs[0].job.tokenizer.decode(jobs[0].job.examples.input_ids)
-        assert text.startswith(f"{day} Mar 2026")
+        assert text.removeprefix("{'name': 'f'}").startswith(f"{day} Mar 2026")
         assert "writes today's date" in jobs[0].said and "date" not in jobs[1].said
 
 

@@ -11,7 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
+from itertools import chain, compress, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jinja2
@@ -25,7 +28,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 from llama_jax.base.errors import InputError
-from llama_jax.data import examples
+from llama_jax.data import examples, origins
 from llama_jax.data.chat import Chat
 from llama_jax.data.examples import tokenize
 from llama_jax.data.records import OPENAI, SHAREGPT
@@ -33,7 +36,8 @@ from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 
 transformers = pytest.importorskip("transformers")
-render_jinja_template = transformers.utils.chat_template_utils.render_jinja_template
+chat_template_utils = transformers.utils.chat_template_utils
+render_jinja_template = chat_template_utils.render_jinja_template
 transformers.logging.set_verbosity_error()
 
 
@@ -454,6 +458,16 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path, monkeypatch, templa
     assert says in message, message
     if second:  # the other records are fine
         assert len(tokenize("chat", [good, good], tokenizer, 100)) == 2
+
+
+def test_a_date_that_changes_between_two_renderings(tmp_path, monkeypatch):
+    """At midnight; the answer is located in the later day's text."""
+    days = chain([11], repeat(12))
+    for module in (chat_template_utils, origins):
+        monkeypatch.setattr(module, "datetime", SimpleNamespace(now=lambda: datetime(2026, 3, next(days))))
+    tokenizer = open_tokenizer(write(tmp_path, "{{ strftime_now('%d') }}" + untagged(CHATML)))
+    ids, mask = trained(tokenizer, turns("a", "b"))
+    assert tokenizer.decode(ids).startswith("12user\na") and tokenizer.decode(list(compress(ids, mask))) == "b"
 
 
 @pytest.mark.parametrize(

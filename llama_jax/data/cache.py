@@ -18,7 +18,7 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.examples import Examples
-from llama_jax.data.tokenizer import FILES
+from llama_jax.data.tokenizer import FILES, TEMPLATES
 
 LIBRARIES = ("jinja2", "sentencepiece", "tokenizers", "transformers")  # libraries whose versions may change ids
 ALIGNMENT = 64  # bytes; the arrays begin at a multiple of this
@@ -35,6 +35,7 @@ def data_digest(data: Path, tokenizer: Path | None, settings: dict[str, Any]) ->
     files = {f"code {path.name}": path for path in Path(__file__).parent.glob("*.py")}
     if tokenizer is not None:
         named = {f"tokenizer {name}": tokenizer / name for name in FILES}
+        named |= {f"tokenizer {TEMPLATES}/{path.name}": path for path in (tokenizer / TEMPLATES).glob("*.jinja")}
         files |= {what: path for what, path in named.items() if path.is_file()}
     try:
         digests = {what: _file_digest(path) for what, path in sorted({**files, f"data {data.suffix}": data}.items())}

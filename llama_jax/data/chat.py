@@ -17,11 +17,12 @@ from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.data import origins
 from llama_jax.data.records import Record, answers, messages, tools
-from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.data.tokenizer import TEMPLATES, Tokenizer
 
 Turn = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_FOR_TOOLS = "tool_use"  # name of a template that chats with tools go through
 _PROBES = "\ue000", "\ue001", "\ue002"  # contents that no template writes by itself
 _FIX = "mark the assistant's text in the template by {% generation %} and {% endgeneration %}"
 _THOUGHT = re.compile(r"[<\[](?!/)[^][<>]*think.*", re.DOTALL | re.IGNORECASE)
@@ -48,8 +49,8 @@ class Chat:
 
     @cached_property
     def _for_tools(self) -> "_Template":
-        """Return transformers' choice for chats with tools: the template named "tool_use", else the default."""
-        template = chat_template(self._tokenizer.folder, self._tokenizer.config, "tool_use")
+        """Return transformers' choice for chats with tools: the template of that name, else the default."""
+        template = chat_template(self._tokenizer.folder, self._tokenizer.config, _FOR_TOOLS)
         return _Template(template, self._tokenizer) if template else self._default
 
     def tokenize(
@@ -170,8 +171,10 @@ class _Template:
 
     def locate(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """Return the text by transformers, and the spans of answers by turn, found in the same text traced."""
-        text, _ = self.render(turns, where, **options)
-        traced = self.trace(turns, where, **options)
+        for _ in range(2):  # at midnight, the template's date may change in between
+            text, _ = self.render(turns, where, **options)
+            if (traced := self.trace(turns, where, **options)) == text:
+                break
         if traced != text or not self._traceable:
             raise InputError(f"{where}: the chat template changes texts in a way that cannot be traced; {_FIX}")
         marks = origins.marks(traced)
@@ -321,7 +324,7 @@ def chat_template(folder: Path, config: dict[str, Any], name: str = "default") -
     """Return the template in `chat_template.jinja`, else in `tokenizer_config.json`, of several the named template."""
     file = folder / "chat_template.jinja"
     if name != "default":
-        file = folder / "additional_chat_templates" / f"{name}.jinja"
+        file = folder / TEMPLATES / f"{name}.jinja"
     if file.is_file():
         try:
             return file.read_text(encoding="utf-8")
@@ -336,8 +339,8 @@ def chat_template(folder: Path, config: dict[str, Any], name: str = "default") -
 
 
 def writes_the_date(folder: Path) -> bool:
-    """Return whether the folder's chat template calls `strftime_now`, as LLaMA 3.2's does to write the date."""
+    """Return whether a chat template of the folder calls `strftime_now`, as LLaMA 3.2's does to write the date."""
     with suppress(InputError):  # the error is raised where the template is needed
         config = read_json_object(folder / "tokenizer_config.json")
-        return "strftime_now" in (chat_template(folder, config) or "")
+        return any("strftime_now" in (chat_template(folder, config, name) or "") for name in ("default", _FOR_TOOLS))
     return False
