@@ -430,9 +430,9 @@ def test_a_template_that_is_not_utf_8_is_named(tmp_path):
         ("{% for m in messages %}", None, "chat template fails"),
         # Words of several lines.
         (
-            "{{ raise_exception('No:\n  too long') if messages | length > 2 }}",
+            untagged(PLAIN) + "{{ raise_exception('No:\\n  too long') if messages | length > 2 }}",
             turns("a", "b", "a"),
-            "chat: No: too long",
+            "refuses this chat: No: too long",
         ),
         # Texts that pass through functions that no part of a text comes back from.
         ("{% for m in messages %}{{ m.role + '<%s>' % m.content }}{% endfor %}", None, "generation %}"),
@@ -557,13 +557,45 @@ def called(tmp_path_factory) -> dict[str, tuple[Tokenizer, Tokenizer, Any]]:
     [
         ({"tools": [WEATHER]}, {"role": "assistant", "content": "b"}, "has 'tools' beside its turns"),
         ({}, calling("get", {}, content=""), "calls a tool in turn 2"),
+        ({}, {"role": "tool", "content": "sun"}, "has a tool's turn 2"),
     ],
 )
 def test_tools_that_the_template_leaves_out_are_refused(tmp_path, more, second, told, tags):
-    tokenizer = open_tokenizer(write(tmp_path, CHATML if tags else untagged(CHATML)))
-    records = [{"messages": turns("a", "b"), "tools": []}, {"messages": [turns("a")[0], second], **more}]
+    template = CHATML.replace("%}{{ '<|im_start|>'", "if m.role != 'tool' %}{{ '<|im_start|>'", 1)
+    tokenizer = open_tokenizer(write(tmp_path, template if tags else untagged(template)))
+    chat = [turns("a")[0], second, {"role": "assistant", "content": "b"}]
+    records = [{"messages": turns("a", "b"), "tools": []}, {"messages": chat, **more}]
     with pytest.raises(InputError, match=f"^data: record 2 {told}, which the chat template does not write; "):
         tokenize("chat", records, tokenizer, 100)
+
+
+@pytest.mark.parametrize(
+    ("needed", "record"),
+    [
+        ("{{ raise_exception('no tools') if not tools }}", {"messages": turns("a", "b", "a", ""), "tools": [WEATHER]}),
+        (
+            "{{ raise_exception('no system') if messages[0].role != 'system' }}",
+            {"messages": turns("a", "b", system="a")},
+        ),
+    ],
+)
+def test_templates_that_take_no_chat_without_tools_or_a_system_turn(tmp_path, needed, record):
+    """Its prompt and ends are learned from a chat that has them."""
+    template = needed + ZEPHYR + "{{ '' if tools else '' }}"
+    bare, tagged = (
+        open_tokenizer(write(tmp_path / name, t)) for name, t in (("a", untagged(template)), ("b", template))
+    )
+    found = [tokenize("chat", [record], tokenizer, 4096)[0] for tokenizer in (bare, tagged)]
+    assert [x.tolist() for x in found[0]] == [x.tolist() for x in found[1]]
+    assert bare.eos_token_id in found[0][1]
+
+
+def test_a_template_that_takes_no_short_chat_is_refused(tmp_path):
+    """Nothing tells where its prompts and answers end."""
+    template = "{{ raise_exception('short') if messages | length < 4 }}" + untagged(CHATML)
+    tokenizer = open_tokenizer(write(tmp_path, template))
+    with pytest.raises(InputError, match=r"^data: record 1: the answers cannot be found .*; mark .* generation %\}"):
+        tokenize("chat", [{"messages": turns("a", "b", "a", "b")}], tokenizer, 100)
 
 
 def test_arguments_that_are_no_json_are_named(called):

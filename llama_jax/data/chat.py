@@ -25,6 +25,8 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _FOR_TOOLS = "tool_use"  # name of a template that chats with tools go through
 _PROBES = "\ue000", "\ue001", "\ue002"  # contents that no template writes by itself
 _FIX = "mark the assistant's text in the template by {% generation %} and {% endgeneration %}"
+_REMOVE = "remove such records, or use a tokenizer whose template takes tools"
+_TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
 _THOUGHT = re.compile(r"[<\[](?!/)[^][<>]*think.*", re.DOTALL | re.IGNORECASE)
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers' names of a turn's thoughts
 
@@ -102,6 +104,8 @@ class Chat:
             said = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
             return text, [found[i] for i, kept in zip(said, wanted, strict=True) if kept and i in found]
         text, spans = template.render(turns, where, return_assistant_tokens_mask=True, **options)
+        if any(turn["role"] == "tool" or turn.get("tool_calls") for turn in turns):
+            _check_tools(origins.marks(template.trace(turns, where, **options)), turns, where)
         if all(wanted):
             return text, spans
         if len(spans) != len(wanted):
@@ -115,17 +119,9 @@ class Chat:
         """Return the template of a record, its turns, and its tools by name. Raises InputError for ignored tools."""
         turns, offered = messages(record), tools(record)
         template = self._for_tools if offered else self._default
-        if offered and not template.names("tools"):
-            raise InputError(
-                f"{where} has 'tools' beside its turns, which the chat template does not write; remove such records, "
-                "or use a tokenizer whose template takes tools"
-            )
+        if offered and not template.takes_tools:
+            raise InputError(f"{where} has 'tools' beside its turns, which the chat template does not write; {_REMOVE}")
         for n, turn in enumerate(turns, start=1):
-            if turn.get("tool_calls") and not template.names("tool_calls"):
-                raise InputError(
-                    f"{where} calls a tool in turn {n}, which the chat template does not write; remove such records, "
-                    "or use a tokenizer whose template takes tool_calls"
-                )
             if turn.get("tool_calls") and not template.takes_strings:
                 turn["tool_calls"] = [_parse_arguments(call, f"{where} has in turn {n}") for call in turn["tool_calls"]]
         return template, turns, {"tools": offered} if offered else {}
@@ -141,9 +137,7 @@ class _Template:
             name: token for name, token in tokenizer.special.items() if token is not None
         }
         self.tagged = bool(_GENERATION.search(source))
-
-    def names(self, variable: str) -> bool:
-        return re.search(rf"\b{variable}\b", self._source) is not None
+        self.takes_tools = re.search(r"\btools\b", source) is not None
 
     def render(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return the text by transformers itself, and the spans between tags if `options` ask for them."""
@@ -175,9 +169,10 @@ class _Template:
             text, _ = self.render(turns, where, **options)
             if (traced := self.trace(turns, where, **options)) == text:
                 break
-        if traced != text or not self._traceable:
-            raise InputError(f"{where}: the chat template changes texts in a way that cannot be traced; {_FIX}")
+        if traced != text or self._frame is None:
+            raise InputError(f"{where}: the answers cannot be found in the text that the chat template writes; {_FIX}")
         marks = origins.marks(traced)
+        _check_tools(marks, turns, where)
         spans: dict[int, tuple[int, int]] = {}
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant":
@@ -201,6 +196,7 @@ class _Template:
 
         Templates write `content | default('', true)`, which is not the empty content that was marked.
         """
+        assert self._frame
         prompt, _, ends = self._frame
         numbered = [(start, end, max(number, ~number)) for start, end, number in marks]
         before = max([before, *(end for _, end, number in numbered if number < turn)])
@@ -214,6 +210,7 @@ class _Template:
 
         Text that the template writes after the generation prompt, as "<think>", is the model's to write.
         """
+        assert self._frame
         prompt, tail, _ = self._frame
         if prompt:
             at = text.rfind(prompt, before, first)
@@ -225,6 +222,7 @@ class _Template:
 
     def _end(self, text: str, last: int, after: int, calls: bool) -> int:
         """Return where an answer ends: after the end of turn that follows its own text, if there is one."""
+        assert self._frame
         ends = self._frame[2]
         for end in ends:
             if text.startswith(end, last):
@@ -241,31 +239,31 @@ class _Template:
         return origins.tracing(self._source)
 
     @cached_property
-    def _frame(self) -> tuple[str, str, list[str]]:
+    def _frame(self) -> tuple[str, str, list[str]] | None:
         """Return the generation prompt, the text from a user's content to the answer, and the ways to end a turn.
 
-        All are texts that the template writes around contents of `_PROBES`; empty where it refuses such chats.
+        All are texts that the template writes around contents of `_PROBES`. None where it refuses such chats, or where
+        a part of such a content has no mark.
         """
         user, answer, another = _PROBES
         asked = {"role": "user", "content": user}
         answered, again = ({"role": "assistant", "content": content} for content in (answer, another))
-        closed = self._written(asked).partition(user)[2]
-        opened = self._written(asked, add_generation_prompt=True).partition(user)[2]
+        question, prompted, whole = (
+            self._written(asked),
+            self._written(asked, add_generation_prompt=True),
+            self._written(asked, answered),
+        )
+        marked = "".join(whole[start:end] for start, end, _ in origins.marks(whole))
+        if not (question and prompted and whole) or any(marked.count(c) != whole.count(c) for c in _PROBES):
+            return None
+        closed, opened = question.partition(user)[2], prompted.partition(user)[2]
         # A thought that the prompt opens is of the answer where one is trained, as in the tags of TRL's templates.
         prompt = _THOUGHT.sub("", opened[_shared(closed, opened) :]).lstrip()
-        last = self._written(asked, answered).partition(answer)[2]
+        last = whole.partition(answer)[2]
         middle = self._written(asked, answered, again).partition(answer)[2].partition(another)[0]
         middle = middle[: middle.rfind(prompt)] if prompt and prompt in middle else ""
         ends = [self._through_special(last) or last.rstrip() or last, self._through_special(middle)]
         return prompt, opened, [end for end in ends if end]
-
-    @cached_property
-    def _traceable(self) -> bool:
-        """Return whether every part of `_PROBES` in a chat's text is marked."""
-        user, answer, _ = _PROBES
-        text = self._written({"role": "user", "content": user}, {"role": "assistant", "content": answer})
-        marked = sum(end - start for start, end, _ in origins.marks(text))
-        return marked == sum(map(text.count, _PROBES))
 
     @cached_property
     def takes_strings(self) -> bool:
@@ -276,11 +274,13 @@ class _Template:
         return arguments in self._written({"role": "user", "content": "a"}, turn)
 
     def _written(self, *turns: Turn, **options: Any) -> str:
-        """Return the traced text of a chat, empty where the template refuses it."""
-        try:
-            return self.trace([*turns], "", **options)
-        except InputError:
-            return ""
+        """Return the traced text of a chat, if need be with a system turn or a tool; empty if the template refuses."""
+        system = {"role": "system", "content": "a"}
+        for before in ([], [system]):
+            for more in ({}, {"tools": [_TOOL]}):
+                with suppress(InputError):
+                    return self.trace([*before, *turns], "", **options, **more)
+        return ""
 
     def _through_special(self, text: str) -> str:
         """Return the text through its first special token; empty where it has none."""
@@ -291,6 +291,16 @@ class _Template:
 def _shared(a: str, b: str) -> int:
     """Return the number of characters that both texts begin with."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _check_tools(marks: list[origins.Mark], turns: list[Turn], where: str) -> None:
+    """Raise InputError for a call of a tool, or a tool's answer, that is not in the text."""
+    written = {number for _, _, number in marks}
+    for i, turn in enumerate(turns):
+        if turn.get("tool_calls") and ~i not in written:
+            raise InputError(f"{where} calls a tool in turn {i + 1}, which the chat template does not write; {_REMOVE}")
+        if turn["role"] == "tool" and turn["content"].strip() and i not in written:
+            raise InputError(f"{where} has a tool's turn {i + 1}, which the chat template does not write; {_REMOVE}")
 
 
 def _between(marks: list[origins.Mark], turn: int, first: int, last: int, length: int) -> tuple[int, int]:
