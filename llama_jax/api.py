@@ -23,6 +23,7 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import Llama, RunOptions
+from llama_jax.reporting.progress import say
 from llama_jax.training.loss import weighted_cross_entropy
 
 Arrays = dict[str, np.ndarray]
@@ -53,6 +54,7 @@ class Model:
     def __init__(self, llama: Llama, source: Source):
         self.llama, self.config = llama, llama.config
         self._source = source
+        self._said: set[str] = set()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -76,7 +78,7 @@ class Model:
         loss, gradients = self._run(_gradients, input_ids, attention_mask, *_targets(self.config, labels))
         return loss, dict(hf_tensors(gradients, self.config))
 
-    def generate(self, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> str:
+    def generate(self, prompt: str, max_new_tokens: int = 128, temperature: float | None = None, seed: int = 0) -> str:
         """Return the text that follows the prompt, up to an end token; greedy at temperature 0."""
         (ids,) = self.tokenizer.encode_batch([prompt])
         (new,) = self.generate_ids([ids], max_new_tokens, temperature=temperature, seed=seed)
@@ -87,21 +89,27 @@ class Model:
         input_ids: Sequence[Sequence[int]],
         max_new_tokens: int = 128,
         attention_mask: Any = None,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         seed: int = 0,
     ) -> list[list[int]]:
         """Return the new tokens of each prompt, up to an end token of generation_config.json or config.json.
 
+        Without a temperature, tokens are drawn as those files say, by default greedily; their `top_k`, `top_p`, `min_p`
+        and `repetition_penalty` hold at any temperature.
         Prompts are lists of any length, or an array [B, T] with the attention mask of its padding.
         """
         masks = [[1] * len(row) for row in input_ids] if attention_mask is None else np.asarray(attention_mask)
         prompts = [np.asarray(row)[np.asarray(mask) != 0] for row, mask in zip(input_ids, masks, strict=True)]
-        if not prompts or not all(map(len, prompts)) or max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        if not prompts or not all(map(len, prompts)) or max_new_tokens < 1 or not 0 <= (temperature or 0) < math.inf:
             raise InputError("generate: give prompts of at least one token, max_new_tokens > 0 and temperature >= 0")
         _check_ids("input_ids", np.concatenate(prompts), self.config)
-        ends = self._source.eos_token_ids()
+        ends, (sampling, lines) = self._source.eos_token_ids(), self._source.sampling(temperature)
+        for line in lines:
+            if line not in self._said:
+                say(line)
+        self._said.update(lines)
         with jax.default_matmul_precision("highest"):
-            return generate(self.llama, [p.tolist() for p in prompts], max_new_tokens, ends, temperature, seed)
+            return generate(self.llama, [p.tolist() for p in prompts], max_new_tokens, ends, sampling, seed)
 
     def _run(self, f: Callable[..., Any], input_ids: Any, attention_mask: Any, *rest: np.ndarray) -> Any:
         """Compute `f(graphdef, params, ids, positions, segments, *rest)` with exact float32 products."""

@@ -722,7 +722,7 @@ class Parsed(Exception):
 
 
 def parse_generate(argv: list[str]) -> None:
-    def opened(*args: Any) -> None:
+    def opened(*args: Any, **options: Any) -> None:
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -35,15 +36,17 @@ from tiny import (
 from tqdm import tqdm
 
 import convert_torch_to_flax
+import llama_jax
 import llama_jax.command.generate
 import llama_jax.hf.convert
 import train_jax
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.distributed import sharding
 from llama_jax.hf import writer
+from llama_jax.hf.generation import read_sampling
 from llama_jax.hf.source import Source, compare_digests, dtype_summary, training_dtype
 from llama_jax.model.definition import define
-from llama_jax.model.generate import generate
+from llama_jax.model.generate import Sampling, generate, warp
 from llama_jax.model.llama import RunOptions
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -435,12 +438,88 @@ def test_a_trained_model_tells_its_story(shared: Path) -> None:
     assert "time" in tokenizer.decode(new[0])
 
 
+def warped_by_transformers(logits: np.ndarray, ids: list[list[int]], settings_: dict[str, Any]) -> np.ndarray:
+    """The scores after the processors that transformers' generate makes of a generation_config.json."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=0))
+    config = GenerationConfig(**settings_)
+    config, _ = model._prepare_generation_config(config)
+    processors = model._get_logits_processor(config, len(ids[0]), torch.tensor(ids), None, [], device="cpu")
+    return processors(torch.tensor(ids), torch.tensor(logits)).numpy()
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 99),
+    settings_=st.fixed_dictionaries(
+        {"do_sample": st.booleans()},
+        optional={
+            "temperature": st.floats(0.1, 3),
+            "top_k": st.integers(0, 70),
+            "top_p": st.floats(0, 1),
+            "min_p": st.floats(0, 1),
+            "repetition_penalty": st.floats(0.2, 3),
+        },
+    ),
+)
+def test_tokens_are_drawn_from_transformers_distribution(seed: int, settings_: dict[str, Any]) -> None:
+    """Logits of 64 tokens: the same tokens are left, with the same scores up to roundings."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (3, 64)).astype(np.float32)
+    ids = rng.integers(0, 64, (3, 5)).tolist()
+    seen = np.zeros((3, 64), bool)
+    for row, prompt in enumerate(ids):
+        seen[row, prompt] = True
+    ours = np.asarray(warp(jnp.asarray(logits), jnp.asarray(seen), read_sampling(settings_, "")))
+    theirs = warped_by_transformers(logits, ids, settings_)
+    # A sum of probabilities at the limit of top_p, or a share at that of min_p, may round to either side.
+    assert (np.isinf(ours) != np.isinf(theirs)).sum() <= 1
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    np.testing.assert_allclose(ours[both], theirs[both], rtol=1e-6)
+
+
+def test_answers_follow_generation_config(tmp_path: Path) -> None:
+    """A greedy answer with a penalty is transformers'; a drawn one is said; --temperature 0 is greedy all the same."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = write_tokenizer(write_model(tmp_path / "hf"))
+    flags = ("--model_name_or_path", source, "--instruction", "Hi", "--max_new_tokens", 20, "--use_cpu")
+    plain = run(llama_jax.command.generate.main, *flags)
+    write_json(source / "generation_config.json", {"repetition_penalty": 1.7, "eos_token_id": 257, "num_beams": 1})
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(alpaca_prompt({"instruction": "Hi"}), return_tensors="pt")
+    new = AutoModelForCausalLM.from_pretrained(source).generate(**ids, max_new_tokens=20)[
+        0, ids["input_ids"].shape[1] :
+    ]
+    expected = tokenizer.decode(new, skip_special_tokens=True).strip() + "\n"
+    penalised = run(llama_jax.command.generate.main, *flags)
+    assert penalised.out == expected != plain.out and "repetition_penalty 1.7" in penalised.err
+    assert "no effect" not in penalised.err
+
+    drawing = {"do_sample": True, "temperature": 1.9, "top_p": 0.9, "no_repeat_ngram_size": 3, "typical_p": 1.0}
+    write_json(source / "generation_config.json", drawing)
+    drawn = [run(llama_jax.command.generate.main, *flags, "--seed", seed) for seed in (0, 1)]
+    assert drawn[0].code == 0 and drawn[0].out != drawn[1].out
+    said = "temperature 1.9, top_k 50, top_p 0.9", "no_repeat_ngram_size: no effect"
+    assert all(text in drawn[0].err for text in said)
+    greedy = run(llama_jax.command.generate.main, *flags, "--temperature", 0)
+    assert greedy.out == plain.out
+    model = llama_jax.load(source)
+    prompt = tokenizer(alpaca_prompt({"instruction": "Hi"}))["input_ids"]
+    assert model.generate_ids([prompt], 20, seed=0) != model.generate_ids([prompt], 20, seed=1)
+    write_json(source / "generation_config.json", {"do_sample": True, "top_p": 1.5})
+    refused = run(llama_jax.command.generate.main, *flags)
+    assert refused.code == 2 and "top_p 1.5 should be a number from 0.0 to 1.0" in refused.err
+
+
 def test_drawn_answers(tmp_path: Path) -> None:
     """The first token's frequencies over many seeds are softmax(logits / temperature)."""
     folder = write_model(tmp_path / "hf", {**CONFIG, "vocab_size": 7})
     source, options = Source(folder), RunOptions()
     prompt, draws = [3, 1, 4], 800
-    new = answering(source, options)([prompt] * draws, 1, (), temperature=0.4, seed=11)
+    new = answering(source, options)([prompt] * draws, 1, (), Sampling(temperature=0.4), seed=11)
     counts = np.bincount(np.asarray(new)[:, 0], minlength=7)
     from transformers import AutoModelForCausalLM
 

@@ -35,14 +35,14 @@ def main(argv: list[str]) -> int:
     asked.add_argument("--message", help="a user's message, in the tokenizer's chat template")
     parser.add_argument("--input", default="", help="the input that belongs to the instruction")
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, help="0 is greedy; by default as generation_config.json has it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
     parser.add_argument("--mesh", help="the layout of all devices, as tensor=4; the default is one device")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
+    if args.max_new_tokens < 1 or not 0 <= (args.temperature or 0) < math.inf:
         raise InputError("--max_new_tokens should be above 0, --temperature 0 or above")
     if args.message is not None and args.input:
         raise InputError("--input belongs to --instruction; put it into the --message")
@@ -70,10 +70,13 @@ def main(argv: list[str]) -> int:
         say(f"warning: {lengths} {pass_it}: text past them is poor; shorten one of the two")
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ends = sorted({*source.eos_token_ids(), *own})
+    sampling, lines = source.sampling(args.temperature)
+    for line in lines:
+        say(line)
     graphdef = define(source.config, run, mesh).graphdef
     params = source.load(run, mesh)
     with jax.set_mesh(mesh):
         model = nnx.merge(graphdef, params)
-        (new,) = generate(model, [prompt], args.max_new_tokens, ends, args.temperature, args.seed)
+        (new,) = generate(model, [prompt], args.max_new_tokens, ends, sampling, args.seed)
     print(tokenizer.decode(new).strip())
     return 0

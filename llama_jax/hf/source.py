@@ -15,22 +15,19 @@ from jax.sharding import Mesh
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
+from llama_jax.hf import generation
 from llama_jax.hf.hub import find_folder
 from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, check_links, open_checkpoint
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, pick
+from llama_jax.model.generate import Sampling
 from llama_jax.model.llama import RunOptions, stack_layers
 from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import say
 
 FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
-# The part of generation_config.json that an old config.json may hold instead.
-GENERATION = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
-    "repetition_penalty",
-)
 
 
 def refuse_other_kind(folder: Path, flax: bool) -> None:
@@ -145,18 +142,27 @@ class Source:
         path = self.folder / "generation_config.json"
         if path.exists():
             return read_json_object(path)
-        return {"_from_model_config": True} | {k: self.raw[k] for k in GENERATION if self.raw.get(k) is not None}
+        return {"_from_model_config": True} | {k: self.raw[k] for k in generation.KEYS if self.raw.get(k) is not None}
 
     def eos_token_ids(self) -> list[int]:
         """Return the end tokens of `generation_config.json`, or without that file of config.json. Raises InputError."""
         configured = self.generation.get("eos_token_id")
         ids = [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
         if not all(type(i) is int for i in ids):
-            file = "config.json" if "_from_model_config" in self.generation else "generation_config.json"
             raise InputError(
-                f"{self.folder / file}: eos_token_id {configured!r} should be a token's id or a list of ids"
+                f"{self._generation_file}: eos_token_id {configured!r} should be a token's id or a list of ids"
             )
         return sorted(set(ids))
+
+    def sampling(self, temperature: float | None = None) -> tuple[Sampling, list[str]]:
+        """Return how an answer's tokens are chosen, and the lines for the user about it. Raises InputError."""
+        sampling = generation.read_sampling(self.generation, self._generation_file, temperature)
+        return sampling, generation.describe(self.generation, sampling, self._generation_file)
+
+    @property
+    def _generation_file(self) -> str:
+        own = self._checkpoint.gguf or self.folder / "config.json"
+        return str(own if "_from_model_config" in self.generation else self.folder / "generation_config.json")
 
     def _check_shapes(self) -> None:
         """Check a Flax folder's shapes by config.json; only the vocabulary may have more rows. Raises InputError."""
