@@ -251,9 +251,9 @@ _MEANT = {name: advice for advice, names in _PLAIN_NAMES.items() for name in nam
 
 # The differences from the Trainer that stay, with the reason: one paragraph each in docs/flags.md.
 DIFFERENCES = (
-    "Under `--hf_compat 5` the exported `config.json` and `generation_config.json` get the tokenizer's bos, eos and pad "
-    "ids, as the Trainer of 5 aligns them, also where the data is tokenized already and the tokenizer is copied. Under "
-    "4.37 they stay as they are; a warning tells where generation would not stop at the eos that is trained.",
+    "Under `--hf_compat 5` the exported `config.json` and `generation_config.json` get the tokenizer's bos, eos and "
+    "pad ids, as the Trainer of 5 aligns them, also where the data is tokenized already. Under 4.37 they stay as they "
+    "are; a warning tells where generation would not stop at the eos that is trained.",
     "All flags of both versions are accepted under either `--hf_compat`. A value that only one version has (a schedule "
     "of 5, for example) may still be refused under the other.",
     "A flag may be shortened to a prefix that no other flag has. Since the flags of both versions are known here, some "
