@@ -907,7 +907,7 @@ def compare_meshes(spec: str = "data=2,fsdp=2,tensor=2", families: Sequence[str]
         config = LlamaConfig.from_hf(raw)
         run = RunOptions(scan_layers=scan_layers, remat=remat)
         rng = np.random.default_rng(7)
-        weights, batch = make_weights(config, rng), make_batch(config, rng, [9, 17, 12, 5])
+        weights, batch = make_weights(config, rng), make_batch(config, rng, [9, 18, 12, 5])
         expected = run_ours(config, run, one, weights, batch, 0.1)
         got = run_ours(config, run, eight, weights, batch, 0.1)
         bounds = run_hf(raw, weights, batch, 0.1)[1]
