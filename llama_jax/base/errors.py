@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import NoReturn
@@ -25,6 +26,14 @@ class InputError(Exception):
     def __init__(self, message: str, everywhere: bool = False):
         super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))
         self.everywhere = everywhere
+
+
+class FailedAlone(Exception):
+    """Mark an exception, its cause, of one among several processes: `run_command` reports it and ends at once.
+
+    Python's own end waits for the threads of a checkpoint, and jax's 300 s, for the other processes, which wait for
+    this one.
+    """
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +60,13 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except FailedAlone as e:
+        assert e.__cause__ is not None
+        problem = _disk_problem(e.__cause__)
+        print(f"error: {problem}" if problem else "".join(traceback.format_exception(e.__cause__)), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     except Exception as e:
         if not (problem := _disk_problem(e)):
             raise
@@ -59,7 +75,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
         return 1
 
 
-def _disk_problem(e: Exception) -> str | None:
+def _disk_problem(e: BaseException) -> str | None:
     """Return a line for an error of the disk, else None. safetensors and tensorstore give its number in their text."""
     number, file = (e.errno, e.filename) if isinstance(e, OSError) else (None, None)
     if found := re.search(r"\(os error (\d+)\)|os_error_code='(\d+)'", str(e)):

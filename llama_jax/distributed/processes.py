@@ -3,7 +3,6 @@
 All processes run the same program on the same flags and data. Each must call every function here in the same order.
 """
 
-import atexit
 import contextlib
 import itertools
 import json
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import FailedAlone, InputError
 from llama_jax.base.launcher import DEFAULT_PORT, SLURM, TORCH, Place, PlaceError, find_place
 from llama_jax.distributed.compat import find_cluster, key_value_store, multihost_utils, on_tpu_host, watch_sigterm
 
@@ -232,26 +231,20 @@ def agreed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def failing_alone() -> Iterator[None]:
-    """Run a block of one among several processes; end the process soon after an exception of the block.
+    """Run a block of one among several processes; raise FailedAlone from an exception that the others may not have.
 
-    jax's own end waits 300 s for the others, which wait for this process. All processes raise the same InputError.
+    All processes raise the same InputError.
     """
     try:
         yield
     except InputError:
         raise
     except Exception as e:
-        if jax.distributed.is_initialized():
-            number = f"process {jax.process_index()} of {jax.process_count()}"
-            e.add_note(f"({number}; where a connection failed, another process ended first: see its output)")
-            atexit.register(_end_at_once)  # before jax's, as the last one registered
-        raise
-
-
-def _end_at_once() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+        if not jax.distributed.is_initialized():
+            raise
+        number = f"process {jax.process_index()} of {jax.process_count()}"
+        e.add_note(f"({number}; where a connection failed, another process ended first: see its output)")
+        raise FailedAlone from e
 
 
 def stop_together() -> Callable[[], bool]:

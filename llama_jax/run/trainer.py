@@ -145,7 +145,7 @@ def prepare(args: Arguments) -> Prepared:
     with processes.agreed():
         prepared = _prepared_alone(args, platform)
     facts = dataclasses.asdict(prepared.facts)
-    processes.same({"--output_dir's last checkpoint": prepared.resume_step, **facts, **args.decisive})
+    processes.same({"--output_dir's last checkpoint": prepared.resume_step, **args.decisive, **facts})
     if not args.explain:
         processes.check_shared(prepared.output_dir)
     if args.show_examples and processes.is_first():
