@@ -136,6 +136,12 @@ CUT = """\
 {{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|Assistant|>' }}{% generation %}\
 {{ m.content.split('</think>')[-1] + eos_token }}{% endgeneration %}{% else %}{{ '<|User|>' + m.content }}{% endif %}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
+# Qwen 3.5's and Nemotron's: the prompt opens a thought, and every answer has one, perhaps empty.
+THINK = """\
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}{% generation %}\
+{{ '' if '<think>' in m.content else '<think></think>' }}{{ m.content + '<|im_end|>' }}{% endgeneration %}\
+{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"""
 # Qwen 3's: thoughts are written after the last question only, and an empty thought in the last turn without any.
 QWEN = """\
 {%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
@@ -193,7 +199,7 @@ UNPROMPTED = CHATML[: CHATML.index("{% if add_generation_prompt")]
 STYLES = {
     **{"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML, "plain": PLAIN, "block": BLOCK, "zephyr": ZEPHYR},
     **{"tulu": TULU, "last": LAST, "vicuna": VICUNA, "mistral": MISTRAL, "cut": CUT, "qwen": QWEN, "parts": PARTS},
-    **{"ends": ENDS, "unprompted": UNPROMPTED},
+    **{"ends": ENDS, "unprompted": UNPROMPTED, "think": THINK},
 }
 
 

@@ -277,9 +277,9 @@ class _Template:
         """Return the traced text of a chat, if need be with a system turn or a tool; empty if the template refuses."""
         system = {"role": "system", "content": "a"}
         for before in ([], [system]):
-            for more in ({}, {"tools": [_TOOL]}):
+            for offered in (None, [_TOOL]):
                 with suppress(InputError):
-                    return self.trace([*before, *turns], "", **options, **more)
+                    return self.trace([*before, *turns], "", **options, tools=offered)
         return ""
 
     def _through_special(self, text: str) -> str:
