@@ -25,6 +25,8 @@ from llama_jax.data import cache as cache_module
 from llama_jax.data import origins
 from llama_jax.data.cache import data_digest, load_examples, save_examples
 from llama_jax.data.examples import Examples
+from llama_jax.data.records import Bad
+from llama_jax.data.sources import Source
 from llama_jax.model.config import LlamaConfig
 from llama_jax.setup import job as job_module
 from llama_jax.setup.arguments import parse_arguments
@@ -64,9 +66,9 @@ def counted_reads() -> Iterator[list[Path]]:
     read: list[Path] = []
     original = job_module.read_records
 
-    def read_records(path: Path) -> Any:
-        read.append(path)
-        return original(path)
+    def read_records(sources: list[Source], bad: Bad) -> Any:
+        read.extend(file for source in sources for file in source.files)
+        return original(sources, bad)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job_module, "read_records", read_records)
@@ -221,7 +223,7 @@ def test_only_the_same_inputs_have_the_same_name(pair, tmp_path_factory):
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(content)
         (folder / "model.safetensors").write_bytes(folder.name.encode())  # decides nothing
-        names.append(data_digest(folder / name, None if tokenizer is None else folder, {"model_max_length": limit}))
+        names.append(data_digest([folder / name], None if tokenizer is None else folder, {"model_max_length": limit}))
         decisive.append((data, name.split(".")[1], tokenizer or {}, limit))
     assert (names[0] == names[1]) == (decisive[0] == decisive[1])
 
@@ -242,18 +244,18 @@ def test_a_file_in_pieces_has_a_digest_of_its_own(tmp_path, monkeypatch, piece):
 def test_the_code_and_its_libraries_are_in_the_name(tmp_path, monkeypatch):
     """Copied elsewhere, with one file changed: the package makes other examples."""
     data = write_json(tmp_path / "data.json", ALPACA)
-    name = data_digest(data, None, {})
+    name = data_digest([data], None, {})
     copy = shutil.copytree(Path(job_module.__file__).parents[1] / "data", tmp_path / "copy")
     monkeypatch.setattr("llama_jax.data.cache.__file__", str(copy / "cache.py"))
-    assert data_digest(data, None, {}) == name
+    assert data_digest([data], None, {}) == name
     for file in ("records.py", "examples.py", "chat.py", "origins.py", "tokenizer.py"):
         with (copy / file).open("a") as f:
             f.write("#")
-        assert name != (name := data_digest(data, None, {}))
+        assert name != (name := data_digest([data], None, {}))
     names = set()
     for changed in (None, "sentencepiece", "tokenizers", "jinja2", "transformers"):
         monkeypatch.setattr("llama_jax.data.cache.version", lambda n, one=changed: "2" if n == one else "1")
-        names.add(data_digest(data, None, {}))
+        names.add(data_digest([data], None, {}))
     assert len(names) == 5
 
 
@@ -411,7 +413,7 @@ def test_tokens_need_no_tokenizer(tmp_path):
         arguments = parse_arguments(["--model_name_or_path", "model.gguf", "--data_path", str(tokens)])
         for _ in range(2):
             assert len(make_job(arguments, config, no_folder, 1).examples) == 3
-        arguments.data_path = str(text)
+        arguments.data_path = [str(text)]
         with pytest.raises(InputError, match="no tokenizer inside"):
             make_job(arguments, config, no_folder, 1)
 

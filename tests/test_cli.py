@@ -193,7 +193,10 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "tokenizer larger than the embedding": (spoil_tokenizer, ["small", "259", "100"]),
     # The data.
     "no data": (lambda c: c.flags.update(data_path=c.folder / "nowhere.json"), ["nowhere.json", "no such"]),
-    "data is a folder": (lambda c: c.flags.update(data_path=c.folder), ["is a folder", "name the data file in it"]),
+    "data is a folder": (
+        lambda c: c.flags.update(data_path=c.folder / "model"),
+        ["model/config.json", "holds one object of several lines"],
+    ),
     "empty data": (lambda c: c.records(""), ["alpaca.json", "empty"]),
     "blank data": (lambda c: c.records(" \n\n"), ["alpaca.json", "empty"]),
     "no records": (lambda c: c.records("[]"), ["alpaca.json", "no records"]),

@@ -440,7 +440,7 @@ def test_advice_for_names_that_are_no_flags(tmp_path: Path, typed: str, advice: 
     for spelled in (typed, typed.replace("_", "-")):
         for words in ([f"--{spelled}", "4"], [f"--{spelled}=4"]):
             if advice is None:
-                assert parse_arguments([*NEEDED, *words]).data_path == "d.json"
+                assert parse_arguments([*NEEDED, *words]).data_path == ["d.json"]
                 continue
             with pytest.raises(InputError) as refused:
                 parse_arguments([*NEEDED, *words])
@@ -766,3 +766,25 @@ def test_deepspeeds_files(tmp_path: Path) -> None:
         with pytest.raises(InputError) as refused:
             parse_arguments([*NEEDED, "--deepspeed", str(tmp_path / "zero.json")])
         assert said in str(refused.value) and str(refused.value).startswith("--deepspeed ")
+
+
+def test_data_is_named_by_several_words_and_commas(tmp_path: Path) -> None:
+    """A comma of a path that exists separates nothing; the scripts' names are aliases."""
+    odd = write(tmp_path / "a,b.json", "[]")
+    given = {
+        ("--data_path", "a", "b,c", odd): ["a", "b", "c", odd],
+        ("--data_path=a, b",): ["a", "b"],
+        ("--data_path", "a", "--data_path", "b"): ["b"],
+        ("--train_file", "a,b"): ["a", "b"],
+        ("--dataset_name", "org/name", "--dataset_config_name", "x"): ["org/name"],
+        ("--data_path", "gs://a/b", "~"): ["gs://a/b", os.path.expanduser("~")],
+        ("--config", write(tmp_path / "a.yaml", "data_path: [a, b]")): ["a", "b"],
+        ("--config", write(tmp_path / "b.yaml", "data_path: [a, b]"), "--data_path", "c"): ["c"],
+    }
+    for words, names in given.items():
+        arguments = parse_arguments(["--model_name_or_path", "m", *words])
+        assert arguments.data_path == names
+        assert arguments.dataset_config_name == ("x" if "x" in words else None)
+    arguments = parse_arguments([*NEEDED, "--validation_file", "e,f"])
+    assert arguments.eval_data_path == ["e", "f"]
+    assert "--validation_file: read as --eval_data_path" in arguments.notes("cpu")

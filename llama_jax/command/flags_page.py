@@ -18,6 +18,7 @@ from llama_jax.setup.flags import (
     OLD,
     OPTIMIZERS,
     REFUSED,
+    SCRIPTS,
     Flag,
 )
 
@@ -28,9 +29,10 @@ _ORIGIN = {
         ALPACA: "model_name_or_path data_path model_max_length cache_dir",
         OLD: "warmup_ratio overwrite_output_dir",
         NEW: "average_tokens_across_devices train_sampling_strategy eval_strategy eval_on_start",
-        HERE: "eval_data_path validation_split_percentage allow_pickle dtype hf_compat max_tokens_per_device remat "
-        "accumulation packing attention scan_layers mesh coordinator_address num_processes process_id explain dry_run "
-        "dry_run_effort show_examples config",
+        SCRIPTS: "dataset_config_name",
+        HERE: "eval_data_path validation_split_percentage skip_bad_records allow_pickle dtype hf_compat "
+        "max_tokens_per_device remat accumulation packing attention scan_layers mesh coordinator_address num_processes "
+        "process_id explain dry_run dry_run_effort show_examples config",
     }.items()
     for name in names.split()
 }
@@ -47,8 +49,9 @@ def flags_page() -> str:
     lines = [
         "# Flags",
         "",
-        "The table holds every flag of transformers' TrainingArguments (4.37.2 and 5.24), of stanford_alpaca, and of "
-        "this project. `python train_jax.py --help` shows the common flags in groups.",
+        "The table holds every flag of transformers' TrainingArguments (4.37.2 and 5.24), of stanford_alpaca, of "
+        "this project, and those of the Trainer's example scripts that name data. `python train_jax.py --help` shows "
+        "the common flags in groups.",
         "",
         "- implemented: has an effect; for a flag of the Trainer, the Trainer's.",
         "- alias: read as the other flag that the table names. A line at the start of the run names it.",

@@ -10,7 +10,8 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Chat
-from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Record, unpadded
+from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Bad, Record, unpadded
+from llama_jax.data.sources import Reader
 from llama_jax.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
@@ -92,10 +93,12 @@ def tokenize(
     model_max_length: int,
     progress: Callable[[int], None] = lambda done: None,
     source: str = "data",
+    bad: Bad | None = None,
 ) -> Examples:
     """Make examples from records of `form`, one of `records.FORMS`, each cut at `model_max_length` tokens.
 
-    `progress` is called with the number of further records done; `source` names the file in errors. The forms:
+    `progress` is called with the number of further records done; `source` names the data in errors. `bad` collects
+    chats that the template refuses. The forms:
 
     - "alpaca": `alpaca_prompt` + output + eos, tokenised as one text. As in stanford_alpaca, the number of tokens of
       the prompt alone, cut likewise, gives the number of labels -100; the two may differ at the boundary.
@@ -104,17 +107,19 @@ def tokenize(
       already gets no second.
     - "tokenized": ids and labels as given, without pads; only this form needs no tokenizer, and is not cut.
 
-    Cutting may leave an example without labels. Raises InputError for a chat that the template refuses.
+    Cutting may leave an example without labels. Raises InputError for chats that the template refuses, unless `bad`
+    skips.
     """
     if form == TOKENIZED:
         return from_tokenized(records)
     assert tokenizer is not None
     chat = Chat(tokenizer) if form == CHAT else None
     ids, labels, offsets = array("i"), array("i"), array("q", [0])  # arrays grow without a second copy
-    remaining = iter(records)
+    remaining, done, bad = iter(records), 0, bad or Bad()
+    where = records.where if isinstance(records, Reader) else lambda i: (source, i + 1)
     while chunk := list(islice(remaining, CHUNK)):
         if chat:
-            made = chat.tokenize(chunk, source, len(offsets))
+            made = _chats(chunk, chat, done, where, bad)
         elif form == TEXT:
             made = _text(chunk, tokenizer)
         else:
@@ -124,11 +129,33 @@ def tokenize(
             ids.frombytes(example_ids.tobytes())
             labels.frombytes(np.where(trained[:model_max_length], example_ids, np.int32(IGNORE_INDEX)).tobytes())
             offsets.append(len(ids))
+        done += len(chunk)
         progress(len(chunk))
+    bad.refuse(done)
+    if len(offsets) == 1:
+        raise InputError(f"{source}: holds no good records ({bad})")
     return Examples(np.frombuffer(ids, np.int32), np.frombuffer(labels, np.int32), np.frombuffer(offsets, np.int64))
 
 
 tokenize_alpaca = partial(tokenize, ALPACA)
+
+
+def _chats(
+    records: Sequence[Record], chat: Chat, first: int, where: Callable[[int], tuple[str, int]], bad: Bad
+) -> Iterable[tuple[Sequence[int], np.ndarray]]:
+    """Tokenize chats, the first of them record `first`; a chat that the template refuses goes to `bad`."""
+    try:
+        return list(chat.tokenize(records, *where(first)))
+    except InputError:
+        made: list[tuple[Sequence[int], np.ndarray]] = []
+    for i, record in enumerate(records, first):
+        source, number = where(i)
+        try:
+            made += chat.tokenize([record], source, number)
+        except InputError as e:
+            bad.add(source, str(e).removeprefix(f"{source}: "))
+            bad.dropped.append(i)
+    return made
 
 
 def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
@@ -169,15 +196,19 @@ def _join(ids: list[np.ndarray], labels: list[np.ndarray]) -> Examples:
     return Examples(np.concatenate(ids), np.concatenate(labels), offsets)
 
 
-def check_examples(examples: Examples, vocab_size: int, source: str) -> Examples:
-    """Return the examples as int32; raise InputError for ids outside the vocabulary or if every label is masked."""
+def check_examples(examples: Examples, vocab_size: int, source: str, records: Reader | None = None) -> Examples:
+    """Return the examples as int32; raise InputError for ids outside the vocabulary or if every label is masked.
+
+    `records` gives the file and number of a record; else numbers count the examples of `source`.
+    """
     for places, run in examples.runs():
         bad_id = (run.input_ids < 0) | (run.input_ids >= vocab_size)
         bad_label = (run.labels != IGNORE_INDEX) & ((run.labels < 0) | (run.labels >= vocab_size))
         for name, bad, values in (("token id", bad_id, run.input_ids), ("label", bad_label, run.labels)):
             if bad.any():
                 where = int(bad.argmax())
-                number = places.start + int(np.searchsorted(run.offsets, where, side="right"))
+                at = places.start + int(np.searchsorted(run.offsets, where, side="right")) - 1
+                source, number = records.where(at) if records is not None else (source, at + 1)
                 raise InputError(
                     f"{source}: record {number} has the {name} {values[where]}, outside the vocabulary of {vocab_size}"
                 )

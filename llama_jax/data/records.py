@@ -1,19 +1,13 @@
-"""Read and validate the data file: every record is checked before tokenising begins."""
+"""Validate the data: every record is checked before tokenising begins."""
 
 import json
-import mmap
-import re
 from array import array
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any
 
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import parse_json, read_json, read_json_object
-
-Record = dict[str, Any]
+from llama_jax.data.sources import Elements, Joined, Kept, Reader, Record, Source, find_sources
 
 ALPACA, CHAT, TEXT, TOKENIZED = "alpaca", "chat", "text", "tokenized"
 FORMS = {  # a description of each for the user
@@ -25,12 +19,7 @@ FORMS = {  # a description of each for the user
 OPENAI = ("system", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", **{role: role for role in OPENAI}}  # ShareGPT's names -> OpenAI's
 
-_BLANK = b" \t\r\n"  # JSON's white space; Python's has more
-_STRING = rb'"(?:[^"\\]++|\\.)*+"'
-# Match up to the next bracket or comma of JSON; an object of plain values is skipped whole.
-_MARK = re.compile(rb'(?:[^]["{},]++|%s|\{(?:[^]["{}]++|%s)*+\})*+[][{},]' % (_STRING, _STRING), re.DOTALL)
-_KINDS = "a JSON array, JSONL (an object a line), parquet, or a .txt file, not compressed"
-_ROWS = 1000  # rows of a parquet file to hold as Python objects at a time
+SHOWN, LONGEST = 3, 150  # bad records to name, and characters of each problem
 
 # Keys that change training where they hold a value, by form, with the fix.
 _MOVE, _REMOVE = "move it into a system turn at the beginning", "remove such records"
@@ -46,14 +35,8 @@ _REFUSED = {
         **dict.fromkeys(("pixel_values", "inputs_embeds"), "the model reads input_ids alone"),
     },
 }
-_FLAGS = (
-    "train",
-    "training",
-    "trainable",
-    "loss",
-    "loss_scale",
-    "weight",
-)  # switches of a turn (axolotl, OpenAI, swift)
+# Switches of a turn, by axolotl, OpenAI and swift.
+_FLAGS = ("train", "training", "trainable", "loss", "loss_scale", "weight")
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")  # 0 at tokens whose label must be -100
 _COLUMNS = {
     *("instruction", "input", "output", "messages", "conversations", "text", "input_ids", "labels", "position_ids"),
@@ -62,11 +45,44 @@ _COLUMNS = {
 }
 
 
-def read_records(path: Path) -> tuple[str, Sequence[Record]]:
-    """Return the form of a file's records, one of `FORMS`, by the first record, and the records.
+class Bad:
+    """Collect the problems of bad records: the first few, and the number of all.
 
-    The file is a JSON array, JSONL or parquet. A file whose name ends in `.txt` is text, with a record on each line
-    that is not blank. Records hold:
+    With `skip` bad records are left out, else `refuse` raises. `dropped` are the places of records that `tokenize` left
+    out.
+    """
+
+    def __init__(self, skip: bool = False):
+        self.skip, self.count = skip, 0
+        self.dropped: list[int] = []
+        self._first: list[tuple[str, str]] = []
+
+    def add(self, source: str, problem: str) -> None:
+        """Note the problem of a record of a file."""
+        self.count += 1
+        if len(self._first) < SHOWN:
+            self._first.append((source, problem))
+
+    def refuse(self, total: int) -> None:
+        """Raise InputError where a record of `total` is bad and none may be left out."""
+        if self.count and not self.skip:
+            more = f"; {self.count:,} of {total:,} records are bad" if self.count > 1 else ""
+            raise InputError(f"{self}{more} (--skip_bad_records True leaves bad records out)")
+
+    def __str__(self) -> str:
+        if self.count == 1:
+            return ": ".join(self._first[0])
+        problems, last = [], None
+        for source, problem in self._first:
+            problems.append(f"{source}: " * (source != last) + problem[:LONGEST] + "..." * (len(problem) > LONGEST))
+            last = source
+        return "; ".join(problems)
+
+
+def read_records(data: Path | Sequence[Source], bad: Bad | None = None) -> tuple[str, Reader]:
+    """Return the form of the records, one of `FORMS`, by the first record, and the records of all sources, in order.
+
+    Records hold:
 
     - "alpaca": the strings `instruction`, `output` and perhaps `input`;
     - "chat": a list `messages` of `role` and `content`, or `conversations` of `from` and `value`;
@@ -74,33 +90,63 @@ def read_records(path: Path) -> tuple[str, Sequence[Record]]:
     - "tokenized": the integer lists `input_ids` and `labels` of equal length, perhaps with an `attention_mask` that is
       0 at pads, before or after the tokens.
 
-    A key that would change the training and is not supported is refused; other keys are passed over.
-    A null in parquet is an absent value. Records are read on access; only their places are held in memory. Raises an
-    InputError that names the file, and the record by number from 1.
+    A key that would change the training and is not supported is refused; other keys are passed over. A null is an
+    absent value. Records are read on access; only their places are held in memory. Bad records are left out where `bad`
+    skips; else an InputError names the first ones by file and by number from 1. Raises InputError.
     """
-    path = path.expanduser()
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name the data file in it (JSON, JSONL, parquet or .txt)")
-    if not path.is_file():
-        raise InputError(f"{path}: no such data file")
-    records = _open(path)
-    if not len(records):
-        raise InputError(f"{path}: holds no records")
-    form = None
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            problem: str | None = f"should be an object, not {_kind(record)}"
+    sources = find_sources([str(data)]) if isinstance(data, Path) else data
+    bad = bad or Bad()
+    form, total, readers, first = None, 0, [], sources[0].name
+    for source in sources:
+        reader = source.open(_COLUMNS)
+        if len(sources) == 1 and not len(reader):
+            raise InputError(f"{source.name}: holds no records")
+        total += len(reader)
+        form, good = _validated(source.name, reader, form, bad, first)
+        readers.append(good)
+    bad.refuse(total)
+    if not form or not any(map(len, readers)):
+        raise InputError(f"{first}: holds no good records{f' ({bad})' if bad.count else ''}")
+    return form, readers[0] if len(readers) == 1 else Joined(readers)
+
+
+def _validated(name: str, reader: Reader, form: str | None, bad: Bad, first: str) -> tuple[str | None, Reader]:
+    """Return the form of a source's records, and the good ones. Raises InputError."""
+    places: array[int] | None = None
+    for at, record in enumerate(reader.scan()):
+        problem: str | None
+        if isinstance(record, InputError):
+            if not bad.skip and isinstance(reader, Elements):
+                reader.refuse()
+            if not bad.skip and at == 0:
+                raise record
+            problem = str(record).removeprefix(f"{name}: ")
+        elif not isinstance(record, dict):
+            problem = f"record {at + 1} should be an object, not {_kind(record)}"
         elif form := form or _form(record):
             problem = _refused(form, record) or _CHECKS[form](record)
+            if problem and at == 0 and name != first and (own := _form(record)) not in (None, form):
+                raise InputError(f"{name}: holds {own} records, and {first} {form} ones; should be of one form")
+            problem = problem and f"record {at + 1} {problem}"
         else:
             problem = (
-                f"is of no known form{_keys(record)}; should have 'instruction' and 'output', 'messages', "
-                "'conversations', 'text', or 'input_ids' and 'labels'"
+                f"record {at + 1} is of no known form{_keys(record)}; should have 'instruction' and 'output', "
+                "'messages', 'conversations', 'text', or 'input_ids' and 'labels'"
             )
+            if not bad.skip:
+                raise InputError(f"{name}: {problem}")
         if problem:
-            raise InputError(f"{path}: record {number} {problem}")
-    assert form
-    return form, records
+            bad.add(name, problem)
+            places = array("q", range(at)) if places is None else places
+        elif places is not None:
+            places.append(at)
+    return form, reader if places is None else Kept(reader, places)
+
+
+def without(records: Reader, dropped: Iterable[int]) -> Reader:
+    """Return the records but for those at some places."""
+    gone = set(dropped)
+    return Kept(records, array("q", (i for i in range(len(records)) if i not in gone))) if gone else records
 
 
 def messages(record: Record) -> list[dict[str, Any]]:
@@ -130,185 +176,6 @@ def unpadded(record: Record) -> tuple[list[int], list[int]]:
     return record["input_ids"][part], record["labels"][part]
 
 
-class _Lines(Sequence[Record]):
-    """Read records that are lines, parsing each on access."""
-
-    def __init__(self, path: Path, parse: Callable[[bytes, str, int], Any], starts: "array[int]", sizes: "array[int]"):
-        self._path, self._parse, self._starts, self._sizes = path, parse, starts, sizes
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> "_Lines": ...
-    def __getitem__(self, i: int | slice) -> "Record | _Lines":
-        if isinstance(i, slice):
-            return type(self)(self._path, self._parse, self._starts[i], self._sizes[i])
-        at = range(len(self))[i]
-        return next(iter(self[at : at + 1]))
-
-    def __iter__(self) -> Iterator[Record]:
-        try:
-            with self._path.open("rb") as file:
-                for start, size in zip(self._starts, self._sizes, strict=True):
-                    file.seek(start)
-                    line = file.read(size)
-                    try:
-                        record = self._parse(line, str(self._path), 1)
-                    except InputError:
-                        self._refuse(line, start, file)
-                        raise
-                    yield record
-        except OSError as e:
-            raise InputError(f"{self._path}: cannot be read: {e.strerror}") from None
-
-    def _refuse(self, line: bytes, start: int, file: BinaryIO) -> None:
-        """Raise the InputError of a bad line again, with the line's number."""
-        file.seek(0)
-        number = 1
-        while file.tell() < start:
-            file.readline()
-            number += 1
-        try:
-            self._parse(line, str(self._path), number)
-        except InputError as e:
-            if number > 1 or self._parse is _parse_text:
-                raise
-            # The file may not be JSONL at all.
-            if line.lstrip().startswith(b"{") and (keys := _keys_of_one(self._path)) is not None:
-                one = f"{self._path}: holds one object of several lines{keys}"
-                raise InputError(f"{one}; should be a JSON array, or JSONL (an object a line)") from None
-            raise InputError(f"{e}; should be {_KINDS}") from None
-
-
-class _Elements(_Lines):
-    """Read records that are the elements of a JSON array, parsing each on access."""
-
-    def _refuse(self, line: bytes, start: int, file: BinaryIO) -> None:
-        read_json(self._path)  # parsing the whole file finds line and column
-
-
-class _Rows(Sequence[Record]):
-    """Read records that are rows of a parquet file, in batches on access."""
-
-    def __init__(self, path: Path, span: range | None = None):
-        self._path = path
-        if span is None:
-            with self._file() as file:
-                span = range(file.metadata.num_rows)
-        self._span = span
-
-    def __len__(self) -> int:
-        return len(self._span)
-
-    @overload
-    def __getitem__(self, i: int) -> Record: ...
-    @overload
-    def __getitem__(self, i: slice) -> "_Rows": ...
-    def __getitem__(self, i: int | slice) -> "Record | _Rows":
-        if isinstance(i, slice):
-            assert i.step in (None, 1)  # rows are read in contiguous runs
-            return _Rows(self._path, self._span[i])
-        at = range(len(self))[i]
-        return next(iter(self[at : at + 1]))
-
-    def __iter__(self) -> Iterator[Record]:
-        with self._file() as file:
-            starts = [0]
-            for group in range(file.num_row_groups):
-                starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
-            first = max(0, bisect_right(starts, self._span.start) - 1)
-            at, groups = starts[first], range(first, file.num_row_groups)
-            columns = [name for name in file.schema_arrow.names if name in _COLUMNS] or None
-            for batch in file.iter_batches(_ROWS, groups, columns):
-                if at >= self._span.stop:
-                    return
-                for row in batch[max(0, self._span.start - at) : self._span.stop - at].to_pylist():
-                    yield {key: value for key, value in row.items() if value is not None}
-                at += batch.num_rows
-
-    @contextmanager
-    def _file(self) -> Iterator[Any]:
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            with parquet.ParquetFile(self._path) as file:
-                yield file
-        except (OSError, pyarrow.ArrowException) as e:
-            raise InputError(f"{self._path}: cannot be read as a parquet file ({str(e).splitlines()[0]})") from None
-
-
-def _keys_of_one(path: Path) -> str | None:
-    """Return the keys of a file that is one JSON object, as text for an error; None for other files."""
-    try:
-        return _keys(read_json_object(path))
-    except InputError:
-        return None
-
-
-def _open(path: Path) -> Sequence[Any]:
-    try:
-        with path.open("rb") as file:
-            while (start := file.read(1024)) and not start.strip():
-                pass
-            if not start:
-                raise InputError(f"{path}: the file is empty")
-            text = path.suffix == ".txt"
-            if not text and start.startswith(b"PAR1"):
-                return _Rows(path)
-            if not text and start.lstrip().startswith(b"["):
-                return _elements(path)
-            file.seek(0)
-            starts, sizes, at = array("q"), array("q"), 0
-            for line in file:
-                if line.strip():
-                    starts.append(at)
-                    sizes.append(len(line))
-                at += len(line)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
-    return _Lines(path, _parse_text if text else _parse_line, starts, sizes)
-
-
-def _elements(path: Path) -> Sequence[Any]:
-    """Find the elements of a JSON array by its commas; each is parsed, and so checked, on access.
-
-    Raises InputError where the file is no array.
-    """
-    starts, sizes, start, depth, at = array("q"), array("q"), 0, 0, 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while mark := _MARK.match(data, at):
-            at = mark.end()
-            kind = data[at - 1 : at]
-            if depth == 1 and kind in b",]":
-                starts.append(start)
-                sizes.append(at - 1 - start)
-            depth += (kind in b"[{") - (kind in b"]}")
-            if depth == 1 and kind in b"[,":
-                start = at
-            if depth == 0:
-                break
-        if depth or kind != b"]" or (data[: starts[0] - 1] + data[at:]).strip(_BLANK):
-            return read_json(path)  # raises an error with line and column
-        if len(starts) == 1 and not data[starts[0] : at - 1].strip(_BLANK):
-            return []
-    return _Elements(path, _parse_line, starts, sizes)
-
-
-def _parse_line(line: bytes, where: str, number: int) -> Any:
-    return parse_json(line.rstrip(b"\r\n"), where, number)
-
-
-def _parse_text(line: bytes, where: str, number: int) -> Record:
-    try:
-        return {TEXT: line.rstrip(b"\r\n").decode("utf-8-sig")}
-    except UnicodeDecodeError as e:
-        raise InputError(f"{where}: not UTF-8 at line {number}: {e.reason}") from None
-
-
 def _form(record: Record) -> str | None:
     """Return the form by the most specific key, as Alpaca's records may have a `text` too."""
     keys = {"input_ids": TOKENIZED, "messages": CHAT, "conversations": CHAT, "instruction": ALPACA, "text": TEXT}
@@ -316,9 +183,10 @@ def _form(record: Record) -> str | None:
 
 
 def _refused(form: str, record: Record) -> str | None:
-    for key, fix in _REFUSED[form].items():
-        if record.get(key) not in (None, "", [], {}):
-            return f"has {key!r}, which is not supported in {form} records: {fix}"
+    refused = _REFUSED[form]
+    for key in record:
+        if key in refused and record[key] not in (None, "", [], {}):
+            return f"has {key!r}, which is not supported in {form} records: {refused[key]}"
     return None
 
 
@@ -327,7 +195,7 @@ def _check_alpaca(record: Record) -> str | None:
         if key not in record:
             if key == "input":
                 continue
-            return f"has no {key!r}{_keys(record)}"
+            return f"has no {key!r}, or null{_keys(record)}"
         if problem := _check_string(record[key], repr(key)):
             return problem
     return None

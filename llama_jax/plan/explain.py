@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
@@ -13,7 +12,8 @@ import numpy as np
 from llama_jax.data.batches import Batches
 from llama_jax.data.doctor import as_lines, diagnose
 from llama_jax.data.examples import IGNORE_INDEX
-from llama_jax.data.records import Record, read_records
+from llama_jax.data.records import Bad, Record, read_records, without
+from llama_jax.data.sources import find_sources
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed.storage import tree_bytes
 from llama_jax.model.rope import covered_positions
@@ -100,9 +100,11 @@ def examine(job: Job) -> Description:
     records: Sequence[Record] = []
     whole = None
     if job.tokenizer is not None:
-        path = Path(args.data_path or "")
-        records = read_records(path)[1][job.held_out :]
-        whole = tokenized(job.form, records, job.tokenizer, limit=sys.maxsize, source=path, disable_bars=quiet)
+        bad = Bad(args.skip_bad_records)
+        read = read_records(find_sources(args.data_path or [], args.dataset_config_name), bad)[1]
+        whole = tokenized(job.form, read, job.tokenizer, limit=sys.maxsize, source="data", bad=bad, disable_bars=quiet)
+        whole = whole.split(job.held_out)[1]
+        records = without(read, bad.dropped)[job.held_out :]
     with count_bar("comparing texts", len(records), "record", quiet) as bar:
         return diagnose(
             job.form,

@@ -23,7 +23,8 @@ from llama_jax.training.schedule import LISTENING, SCHEDULES
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _INTERVALS = ("logging", "eval", "save")
-_PATHS = ("model_name_or_path", "tokenizer_name", "data_path", "eval_data_path", "output_dir", "cache_dir")
+_PATHS = ("model_name_or_path", "tokenizer_name", "output_dir", "cache_dir")
+_DATA = ("data_path", "eval_data_path")
 _ARGS_FILE = Path(__file__).resolve().parents[2] / "train_jax.args"  # beside train_jax.py
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -71,9 +72,15 @@ class Arguments:
         "cache, or downloaded into it; convert_torch_to_flax.py makes Flax folders",
     )
     tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer than the model's own")
-    data_path: str | None = _flag(
-        None, "JSON, JSONL, parquet or .txt file (required); records are Alpaca, chat, text, or input_ids and labels"
+    data_path: list[str] | None = _flag(
+        None,
+        "training data: JSON, JSONL, parquet, .arrow, .csv or .txt, or a folder (required); several, with commas or "
+        "spaces between; patterns (data/*.jsonl), .gz, .bz2, .xz and .zst; folders of save_to_disk, or "
+        "with files as load_dataset finds them; names of datasets on the hub; URLs of fsspec; DATA:SPLIT for a split; "
+        "records are Alpaca, chat, text, or input_ids and labels",
     )
+    dataset_config_name: str | None = _flag(None, "configuration of the dataset that --data_path names")
+    skip_bad_records: bool = _flag(False, "leave bad records out, with a warning that names the first ones")
     model_max_length: int = _flag(
         512, "longest example in tokens, bos included; longer examples are cut, except records of input_ids"
     )
@@ -182,7 +189,9 @@ class Arguments:
         None, "True for the last checkpoint, auto for the last if any, or a path; both look in output_dir"
     )
     eval_strategy: str = _flag("no", "when to evaluate: no, steps or epoch", **_STRATEGIES)
-    eval_data_path: str | None = _flag(None, "file of evaluation data; the forms are those of --data_path")
+    eval_data_path: list[str] | None = _flag(
+        None, "evaluation data; named as for --data_path, DATA:validation for a split"
+    )
     validation_split_percentage: float = _flag(0, "percentage of data_path to hold out for evaluation")
     eval_steps: float | None = _flag(
         None, "updates between two evaluations; a value below 1 is a share; by default --logging_steps"
@@ -258,6 +267,9 @@ class Arguments:
         for name in _PATHS:
             if value := getattr(self, name):
                 setattr(self, name, os.path.expanduser(value))
+        for name in _DATA:
+            if given := getattr(self, name):
+                setattr(self, name, _data_names([given] if isinstance(given, str) else given))
         if self.gradient_checkpointing and self.remat == "auto":
             self.remat = "full"
         if self.eval_strategy == "steps" and not self.eval_steps:
@@ -296,7 +308,7 @@ class Arguments:
         if not self.model_name_or_path:
             raise InputError("--model_name_or_path is missing: give a folder with the model (config.json, safetensors)")
         if not self.data_path:
-            raise InputError("--data_path is missing: give a file of training records, as alpaca_data.json")
+            raise InputError("--data_path is missing: give training records, as alpaca_data.json")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
@@ -419,6 +431,17 @@ class Arguments:
             return first and done == 1
 
         return at
+
+
+def _data_names(words: Sequence[str]) -> list[str]:
+    """Return the names in the words of a flag: commas separate names, but for commas of a path that exists.
+
+    Raises InputError for a config file, which lacks its flag.
+    """
+    if configs := [word for word in words if word.endswith((".yaml", ".yml"))]:
+        raise InputError(_unknown_argument(configs[0]))
+    whole = [[word] if os.path.exists(os.path.expanduser(word)) else word.split(",") for word in words]
+    return [os.path.expanduser(name.strip()) for names in whole for name in names if name.strip()]
 
 
 def flag_parser() -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from llama_jax.base.errors import InputError
 from llama_jax.training.optimizer_names import OPTIMIZERS as IMPLEMENTED_OPTIMIZERS
 
-BOTH, OLD, NEW, ALPACA, HERE = "both", "4.37", "5", "alpaca", "here"
+BOTH, OLD, NEW, ALPACA, SCRIPTS, HERE = "both", "4.37", "5", "alpaca", "scripts", "here"
 IMPLEMENTED, ALIAS, NO_MEANING, REFUSED = "implemented", "alias", "no meaning", "refused"
 
 
@@ -79,6 +79,7 @@ FLAGS = (
     Flag("dataloader_persistent_workers", BOTH, bool, False, NO_MEANING, _LOADER),
     Flag("dataloader_pin_memory", BOTH, bool, True, NO_MEANING, _LOADER),
     Flag("dataloader_prefetch_factor", NEW, int | None, None, NO_MEANING, _LOADER),
+    Flag("dataset_name", SCRIPTS, str | None, None, ALIAS, "data_path"),
     Flag("ddp_backend", BOTH, str | None, None, NO_MEANING, _MESH,
          options={"choices": ["nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"]}),
     Flag("ddp_broadcast_buffers", BOTH, bool | None, None, NO_MEANING, _MESH),
@@ -181,12 +182,14 @@ FLAGS = (
     Flag("trackio_bucket_id", NEW, str | None, None, NO_MEANING, _TRACKERS),
     Flag("trackio_space_id", NEW, str | None, None, NO_MEANING, _TRACKERS),
     Flag("trackio_static_space_id", NEW, str | None, None, NO_MEANING, _TRACKERS),
+    Flag("train_file", SCRIPTS, str | None, None, ALIAS, "data_path"),
     Flag("use_cache", NEW, bool, False, NO_MEANING, "training keeps no cache, and config.json keeps its own use_cache"),
     Flag("use_ipex", OLD, bool, False, NO_MEANING, _COMPILE),
     Flag("use_legacy_prediction_loop", OLD, bool, False, REFUSED,
          "averages eval_loss differently; leave it out"),
     Flag("use_liger_kernel", NEW, bool, False, NO_MEANING, _COMPILE),
     Flag("use_mps_device", OLD, bool, False, REFUSED, "there is no MPS backend; leave it out or use --use_cpu True"),
+    Flag("validation_file", SCRIPTS, str | None, None, ALIAS, "eval_data_path"),
 )
 
 # The values of --optim in either version that are not implemented: the read ones with the optimizer that they mean.
@@ -216,8 +219,8 @@ OPTIMIZERS: dict[str, tuple[str, str, str]] = {
 # Names that people type -> the flag of that meaning, or advice.
 _PLAIN_NAMES = {
     "--model_name_or_path": "model model_name model_path base_model pretrained_model_name_or_path",
-    "--data_path": "data dataset dataset_name dataset_path data_file train_data train_file",
-    "--eval_data_path": "eval_data eval_dataset eval_file val_data validation_data validation_file",
+    "--data_path": "data dataset dataset_path data_file train_data",
+    "--eval_data_path": "eval_data eval_dataset eval_file val_data validation_data",
     "--validation_split_percentage": "val_set_size validation_split test_size",
     "--model_max_length": "max_length max_seq_length max_seq_len seq_length seq_len sequence_len cutoff_len block_size "
     "context_length",

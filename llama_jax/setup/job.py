@@ -16,7 +16,8 @@ from llama_jax.data.chat import writes_the_date
 from llama_jax.data.examples import Examples, check_examples, tokenize
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order, group_by_length, randperm
-from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Record, read_records
+from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Bad, read_records, without
+from llama_jax.data.sources import Reader, find_sources
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.rope import covered_positions
@@ -96,13 +97,12 @@ def make_job(
     folder: Path | None = None
     with contextlib.suppress(InputError):  # raised again below, where the data is text
         folder = tokenizer_folder()
-    path = Path(args.data_path or "")
-    data = _open_data(path, args, folder, say)
-    say(f"data: {path} holds {data.form} records ({FORMS[data.form]})")
-    eval_data = _open_data(Path(args.eval_data_path), args, folder, say) if args.eval_data_path else None
+    data = _open_data(args.data_path or [], args, folder, say)
+    say(f"data: {data.name} holds {data.form} records ({FORMS[data.form]})")
+    eval_data = _open_data(args.eval_data_path, args, folder, say) if args.eval_data_path else None
     if eval_data and eval_data.form != data.form:
-        forms = f"holds {eval_data.form} records, and {path} {data.form} ones"
-        raise InputError(f"{eval_data.path}: {forms}; should be of one form")
+        forms = f"holds {eval_data.form} records, and {data.name} {data.form} ones"
+        raise InputError(f"{eval_data.name}: {forms}; should be of one form")
     tokenizer, new_ids = None, []
     if data.form != TOKENIZED:
         tokenizer = open_tokenizer(tokenizer_folder(), args.hf_compat)
@@ -113,7 +113,7 @@ def make_job(
     eval_examples = eval_data.examples(tokenizer, vocab_size, disable_bars, say) if eval_data else None
     examples, held_out = data.examples(tokenizer, vocab_size, disable_bars, say), 0
     if tokenizer is not None:
-        _check_eos(examples, tokenizer, path, say)
+        _check_eos(examples, tokenizer, data.name, say)
     if args.validation_split_percentage:
         eval_examples, examples = _held_out(examples, args.validation_split_percentage)
         held_out = len(eval_examples)
@@ -190,18 +190,19 @@ def _grouped(eval_examples: Examples, args: Arguments) -> Examples:
 
 @dataclass
 class _Data:
-    """Hold a data file and its form, and its examples: `cached`, or to be made from `records`.
+    """Hold data and its form, and its examples: `cached`, or to be made from `records`.
 
     `digest` names the examples in the folder `cache`; `checksum` is set by `examples`.
     """
 
-    path: Path
+    name: str
     limit: int
     cache: Path
     digest: str
     form: str
-    cached: tuple[str, Examples, str] | None
-    records: Sequence[Record] | None
+    cached: tuple[str, Examples, str, str] | None
+    records: Reader | None
+    bad: Bad
     checksum: str = ""
 
     def examples(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None, say: Say) -> Examples:
@@ -210,7 +211,7 @@ class _Data:
         longer = int((examples.lengths > self.limit).sum()) if self.form == TOKENIZED else 0
         if longer:
             say(
-                f"--model_max_length {self.limit}: {longer:,} records of {self.path} are longer, the longest of "
+                f"--model_max_length {self.limit}: {longer:,} records of {self.name} are longer, the longest of "
                 f"{examples.lengths.max():,} tokens, and stay whole: input_ids are taken as they are"
             )
         return examples
@@ -218,62 +219,89 @@ class _Data:
     def _made(self, tokenizer: Tokenizer | None, vocab_size: int, disable_bars: bool | None, say: Say) -> Examples:
         """Return the examples, checked even if cached: another model may have fewer rows."""
         if self.cached:
-            _, examples, self.checksum = self.cached
-            check_examples(examples, vocab_size, str(self.path))
+            _, examples, self.checksum, left_out = self.cached
+            if left_out:
+                say(left_out)
+            check_examples(examples, vocab_size, self.name)
             return examples
         assert self.records is not None
         examples = tokenized(
-            self.form, self.records, tokenizer, limit=self.limit, source=self.path, disable_bars=disable_bars
+            self.form,
+            self.records,
+            tokenizer,
+            limit=self.limit,
+            source=self.name,
+            bad=self.bad,
+            disable_bars=disable_bars,
         )
+        left_out = ""
+        if self.bad.count:
+            left_out = f"warning: {self.bad.count:,} bad records are left out: {self.bad}"
+            say(left_out)
+        examples = check_examples(examples, vocab_size, self.name, without(self.records, self.bad.dropped))
         self.records = None
-        examples = check_examples(examples, vocab_size, str(self.path))
-        self.checksum = save_examples(self.cache, self.digest, self.form, examples, say)
+        self.checksum = save_examples(self.cache, self.digest, self.form, examples, say, left_out)
         # Mapped from the file, they need no memory of the process.
         saved = load_examples(self.cache, self.digest, say)
         return saved[1] if saved else examples
 
 
-def _open_data(path: Path, args: Arguments, tokenizer_folder: Path | None, say: Say) -> _Data:
-    """Open a data file, or its examples in the cache. Raises InputError."""
-    limit = args.model_max_length
+def _open_data(names: Sequence[str], args: Arguments, tokenizer_folder: Path | None, say: Say) -> _Data:
+    """Open the data of these names, or its examples in the cache. Raises InputError."""
+    sources = find_sources(names, args.dataset_config_name)
+    name = sources[0].name + (f" (and {len(sources) - 1} more)" if len(sources) > 1 else "")
     cache = Path(args.cache_dir) if args.cache_dir else cache_folder("data")
-    digest, cached, dated = "", None, ""
-    if path.expanduser().is_file():
-        digest = data_digest(path, tokenizer_folder, {"model_max_length": limit, "hf_compat": args.hf_compat})
-        cached = load_examples(cache, digest, say)
-        if tokenizer_folder and not cached and writes_the_date(tokenizer_folder):
-            dated = f"{digest}-{date.today()}"  # of chats alone
-            cached = load_examples(cache, dated, say)
+    settings = {
+        "model_max_length": args.model_max_length,
+        "hf_compat": args.hf_compat,
+        "skip_bad_records": args.skip_bad_records,
+        "tables": [source.fingerprint for source in sources],
+    }
+    digest = data_digest([file for source in sources for file in source.files], tokenizer_folder, settings)
+    cached, dated, bad = load_examples(cache, digest, say), "", Bad(args.skip_bad_records)
+    if tokenizer_folder and not cached and writes_the_date(tokenizer_folder):
+        dated = f"{digest}-{date.today()}"  # of chats alone
+        cached = load_examples(cache, dated, say)
     # Cached bytes were valid when they were read.
-    form, records = (cached[0], None) if cached else read_records(path)
+    form, records = (cached[0], None) if cached else read_records(sources, bad)
     if dated and form == CHAT:
         digest = dated
         say(
-            f"warning: the tokenizer's chat template writes today's date into {path} (strftime_now), so that a run on "
+            f"warning: the tokenizer's chat template writes today's date into {name} (strftime_now), so that a run on "
             "another day trains on other tokens; replace the date in the template to repeat this run"
         )
-    return _Data(path=path, limit=limit, cache=cache, digest=digest, form=form, cached=cached, records=records)
+    return _Data(
+        name=name,
+        limit=args.model_max_length,
+        cache=cache,
+        digest=digest,
+        form=form,
+        cached=cached,
+        records=records,
+        bad=bad,
+    )
 
 
 def tokenized(
     form: str,
-    records: Sequence[Record],
+    records: Reader,
     tokenizer: Tokenizer | None,
     limit: int,
-    source: Path,
+    source: str,
+    bad: Bad,
     disable_bars: bool | None = None,
 ) -> Examples:
-    """Tokenize the records of a file, with a bar. Raises InputError."""
+    """Tokenize records, with a bar. Raises InputError."""
     with count_bar("tokenizing", len(records), "record", disable_bars) as bar:
-        return tokenize(form, records, tokenizer, limit, bar.update, str(source))
+        return tokenize(form, records, tokenizer, limit, bar.update, source, bad)
 
 
-def _check_eos(examples: Examples, tokenizer: Tokenizer, path: Path, say: Say) -> None:
+def _check_eos(examples: Examples, tokenizer: Tokenizer, source: str, say: Say) -> None:
     """Warn where the tokenizer's eos is in no label: generation that stops at eos alone would not stop."""
     eos = tokenizer.eos_token_id
     if eos is not None and not any((run.labels == eos).any() for _, run in examples.runs()):
         say(
-            f"warning: the tokenizer's eos_token {tokenizer.eos_token!r} is not trained in {path}: generation that "
+            f"warning: the tokenizer's eos_token {tokenizer.eos_token!r} is not trained in {source}: generation that "
             "waits for it will not stop; name the token that ends the texts in generation_config.json"
         )
 
