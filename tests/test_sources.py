@@ -258,5 +258,5 @@ def test_the_first_bad_records_are_listed_with_their_number(tmp_path: Path) -> N
     assert read(b, bad=bad) == ("text", ["x"])
     assert str(bad) == f"{b}: record 2 is not usable JSON; record 3 should be an object, not a number"
     b.write_text('[{"text": 1}]')
-    with pytest.raises(InputError, match="holds no good records .*record 1 has a number"):
+    with pytest.raises(InputError, match=r"holds no good records .*record 1 has a number"):
         read(b, bad=Bad(skip=True))

@@ -72,7 +72,7 @@ class Arguments:
         "cache, or downloaded into it; convert_torch_to_flax.py makes Flax folders",
     )
     tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer than the model's own")
-    data_path: list[str] | None = _flag(
+    data_path: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None,
         "training data: JSON, JSONL, parquet, .arrow, .csv or .txt, or a folder (required); several, with commas or "
         "spaces between; patterns (data/*.jsonl), .gz, .bz2, .xz and .zst; folders of save_to_disk, or "
@@ -189,7 +189,7 @@ class Arguments:
         None, "True for the last checkpoint, auto for the last if any, or a path; both look in output_dir"
     )
     eval_strategy: str = _flag("no", "when to evaluate: no, steps or epoch", **_STRATEGIES)
-    eval_data_path: list[str] | None = _flag(
+    eval_data_path: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None, "evaluation data; named as for --data_path, DATA:validation for a split"
     )
     validation_split_percentage: float = _flag(0, "percentage of data_path to hold out for evaluation")
