@@ -175,7 +175,9 @@ def test_one_line_where_the_hub_does_not_help(
     assert len(str(caught.value).splitlines()) == 1 and all(text in str(caught.value) for text in [name, *named])
 
 
-@pytest.mark.parametrize("path", ["a/b/c", "/tmp/none", "model.gguf", "../x", "org/model.safetensors", "org/", "a b/c"])
+@pytest.mark.parametrize(
+    "path", ["a/b/c", "/tmp/none", "model.gguf", "../x", "org/model.safetensors", "org/", "a b/c", "a--b", "x..y"]
+)
 def test_other_paths_are_not_names(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -10,7 +10,7 @@ from llama_jax.data.tokenizer import FILES, TEMPLATES
 from llama_jax.reporting.progress import say
 
 SMALL = ("config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
-_NAME = re.compile(r"(?!.*\.(gguf|safetensors|bin|json)$)[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_OF_FILES = (".gguf", ".safetensors", ".bin", ".json")
 
 
 def find_folder(path: Path, weights: bool = True, allow_pickle: bool = False) -> Path:
@@ -20,10 +20,15 @@ def find_folder(path: Path, weights: bool = True, allow_pickle: bool = False) ->
     tokenizer suffice. Raises InputError.
     """
     name = path.as_posix()
-    if path.exists() or not _NAME.fullmatch(name):
+    if path.exists() or path.suffix in _OF_FILES:
         return path
     from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return path
     cached = None
     for file in ("config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model"):
         found = try_to_load_from_cache(name, file)
@@ -59,7 +64,7 @@ def _has_weights(folder: Path, held: Iterable[str], allow_pickle: bool) -> bool:
         if not file.endswith(".index.json"):
             return True
         shards = read_json_object(folder / file).get("weight_map")
-        return isinstance(shards, dict) and {*shards.values()}.issubset({*held})
+        return isinstance(shards, dict) and {*map(str, shards.values())}.issubset({*held})
     return False
 
 
