@@ -103,12 +103,7 @@ def rank_of(env: Mapping[str, str] = os.environ) -> int:
 
 def _place(env: Mapping[str, str], launcher: Launcher, rank: int, size: int) -> Place:
     local_rank = _number(env, launcher.local_rank)
-    if launcher is SLURM:
-        local_size = _tasks_of_node(env)
-    else:
-        local_size = _number(env, launcher.local_size)
-        if launcher is TORCH and local_size is None:
-            local_size = _number(env, "LOCAL_SIZE")  # deepspeed's name
+    local_size = _tasks_of_node(env) if launcher is SLURM else _number(env, launcher.local_size)
     if local_size is not None and not (local_rank or 0) < local_size <= size:
         raise _refused(
             f"{launcher.local_rank} is {local_rank}, the processes of this host are {local_size} and all {size}: each "
