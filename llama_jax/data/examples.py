@@ -10,8 +10,8 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Chat
+from llama_jax.data.readers import Reader
 from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Bad, Record, unpadded
-from llama_jax.data.sources import Reader
 from llama_jax.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100

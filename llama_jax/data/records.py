@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.base.errors import InputError
-from llama_jax.data.sources import Elements, Joined, Kept, Reader, Record, Source, find_sources
+from llama_jax.data.readers import Elements, Joined, Kept, Reader, Record
+from llama_jax.data.sources import Source, find_sources
 
 ALPACA, CHAT, TEXT, TOKENIZED = "alpaca", "chat", "text", "tokenized"
 FORMS = {  # a description of each for the user

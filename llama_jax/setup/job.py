@@ -16,8 +16,9 @@ from llama_jax.data.chat import writes_the_date
 from llama_jax.data.examples import Examples, check_examples, tokenize
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order, group_by_length, randperm
+from llama_jax.data.readers import Reader
 from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Bad, read_records, without
-from llama_jax.data.sources import Reader, find_sources
+from llama_jax.data.sources import find_sources
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.rope import covered_positions
