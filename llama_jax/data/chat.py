@@ -51,7 +51,7 @@ class Chat:
 
     @cached_property
     def _for_tools(self) -> "_Template":
-        """Return transformers' choice for chats with tools: the template of that name, else the default."""
+        """Return the template for chats with tools, as transformers chooses it: "tool_use", else the default."""
         template = chat_template(self._tokenizer.folder, self._tokenizer.config, _FOR_TOOLS)
         return _Template(template, self._tokenizer) if template else self._default
 
