@@ -234,6 +234,33 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
     assert "a.csv: cannot be read as CSV" in refused(tmp_path / "a.csv")
 
 
+@settings(max_examples=60)
+@given(
+    files=st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=4).filter(
+        lambda files: any(map(any, files))
+    ),
+    cuts=st.lists(st.tuples(*[st.none() | st.integers(-12, 12)] * 2), max_size=3),
+)
+def test_records_of_several_files_without_bad_ones_are_a_sequence(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[bool]], cuts: list[tuple[int | None, int | None]]
+) -> None:
+    """Parts of parts are those of a list, and each record is found at its file and number."""
+    folder = tmp_path_factory.mktemp("files")
+    names = [str(folder / f"{i}.jsonl") for i in range(len(files))]
+    expected = []
+    for name, goods in zip(names, files, strict=True):
+        records = [{"text": f"{name} {n}" if good else 0} for n, good in enumerate(goods, 1)]
+        Path(name).write_text(lines(records))
+        expected += [(name, n) for n, good in enumerate(goods, 1) if good]
+    _, got = read_records(find_sources(names), Bad(skip=True))
+    assert [got.where(i) for i in range(len(got))] == expected
+    texts = [f"{name} {n}" for name, n in expected]
+    for start, stop in cuts:
+        got, texts = got[start:stop], texts[start:stop]
+        assert len(got) == len(texts)
+        assert [r["text"] for r in got] == texts == [got[i]["text"] for i in range(len(got))]
+
+
 # --- bad records
 
 
