@@ -137,7 +137,9 @@ def test_a_model_is_downloaded_with_the_files_that_are_read(shards: int, hub: Hu
 def test_another_tokenizer_by_name(hub: Hub, tmp_path: Path) -> None:
     """`--tokenizer_name` takes a name of the hub or a folder; the converter writes that tokenizer."""
     model = write_tokenizer(write_model(tmp_path / "model"))
-    other = write_tokenizer(tmp_path / "model", pad_token="</s>")
+    other = tmp_path / "other"
+    other.mkdir()
+    write_tokenizer(other, pad_token="</s>")
     fill(hub, other)
     for name in (NAME, other):
         flags = ("--model_name_or_path", model, "--output_dir", tmp_path / "flax", "--tokenizer_name", name)
