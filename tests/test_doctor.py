@@ -225,7 +225,9 @@ def test_words_that_the_template_drops(model, tagged, tmp_path):
 def test_a_call_of_a_tool_is_no_empty_output(model, tmp_path):
     folder = copied(model, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(
-        TEMPLATE.replace("{{ turn.content", "{{ turn.tool_calls }}{{ turn.content")
+        TEMPLATE.replace(
+            "{{ turn.content", "{% for c in turn.tool_calls or [] %}{{ c.function.name }}{% endfor %}{{ turn.content"
+        )
     )
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
     found = examine(job_of(folder, tmp_path, [{"messages": [{"role": "user", "content": "a"}, call]}]))["findings"]

@@ -918,7 +918,7 @@ def test_resuming_says_what_is_otherwise(tmp_path: Path) -> None:
     outcome = run(train_jax.main, *job.argv("out", resume_from_checkpoint=True, **changes))
     assert outcome.code == 0, outcome.err
     assert "was made with other examples: other data, another tokenizer or --model_max_length" in outcome.err
-    assert "checkpoint-5 was made with --learning_rate 0.001, this run goes on with 0.0001" in outcome.err
+    assert "was made with --learning_rate 0.001, this run goes on with 0.0001" in outcome.err
     assert "made with --weight_decay 0.1, this run goes on with 0.0" in outcome.err
     assert "made with --lr_scheduler_type cosine, this run goes on with linear" in outcome.err
     assert outcome.err.count("goes on with") == 3

@@ -29,7 +29,7 @@ _ORIGIN = {
         ALPACA: "model_name_or_path data_path model_max_length cache_dir",
         OLD: "warmup_ratio overwrite_output_dir",
         NEW: "average_tokens_across_devices train_sampling_strategy eval_strategy eval_on_start",
-        SCRIPTS: "dataset_config_name",
+        SCRIPTS: "tokenizer_name dataset_config_name",
         HERE: "eval_data_path validation_split_percentage skip_bad_records allow_pickle dtype hf_compat "
         "max_tokens_per_device remat accumulation packing attention scan_layers mesh coordinator_address num_processes "
         "process_id explain dry_run dry_run_effort show_examples config",
