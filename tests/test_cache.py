@@ -28,6 +28,7 @@ from llama_jax.data.examples import Examples
 from llama_jax.data.records import Bad
 from llama_jax.data.sources import Source
 from llama_jax.model.config import LlamaConfig
+from llama_jax.plan.explain import examine
 from llama_jax.setup import job as job_module
 from llama_jax.setup.arguments import parse_arguments
 from llama_jax.setup.job import Job, make_job
@@ -445,3 +446,26 @@ def test_the_command_trains_from_the_cache(model, tmp_path):
         parsed.append(len(read))
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert parsed == [1, 0]
+
+
+def test_what_is_left_out_is_said_from_the_cache_too(model, tmp_path):
+    """Bad records of two files, and chats that the template refuses; the explanation reads the same records again."""
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('I refuse') }}{% endif %}" + TEMPLATE
+    (model / "chat_template.jinja").write_text(refusing)
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in ("a", "no", "b")]
+    a = write_json(tmp_path / "a.json", [{"messages": turn} for turn in (turns[1], turns[0], turns[0][:1])])
+    b = write_json(tmp_path / "b.json", [{"messages": turn} for turn in (turns[0][:1], turns[1], turns[2])])
+    flags = ["--skip_bad_records", "True"]
+    first, second = (made(model, f"{a},{b}", tmp_path / "cache", *flags) for _ in range(2))
+    assert (first.read, second.read) == (2, 0)
+    (said,) = (line for line in first.said.splitlines() if "left out" in line)
+    assert said in second.said.splitlines()
+    assert said.startswith("warning: 4 bad records are left out: ")
+    nothing = "has no turn of the assistant, so there is nothing to train"
+    assert f"{a}: record 3 {nothing}; {b}: record 1 {nothing}; {a}: record 1: the chat template refuses" in said
+    assert_same(first.job.examples, second.job.examples)
+    good = made(model, write_json(tmp_path / "good.json", [{"messages": turns[i]} for i in (0, 2)]), tmp_path / "cache")
+    assert_same(first.job.examples, good.job.examples)
+    assert examine(first.job)["examples"] == 2
+    with pytest.raises(InputError, match=r"a.json: record 3 has no .*; .*b.json: record 1 .*; 2 of 6 records are bad"):
+        made(model, f"{a},{b}", tmp_path / "cache")

@@ -141,6 +141,22 @@ def test_records_of_each_layout_are_numbered(tmp_path: Path, name: str) -> None:
     assert records.where(2) == (str(tmp_path / name), 4)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet", "a.arrow", "saved"])
+def test_keys_of_other_records_are_absent(tmp_path: Path, name: str) -> None:
+    """Tables give each turn, call and argument the keys of all."""
+    records: Records = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}]},
+        *(
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": values}}]}]}
+            for values in ({"x": 1}, {"y": {"z": "a"}}, {"y": {"w": [{"v": "a"}, {"u": 2}]}})
+        ),
+    ]
+    LAYOUTS[name](tmp_path / name, records)
+    form, got = read_records(find_sources([str(tmp_path / name)]))
+    assert (form, list(got)) == ("chat", records)
+
+
 # --- several files, folders and names
 
 
