@@ -136,7 +136,7 @@ def make_params(config: LlamaConfig, run: RunOptions, mesh: Mesh, weights: Weigh
 
 
 def by_hf_name(config: LlamaConfig, run: RunOptions, tree: Any) -> Weights:
-    """A parameter or gradient tree under HF's names; what pads the vocabulary must be zero."""
+    """A parameter or gradient tree under HF's names; what pads the vocabulary, and heads, must be zero."""
     result = {}
     for name, (path, shape) in name_table(config).items():
         value, keys = tree, path
@@ -146,8 +146,8 @@ def by_hf_name(config: LlamaConfig, run: RunOptions, tree: Any) -> Weights:
             value = value[key]
         value = np.asarray(value)
         value = value[path[1]] if keys != path else value
-        assert not value[shape[0] :].any(), f"{name}: rows that pad the vocabulary are not zero"
-        result[name] = value[: shape[0]]
+        result[name] = value[tuple(map(slice, shape))]
+        assert np.count_nonzero(value) == np.count_nonzero(result[name]), f"{name}: padding is not zero"
     return result
 
 
