@@ -16,6 +16,7 @@ import fsspec
 import huggingface_hub
 import pyarrow
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -84,6 +85,7 @@ LAYOUTS: dict[str, Callable[[Path, Records], Any]] = {
     "a.parquet": lambda path, records: parquet.write_table(pyarrow.Table.from_pylist(records), path),
     "a.arrow": write_arrow,
     "a.json.gz": lambda path, records: path.write_bytes(gzip.compress(json.dumps(records).encode())),
+    "a.jsonl.zst": lambda path, records: path.write_bytes(zstandard.compress(lines(records).encode())),
     "a.jsonl.bz2": lambda path, records: path.write_bytes(bz2.compress(lines(records).encode())),
     "a.jsonl.xz": lambda path, records: path.write_bytes(lzma.compress(lines(records).encode())),
     "a.csv": write_csv,
