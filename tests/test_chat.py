@@ -652,7 +652,7 @@ def bare_model(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(text=st.lists(words | st.just("<unk>"), max_size=5).map("".join), legacy=st.booleans())
 def test_offsets_of_sentencepiece_are_where_its_pieces_stand(bare_model, tmp_path, text, legacy):
     """A piece's own text says where it stands: each in turn, the bytes of a character together, a space in front of a

@@ -267,7 +267,7 @@ json_values = st.recursive(
 KNOWN = {*SMALL, *HFLlamaConfig().to_dict(), *(k for raw in PUBLISHED.values() for k in raw)}
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(
     key=st.text(min_size=1, max_size=20) | st.from_regex(r"[a-z]{1,8}(_[a-z]{1,8}){0,2}", fullmatch=True),
     value=json_values.filter(lambda v: v is not None),
@@ -373,7 +373,7 @@ def test_keys_without_mathematics() -> None:
     assert LlamaConfig.from_hf(written) == LlamaConfig.from_hf(SMALL)
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(
     model_type=st.sampled_from(sorted(FAMILIES)),
     key=st.sampled_from(sorted(LlamaConfig.__dataclass_fields__.keys() - {"rope"}))
@@ -389,7 +389,7 @@ def test_any_value_of_a_known_key(model_type: str, key: str, value: Any) -> None
         refusal(raw)
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(["default", "linear", "dynamic", "yarn", "longrope", "llama3"]),
     holder=st.sampled_from(["rope_scaling", "rope_parameters"]),

@@ -230,7 +230,7 @@ def environments(draw: st.DrawFn) -> dict[str, str]:
     return env
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(environments())
 def test_any_environment(env: dict[str, str]) -> None:
     expected = expected_place(env)

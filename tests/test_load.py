@@ -607,7 +607,7 @@ def test_file_cut_while_it_is_used(model: Model) -> None:
         tensor.read(())
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(where=st.floats(0, 1, exclude_max=True))
 def test_truncated_file(where: float) -> None:
     """Cut anywhere, a file is refused before a tensor is read."""
@@ -618,7 +618,7 @@ def test_truncated_file(where: float) -> None:
         assert "model.safetensors" in refusal(folder)
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_header(data: st.DataObject) -> None:
     """A byte changed in the header: refused in one line, or (a digit of a shape's, say) never another exception."""

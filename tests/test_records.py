@@ -633,7 +633,7 @@ marks = st.sampled_from([*'[]{},:"\\ \n\x0c1a', "true", "\\u00e9", '"a"', "é"])
 
 
 @pytest.mark.slow
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(
     elements=st.lists(values, max_size=4),
     indent=st.sampled_from([None, 2]),

@@ -128,13 +128,13 @@ with_special = st.lists(fragments | ordinary, max_size=8).map("".join)
 # --- a bare tokenizer.model ---
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(texts=st.lists(ordinary, min_size=1, max_size=4))
 def test_ids_are_bos_and_sentencepieces_own(opened, texts):
     assert opened.ours.encode_batch(texts) == [[1, *opened.sp.encode(text)] for text in texts]
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(text=with_special)
 def test_special_tokens_in_a_text_are_cut_out(opened, text):
     """`legacy`: sentencepiece puts its dummy space before every part."""
@@ -154,7 +154,7 @@ def modern(small, tmp_path_factory) -> tuple[Tokenizer, sentencepiece.SentencePi
     return padded(copy(small, tmp_path_factory.mktemp("modern") / "model", legacy=False)), bare
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(text=with_special)
 def test_without_legacy_only_the_text_begins_with_the_dummy_space(modern, text):
     """As transformers 4.37 does it: parts are encoded without a dummy space, behind the unknown token where they begin
@@ -284,7 +284,7 @@ def again(opened, tmp_path_factory) -> Tokenizer:
     return again
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(text=with_special)
 def test_saved_and_opened_again_it_gives_the_same_ids(opened, again, text):
     assert isinstance(again, SentencePieceTokenizer)
@@ -386,7 +386,7 @@ def fast_pair(fast) -> tuple[Tokenizer, Any]:
     return open_tokenizer(fast), theirs
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(texts=st.lists(fast_texts, min_size=1, max_size=3))
 def test_fast_ids_are_those_of_transformers(fast_pair, texts):
     ours, theirs = fast_pair
