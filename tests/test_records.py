@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json
-from llama_jax.data import sources
+from llama_jax.data import readers
 from llama_jax.data.examples import check_examples, from_tokenized
 from llama_jax.data.records import read_records
 
@@ -573,7 +573,7 @@ def test_records_are_a_sequence(tmp_path, count, group, rows, kind, cuts, at):
         lines = [r["text"].encode() for r in expected] if kind == "txt" else as_lines(expected)
         path.write_bytes(lay_out(lines, "array") if kind == "json" else b"\n\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_ROWS", rows)
+        patch.setattr(readers, "_ROWS", rows)
         got = read_records(path)[1]
         for start, stop in cuts:
             got, expected = got[start:stop], expected[start:stop]
@@ -650,11 +650,11 @@ def test_the_elements_of_an_array_are_those_of_the_whole_file(tmp_path, elements
     path = tmp_path / "data.json"
     path.write_text(text, encoding="utf-8", newline="")
     try:
-        expected: Any = [sources.present(value) for value in read_json(path)]
+        expected: Any = [readers.present(value) for value in read_json(path)]
     except InputError as e:
         expected = str(e)
     try:
-        got: Any = list(sources._open(str(path), path, set()))
+        got: Any = list(readers.open_file(str(path), path, set()))
     except InputError as e:
         got = str(e)
     assert got == expected
