@@ -11,6 +11,7 @@ from tiny import ALPACA, run, write_json, write_model
 
 import convert_torch_to_flax
 import train_jax
+from llama_jax.base import errors
 from llama_jax.base.errors import InputError
 from llama_jax.base.launcher import PlaceError, find_place, rank_of
 from llama_jax.command import generate
@@ -264,6 +265,16 @@ def test_commands_of_one_process(tmp_path: Any, monkeypatch: pytest.MonkeyPatch)
             f"{plain} ..."
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_first_process_prints_before_its_launcher_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others, which print nothing, wait before they end: torchrun then ends all."""
+    slept: list[float] = []
+    monkeypatch.setattr(errors.time, "sleep", slept.append)
+    for rank, printed, waits in (("0", 1, 0), ("3", 0, 1)):
+        set_all(monkeypatch, {**TORCHRUN, "RANK": rank})
+        outcome = run(train_jax.main, "--model_name_or_path", "m", "--data_path", "d", "--learning_rate", "-1")
+        assert (outcome.code, outcome.err.count("error: --learning_rate"), len(slept)) == (2, printed, waits)
 
 
 def test_settings_of_accelerate(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
