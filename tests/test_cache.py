@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import ALPACA, CONFIG, log_entries, make_records, run, write_json, write_model, write_tokenizer
 
@@ -214,6 +214,7 @@ inputs = st.tuples(
 
 @settings(max_examples=100)
 @given(pair=st.tuples(inputs, inputs))
+@example(pair=tuple((b"", "a.json", {"additional_chat_templates/tool_use.jinja": text}, 1) for text in (b"a", b"b")))
 def test_only_the_same_inputs_have_the_same_name(pair, tmp_path_factory):
     """The data's bytes and kind of file, each of the tokenizer's files, the limit; not the file's own name."""
     names, decisive = [], []

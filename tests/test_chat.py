@@ -21,7 +21,7 @@ import jinja2
 import pytest
 import reference
 import sentencepiece
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import write_tokenizer
 from tokenizers import AddedToken
@@ -82,7 +82,7 @@ BLOCK = """\
         {%- if m.tool_calls | length > 1 %}{{- raise_exception('one call\n at once') }}{%- endif %}
         {{- '<|start|>assistant<|end|>\\n\\n' }}{%- set call = m.tool_calls[0].function %}
         {%- generation %}{{- '{"name": "' + call.name + '", "parameters": ' }}{{- call.arguments | tojson }}
-        {{- '}' }}{{- '<|im_end|>' if builtin_tools is defined else '<|eot|>' }}{%- endgeneration %}
+        {{- '}' }}{{- '<|im_end|>' if m.content else '<|eot|>' }}{%- endgeneration %}
     {%- elif m.role == 'tool' %}
         {{- '<|start|>ipython<|end|>\\n\\n' + (m.content | tojson) + '<|eot|>' }}
     {%- else %}
@@ -185,7 +185,7 @@ PARTS = """\
 {%- for part in content %}{{ part.text }}{%- endfor %}{%- endif %}{%- endmacro %}
 {{- bos_token }}{%- for m in messages %}{%- set said %}{{ text(m.content) }}{% endset %}
 {%- if m.role == 'assistant' %}{{- '<|start|>model\\n' }}{%- generation %}
-{{- [said.replace('ab', 'b') | trim, '<|eot|>'] | join }}{%- endgeneration %}{{- '\\n' }}
+{{- [said.replace('ab', 'b') | trim | safe, '<|eot|>'] | join }}{%- endgeneration %}{{- '\\n' }}
 {%- else %}{{- '<|start|>' ~ m.role ~ '\\n' ~ (said | trim) ~ '<|eot|>\\n' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>model\\n' }}{%- endif %}"""
 # gpt-oss's: the last answer has another end than the others. The prompt's text is not white space at the beginning.
@@ -443,6 +443,8 @@ def test_a_template_that_is_not_utf_8_is_named(tmp_path):
         # Texts that pass through functions that no part of a text comes back from.
         ("{% for m in messages %}{{ m.role + '<%s>' % m.content }}{% endfor %}", None, "generation %}"),
         ("{% for m in messages %}{{ m.role }}{{ m.content | list | join }}{% endfor %}", None, "generation %}"),
+        # Text that transformers' rendering escapes, and the traced one does not.
+        ("{% for m in messages %}{{ m.role }}{{ (m.content | safe) + '<' }}{% endfor %}", None, "generation %}"),
         # An answer that is written again after another turn.
         (
             "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{{ messages[1].content }}",
@@ -502,6 +504,47 @@ def test_templates_whose_prefixes_differ_from_the_whole(tmp_path, template):
         assert trained(bare, chat) == (expected["input_ids"], expected["assistant_masks"])
 
 
+# --- the string that carries turns
+
+TURN_OF = {c: turn for turn, alphabet in enumerate(("xyX\t", "abA ", "cdC\n")) for c in alphabet}  # 0: the template
+part = st.sampled_from(range(3)).flatmap(
+    lambda turn: st.tuples(st.just(turn), st.text([c for c in TURN_OF if TURN_OF[c] == turn], max_size=4))
+)
+OPERATIONS = [
+    *(lambda s, x, i, name=name: getattr(s, name)() for name in ("strip", "lstrip", "rstrip", "lower")),
+    *(lambda s, x, i, name=name: getattr(s, name)(x) for name in ("strip", "lstrip", "removeprefix", "removesuffix")),
+    *(lambda s, x, i, name=name: getattr(s, name)(x or None, i) for name in ("split", "rsplit")),
+    *(lambda s, x, i, name=name: getattr(s, name)(x or "x") for name in ("partition", "rpartition")),
+    lambda s, x, i: s.splitlines(i > 0),
+    lambda s, x, i: s.replace(x or "x", "", i),
+    lambda s, x, i: s[i:] + "xy",
+    lambda s, x, i: "xy" + s[:i] + s[i:-1],
+    lambda s, x, i: s and s[i : i + 1] + s[0] + "x" * len(s[::-2]),
+]
+
+
+@settings(max_examples=200)
+@given(st.lists(part, max_size=5), st.text(list(TURN_OF), max_size=2), st.integers(-1, 4), st.sampled_from(OPERATIONS))
+def test_a_traced_string_is_a_string_that_knows_the_turn_of_each_character(parts, x, i, operation):
+    whole = "".join(text for _, text in parts)
+    x = x if i % 2 else whole[i : i + 2]  # a separator that is there
+    traced = origins.joined(origins.trace({"": text}, turn)[""] if turn else text for turn, text in parts)
+    got, expected = operation(traced, x, i), operation(whole, x, i)
+    assert got == expected
+    for result in got if isinstance(got, list | tuple) else [got]:
+        marks = origins.marks(result)
+        turns = {at: turn for start, end, turn in marks for at in range(start, end)}
+        assert [turns.get(at, 0) for at in range(len(result))] == [TURN_OF[c] for c in result]
+        assert all(end > start or turn not in turns.values() for start, end, turn in marks)
+
+
+def test_marks_are_by_place_and_stay_where_text_is_cut_away():
+    one, two = (origins.trace({"": text}, turn)[""] for turn, text in ((1, " x"), (2, "a")))
+    assert [origins.marks(piece) for piece in (one + "-a" + two).split("-a")] == [[(0, 2, 1)], [(0, 1, 2)]]
+    assert [origins.marks(piece) for piece in one.split("x")] == [[(0, 1, 1)], [(0, 0, 1)]]
+    assert origins.marks("b" + two.strip("a") + "b") == [(1, 1, 2)]
+
+
 # --- tools
 
 
@@ -524,6 +567,8 @@ def calling(name: str, arguments: Any, **turn: Any) -> dict[str, Any]:
     content=st.none() | words,
     after=words,
 )
+@example(name="get", arguments={"<|im_end|>": 5}, content=None, after="a")  # only its key is text
+@example(name="get", arguments={"a": "b"}, content="ab", after="a")
 def test_calls_of_tools_have_the_tokens_and_the_mask_of_transformers(called, style, name, arguments, content, after):
     bare, tagged, theirs = called[style]
     said = {} if content is None else {"content": content}
@@ -602,6 +647,30 @@ def test_a_template_that_takes_no_short_chat_is_refused(tmp_path):
     tokenizer = open_tokenizer(write(tmp_path, template))
     with pytest.raises(InputError, match=r"^data: record 1: the answers cannot be found .*; mark .* generation %\}"):
         tokenize("chat", [{"messages": turns("a", "b", "a", "b")}], tokenizer, 100)
+
+
+@pytest.mark.parametrize(("style", "written"), [("block", '{"a": 1}'), ("qwen", '{"a":1}')])
+def test_arguments_that_are_a_string_come_into_the_text_where_the_template_takes_one(called, style, written):
+    """Otherwise as an object, not as a string inside a string."""
+    tokenizer = called[style][0]
+    ids, _ = tokenize("chat", [{"messages": [turns("a")[0], calling("get", '{"a":1}')]}], tokenizer, 4096)[0]
+    assert f'": {written}}}' in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_by_any_name_have_the_tokens_and_the_mask_of_transformers(called, key):
+    bare, _, theirs = called["qwen"]
+    chat = turns("a", "b")
+    chat[1][key] = "why"
+    expected = theirs.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert trained(bare, chat) == (expected["input_ids"], expected["assistant_masks"])
+    assert "why" in bare.decode(list(compress(expected["input_ids"], expected["assistant_masks"])))
+
+
+@pytest.mark.parametrize("template", ["{% set n = namespace(_a=1) %}", "{% set n = namespace() %}{% set n._a = 1 %}"])
+def test_a_template_cannot_name_the_inside_of_python(template):
+    with pytest.raises(jinja2.exceptions.SecurityError, match="'_a'"):
+        origins.tracing(template).render()
 
 
 def test_arguments_that_are_no_json_are_named(called):

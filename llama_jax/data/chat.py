@@ -165,10 +165,8 @@ class _Template:
 
     def locate(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """Return the text by transformers, and the spans of answers by turn, found in the same text traced."""
-        for _ in range(2):  # at midnight, the template's date may change in between
-            text, _ = self.render(turns, where, **options)
-            if (traced := self.trace(turns, where, **options)) == text:
-                break
+        text, _ = self.render(turns, where, **options)
+        traced = self.trace(turns, where, **options)  # `tokenize` retries where the template's date changes in between
         if traced != text or self._frame is None:
             raise InputError(f"{where}: the answers cannot be found in the text that the chat template writes; {_FIX}")
         marks = origins.marks(traced)
@@ -323,11 +321,11 @@ def _parse_arguments(call: Any, where: str) -> Any:
 
 
 def _refusal(error: Exception, where: str) -> InputError:
-    """Return the error of a template that raised any class of exception, in one line."""
+    """Return the error of a template that raised any class of exception."""
     from jinja2 import TemplateError
 
     raised = "refuses this chat" if type(error) is TemplateError else "fails"  # `raise_exception` raises this class
-    return InputError(f"{where}: the chat template {raised}: {' '.join(str(error).split())}")
+    return InputError(f"{where}: the chat template {raised}: {error}")
 
 
 def chat_template(folder: Path, config: dict[str, Any], name: str = "default") -> str | None:
