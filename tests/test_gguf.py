@@ -889,8 +889,12 @@ def test_smollms_weights_are_those_that_transformers_reads(smollm):
         np.testing.assert_array_equal(tensor.read(()), weights[name].numpy(), name)
     same = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"}
     same |= {"num_key_value_heads", "hidden_act", "max_position_embeddings", "attention_bias", "mlp_bias"}
-    for key in same | {"tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}:
+    for key in same | {"tie_word_embeddings", "bos_token_id", "pad_token_id"}:
         assert config[key] == getattr(theirs.config, key), key
+    # llama.cpp ends a generation at more tokens than transformers.
+    texts = gguf.GGUFReader(smollm).fields["tokenizer.ggml.tokens"].contents()
+    assert [texts[i] for i in config["eos_token_id"]] == ["<|im_end|>", "<|endoftext|>", "<reponame>"]
+    assert config["eos_token_id"][0] == theirs.config.eos_token_id
     assert np.float32(config["rms_norm_eps"]) == np.float32(theirs.config.rms_norm_eps)
     assert config["rope_theta"] == theirs.config.rope_parameters["rope_theta"] and config["rope_scaling"] is None
 
