@@ -774,7 +774,6 @@ def test_data_is_named_by_several_words_and_commas(tmp_path: Path) -> None:
     given = {
         ("--data_path", "a", "b,c", odd): ["a", "b", "c", odd],
         ("--data_path=a, b",): ["a", "b"],
-        ("--data_path", "a", "--data_path", "b"): ["b"],
         ("--train_file", "a,b"): ["a", "b"],
         ("--dataset_name", "org/name", "--dataset_config_name", "x"): ["org/name"],
         ("--data_path", "gs://a/b", "~"): ["gs://a/b", os.path.expanduser("~")],

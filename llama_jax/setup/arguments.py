@@ -23,6 +23,7 @@ from llama_jax.training.schedule import LISTENING, SCHEDULES
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _INTERVALS = ("logging", "eval", "save")
+_IN_BUCKETS = ("model_name_or_path", "tokenizer_name", "output_dir", "resume_from_checkpoint")
 _PATHS = ("model_name_or_path", "tokenizer_name", "output_dir", "cache_dir")
 _DATA = ("data_path", "eval_data_path")
 _ARGS_FILE = Path(__file__).resolve().parents[2] / "train_jax.args"  # beside train_jax.py
@@ -313,10 +314,10 @@ class Arguments:
             value = getattr(self, f.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"--{f.name} {value}: should be a finite number")
-            if isinstance(value, str) and re.match("[a-z0-9]+://", value):
-                raise InputError(
-                    f"--{f.name} {value}: URLs are not read; copy the files here, or mount the bucket (docs/tpu.md)"
-                )
+            if isinstance(value, str) and (scheme := re.match("([a-z0-9]+)://", value)):
+                in_bucket = ", or to a bucket of gs://" if f.name in _IN_BUCKETS else ""
+                if scheme[1] != "gs" or not in_bucket:
+                    raise InputError(f"--{f.name} {value}: is not reached from here; copy the files here{in_bucket}")
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} {getattr(self, name)}: should not be below 0")
@@ -471,6 +472,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         raise SystemExit(0)
     if argv and argv[0].endswith(_CONFIG_SUFFIXES) and not any(word.startswith("--conf") for word in argv):
         argv = ["--config", *argv]
+    for name in _DATA:  # argparse would keep the last one alone
+        if sum(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in argv) > 1:
+            raise InputError(f"--{name} is given twice: name all files after one --{name}, separated by spaces")
     parser = flag_parser()
 
     def read(argv: list[str]) -> tuple[Arguments, Any, list[str]]:
