@@ -35,7 +35,7 @@ def load(path: str | Path, dtype: str = "float32", allow_pickle: bool = False) -
     `dtype` ("float32", "bfloat16", "float16") is the type of parameters and matmuls. `allow_pickle` permits
     pytorch_model*.bin. Raises InputError.
     """
-    run, source = RunOptions(param_dtype=jnp.dtype(numpy_dtype(dtype))), Source(Path(path), allow_pickle)
+    run, source = RunOptions(param_dtype=jnp.dtype(numpy_dtype(dtype))), Source(path, allow_pickle)
     device = jax.devices()[0]
     mesh = sharding.make_mesh([device])
     graphdef = define(source.config, run, mesh).graphdef

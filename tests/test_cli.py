@@ -242,6 +242,7 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     # The flags.
     "no model": (lambda c: c.flags.pop("model_name_or_path"), ["--model_name_or_path"]),
     "no data flag": (lambda c: c.flags.pop("data_path"), ["--data_path"]),
+    "data twice": (lambda c: c.flags.update({"data-path": c.alpaca}), ["--data_path is given twice", "spaces"]),
     "unknown flag": (lambda c: c.flags.update(learning_rates=1), ["--learning_rates", "did you mean --learning_rate?"]),
     "another unknown flag": (lambda c: c.flags.update(deepspeed_stage=1), ["--deepspeed_stage"]),
     "a word too many": (lambda c: c.flags.update(learning_rate="1e-3 x"), ["1e-3 x"]),
@@ -254,8 +255,8 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "not an optimizer": (lambda c: c.flags.update(optim="adamw_torhc"), ["--optim", "adamw_torhc", "use adamw_torch"]),
     "not a type": (lambda c: c.flags.update(dtype="float8"), ["--dtype", "float8", "bfloat16"]),
     "a bucket": (
-        lambda c: c.flags.update(output_dir="gs://bucket/output"),
-        ["--output_dir gs://bucket/output: URLs are not read", "mount"],
+        lambda c: c.flags.update(output_dir="s3://bucket/output"),
+        ["--output_dir s3://bucket/output: is not reached from here", "gs://"],
     ),
     "best in 4.37": (
         lambda c: c.flags.update(save_strategy="best", eval_strategy="steps", validation_split_percentage=50),
@@ -476,7 +477,8 @@ def test_a_disk_that_takes_no_more(command: str, case: Case) -> None:
     flax, output, data = case.folder / "flax", case.output, case.tokenized
     assert run(convert_torch_to_flax.main, "--model_name_or_path", case.model, "--output_dir", flax).code == 0
     converting = [sys.executable, ROOT / "convert_torch_to_flax.py", "--output_dir"]
-    training = [sys.executable, ROOT / "train_jax.py", *case.argv(), "--data_path", data, "--save_strategy", "steps"]
+    case.flags["data_path"] = data
+    training = [sys.executable, ROOT / "train_jax.py", *case.argv(), "--save_strategy", "steps"]
     argv = {
         "to_flax": [*converting, flax, "--model_name_or_path", case.model],
         "to_hf": [*converting, output, "--model_name_or_path", flax, "--to_hf"],

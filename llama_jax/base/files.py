@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llama_jax.base.bucket import is_remote, reaching
 from llama_jax.base.errors import InputError
 
 _HASH = re.compile("[0-9a-f]{40,64}")
@@ -103,6 +104,9 @@ def _leads_to_blobs(path: Path, links: int = 40) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write the whole file or nothing; of several processes that write, the last one wins."""
+    if is_remote(path):  # a bucket shows whole files only
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f"{path.name}-{platform.node()}-{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -115,11 +119,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def make_output_dir(path: Path) -> Path:
     """Create the folder and check that it is writable. Raises InputError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
+    with reaching(path, f"output_dir {path} is not writable"):
+        if not is_remote(path):  # a bucket has no folders; its client would make a missing bucket
+            path.mkdir(parents=True, exist_ok=True)
         probe = path / f".write-test-{platform.node()}-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as e:
-        raise InputError(f"output_dir {path} is not writable: {e.strerror}") from None
     return path

@@ -1,8 +1,8 @@
 """Convert an HF folder (or a .gguf file) to a Flax checkpoint, and back with --to_hf."""
 
 import argparse
-from pathlib import Path
 
+from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.base.files import make_output_dir
 from llama_jax.reporting.progress import say
@@ -20,15 +20,15 @@ def main(argv: list[str]) -> int:
     refuse_several("convert_torch_to_flax.py")
     set_up_jax(use_cpu=True)
     dtype = numpy_dtype(args.dtype) if args.dtype else None
-    source = Source(Path(args.model_name_or_path), args.allow_pickle, tokenizer=args.tokenizer_name)
+    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
     if args.to_hf and not source.is_flax:
         raise InputError(f"{source.folder}: --to_hf takes a folder made by this program; this one is HF's already")
     if source.is_flax and not args.to_hf:
         raise InputError(f"{source.folder}: is a Flax folder already; --to_hf makes an HF folder of it")
-    folder = Path(args.output_dir).expanduser()
-    if folder.resolve() == source.folder.resolve():
+    folder = as_path(args.output_dir)
+    if folder.resolve() in (source.folder.resolve(), as_path(args.model_name_or_path).resolve()):
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
     refuse_other_kind(folder, flax=not args.to_hf)
     make_output_dir(folder)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if different:
         say(f"error: {len(different)} tensors differ after writing: {', '.join(different[:4])}")
         return 1
-    say(f"done: {source.folder} -> {folder}")
+    say(f"done: {args.model_name_or_path} -> {folder}")
     return 0
 
 

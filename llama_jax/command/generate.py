@@ -4,7 +4,6 @@ python -m llama_jax.generate --model_name_or_path HF_DIR --instruction "Name thr
 """
 
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ def main(argv: list[str]) -> int:
         raise InputError("--input belongs to --instruction; put it into the --message")
     refuse_several("python -m llama_jax.generate")
     set_up_jax(args.use_cpu)
-    source = Source(Path(args.model_name_or_path), args.allow_pickle, tokenizer=args.tokenizer_name)
+    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
     tokenizer = open_tokenizer(source.tokenizer_folder)

@@ -1,7 +1,6 @@
 """Define the tokenizer of training and generation: special tokens under HF's names, and the files of an HF folder."""
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from llama_jax.base.bucket import remove_tree
 from llama_jax.base.files import read_json_object, write_json, write_text
 from llama_jax.data.added_tokens import DEFAULTS, SPECIAL, Named, as_json
 
@@ -156,13 +156,14 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
         return
     for name in FILES:
         if source and (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+            (folder / name).write_bytes((source / name).read_bytes())
         else:
             (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    if (folder / TEMPLATES).is_dir():
+        remove_tree(folder / TEMPLATES)
     for path in (source / TEMPLATES).glob("*.jinja") if source else ():
         (folder / TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / TEMPLATES / path.name)
+        (folder / TEMPLATES / path.name).write_bytes(path.read_bytes())
     if (path := folder / "tokenizer_config.json").exists():
         config = read_json_object(path)
         if (portable := _portable(config, folder)) != config:

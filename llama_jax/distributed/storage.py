@@ -1,7 +1,7 @@
 """Store trees of arrays on disk, by orbax."""
 
+import contextlib
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from llama_jax.base.bucket import absolute, remove_tree
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.compat import piecewise_transfer
 
@@ -42,7 +43,7 @@ def save_params(folder: Path, params: Any) -> None:
     """Write unstacked parameters as the `params` of a Flax folder; a failed write leaves no file."""
     try:
         with ocp.Checkpointer(handler(params)) as checkpointer:
-            checkpointer.save(folder.absolute() / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
+            checkpointer.save(absolute(folder) / PARAMS_DIR, args=ocp.args.PyTreeSave(params), force=True)
     except BaseException:
         _remove_unfinished(folder)
         raise
@@ -53,7 +54,8 @@ def _remove_unfinished(folder: Path, seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while unfinished := [*folder.glob(f"{PARAMS_DIR}.orbax-checkpoint-tmp*")]:
         for path in unfinished:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_tree(path)
         if time.monotonic() > deadline:
             return
         time.sleep(0.05)
@@ -63,7 +65,7 @@ def saved_shapes(folder: Path) -> Any:
     """Read the shapes of the `params` of a Flax folder, as a tree whose keys are strings. Raises InputError."""
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            metadata = checkpointer.metadata(folder.absolute() / PARAMS_DIR).item_metadata
+            metadata = checkpointer.metadata(absolute(folder) / PARAMS_DIR).item_metadata
             return jax.tree.map(lambda leaf: leaf.shape, metadata.tree)
     except (AttributeError, ValueError, KeyError, FileNotFoundError) as e:
         raise InputError(f"{folder / PARAMS_DIR}: is no complete checkpoint: {str(e).splitlines()[0][:200]}") from None
@@ -76,7 +78,7 @@ def load_params(folder: Path, abstract: Any) -> Any:
     """
     try:
         with ocp.Checkpointer(handler(abstract)) as checkpointer:
-            return checkpointer.restore(folder.absolute() / PARAMS_DIR, args=restore_args(abstract))
+            return checkpointer.restore(absolute(folder) / PARAMS_DIR, args=restore_args(abstract))
     except (ValueError, KeyError, FileNotFoundError) as e:
         reason = str(e).splitlines()[0][:200]
         raise InputError(f"{folder / PARAMS_DIR}: does not hold the parameters of its config.json: {reason}") from None

@@ -10,7 +10,6 @@ from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.distributed import sharding, storage
 from llama_jax.hf.names import name_table
-from llama_jax.hf.readers import open_checkpoint
 from llama_jax.hf.source import FLAX_JSON, Source, compare_digests, dtype_summary, numpy_dtype
 from llama_jax.hf.writer import hf_tensors, write_config, write_weights
 from llama_jax.model.definition import define
@@ -52,7 +51,7 @@ def to_hf(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) ->
     copy_tokenizer(source.tokenizer_to_copy(), folder)
     if not verify:
         return []
-    written = open_checkpoint(folder).tensors
+    written = Source(folder).tensors
     actual = ((name, written[name].read(())) for name in dtypes)
     return compare(source, hf_tensors(params, source.config), dtypes.__getitem__, actual)
 

@@ -41,7 +41,7 @@ def find_folder(path: Path, weights: bool = True, allow_pickle: bool = False) ->
     problem = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
         try:
-            wanted = _choose(name, HfApi().list_repo_files(name), weights, allow_pickle)
+            wanted = choose_files(name, HfApi().list_repo_files(name), weights, allow_pickle)
             say(f"{name}: taken from the Hugging Face hub; its files are kept in {constants.HF_HUB_CACHE}")
             return Path(snapshot_download(name, allow_patterns=wanted))
         except InputError:
@@ -75,8 +75,8 @@ def _weight_files(files: Iterable[str], allow_pickle: bool) -> list[str]:
     return [name for name in found if name in {*files}]
 
 
-def _choose(name: str, files: list[str], weights: bool, allow_pickle: bool) -> list[str]:
-    """Return the repository's files that this program reads, no more. Raises InputError where it holds no weights."""
+def choose_files(name: str, files: list[str], weights: bool, allow_pickle: bool = False) -> list[str]:
+    """Return those `files` of a model that this program reads. Raises InputError where there are no weights."""
     small = [f for f in files if f in (*SMALL, *FILES) or (PurePosixPath(f).parent.name == TEMPLATES and "/" in f)]
     if not weights:
         return small

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax.base.bucket import as_path, is_remote, reaching
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
@@ -20,6 +21,7 @@ from llama_jax.hf.hub import find_folder
 from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import Checkpoint, check_links, open_checkpoint
+from llama_jax.hf.remote import FLAX_JSON, copy_model
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, pick
 from llama_jax.model.generate import Sampling
@@ -27,13 +29,12 @@ from llama_jax.model.llama import RunOptions, stack_layers
 from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import say
 
-FLAX_JSON = "llama_jax.json"  # of a Flax folder: the types that the tensors had in HF's files
-
 
 def refuse_other_kind(folder: Path, flax: bool) -> None:
     """Refuse to write a Flax folder over HF's weights, or an HF folder over a Flax folder. Readers of such a mixed
     folder could load the wrong weights. Raises InputError."""
-    found = sorted(folder.glob("model*.safetensors*") if flax else folder.glob(FLAX_JSON))
+    with reaching(folder, f"output_dir {folder} cannot be read"):
+        found = sorted(folder.glob("model*.safetensors*") if flax else folder.glob(FLAX_JSON))
     if found := [path for path in found if path.suffix != ".tmp"]:
         held = f"{'an HF' if flax else 'a Flax'} model ({found[0].name})"
         raise InputError(f"output_dir {folder} holds {held}: choose another --output_dir, or remove it")
@@ -44,10 +45,10 @@ class Source:
     the folder may have none. `tokenizer` is a folder that replaces the model's own. Both may be names of the hub."""
 
     def __init__(
-        self, path: Path, allow_pickle: bool = False, weights: bool = True, tokenizer: str | Path | None = None
+        self, name: str | Path, allow_pickle: bool = False, weights: bool = True, tokenizer: str | Path | None = None
     ):
-        path = find_folder(path.expanduser(), weights, allow_pickle)
-        self._tokenizer = Path(tokenizer).expanduser() if tokenizer else None
+        path, self._params = self._find(name, weights, allow_pickle)
+        self._tokenizer = tokenizer
         self.is_flax = (path / FLAX_JSON).is_file()
         if self.is_flax or (not weights and (path / "config.json").is_file()):
             check_links(path)
@@ -59,6 +60,15 @@ class Source:
         self.tensors = {}
         if self._checkpoint.tensors or (weights and not self.is_flax):
             self.tensors = check_tensors(self._checkpoint.tensors, self.config, str(self.folder))
+
+    @staticmethod
+    def _find(name: str | Path, weights: bool, allow_pickle: bool = False) -> tuple[Path, Path]:
+        """Return the local folder of a model's files, and the folder of a Flax folder's arrays. Raises InputError."""
+        path = as_path(name)
+        if is_remote(path):
+            return copy_model(path, weights, allow_pickle), path
+        path = find_folder(path, weights, allow_pickle)
+        return path, path
 
     @property
     def notes(self) -> list[str]:
@@ -81,7 +91,7 @@ class Source:
         Raises InputError.
         """
         if self._tokenizer:
-            folder = find_folder(self._tokenizer, weights=False)
+            folder, _ = self._find(self._tokenizer, weights=False)
             check_links(folder)
             return folder
         if self._checkpoint.gguf is None:
@@ -131,7 +141,7 @@ class Source:
             return load_params(self.tensors, self.config, wanted, mesh, progress)
         self._check_shapes()
         unstacked = define(self.config, RunOptions(param_dtype=run.param_dtype), mesh).params
-        params = storage.load_params(self.folder, unstacked)
+        params = storage.load_params(self._params, unstacked)
         with jax.set_mesh(mesh):
             params = stack_layers(params) if run.scan_layers else params
         return params if like is None else pick(params, like)
@@ -166,7 +176,7 @@ class Source:
 
     def _check_shapes(self) -> None:
         """Check a Flax folder's shapes by config.json; only the vocabulary may have more rows. Raises InputError."""
-        saved = storage.saved_shapes(self.folder)
+        saved = storage.saved_shapes(self._params)
         for name, (path, shape) in name_table(self.config).items():
             found: Any = saved
             for key in path:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from llama_jax.base.bucket import local_file
 from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed import sharding
@@ -72,8 +73,7 @@ def write_weights(
         if _WEIGHTS.fullmatch(old.name) and old.name not in files:
             old.unlink()
     for file in files:
-        (folder / f"{file}.tmp").chmod(0o644)  # safetensors writes for the owner only
-        (folder / f"{file}.tmp").rename(folder / file)
+        (folder / f"{file}.tmp").replace(folder / file)
     write_index(folder, files, sum(sizes.values()))
 
 
@@ -108,7 +108,9 @@ def _write_shards(folder: Path, files: dict[str, list[str]], params, config: Lla
     writing: Future | None = None
 
     def write(file: str, shard: dict[str, np.ndarray]) -> None:
-        save_file(shard, folder / f"{file}.tmp", metadata={"format": "pt"})
+        with local_file(folder / f"{file}.tmp") as path:
+            save_file(shard, path, metadata={"format": "pt"})
+            path.chmod(0o644)  # safetensors writes for the owner only
         progress(sum(a.nbytes for a in shard.values()))
 
     with ThreadPoolExecutor(1) as pool:  # the others' tensors are gathered meanwhile

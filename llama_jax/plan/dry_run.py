@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -58,7 +57,7 @@ def dry_run(args: Arguments) -> int:
     for name, value in settings.items():
         jax.config.update(name, value)
     try:
-        source = Source(Path(args.model_name_or_path), args.allow_pickle, weights=False, tokenizer=args.tokenizer_name)
+        source = Source(args.model_name_or_path, args.allow_pickle, weights=False, tokenizer=args.tokenizer_name)
         for note in source.notes:
             say(note)
         devices = topology.devices()

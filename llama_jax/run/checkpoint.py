@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.errors import JaxRuntimeError
 
+from llama_jax.base.bucket import absolute, remove_tree
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.storage import handler, restore_args, tree_bytes
 from llama_jax.setup.job import kept_steps
@@ -63,19 +63,19 @@ def _remove_remnants(output_dir: Path) -> None:
     whole = find_steps(output_dir)
     for path in _named(output_dir):
         if int(path.name.removeprefix("checkpoint-")) not in whole:
-            shutil.rmtree(path)
+            remove_tree(path)
 
 
 def remove_steps(output_dir: Path) -> None:
     """Remove all complete checkpoints in a folder."""
     for step in find_steps(output_dir):
-        shutil.rmtree(output_dir / _HFNames().build_name(step))
+        remove_tree(output_dir / _HFNames().build_name(step))
 
 
 def read_run(output_dir: Path, step: int) -> dict[str, Any]:
     """Read the JSON saved beside the state of a step. Raises InputError."""
     with _restoring(output_dir, step), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(output_dir.absolute() / _HFNames().build_name(step) / "run")
+        return checkpointer.restore(absolute(output_dir) / _HFNames().build_name(step) / "run")
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ class Checkpoints:
     """
 
     def __init__(self, output_dir: Path, limit: int | None, abstract: Any, first: int):
-        self._rotation = _Rotation(limit)
+        self._folder, self._rotation = output_dir, _Rotation(limit)
         if jax.process_index() == 0:
             _remove_remnants(output_dir)
         options = ocp.CheckpointManagerOptions(
@@ -134,7 +134,7 @@ class Checkpoints:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._piecewise = tree_bytes(abstract) > memory // 2
         handlers = {"state": handler(abstract, self._piecewise), "run": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(output_dir.absolute(), options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(absolute(output_dir), options=options, item_handlers=handlers)
         self._past = [step for step in self._manager.all_steps() if step > first]
 
     def save(self, step: int, state: Any, run: dict[str, Any], best: int | None = None) -> None:
@@ -157,11 +157,10 @@ class Checkpoints:
         The model must be the checkpoint's: a leaf of another length is taken for another mesh's padding. Raises
         InputError.
         """
-        folder = Path(self._manager.directory)
-        with _restoring(folder, step, ", or of another model or optimizer"):
+        with _restoring(self._folder, step, ", or of another model or optimizer"):
             state = self._manager.restore(step, args=ocp.args.Composite(state=restore_args(abstract)))["state"]
-        saved = read_run(folder, step).get("digests", {})  # checkpoints of before 2026-11-27 have none
-        with _restoring(folder, step):
+        saved = read_run(self._folder, step).get("digests", {})  # checkpoints of before 2026-11-27 have none
+        with _restoring(self._folder, step):
             wrong = [path for path, digest in digests(state).items() if saved and saved[path] != digest]
             if wrong:
                 raise ValueError(f"{len(wrong)} of {len(saved)} arrays are not what was saved, {wrong[0]} first")

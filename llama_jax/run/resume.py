@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
 from llama_jax.model.config import LlamaConfig
 from llama_jax.reporting.progress import say
@@ -117,7 +118,7 @@ def _named_step(wanted: str, steps: list[int], output_dir: Path) -> int:
         if not steps:
             raise InputError(f"--resume_from_checkpoint True: no checkpoint in {output_dir}; auto starts anew then")
         return steps[-1]
-    path = Path(wanted).expanduser()
+    path = as_path(wanted)
     name = path.name.removeprefix("checkpoint-")
     if path.parent.resolve() != output_dir.resolve() or not name.isdigit() or int(name) not in steps:
         raise InputError(

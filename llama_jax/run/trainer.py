@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import make_output_dir
 from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
@@ -157,12 +158,12 @@ def prepare(args: Arguments) -> Prepared:
 def _prepared_alone(args: Arguments, platform: str) -> Prepared:
     """Settle the run as this process sees it: mesh, model, data, checkpoint to resume, planner. Raises InputError."""
     mesh = sharding.make_mesh(spec=args.mesh)
-    output_dir, resume_step, saved = Path(args.output_dir).expanduser(), 0, None
+    output_dir, resume_step, saved = as_path(args.output_dir), 0, None
     if not args.explain:
         refuse_other_kind(output_dir, flax=False)
         make_output_dir(output_dir)
         resume_step = choose_step(args, output_dir)
-    source = Source(Path(args.model_name_or_path), args.allow_pickle, tokenizer=args.tokenizer_name)
+    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
     ways, quiet = sharding.batch_ways(mesh), args.disable_tqdm or None
