@@ -12,10 +12,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
 import hypothesis
 import jax
 import pytest
+from tiny import COMPILATION
 
 from llama_jax.distributed.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parent.parent
+
+QUICK = " ".join(f"--{name}={value}".lower() for name, (value, _) in COMPILATION.items())
+if QUICK not in os.environ.get("XLA_FLAGS", ""):  # pytest's workers inherit the flags
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))

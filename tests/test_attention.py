@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
-from tiny import ROOT, environment, slow_unless
+from tiny import ROOT, environment, of_devices, slow_unless
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -143,7 +143,7 @@ def on_meshes() -> None:
 @pytest.mark.slow
 def test_rows_divided_over_devices() -> None:
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    env = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": paths}
+    env = environment() | of_devices(8) | {"PYTHONPATH": paths}
     command = [sys.executable, "-c", "import test_attention; test_attention.on_meshes()"]
     result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

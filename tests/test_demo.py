@@ -23,7 +23,7 @@ def test_demo():
     run = subprocess.run(
         ["bash", "demo/run.sh"],
         cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, "QUESTION": QUESTION},
+        env={**os.environ, "XLA_FLAGS": "", "PYTHON": sys.executable, "QUESTION": QUESTION},  # compiled as for a user
         capture_output=True,
         text=True,
         check=False,

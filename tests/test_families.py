@@ -3,7 +3,6 @@
 The pattern and the tolerances are those of `test_parity.py`, which holds LLaMA to transformers.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -24,7 +23,6 @@ from test_parity import (
     make_raw,
     make_weights,
     pack,
-    quick_compilation,
     run_hf,
     run_ours,
     torch,
@@ -58,7 +56,7 @@ def test_logits_loss_and_gradients(name: str, run: str, mesh: Mesh) -> None:
     """Right-padded rows longer than the window."""
     raw, config, rng, weights = make_case(name, 11)
     batch = make_batch(config, rng, [13, 7, 19])
-    ours = run_ours(config, RUNS[run], mesh, weights, batch, 0.1, quick_compilation())
+    ours = run_ours(config, RUNS[run], mesh, weights, batch, 0.1)
     theirs, bounds = run_hf(raw, weights, batch, 0.1)
     assert_equal_outcomes(batch, ours, theirs, bounds)
 
@@ -83,7 +81,7 @@ def test_packed_equals_alone_and_decoding(name: str, scan: bool, mesh: Mesh) -> 
     run = RunOptions(scan_layers=scan)
     graphdef, params = make_params(config, run, mesh, weights)
 
-    @partial(jax.jit, compiler_options=quick_compilation())
+    @jax.jit
     def forward(params, tokens, cache):
         model = nnx.merge(graphdef, params)
         hidden, cache = model(*tokens, cache=cache)

@@ -25,6 +25,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
+from tiny import of_devices
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -199,7 +200,7 @@ def test_eight_devices(tmp_path: Path) -> None:
     arrays = make_arrays(raw, ml_dtypes.bfloat16)
     write_folder(tmp_path, raw, [dict(list(arrays.items())[i::3]) for i in range(3)])
     tests = Path(__file__).resolve().parent
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(tests.parent)}
+    env = os.environ | of_devices(8) | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     command = [sys.executable, "-c", f"import test_load; test_load.load_on_eight_devices({str(tmp_path)!r})"]
     result = subprocess.run(command, cwd=tests, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

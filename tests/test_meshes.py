@@ -22,7 +22,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 from test_training import GOLDEN, golden_flags, worst
-from tiny import ALPACA, CONFIG, ROOT, environment, make_records, run, write_json, write_model, write_tokenizer
+from tiny import (
+    ALPACA,
+    CONFIG,
+    ROOT,
+    environment,
+    make_records,
+    of_devices,
+    run,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
 
 import convert_torch_to_flax
 import llama_jax.setup.job
@@ -44,17 +55,16 @@ from llama_jax.training.state import TrainState, abstract_state
 from llama_jax.training.step import Steps, abstract_batch
 
 ONE = "fsdp=1"
-EIGHT = "--xla_force_host_platform_device_count=8"
 # 4 heads with 4 kv heads, or 8 with 2: tensor=8 pads both, tensor=4 the second.
 MESHES = ["fsdp=2", "tensor=2", "data=2", "fsdp=4", "tensor=4", "data=2,tensor=2", "fsdp=8", "tensor=8", "data=8",
           "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "context=2", "context=8", "fsdp=2,context=2", "data=2,context=4",
           "context=2,tensor=4", "fsdp=2,context=2,tensor=2"]  # fmt: skip
 
 
-def on_eight_devices(call: str, xla_flags: str = "") -> None:
+def on_eight_devices(call: str, *xla_flags: str) -> None:
     """Call a function of this file in a process with eight devices, and print what it prints."""
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    env = environment() | {"XLA_FLAGS": EIGHT + xla_flags, "PYTHONPATH": paths}
+    env = environment() | of_devices(8, *xla_flags) | {"PYTHONPATH": paths}
     command = [sys.executable, "-c", f"import test_meshes; test_meshes.{call}"]
     result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -317,8 +327,8 @@ def test_weight_gradient() -> None:
 @pytest.mark.slow
 def test_gradients_are_summed_in_float32(tmp_path: Path) -> None:
     """As the Trainer's ranks sum them, though matmuls are in bfloat16."""
-    flags = f" --xla_dump_to={tmp_path} --xla_dump_hlo_pass_re=spmd-partitioning"
-    on_eight_devices(f"check_types({str(tmp_path)!r})", flags)
+    flags = (f"--xla_dump_to={tmp_path}", "--xla_dump_hlo_pass_re=spmd-partitioning")
+    on_eight_devices(f"check_types({str(tmp_path)!r})", *flags)
 
 
 @pytest.mark.slow

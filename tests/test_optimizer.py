@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
-from tiny import CONFIG, ROOT, SISTERS
+from tiny import CONFIG, ROOT, SISTERS, of_devices
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -414,7 +414,7 @@ def update_on_two_devices() -> None:
 def test_two_devices() -> None:
     tests = Path(__file__).resolve().parent
     path = os.pathsep.join([str(tests), str(ROOT)])
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": path}
+    env = os.environ | of_devices(2) | {"PYTHONPATH": path}
     command = [sys.executable, "-c", "import test_optimizer; test_optimizer.update_on_two_devices()"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

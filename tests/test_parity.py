@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from numpy_llama import llama_logits
-from tiny import CONFIG, SISTERS, slow_unless
+from tiny import CONFIG, SISTERS, of_devices, slow_unless
 
 from llama_jax.distributed import sharding
 from llama_jax.hf.load import check_tensors, load_params
@@ -207,12 +207,11 @@ def run_ours(
     weights: Weights,
     batch: Batch,
     smoothing: float = 0.0,
-    compiler_options: dict[str, Any] | None = None,
 ) -> Outcome:
     """Loss, logits and the gradient of every parameter, in one compiled program."""
     graphdef, params = make_params(config, run, mesh, weights)
 
-    @partial(jax.jit, compiler_options=compiler_options)
+    @jax.jit
     def step(params, ids, positions, segments, targets, token_weights):
         def loss(params):
             model = nnx.merge(graphdef, params)
@@ -453,7 +452,7 @@ def test_frequencies_of_drawn_parameters(kind: str, mesh: Mesh, monkeypatch: pyt
     """To the bit, as in `test_rotary_tables`, whatever the parameters."""
     positions = np.arange(0, 300, 23)
 
-    @settings(max_examples=60)
+    @settings(max_examples=25)
     @given(st.data(), st.sampled_from([4, 6, 8, 64, 128]), st.integers(4, 400))
     def check(data: st.DataObject, head_dim: int, context: int) -> None:
         keys = data.draw(rope_keys(kind, head_dim))
@@ -503,8 +502,10 @@ def test_parts(kind: str, mesh: Mesh) -> None:
 # --- logits, loss and gradients --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("smoothing", "scan_layers"),
+    [slow_unless((smoothing > 0) == scan, smoothing, scan) for smoothing in (0.0, 0.1) for scan in (False, True)],
+)
 def test_deeper_model(scan_layers: bool, smoothing: float, mesh: Mesh) -> None:
     """A right-padded batch through six layers of grouped-query attention."""
     raw = make_raw(hidden_size=96, intermediate_size=172, num_hidden_layers=6, num_attention_heads=12, head_dim=16)
@@ -600,25 +601,11 @@ def rope_keys(draw: st.DrawFn, rope_type: str, head_dim: int) -> dict[str, Any]:
     return {**top, "rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
 
 
-@cache
-@cache
-def quick_compilation() -> dict[str, Any]:
-    """Compiler options, as far as this jax knows them, that take a fifth of the time; other tests use the defaults."""
-    known = {}
-    for option, value in {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}.items():
-        try:
-            jax.jit(jnp.negative, compiler_options={option: value})(1.0)
-            known[option] = value
-        except jax.errors.JaxRuntimeError:
-            pass
-    return known
-
-
 def check_draw(case: Draw, mesh: Mesh) -> None:
     config = LlamaConfig.from_hf(case.raw)
     rng = np.random.default_rng(case.seed)
     weights, batch = make_weights(config, rng), make_batch(config, rng, case.lengths)
-    ours = run_ours(config, case.run, mesh, weights, batch, case.smoothing, quick_compilation())
+    ours = run_ours(config, case.run, mesh, weights, batch, case.smoothing)
     theirs, bounds = run_hf(case.raw, weights, batch, case.smoothing)
     assert_equal_outcomes(batch, ours, theirs, bounds)
 
@@ -683,8 +670,10 @@ def pack(rng: np.random.Generator, vocab: int, rows: list[list[int]], slots: int
     return Packed(ids, positions, segments, lengths)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize(
+    ("kind", "scan_layers"),
+    [slow_unless(scan == (kind in ("default", "dynamic")), kind, scan) for kind in ROPES for scan in (False, True)],
+)
 def test_packed_equals_alone(kind: str, scan_layers: bool, mesh: Mesh) -> None:
     """Each sequence of a packed row has the logits that transformers gives it alone."""
     raw = make_raw(**ROPES[kind])
@@ -858,8 +847,10 @@ def test_float64_from_the_papers(mesh: Mesh) -> None:
 # --- the KV cache ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("kind", ["default", "llama3"])
+@pytest.mark.parametrize(
+    ("kind", "scan_layers"),
+    [slow_unless(scan == (kind == "llama3"), kind, scan) for kind in ("default", "llama3") for scan in (False, True)],
+)
 def test_decoding_equals_the_full_forward(kind: str, scan_layers: bool, mesh: Mesh) -> None:
     """Prompts of unequal length are prefilled as one padded block, then each row goes on at its own position."""
     config = LlamaConfig.from_hf(make_raw(**ROPES[kind]))
@@ -921,7 +912,7 @@ def compare_meshes(spec: str = "data=2,fsdp=2,tensor=2", families: Sequence[str]
 @pytest.mark.parametrize("arguments", ["", "families=[*SISTERS]", "'context=2,tensor=4', [*SISTERS][1::2]"])
 def test_eight_devices(arguments: str) -> None:
     root = Path(__file__).resolve().parent.parent
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
+    env = os.environ | of_devices(8) | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-c", f"from test_parity import *; compare_meshes({arguments})"]
     result = subprocess.run(command, cwd=root / "tests", env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -19,7 +19,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_training import CLOCK, EPSILON, Job, checkpoints, worst
-from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, write_json, write_model
+from tiny import (
+    CONFIG,
+    ROOT,
+    environment,
+    hf_shapes,
+    make_records,
+    of_devices,
+    run,
+    slow_unless,
+    write_json,
+    write_model,
+)
 
 import train_jax
 from llama_jax.distributed import processes
@@ -87,9 +98,9 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(argvs: list[list[str]], devices: int) -> list[subprocess.Popen]:
+def start(argvs: list[list[str]], per_process: int) -> list[subprocess.Popen]:
     """A process for each command line, with so many devices each."""
-    env = environment() | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = environment() | of_devices(per_process)
     command = [sys.executable, "-c", COUNTED.format(root=str(ROOT), shard_bytes=SHARD_BYTES)]
     meeting = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(len(argvs)), "--process_id"]
     return [
@@ -233,8 +244,8 @@ def test_sigterm_to_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ([{"learning_rate": -1}] * 2, "--learning_rate -1.0: should not be below 0"),
-        ([{"mesh": "fsdp=3"}] * 2, "--mesh fsdp=3: needs 3 device(s), but there are 2"),
+        slow_unless(False, [{"learning_rate": -1}] * 2, "--learning_rate -1.0: should not be below 0"),
+        slow_unless(False, [{"mesh": "fsdp=3"}] * 2, "--mesh fsdp=3: needs 3 device(s), but there are 2"),
         ([{}, {"data_path": "nowhere.json"}], "process 1: nowhere.json: no such data file"),
     ],
     ids=["a flag", "the mesh", "a file of one host"],
@@ -246,7 +257,7 @@ def test_a_mistake_is_said_once(changes: list[dict[str, Any]], said: str, tmp_pa
     assert second.err == [] and first.out == second.out == ""
 
 
-@pytest.mark.parametrize("what", ["examples", "a flag", "folders"])
+@pytest.mark.parametrize("what", ["examples", slow_unless(False, "a flag"), slow_unless(False, "folders")])
 def test_what_is_not_the_same_everywhere(what: str, tmp_path: Path) -> None:
     """Each process would train on its own, or fail at the end: both hear of it before anything compiles."""
     job = Job(tmp_path)

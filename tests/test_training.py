@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from test_parity import ROPES
 from tiny import (
     ALPACA,
+    COMPILATION,
     CONFIG,
     ROOT,
     Outcome,
@@ -34,6 +35,7 @@ from tiny import (
     log_entries,
     make_arrays,
     make_records,
+    of_devices,
     run,
     slow_unless,
     write_json,
@@ -44,6 +46,7 @@ from tiny import (
 import llama_jax.run.evaluation
 import llama_jax.run.trainer
 import llama_jax.setup.job
+import llama_jax.training.step
 import train_jax
 from llama_jax.distributed import sharding
 from llama_jax.hf.source import Source
@@ -119,12 +122,14 @@ def golden_flags(case: Path, out: Path) -> list[str]:
 
 
 HOW = {"one block": "", "several blocks": "sum", "MultiSteps": "multisteps"}
+GOLDEN_BLOCKS = [(name, "several blocks") for name in ("4.37-gqa-wd", "5.x-bf16")]
+OPTIMIZED = [(name, "one block") for name in ("5.x-gqa-wd", "5.x-bf16")]  # compiled with XLA's own options
 
 
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        slow_unless(how != "MultiSteps" or name == "5.x-gqa-wd", name, how)
+        slow_unless(how == "one block" or name == "5.x-gqa-wd" or (name, how) in GOLDEN_BLOCKS, name, how)
         for name, how in itertools.product(GOLDEN, HOW)
     ],
 )
@@ -135,7 +140,11 @@ def test_golden(
     tmp_path: Path,
     seen: list[tuple[int, float, float]],
     multi_steps: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if (name, how) in OPTIMIZED:
+        options = {option: value for option, (_, value) in COMPILATION.items()}
+        monkeypatch.setattr(llama_jax.training.step, "compiler_options", lambda *_: options)
     case, accumulated = shared / "golden" / name, HOW[how]
     extra = [*SHORT_ROWS, "--accumulation", accumulated] if accumulated else []
     outcome = run(train_jax.main, *golden_flags(case, tmp_path), *extra)
@@ -215,9 +224,8 @@ def test_two_devices_are_two_ranks(optim: str, tmp_path: Path) -> None:
     job.flags.pop("use_cpu")
     job.train("one", per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=5)
     two_flags = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 5}
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "train_jax.py", *job.argv("two", **two_flags)]
-    result = subprocess.run(command, cwd=ROOT, env=environment() | devices, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=environment() | of_devices(2), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "devices: 2 cpu device(s)" in result.stderr
     histories = [
@@ -540,7 +548,7 @@ VARIANTS |= {
 RESUMED: dict[str, list[int]] = {"4.37": [2, 4], "lines of epochs": [2, 3], "lines of epochs, 5": [3, 4]}
 
 
-SLOW = ("MultiSteps", "autocast", "lines of several updates", "lines of epochs, 5")
+SLOW = ("5", "MultiSteps", "autocast", "lines of several updates", "lines of epochs, 5")
 
 
 @pytest.mark.parametrize("name", [slow_unless(name not in SLOW, name) for name in VARIANTS])
@@ -556,7 +564,7 @@ def test_resumed_run_is_the_same(name: str, tmp_path: Path, multi_steps: list[An
         for saved in checkpoints(whole):
             if int(saved.removeprefix("checkpoint-")) <= step:
                 shutil.copytree(whole / saved, part / saved)
-        wanted = True if name == "5" or step == 4 else part / f"checkpoint-{step}"
+        wanted = True if name in ("5", "several blocks") or step == 4 else part / f"checkpoint-{step}"
         job.train(part.name, resume_from_checkpoint=wanted)
         assert_same_run(whole, part)
         last = json.loads((part / "trainer_state.json").read_text())["log_history"][-1]

@@ -24,6 +24,11 @@ from llama_jax.base.errors import run_command
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = tempfile.TemporaryDirectory(prefix="llama_jax-tests-")  # tokenised data, for as long as the tests run
 Arrays = dict[str, np.ndarray]
+# Compilation is most of the suite's time. Each option of XLA's compiler: its value here, which halves that time, and
+# XLA's own. XLA aborts on an option that it does not know.
+COMPILATION: dict[str, tuple[Any, Any]] = {"xla_backend_optimization_level": (0, 3)}
+if jax.__version_info__ < (0, 11):
+    COMPILATION["xla_cpu_use_fusion_emitters"] = (False, True)
 
 # As large as the byte tokenizer of `write_tokenizer`. Weights six times HF's: gradients that stand clear of rounding.
 CONFIG: dict[str, Any] = {
@@ -232,6 +237,12 @@ def run(main: Callable[[list[str]], int], *argv: Any) -> Outcome:
 def slow_unless(quick: bool, *values: Any) -> Any:
     """Parameters of a test that are a slow proof, unless."""
     return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+
+
+def of_devices(count: int, *flags: str) -> dict[str, str]:
+    """Return the environment's XLA flags for a process of so many CPU devices."""
+    words = (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", *flags)
+    return {"XLA_FLAGS": " ".join(words)}
 
 
 def environment() -> dict[str, str]:
