@@ -159,7 +159,7 @@ def many_shapes(monkeypatch):
     monkeypatch.setattr(batches_module, "UPDATES_PER_SHAPE", 1)
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(run=drawn_runs())
 def test_every_example_of_an_update_is_in_its_blocks_once(many_shapes, run):
     """With the padded length that its micro-batch has in the Trainer, whole, and its labels one token early."""
@@ -178,7 +178,7 @@ def test_every_example_of_an_update_is_in_its_blocks_once(many_shapes, run):
             check_targets(p, run.examples)
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(run=drawn_runs(), seed=st.integers(0, 99))
 def test_the_weighted_sum_is_the_trainers_loss(many_shapes, run, seed):
     """In float64: what is left is the rounding of each weight to float32, 6e-8 of it."""
@@ -212,7 +212,7 @@ def check_blocks(run: Drawn) -> None:
     assert seen == set(shapes), "a shape is announced that no update has, or the other way round"
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(run=drawn_runs(packed=True))
 def test_packed_blocks(many_shapes, run):
     """No more tokens on a device than it may hold, or than the longest row. As few blocks as hold the tokens; one, at
@@ -239,7 +239,7 @@ def test_packed_blocks(many_shapes, run):
         assert all(n <= most for n, most in zip(blocks, needed, strict=True))
 
 
-@settings(max_examples=400)
+@settings(max_examples=100)
 @given(run=drawn_runs(packed=False))
 def test_padded_blocks(many_shapes, run):
     """A block is a micro-batch: its examples in order, each in a row of its own. All shapes have the same rows, as many

@@ -212,7 +212,7 @@ inputs = st.tuples(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(pair=st.tuples(inputs, inputs))
 @example(pair=tuple((b"", "a.json", {"additional_chat_templates/tool_use.jinja": text}, 1) for text in (b"a", b"b")))
 def test_only_the_same_inputs_have_the_same_name(pair, tmp_path_factory):

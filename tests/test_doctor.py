@@ -75,7 +75,7 @@ records_strategy = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(records=records_strategy, limit=st.integers(150, 330), split=st.sampled_from([0, 30]))
 def test_what_is_found_is_there(model, records, limit, split, tmp_path_factory, monkeypatch):
     """Of the examples that are trained on, by the records' numbers in the file; the same from the cache."""
@@ -323,7 +323,7 @@ def test_alpaca_itself(shared, tmp_path):
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="⟦⟧\ufffd"), max_size=12)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(
     records=st.lists(
         st.fixed_dictionaries({"instruction": words, "output": words}, optional={"input": words}),

@@ -68,7 +68,7 @@ def row(text: str, name: str) -> float:
 
 def test_gpus_by_arithmetic(tmp_path: Path) -> None:
     """Only config.json is there, nothing is compiled or written, and what a device holds is an eighth."""
-    raw = raw_config("llama-7b")
+    raw = raw_config("llama-7b") | {"num_hidden_layers": 8}
     outcome = dry_run(tmp_path, raw, "--dry_run", "h200:8")
     assert outcome.code == 0 and outcome.compiled == 0, outcome.err
     assert "attention by cudnn" in outcome.out and "an estimate by arithmetic, nothing was compiled" in outcome.out

@@ -250,7 +250,7 @@ def batches_an_epoch(run: dict[str, Any]) -> int:
     return run["examples"] // batch if run["drop_last"] else math.ceil(run["examples"] / batch)
 
 
-@settings(max_examples=1500)
+@settings(max_examples=400)
 @given(run=runs)
 def test_updates_end_where_a_walk_ends_them(run):
     batches = batches_an_epoch(run)
