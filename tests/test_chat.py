@@ -282,7 +282,7 @@ in_turn = st.tuples(
 ).map(lambda parts: [*parts[0], *(turn for both in parts[1] for turn in both), *parts[2]])
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.one_of(in_turn, st.lists(said, max_size=5)).filter(lambda turns: "assistant" in dict(turns)))
 def test_any_chat_has_the_tokens_and_the_mask_of_transformers(pair, turns):
     """Roles in turn and in any order; a chat that transformers refuses is refused."""
@@ -299,7 +299,7 @@ def test_any_chat_has_the_tokens_and_the_mask_of_transformers(pair, turns):
     assert trained(bare, chat) == (expected["input_ids"], expected["assistant_masks"])
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(st.lists(words, min_size=1, max_size=3).filter(lambda said: len(said) != 2), st.none() | words)
 def test_any_prompt_has_the_tokens_of_transformers(pair, said, system):
     bare, tagged, theirs = pair

@@ -302,7 +302,7 @@ def test_every_flag_reads_its_values(live: dict[str, dict[str, Any]], old: Serve
             assert ours is None or all(same(ours[name], real[name]) for real in reals), (argv, ours[name])
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(st.data())
 def test_grammar_is_the_trainers(live: dict[str, dict[str, Any]], old: Server, data: st.DataObject) -> None:
     """What the real parser of a version reads has the same values here; what both refuse is refused here."""
@@ -562,7 +562,7 @@ def stricter(values: dict[str, Any]) -> bool:
     )
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(COMBINATIONS | MULTIPLES, st.sampled_from([OLD, NEW]))
 def test_checks_are_the_trainers(old: Server, values: dict[str, Any], compat: str) -> None:
     if compat == OLD:  # it has neither

@@ -940,7 +940,7 @@ def reference_encode(smollm) -> Callable:
 def test_smollms_tokenizer_on_varied_text(smollm_encode, reference_encode):
     encode, auto = smollm_encode
     prompt = "<|im_start|>user\nWhat is 12 + 345?<|im_end|>\n<|im_start|>assistant\n"
-    for text in [*TEXTS, *alpaca_like()[:50], prompt, "a<|endoftext|> b<file_sep>  7", "<|im_start", "|>"]:
+    for text in [*TEXTS, *alpaca_like()[:12], prompt, "a<|endoftext|> b<file_sep>  7", "<|im_start", "|>"]:
         assert encode(text) == auto(text) == reference_encode(text), text
     assert encode("  12") == [encode("  ")[0], *encode("1"), *encode("2")], "digits are cut before spaces are"
 

@@ -30,6 +30,7 @@ from tiny import (
     make_records,
     of_devices,
     run,
+    slow_unless,
     write_json,
     write_model,
     write_tokenizer,
@@ -301,13 +302,13 @@ def check_types(folder: str) -> None:
     assert unrolled == exchanged == 2
 
 
-def check_weight_gradient() -> None:
+def check_weight_gradient(specs: list[str]) -> None:
     """Small numbers, so that each device's share is a whole one below 256, which bfloat16 has, and their sum is not."""
     rng = np.random.default_rng(0)
     dy, x = (rng.integers(0, 4, (8, 16, width)) for width in (32, 48))
     exact = np.einsum("BTO,BTI->OI", dy, x)
     assert exact.max() > 256
-    for spec in ("fsdp=8", "data=2,fsdp=4", "context=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"):
+    for spec in specs:
         for weight in (sharding.COLUMN_FD, sharding.ROW_DF, P("tensor", sharding.SHARDS)):
             placed = sharding.ACT_BTF, sharding.ACT_BTD
             if weight == sharding.ROW_DF:
@@ -319,9 +320,17 @@ def check_weight_gradient() -> None:
             np.testing.assert_array_equal(np.asarray(got), exact.astype(jnp.bfloat16), f"{spec}, {weight}")
 
 
-def test_weight_gradient() -> None:
+@pytest.mark.parametrize(
+    "specs",
+    [
+        ["fsdp=8", "fsdp=2,context=2,tensor=2"],
+        slow_unless(False, ["data=2,fsdp=4", "context=8", "data=2,fsdp=2,tensor=2"]),
+    ],
+    ids=["quick", "others"],
+)
+def test_weight_gradient(specs: list[str]) -> None:
     """Against the whole product: devices' shares are added in float32, and lie where the weight does."""
-    on_eight_devices("check_weight_gradient()")
+    on_eight_devices(f"check_weight_gradient({specs})")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
-from tiny import CONFIG, ROOT, SISTERS, of_devices
+from tiny import CONFIG, ROOT, SISTERS, of_devices, slow_unless
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -256,7 +256,7 @@ def test_clip_is_torchs(max_norm: float, scale: float) -> None:
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("weight_decay", [slow_unless(False, 0.0), 0.1])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_blocks_are_summed(optim: str, weight_decay: float, compiled: bool) -> None:
     """Updates of 3, 1, 2 and 1 blocks: exactly what the sums give at once (adafactor, and adamw compiled: to rounding,

@@ -265,7 +265,7 @@ def test_updates_end_where_a_walk_ends_them(run):
         assert order.epoch_at(k) == pytest.approx(end / batches, rel=1e-12)
 
 
-@settings(max_examples=500)
+@settings(max_examples=150)
 @given(run=runs)
 def test_an_epoch_ends_after_its_last_micro_batch_and_where_the_run_stops(run):
     """`on_epoch_end` of the Trainer, which saves and logs by the epoch, comes after the last update too."""
@@ -312,7 +312,7 @@ def simulate(run: dict[str, Any], evaluated: set[int]) -> list[list[int]]:
     return seen
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(
     run=runs,
     sampling=st.sampled_from(["random", "sequential", "group_by_length"]),
@@ -606,7 +606,7 @@ def test_ranks_get_what_accelerate_deals_them(examples, batch, ranks, drop_last,
             assert len(dealt) == order.batches_per_epoch
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(run=runs)
 def test_every_rank_trains_on_as_many_examples(run):
     assume(batches_an_epoch(run) > 0)

@@ -33,7 +33,7 @@ def fits(lengths: list[int], capacities: list[int]) -> bool:
     return place(sorted(lengths, reverse=True), capacities)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(lengths=many_lengths, capacities=st.lists(st.integers(1, 100), min_size=1, max_size=6))
 def test_every_example_is_placed_once_and_no_row_is_overfull(lengths, capacities):
     placed = pack(lengths, capacities)
@@ -164,7 +164,7 @@ def updates_to_place(draw):
     return counts, needed, allowed
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(drawn=updates_to_place(), levels=st.integers(1, 4))
 def test_best_sizes(drawn, levels):
     """Against all choices: the best where each update is one block, and else one that no exchange makes better."""

@@ -796,7 +796,7 @@ def test_sigterm_before_the_first_update_is_done(tmp_path: Path) -> None:
 # -- The folder that comes out ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [slow_unless(False, False), True])
 def test_the_folder_loads_in_transformers(tied: bool, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
