@@ -24,7 +24,7 @@ if QUICK not in os.environ.get("XLA_FLAGS", ""):  # pytest's workers inherit the
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 # Derandomized: the same draws on every run and machine. Not shrunk: an example costs a compilation or a folder on disk.
 hypothesis.settings.register_profile(

@@ -884,6 +884,9 @@ def test_decoding_equals_the_full_forward(kind: str, scan_layers: bool, mesh: Me
 # --- eight devices ---------------------------------------------------------------------------------------------------
 
 
+DISTINCT = [name for name in SISTERS if name not in ("mistral", "qwen3")]  # these are parts of the cases after them
+
+
 def compare_meshes(spec: str = "data=2,fsdp=2,tensor=2", families: Sequence[str] = ()) -> None:
     """One device against eight, of LLaMA or of sister models; run where there are eight."""
     jax.config.update("jax_default_matmul_precision", "highest")
@@ -909,7 +912,7 @@ def compare_meshes(spec: str = "data=2,fsdp=2,tensor=2", families: Sequence[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["", "families=[*SISTERS]", "'context=2,tensor=4', [*SISTERS][1::2]"])
+@pytest.mark.parametrize("arguments", ["", "families=DISTINCT", "'context=2,tensor=4', [*SISTERS][1::2]"])
 def test_eight_devices(arguments: str) -> None:
     root = Path(__file__).resolve().parent.parent
     env = os.environ | of_devices(8) | {"PYTHONPATH": str(root)}

@@ -247,7 +247,7 @@ def of_devices(count: int, *flags: str) -> dict[str, str]:
 
 def environment() -> dict[str, str]:
     """For real processes: the suite's caches, lines as they are printed."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     cache["XDG_CACHE_HOME"] = CACHE.name
     return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
         p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}  # fmt: skip
