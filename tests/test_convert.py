@@ -29,6 +29,7 @@ from tiny import (
     make_arrays,
     make_records,
     run,
+    slow_unless,
     write_json,
     write_model,
     write_tokenizer,
@@ -386,7 +387,7 @@ def answering(source: Source, options: RunOptions) -> Callable[..., list[list[in
     return answer
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, slow_unless(False, True)])
 def test_greedy_answers_are_transformers(scan_layers: bool, tmp_path: Path) -> None:
     """Three prompts of different lengths in one block, with and without an end token."""
     folder = write_model(tmp_path / "hf")

@@ -652,12 +652,12 @@ def test_overwriting_starts_anew(tmp_path: Path) -> None:
         ({"save_steps": 2}, [2, 4]),
         ({"save_steps": 2, "hf_compat": "5"}, [2, 4, 5]),
         ({"save_steps": 1, "save_total_limit": 2}, [4, 5]),
-        ({"save_steps": 2, "save_total_limit": 1, "hf_compat": "5"}, [5]),
-        ({"save_steps": 2, "save_total_limit": 0}, [2, 4]),
-        ({"save_steps": 0.3}, [2, 4]),
-        ({"save_steps": 9}, []),
+        slow_unless(False, {"save_steps": 2, "save_total_limit": 1, "hf_compat": "5"}, [5]),
+        slow_unless(False, {"save_steps": 2, "save_total_limit": 0}, [2, 4]),
+        slow_unless(False, {"save_steps": 0.3}, [2, 4]),
+        slow_unless(False, {"save_steps": 9}, []),
         ({"save_steps": 9, "hf_compat": "5"}, [5]),
-        ({"save_strategy": "no", "hf_compat": "5"}, []),
+        slow_unless(False, {"save_strategy": "no", "hf_compat": "5"}, []),
     ],
 )
 def test_which_checkpoints_stay(flags: dict[str, Any], expected: list[int], tmp_path: Path) -> None:
