@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the subprocesses of tests
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
@@ -36,6 +37,25 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+# Files whose tests share a process of the other transformers, which each of xdist's workers would start anew.
+TOGETHER = {f"test_{name}.py" for name in ("added_tokens", "flags", "live", "order", "schedule", "tokenizer", "writer")}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute the tests as `--dist load`, but each of the files `TOGETHER` to one worker."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if Path(file).name in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture
