@@ -1,5 +1,6 @@
 """Describe a model without its arrays: graph, shapes with placements, roles, and which parameters are trained."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from llama_jax.distributed import sharding
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.llama import Llama, RunOptions
-from llama_jax.model.roles import MatmulWeight, Params
+from llama_jax.model.roles import AdapterWeight, MatmulWeight, Params
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Definition:
         return jax.tree.map(lambda role: issubclass(role, roles), self.roles)
 
     @property
+    def adapters(self) -> Params:
+        """Return the part of `trainable` that belongs to adapters."""
+        return _where(self.trainable, self.having(AdapterWeight))
+
+    @property
+    def base(self) -> Params:
+        """Return the tree of all parameters but the adapters': those of the model's files."""
+        return merge(_where(self.trainable, jax.tree.map(lambda b: not b, self.having(AdapterWeight))), self.frozen)
+
+    @property
     def halved(self) -> Params | None:
         """Return a tree of booleans, true for parameters that `training.halves` splits; None where none is split.
 
@@ -52,8 +63,10 @@ class Definition:
 
 
 @lru_cache(maxsize=4)
-def define(config: LlamaConfig, run: RunOptions, mesh: Mesh, trainable: Any = nnx.Param) -> Definition:
-    """Return the definition of a model on a mesh; `trainable` is the NNX filter of the parameters to train."""
+def define(config: LlamaConfig, run: RunOptions, mesh: Mesh, trainable: Any = None) -> Definition:
+    """Return the definition of a model on a mesh; `trainable` is the NNX filter of the parameters to train, by default
+    all, or with adapters those of `run.lora`."""
+    trainable = trainable or (run.lora.trains if run.lora else nnx.Param)
     # Shapes do not depend on keys; splitting a key for each parameter would take four fifths of the time.
     rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
@@ -69,6 +82,24 @@ def merge(a: Params, b: Params) -> Params:
         return a
     both = {key: merge(a[key], b[key]) for key in a.keys() & b.keys()}
     return {**a, **b, **both}
+
+
+def _where(tree: Params, wanted: Params) -> Params:
+    """Return the leaves of a tree that are true in `wanted`, without empty branches."""
+    found = {k: _where(v, wanted[k]) if isinstance(v, dict) else v for k, v in tree.items() if wanted[k]}
+    return {key: value for key, value in found.items() if not isinstance(value, dict) or value}
+
+
+def only(tree: Params, paths: Collection[tuple[str | int, ...]], above: tuple[str | int, ...] = ()) -> Params:
+    """Return the part of a tree that has these paths."""
+    found = {k: only(v, paths, (*above, k)) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {k: v for k, v in found.items() if (v if isinstance(v, dict) else (*above, k) in paths)}
+
+
+def without(tree: Params, other: Params) -> Params:
+    """Return the part of a tree that has no leaf in common with another."""
+    left = {k: without(v, other.get(k, {})) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {k: v for k, v in left.items() if (v if isinstance(v, dict) else k not in other)}
 
 
 def pick(tree: Params, like: Params) -> Params:

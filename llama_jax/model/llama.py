@@ -22,6 +22,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
 from llama_jax.model.attention import XLA, Kernel, Scores, attention, keeps_kernel, packed_attention
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
+from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
 from llama_jax.model.matmul import project
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params
@@ -41,7 +42,7 @@ class RunOptions:
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange`
     selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows;
     with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter: a
-    micro-batch may span several blocks.
+    micro-batch may span several blocks. `lora` holds the adapters.
     """
 
     param_dtype: Any = jnp.float32
@@ -52,6 +53,13 @@ class RunOptions:
     exchange: bool = False
     attention: Kernel = XLA
     longest: int = 0
+    lora: Lora | None = None
+
+    def matmul_dtype(self, module: str = "") -> Any:
+        """Return the type in which a matmul weight is kept. Where adapters freeze it, it is rounded once, when it is
+        read, and not in each product. `module` may be trained whole."""
+        whole = self.lora is None or self.lora.use_dora or module in self.lora.saved  # DoRA takes norms of the weights
+        return (None if whole else self.compute_dtype) or self.param_dtype
 
 
 class KVCache(NamedTuple):
@@ -68,25 +76,40 @@ class Tokens(NamedTuple):
     sin: Float[Array, "B T H/2"]
     positions: Int[Array, "B T"]
     segment_ids: Int[Array, "B T"]
+    key: Any = None
 
-    def of_layer(self, rotates: Any) -> "Tokens":
-        """Return the inputs of a layer: angles of 0 where `rotates`, a boolean or None for true, is false."""
+    def of_layer(self, number: Any, rotates: Any) -> "Tokens":
+        """Return the inputs of a layer: angles of 0 where `rotates`, a boolean or None for true, is false.
+
+        The `key` draws the adapters' dropout; None draws none.
+        """
+        key = None if self.key is None else jax.random.fold_in(self.key, number)
         if rotates is None:
-            return self
-        return self._replace(cos=jnp.where(rotates, self.cos, 1), sin=jnp.where(rotates, self.sin, 0))
+            return self._replace(key=key)
+        return self._replace(cos=jnp.where(rotates, self.cos, 1), sin=jnp.where(rotates, self.sin, 0), key=key)
 
 
-def _draw(shape: tuple[int, int], spec: P, config: LlamaConfig, run: RunOptions, rngs) -> Float[Array, "O I"]:
+def _draw(shape: tuple[int, int], spec: P, config: LlamaConfig, dtype: Any, rngs: nnx.Rngs) -> Float[Array, "O I"]:
     """Draw a matrix as transformers initializes it, placed by `spec`."""
     normal = jax.nn.initializers.normal(config.initializer_range)
-    return normal(rngs.params(), shape, run.param_dtype, out_sharding=placed(spec))
+    return normal(rngs.params(), shape, dtype, out_sharding=placed(spec))
 
 
 class Linear(nnx.Module):
-    """Compute x @ weight.T + bias in the compute type."""
+    """Compute x @ weight.T + bias in the compute type, and add an adapter's part. `layer` and `name` are its place."""
 
-    def __init__(self, out_in: tuple[int, int], spec: P, bias: bool, config: LlamaConfig, run: RunOptions, rngs):
-        self.weight = MatmulWeight(_draw(out_in, spec, config, run, rngs))
+    def __init__(
+        self,
+        name: str,
+        out_in: tuple[int, int],
+        spec: P,
+        bias: bool,
+        config: LlamaConfig,
+        run: RunOptions,
+        layer: int,
+        rngs,
+    ):
+        self.weight = MatmulWeight(_draw(out_in, spec, config, run.matmul_dtype(), rngs))
         row = spec == sharding.ROW_DF
         bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
         zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=placed(bias_spec)) if bias else None
@@ -94,11 +117,15 @@ class Linear(nnx.Module):
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
         self.exchange = run.exchange
+        rank = run.lora.of(layer, name) if run.lora else None
+        kind, number = run.compute_dtype or jnp.float32, PROJECTIONS.index(name)
+        self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
 
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+    def __call__(self, x: Float[Array, "B T I"], key: Any = None) -> Float[Array, "B T O"]:
         weight = self.weight[...].astype(self.dtype)
-        y = project(self.out, self.exchange, x.astype(self.dtype), weight)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        base = project(self.out, self.exchange, x.astype(self.dtype), weight)
+        y = base if self.bias is None else base + self.bias[...].astype(self.dtype)
+        return y if self.adapter is None else (y + self.adapter(x, base, weight, key)).astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -116,15 +143,15 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+    def __init__(self, config: LlamaConfig, run: RunOptions, layer: int, rngs):
         D, H = config.hidden_size, config.head_dim
         kv_dim = sharding.padded(config.num_key_value_heads, "tensor") * H
         q_dim = kv_dim * (config.num_attention_heads // config.num_key_value_heads)
-        linear = partial(Linear, config=config, run=run, rngs=rngs)
-        self.q_proj = linear((q_dim, D), sharding.column(q_dim), config.attention_bias)
-        self.k_proj = linear((kv_dim, D), sharding.column(kv_dim), config.attention_bias)
-        self.v_proj = linear((kv_dim, D), sharding.column(kv_dim), config.attention_bias)
-        self.o_proj = linear((D, q_dim), sharding.ROW_DF, config.o_bias)
+        linear = partial(Linear, config=config, run=run, layer=layer, rngs=rngs)
+        self.q_proj = linear("self_attn.q_proj", (q_dim, D), sharding.column(q_dim), config.attention_bias)
+        self.k_proj = linear("self_attn.k_proj", (kv_dim, D), sharding.column(kv_dim), config.attention_bias)
+        self.v_proj = linear("self_attn.v_proj", (kv_dim, D), sharding.column(kv_dim), config.attention_bias)
+        self.o_proj = linear("self_attn.o_proj", (D, q_dim), sharding.ROW_DF, config.o_bias)
         self.q_norm, self.k_norm = (RMSNorm(H, config, run) if config.qk_norm else None for _ in "qk")
         self.head_dim, self.scores = H, Scores(config.attention_multiplier, config.sliding_window)
         self.rope_dtype, self.kernel = run.rope_dtype, run.attention
@@ -136,7 +163,7 @@ class Attention(nnx.Module):
             shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
             return jnp.reshape(y, shape, out_sharding=placed(sharding.ACT_BTNH))
 
-        q, k, v = (heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (heads(proj(x, tokens.key)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         names = ("q", "k", "v")
         if self.q_norm is not None and self.k_norm is not None:
             # The gradient of a norm needs its input: that is kept, and norm and rotation are recomputed.
@@ -158,36 +185,36 @@ class Attention(nnx.Module):
             out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions, self.scores)
         out = checkpoint_name(out, "attention")
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
-        return checkpoint_name(self.o_proj(out), "o_proj"), cache
+        return checkpoint_name(self.o_proj(out, tokens.key), "o_proj"), cache
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+    def __init__(self, config: LlamaConfig, run: RunOptions, layer: int, rngs):
         D, F = config.hidden_size, sharding.padded(config.intermediate_size, "tensor")
-        linear = partial(Linear, bias=config.mlp_bias, config=config, run=run, rngs=rngs)
-        self.gate_proj = linear((F, D), sharding.column(F))
-        self.up_proj = linear((F, D), sharding.column(F))
-        self.down_proj = linear((D, F), sharding.ROW_DF)
+        linear = partial(Linear, bias=config.mlp_bias, config=config, run=run, layer=layer, rngs=rngs)
+        self.gate_proj = linear("mlp.gate_proj", (F, D), sharding.column(F))
+        self.up_proj = linear("mlp.up_proj", (F, D), sharding.column(F))
+        self.down_proj = linear("mlp.down_proj", (D, F), sharding.ROW_DF)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = checkpoint_name(self.gate_proj(x), "gate_proj")
-        up = checkpoint_name(self.up_proj(x), "up_proj")
-        return self.down_proj(self.act_fn(gate) * up)
+    def __call__(self, x: Float[Array, "B T D"], key: Any = None) -> Float[Array, "B T D"]:
+        gate = checkpoint_name(self.gate_proj(x, key), "gate_proj")
+        up = checkpoint_name(self.up_proj(x, key), "up_proj")
+        return self.down_proj(self.act_fn(gate) * up, key)
 
 
 class Block(nnx.Module):
-    def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
+    def __init__(self, config: LlamaConfig, run: RunOptions, layer: int, rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config, run)
-        self.self_attn = Attention(config, run, rngs)
+        self.self_attn = Attention(config, run, layer, rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config, run)
-        self.mlp = MLP(config, run, rngs)
+        self.mlp = MLP(config, run, layer, rngs)
         self.factor = config.residual_multiplier
 
     def __call__(self, x: Float[Array, "B T D"], tokens: Tokens, cache: KVCache | None):
         attended, cache = self.self_attn(self.input_layernorm(x), tokens, cache)
         x = x + _times(attended, self.factor)
-        return x + _times(self.mlp(self.post_attention_layernorm(x)), self.factor), cache
+        return x + _times(self.mlp(self.post_attention_layernorm(x), tokens.key), self.factor), cache
 
 
 def _times(x: jax.Array, factor: float) -> jax.Array:
@@ -197,7 +224,7 @@ def _times(x: jax.Array, factor: float) -> jax.Array:
 class Embedding(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
         shape = (sharding.vocab_rows(config.vocab_size), config.hidden_size)
-        self.weight = EmbeddingTable(_draw(shape, sharding.EMBED_VD, config, run, rngs))
+        self.weight = EmbeddingTable(_draw(shape, sharding.EMBED_VD, config, run.param_dtype, rngs))
         self.padding_idx = config.pad_token_id
 
     def __call__(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -211,7 +238,8 @@ class Head(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
         rows = sharding.vocab_rows(config.vocab_size)
         spec = sharding.column(rows)
-        self.weight = MatmulWeight(_draw((rows, config.hidden_size), spec, config, run, rngs))
+        shape, dtype = (rows, config.hidden_size), run.matmul_dtype("lm_head")
+        self.weight = MatmulWeight(_draw(shape, spec, config, dtype, rngs))
 
 
 class Llama(nnx.Module):
@@ -221,7 +249,7 @@ class Llama(nnx.Module):
         sharding.check_width(config.hidden_size)
         self.config, self.run = config, run
         self.embed_tokens = Embedding(config, run, rngs)
-        blocks = [Block(config, run, rngs) for _ in range(config.num_hidden_layers)]
+        blocks = [Block(config, run, layer, rngs) for layer in range(config.num_hidden_layers)]
         self.layers: Any = _stack(blocks) if run.scan_layers else nnx.List(blocks)
         self.norm = RMSNorm(config.hidden_size, config, run)
         self.lm_head = None if config.tie_word_embeddings else Head(config, run, rngs)
@@ -234,37 +262,39 @@ class Llama(nnx.Module):
         lengths: Int[Array, "B T"] | None = None,
         cache: Any = None,
         states: list[jax.Array] | None = None,
+        key: Any = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Return the final hidden states (normed) and the cache.
 
         Tokens of one row attend to earlier positions of the same segment id only. `lengths` is the sequence length that
         `dynamic` and `longrope` scale by; the default is transformers' rule, the largest position of the batch plus
         one. With `cache` (of `make_cache`) the block is written at its positions and attends to all earlier positions.
-        `states` receives the input of each layer; stacked layers do not support it.
+        `states` receives the input of each layer; stacked layers do not support it. `key` draws the adapters' dropout.
         """
         x = _times(self.embed_tokens(input_ids), self.config.embedding_multiplier)
         if lengths is None:
             lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
         slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
         cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
-        tokens, rotates = Tokens(cos, sin, positions, segment_ids), self.config.rope_layers or None
+        tokens, rotates = Tokens(cos, sin, positions, segment_ids, key), self.config.rope_layers or None
         if self.run.scan_layers:
             assert states is None
             graphdef, stacked = nnx.split(self.layers)
 
             def run_layer(x, layer):
-                weights, cache, rotates = layer
-                return _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(rotates), cache)
+                weights, cache, number, rotates = layer
+                return _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), cache)
 
-            x, cache = jax.lax.scan(run_layer, x, (stacked, cache, rotates and jnp.asarray(rotates)))
+            numbers = jnp.arange(self.config.num_hidden_layers)
+            x, cache = jax.lax.scan(run_layer, x, (stacked, cache, numbers, rotates and jnp.asarray(rotates)))
         else:
             caches, (graphdefs, weights) = [], map(list, zip(*map(nnx.split, self.layers), strict=True))
             for i, graphdef in enumerate(graphdefs):
                 if states is not None:
                     states.append(x)
-                if sharding.sums_gradients() and i + 1 < len(weights):
+                if sharding.sums_gradients() and i + 1 < len(weights) and self.run.lora is None:  # adapters are small
                     x, weights[i + 1] = _in_order(x, weights[i + 1])
-                own = tokens.of_layer(rotates and rotates[i])
+                own = tokens.of_layer(i, rotates and rotates[i])
                 x, layer_cache = _run_block(graphdef, self.run.remat, weights[i], x, own, cache and cache[i])
                 caches.append(layer_cache)
             cache = cache and caches

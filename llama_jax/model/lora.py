@@ -1,7 +1,27 @@
-"""Hold low-rank adapters: which projections have one, of which rank and scaling."""
+"""Define low-rank adapters: which projections have one, and the mathematics of PEFT's LoRA and DoRA.
+
+Letters: B rows, T tokens, I inputs, O outputs, R rank.
+"""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from llama_jax.distributed import sharding
+from llama_jax.distributed.sharding import placed
+from llama_jax.model.matmul import project
+from llama_jax.model.roles import AdapterWeight, Params
+
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 
 
 class Rank(NamedTuple):
@@ -28,3 +48,102 @@ class Lora:
     def of(self, layer: int, projection: str) -> Rank | None:
         """Return the rank of a projection's adapter, None where it has none."""
         return dict(self.ranks).get((layer, projection))
+
+    def uniform(self, layers: int) -> bool:
+        """Return whether all layers of the model have the same adapters, as stacked layers need."""
+        own: list[set[Any]] = [set() for _ in range(layers)]
+        for (layer, projection), rank in self.ranks:
+            own[layer].add((projection, rank))
+        return all(adapters == own[0] for adapters in own)
+
+    def trains(self, path: tuple[Any, ...], value: Any) -> bool:
+        """Return whether a parameter is trained: an NNX filter."""
+        kind = getattr(value, "type", type(value))
+        return issubclass(kind, AdapterWeight) or path[0] in self.saved
+
+
+class Matrix(nnx.Module):
+    """Hold a matrix of an adapter, or DoRA's magnitudes, in float32."""
+
+    def __init__(self, shape: tuple[int, ...], spec: P):
+        self.weight = AdapterWeight(jnp.zeros(shape, jnp.float32, out_sharding=placed(spec)))
+
+
+class Adapter(nnx.Module):
+    """Compute what an adapter adds to a projection's output.
+
+    The weights of the projection are [O, I], placed by `spec`. A and B are whole on the devices, but for the axis that
+    `tensor` divides. They hold zeros here: their first values are PEFT's (`hf.peft`).
+    """
+
+    def __init__(self, out_in: tuple[int, int], row: bool, rank: Rank, lora: Lora, dtype: Any, number: int):
+        (out, in_), tensor = out_in, P("tensor")
+        self.lora_A = Matrix((rank.r, in_), P(None, "tensor") if row else P(None, None))
+        self.lora_B = Matrix((out, rank.r), P(None, None) if row else P("tensor", None))
+        self.lora_magnitude = Matrix((out,), P(None) if row else tensor) if lora.use_dora else None
+        self.scaling, self.dropout, self.dtype, self.number = rank.scaling, lora.dropout, dtype, number
+        self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
+
+    def __call__(
+        self, x: Float[Array, "B T I"], base: Float[Array, "B T O"], weight: Float[Array, "O I"], key: Any
+    ) -> Float[Array, "B T O"]:
+        """Return the adapter's part of the output; `base` is x @ weight.T. `key` draws the dropout, None for none."""
+        dropped = x.astype(self.dtype)
+        if key is not None:
+            kept = jax.random.bernoulli(jax.random.fold_in(key, self.number), 1 - self.dropout, x.shape)
+            kept = sharding.reshard(kept, jax.typeof(x).sharding.spec)
+            dropped = jnp.where(kept, dropped / (1 - self.dropout), 0)
+        a, b = self.lora_A.weight[...], self.lora_B.weight[...]
+        low = project(sharding.ACT_BTD, False, dropped, a.astype(self.dtype))
+        y = project(self.out, False, low, b.astype(self.dtype)) * self.scaling
+        if self.lora_magnitude is None:
+            return y
+        # PEFT: the norm of W + s B A is a constant of the update; the base's output is of the dropped input too.
+        whole = jnp.einsum("OR,RI->OI", b, a, out_sharding=placed(jax.typeof(weight).sharding.spec))
+        whole = weight.astype(jnp.float32) + self.scaling * whole
+        norm = sharding.reshard(
+            jnp.linalg.norm(jax.lax.stop_gradient(whole), axis=1), P(*jax.typeof(b).sharding.spec[:1])
+        )
+        factor = (self.lora_magnitude.weight[...] / norm).astype(self.dtype)
+        if key is not None:
+            base = project(self.out, False, dropped.astype(weight.dtype), weight)
+        return (factor - 1) * base + factor * y
+
+
+def magnitudes(params: Params, lora: Lora) -> dict[tuple[str | int, ...], np.ndarray]:
+    """Return DoRA's first magnitudes, the lengths of the rows of each adapted weight, by their path."""
+    layers, stacked = params["layers"], any(isinstance(key, str) for key in params["layers"])
+    result: dict[tuple[str | int, ...], np.ndarray] = {}
+    for (layer, projection), _ in lora.ranks:
+        block, module = projection.split(".")
+        weight = layers[block][module]["weight"][layer] if stacked else layers[layer][block][module]["weight"]
+        lengths = jnp.linalg.norm(weight.astype(jnp.float32), axis=1).astype(weight.dtype)
+        path = ("layers", layer, block, module, "adapter", "lora_magnitude", "weight")
+        result[path] = np.asarray(sharding.whole(lengths)).astype(np.float32)
+    return result
+
+
+def merged(params: Params, lora: Lora) -> Params:
+    """Return the parameters of the plain model whose unstacked layers have the adapters in their weights, summed in
+    float32 and rounded once. The given arrays are used up."""
+    layers = {number: {**layer} for number, layer in params["layers"].items()}
+    for (layer, projection), rank in lora.ranks:
+        block, module = projection.split(".")
+        parts = dict(layers[layer][block][module])
+        adapter = {name: matrix["weight"] for name, matrix in parts.pop("adapter").items()}
+        parts["weight"] = _merged(parts["weight"], adapter, rank.scaling)
+        layers[layer][block] = {**layers[layer][block], module: parts}
+    return {**params, "layers": layers}
+
+
+@jax.jit(donate_argnums=0)
+def _merged(weight: Float[Array, "O I"], adapter: dict[str, jax.Array], scaling: float) -> Float[Array, "O I"]:
+    spec = placed(jax.typeof(weight).sharding.spec)
+    product = jnp.einsum("OR,RI->OI", adapter["lora_B"], adapter["lora_A"], out_sharding=spec, precision="highest")
+    whole = weight.astype(jnp.float32) + scaling * product
+    if "lora_magnitude" in adapter:
+        lengths, wanted = (
+            sharding.reshard(x, P(None)) for x in (jnp.linalg.norm(whole, axis=1), adapter["lora_magnitude"])
+        )
+        whole = whole * (wanted / lengths)[:, None]
+    return whole.astype(weight.dtype)

@@ -22,5 +22,9 @@ class NormWeight(nnx.Param):
     """Mark the scale of a norm, [model], or [head dim] for q and k."""
 
 
+class AdapterWeight(nnx.Param):
+    """Mark a matrix of a low-rank adapter, [rank, inputs] or [outputs, rank], or DoRA's magnitudes, [outputs]."""
+
+
 class EmbeddingTable(nnx.Param):
     """Mark the rows that token ids select, [vocabulary, model]; with tied embeddings also the output head."""
