@@ -19,7 +19,7 @@ DRAWS = 1 << 16  # draws of a permutation to hold as Python integers at a time
 
 def randperm(n: int, seed: int) -> np.ndarray:
     """Compute `torch.randperm(n)` of a CPU generator seeded with `seed`, as int64 [n]."""
-    return _permutation(n, _twister(seed))
+    return _permutation(n, twister_of(seed))
 
 
 def group_by_length(permuted: np.ndarray, lengths: np.ndarray, batch: int) -> np.ndarray:
@@ -49,7 +49,8 @@ def _permutation(n: int, twister: np.random.MT19937) -> np.ndarray:
     return np.frombuffer(order, np.int64)
 
 
-def _twister(seed: int) -> np.random.MT19937:
+def twister_of(seed: int) -> np.random.MT19937:
+    """Return the generator of torch on the CPU, seeded by `torch.manual_seed(seed)`."""
     twister = np.random.MT19937()
     # RandomState seeds as torch does. `MT19937(seed)` hashes the seed first.
     state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
@@ -66,7 +67,7 @@ def epoch_seed(compat: str, seed: int, data_seed: int | None, epoch: int, evalua
     """
     if compat == "5":
         return (seed if data_seed is None else data_seed) + epoch
-    return int(_twister(seed).random_raw(4 * epoch + 2 * evaluations + 4)[-1])
+    return int(twister_of(seed).random_raw(4 * epoch + 2 * evaluations + 4)[-1])
 
 
 # Compared and hashed by identity: `lengths` has no cheap hash, and an order's epochs are cached by the order.
@@ -228,6 +229,6 @@ def _permuted(order: Order, epoch: int) -> np.ndarray:
         return randperm(n, epoch_seed(order.compat, order.seed, order.data_seed, epoch=epoch, evaluations=evaluations))
     # Both versions permute by the global generator: an epoch draws the loader's base seed, then n - 1 outputs.
     assert order.lengths is not None, "group_by_length needs lengths"
-    twister = _twister(order.seed)
+    twister = twister_of(order.seed)
     twister.random_raw(2 * (epoch + 1 + evaluations) + (n - 1) * epoch, output=False)
     return group_by_length(_permutation(n, twister), order.lengths, order.per_device_batch * order.accumulation)

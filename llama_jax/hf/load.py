@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
-from llama_jax.hf.names import name_table
+from llama_jax.hf.names import Path, name_table, without_layer
 from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.definition import define
+from llama_jax.model.definition import Definition, define, only
 from llama_jax.model.llama import RunOptions, is_stacked
 from llama_jax.model.roles import Params
 
@@ -36,7 +36,7 @@ def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) 
     tensors = {f"model.{name}" if name in bare else name: t for name, t in tensors.items()}
     if config.tie_word_embeddings and _HEAD in tensors:
         head = tensors.pop(_HEAD)
-        if not _equal(head, tensors.setdefault(_EMBEDDING, head)):
+        if not equal(head, tensors.setdefault(_EMBEDDING, head)):
             raise InputError(
                 f"{source}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}; set "
                 f"tie_word_embeddings to false in config.json to keep both, or remove {_HEAD} from the weights"
@@ -67,7 +67,8 @@ def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) 
     return tensors
 
 
-def _equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+def equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
+    """Return whether two matrices hold the same values, read a few rows at a time."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     parts = ((slice(i, min(i + rows, a.shape[0])), slice(0, a.shape[1])) for i in range(0, a.shape[0], rows))
@@ -130,6 +131,30 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[tuple], jax.Array], paths: 
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def load_adapter(tensors: dict[str, Tensor], paths: Mapping[str, Path], definition: Definition) -> Params:
+    """Return the parameters of a PEFT folder's tensors, whose paths in the unstacked tree are given by name."""
+    arrays = {path: tensors[name].read(()).astype(np.float32) for name, path in paths.items()}
+    stacked = is_stacked(definition.params)
+    held = {without_layer(path) if stacked else path for path in arrays}
+    return place_arrays(arrays, only(definition.params, held))
+
+
+def place_arrays(arrays: Mapping[Path, np.ndarray], abstract: Params) -> Params:
+    """Return host arrays, by their path in the unstacked tree, as a tree of parameters like `abstract`."""
+
+    def place(keys: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+        path = tuple(k.key for k in keys)
+        if path in arrays:
+            array = arrays[path]
+        else:  # stacked layers
+            array = np.stack([arrays[(path[0], i, *path[1:])] for i in range(target.shape[0])])
+        padded = np.zeros(target.shape, target.dtype)
+        padded[tuple(map(slice, array.shape))] = array
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: padded[index])
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
 
 
 @jax.jit(static_argnums=1, donate_argnums=0)

@@ -72,7 +72,7 @@ def check_links(folder: Path) -> None:
 
 
 def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    for stem, suffix, opener in (("model", "safetensors", _open_safetensors), ("pytorch_model", "bin", _open_bin)):
+    for stem, suffix, opener in (("model", "safetensors", open_safetensors), ("pytorch_model", "bin", _open_bin)):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if not index.exists() and not single.exists():
             continue
@@ -113,7 +113,8 @@ def _shard_path(folder: Path, index: Path, shard: str) -> Path:
     return path
 
 
-def _open_safetensors(path: Path) -> dict[str, Tensor]:
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """Open a safetensors file. Raises InputError for a damaged file and for types that are not floating."""
     try:
         with safe_open(path, "np"), path.open("rb") as f:  # the library checks the header and the file's length
             start = 8 + int.from_bytes(f.read(8), "little")
