@@ -64,6 +64,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
       perhaps with an `attention_mask`
     - `output_dir`
     - `new_tokens` (0): how many rows stanford_alpaca's resize adds to the vocabulary
+    - `peft`: keywords of PEFT's LoraConfig; the adapter alone is trained, and drawn under the seed of `argv`; its
+      folder is `adapter` in `output_dir`
     - `pad_token_id` (0): what pads the ids; `attn` ("sdpa"): the attention implementation; `threads` (1): torch's
 
     The answer is {"error": what the Trainer said} where it refuses or fails; else, for each update,
@@ -113,6 +115,11 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
         for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             rows = embedding.weight.data
             rows[-new_tokens:] = rows[:-new_tokens].mean(0, keepdim=True)
+    if "peft" in spec:
+        import peft
+
+        torch.manual_seed(args.seed)
+        model = peft.get_peft_model(model, peft.LoraConfig(**spec["peft"]))
     collated: deque[list[int]] = deque()  # a loader is a batch ahead of the training
 
     def collate(records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -172,6 +179,8 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     seconds = time.monotonic() - started
     trainer.save_state()
+    if "peft" in spec:
+        model.save_pretrained(output_dir / "adapter")
     weights = output_dir / "final.safetensors"
     tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
     save_file({k: v.contiguous() for k, v in model.state_dict().items() if k not in tied}, str(weights))

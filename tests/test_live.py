@@ -126,7 +126,7 @@ def train_ours(argv: list[str], out: Path) -> Ours:
         json.loads((out / "trainer_state.json").read_text()),
         [line for line in outcome.out.splitlines() if line.startswith("{")],
         sorted(p.name for p in out.glob("checkpoint-*")),
-        load_file(out / "model.safetensors"),
+        load_file(next(out.glob("*model.safetensors"))),  # of a model, or of an adapter
     )
 
 

@@ -3,6 +3,7 @@
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -295,4 +296,5 @@ def test_scanned_or_not() -> None:
         flags = [] if flag is None else ["--scan_layers", str(flag)]
         args = parse_arguments(["--model_name_or_path", "m", "--data_path", "d", *flags])
         config = LlamaConfig.from_hf({**CONFIG, "num_hidden_layers": layers})
-        assert choose_scan(args, config, platform) == scanned
+        job: Any = SimpleNamespace(args=args, config=config, adapter=None)
+        assert choose_scan(job, platform) == scanned

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
     # JAX is imported once the flags are good, so that --help answers at once.
     from llama_jax.distributed.platform import set_up_jax
     from llama_jax.distributed.processes import refuse_several
-    from llama_jax.hf.convert import to_flax, to_hf
+    from llama_jax.hf.convert import merge_adapter, to_flax, to_hf
     from llama_jax.hf.source import Source, numpy_dtype, refuse_other_kind
 
     refuse_several("convert_torch_to_flax.py")
@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
+    if args.merge_adapter and (args.to_hf or source.is_flax):
+        raise InputError("--merge_adapter: takes an HF folder as --model_name_or_path, the adapter's base model")
     if args.to_hf and not source.is_flax:
         raise InputError(f"{source.folder}: --to_hf takes a folder made by this program; this one is HF's already")
     if source.is_flax and not args.to_hf:
@@ -30,8 +32,14 @@ def main(argv: list[str]) -> int:
     folder = as_path(args.output_dir)
     if folder.resolve() in (source.folder.resolve(), as_path(args.model_name_or_path).resolve()):
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
-    refuse_other_kind(folder, flax=not args.to_hf)
+    refuse_other_kind(folder, flax=not (args.to_hf or args.merge_adapter))
     make_output_dir(folder)
+    if args.merge_adapter:
+        if args.verify:
+            raise InputError("--verify: compares tensors that are only copied; leave it out with --merge_adapter")
+        merge_adapter(source, as_path(args.merge_adapter), folder, dtype)
+        say(f"done: {args.model_name_or_path} with {args.merge_adapter} -> {folder}")
+        return 0
     different = (to_hf if args.to_hf else to_flax)(source, folder, dtype, args.verify)
     if different:
         say(f"error: {len(different)} tensors differ after writing: {', '.join(different[:4])}")
@@ -49,6 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--to_hf", action="store_true", help="write an HF folder from a Flax one")
+    parser.add_argument("--merge_adapter", help="write an HF folder that has this PEFT folder's adapter in its weights")
     parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 digests")
     parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")

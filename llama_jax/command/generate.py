@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.data.chat import Chat
 from llama_jax.data.examples import alpaca_prompt
@@ -16,8 +17,11 @@ from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.distributed.processes import refuse_several
+from llama_jax.hf import peft
+from llama_jax.hf.load import load_adapter
 from llama_jax.hf.source import Source
-from llama_jax.model.definition import define
+from llama_jax.hf.tensor import Tensor
+from llama_jax.model.definition import define, merge, without
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.rope import covered_positions
@@ -28,6 +32,7 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.generate", description="Answer one instruction, or one message.")
     parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--adapter_name_or_path", help="PEFT folder of an adapter of this model")
     parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--instruction", help="the instruction of an Alpaca prompt")
@@ -55,7 +60,13 @@ def main(argv: list[str]) -> int:
     if sharding.batch_ways(mesh) * sharding.row_ways(mesh) > 1:
         raise InputError(f"--mesh {args.mesh}: a prompt can be divided over tensor only; give --mesh tensor=-1")
     dtype = jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32)
-    run = RunOptions(param_dtype=dtype, scan_layers=source.config.num_hidden_layers > 8)
+    lora, tensors, config = None, dict[str, Tensor](), source.config
+    if args.adapter_name_or_path:
+        adapter, tensors = peft.read_adapter(as_path(args.adapter_name_or_path), config)
+        lora, config = adapter.lora, adapter.resized(config)
+    layers = source.config.num_hidden_layers
+    scan_layers = layers > 8 and (lora is None or lora.uniform(layers))
+    run = RunOptions(param_dtype=dtype, scan_layers=scan_layers, lora=lora)
     if args.message is None:
         prompt = tokenizer.encode_batch([alpaca_prompt({"instruction": args.instruction, "input": args.input})])[0]
     else:
@@ -72,10 +83,12 @@ def main(argv: list[str]) -> int:
     sampling, lines = source.sampling(args.temperature)
     for line in lines:
         say(line)
-    graphdef = define(source.config, run, mesh).graphdef
-    params = source.load(run, mesh)
+    definition, adapter_params = define(config, run, mesh), {}
+    if lora:
+        adapter_params = load_adapter(tensors, peft.paths_of(tensors, lora, config), definition)
+    params = merge(source.load(run, mesh, like=without(definition.base, adapter_params)), adapter_params)
     with jax.set_mesh(mesh):
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(definition.graphdef, params)
         (new,) = generate(model, [prompt], args.max_new_tokens, ends, sampling, args.seed)
     print(tokenizer.decode(new).strip())
     return 0

@@ -4,16 +4,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.distributed import sharding, storage
+from llama_jax.hf import peft
+from llama_jax.hf.load import load_adapter
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import FLAX_JSON, Source, compare_digests, dtype_summary, numpy_dtype
 from llama_jax.hf.writer import hf_tensors, write_config, write_weights
-from llama_jax.model.definition import define
+from llama_jax.model.definition import define, merge, without
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.lora import merged
 from llama_jax.reporting.progress import byte_bar, say
 
 Tensors = Iterable[tuple[str, np.ndarray]]
@@ -54,6 +58,24 @@ def to_hf(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) ->
     written = Source(folder).tensors
     actual = ((name, written[name].read(())) for name in dtypes)
     return compare(source, hf_tensors(params, source.config), dtypes.__getitem__, actual)
+
+
+def merge_adapter(source: Source, adapter_folder: Path, folder: Path, dtype: np.dtype | None) -> None:
+    """Write the HF folder of a model whose weights have an adapter's products added, in float32 and rounded once to
+    `dtype` or to the type of the model's file. Raises InputError."""
+    adapter, tensors = peft.read_adapter(adapter_folder, source.config)
+    mesh, run, config = sharding.make_mesh(), RunOptions(lora=adapter.lora), adapter.resized(source.config)
+    definition = define(config, run, mesh)
+    trained = load_adapter(tensors, peft.paths_of(tensors, adapter.lora, config), definition)
+    with byte_bar("reading weights", source.bytes) as bar:
+        params = source.load(run, mesh, bar.update, like=without(definition.base, trained))
+    params = merge(params, trained)
+    with jax.set_mesh(mesh):
+        params = merged(params, adapter.lora)
+    dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
+    write_weights(folder, params, config, dtypes)
+    write_config(folder, source.raw, source.generation, config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
+    copy_tokenizer(source.tokenizer_to_copy(), folder)
 
 
 def compare(source: Source, original: Tensors, dtype_of: Callable[[str], np.dtype], actual: Tensors) -> list[str]:

@@ -135,7 +135,7 @@ class Source:
         like: Params | None = None,
     ) -> Params:
         """Return the parameters on the mesh, in the layout and type of `run`; with `like` only its parameters."""
-        abstract = define(self.config, run, mesh).params
+        abstract = define(self.config, run, mesh).base
         if not self.is_flax:
             wanted = abstract if like is None else pick(abstract, like)
             return load_params(self.tensors, self.config, wanted, mesh, progress)

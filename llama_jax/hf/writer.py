@@ -34,8 +34,17 @@ def hf_tensors(
     With several processes, each gathers all tensors onto its devices, and copies its wanted tensors to the host.
     """
     check_names(params, config)
+    return host_arrays(params, name_table(config), wanted)
+
+
+def host_arrays(
+    params: Params,
+    table: dict[str, tuple[tuple[str | int, ...], tuple[int, ...]]],
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the parameters of a table, which maps names to paths and shapes, as `hf_tensors` does."""
     stacked = is_stacked(params)
-    for name, (path, shape) in name_table(config).items():
+    for name, (path, shape) in table.items():
         leaf: Any = params
         for key in without_layer(path) if stacked else path:
             leaf = leaf[key]

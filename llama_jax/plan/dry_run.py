@@ -89,7 +89,7 @@ def make_planner(
     ways = sharding.batch_ways(mesh)
     job = make_job(args, source.config, lambda: source.tokenizer_folder, ways, disable_bars=quiet, say=say)
     dtype, platform = args.dtype or training_dtype(source, args.hf_compat), topology.chip.platform
-    return Planner(job, mesh, platform, dtype=dtype, scan_layers=choose_scan(args, job.config, platform))
+    return Planner(job, mesh, platform, dtype=dtype, scan_layers=choose_scan(job, platform))
 
 
 def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
@@ -26,15 +25,15 @@ from llama_jax.base.files import cache_folder, write_json
 from llama_jax.data.batches import ROW_MULTIPLE, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
+from llama_jax.hf import peft
 from llama_jax.hf.names import check_names, name_table
 from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.remat import REMAT
-from llama_jax.model.roles import EmbeddingTable, MatmulWeight, NormWeight
+from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
 from llama_jax.plan.chips import Named
-from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 from llama_jax.training.loss import CHUNK
 from llama_jax.training.optimizer import make_optimizer
@@ -93,7 +92,7 @@ class Planner:
     and of a checkpoint's, and `run` the options that do not depend on the choice. `trainable` is the NNX filter of the
     parameters to train."""
 
-    def __init__(self, job: Job, mesh: Mesh, platform: str, dtype: str, scan_layers: bool, trainable: Any = nnx.Param):
+    def __init__(self, job: Job, mesh: Mesh, platform: str, dtype: str, scan_layers: bool, trainable: Any = None):
         self.job, self.mesh, self._trainable, self._platform = job, mesh, trainable, platform
         args, self.device_kind = job.args, mesh.devices.flat[0].device_kind
         compute = jnp.bfloat16 if args.bf16 else None
@@ -109,10 +108,11 @@ class Planner:
             rope_dtype=compute if args.hf_compat == "4.37" else None,
             scan_layers=scan_layers,
             exchange=sharding.exchanges(mesh),
+            lora=job.adapter.lora if job.adapter else None,
             longest=max(int(examples.lengths.max()) for examples in (job.examples, job.eval_examples) if examples),
         )
         self.definition = define(job.config, self.run, mesh, trainable)
-        check_names(self.definition.params, job.config)
+        check_names(self.definition.base, job.config)
         self.state = abstract_state(self._optimizer(), self.definition, mesh)
         self.saved = abstract_saved(self.state, mesh)
 
@@ -128,7 +128,7 @@ class Planner:
         tx = self._optimizer(blocks if several and args.accumulation == "multisteps" else None)
         definition = define(job.config, run, self.mesh, self._trainable)
         sums = several and args.accumulation == "sum"
-        steps = Steps(definition, tx, job.config.vocab_size, args.label_smoothing_factor, sums)
+        steps = Steps(definition, tx, job.config.vocab_size, args.label_smoothing_factor, sums, args.seed)
         return Plan(
             option=option,
             batches=batches,
@@ -142,6 +142,8 @@ class Planner:
     def _optimizer(self, blocks: np.ndarray | None = None) -> optax.GradientTransformationExtraArgs:
         args = self.job.args
         # 4.37 exempts norms from the decay by their class, of which LLaMA's alone is registered.
+        adapter = self.job.adapter
+        adapters = peft.name_table(adapter.lora, self.job.config).values() if adapter else ()
         norms = (NormWeight,) if args.hf_compat == "4.37" and self.job.config.model_type != "llama" else ()
         return make_optimizer(
             args.optim,
@@ -149,10 +151,10 @@ class Planner:
             b2=args.adam_beta2,
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            decays=self.definition.having(MatmulWeight, EmbeddingTable, *norms),
+            decays=self.definition.having(MatmulWeight, EmbeddingTable, AdapterWeight, *norms),
             max_grad_norm=args.max_grad_norm,
             blocks=blocks,
-            sizes={path: math.prod(shape) for path, shape in name_table(self.job.config).values()},
+            sizes={path: math.prod(shape) for path, shape in [*name_table(self.job.config).values(), *adapters]},
         )
 
     def options(self, limit: int | None) -> list[Option]:
@@ -306,7 +308,7 @@ class Planner:
                 mesh,
                 self._platform,
                 dtype=changes.get("dtype", dtype),
-                scan_layers=choose_scan(args, job.config, self._platform),
+                scan_layers=choose_scan(job, self._platform),
                 trainable=self._trainable,
             )
         except InputError:
@@ -366,12 +368,17 @@ def _up(number: int, multiple: int) -> int:
     return -(-int(number) // multiple) * multiple
 
 
-def choose_scan(args: Arguments, config: LlamaConfig, platform: str) -> bool:
+def choose_scan(job: Job, platform: str) -> bool:
     """Return whether to stack layers. Unrolled layers run faster and compile slower: they are for few layers, or for as
-    many as a GPU's user waits for."""
+    many as a GPU's user waits for. Raises InputError."""
+    args = job.args
+    if job.adapter and not job.adapter.lora.uniform(job.config.num_hidden_layers):
+        if args.scan_layers:
+            raise InputError("--scan_layers True: stacked layers need the same adapters in each; leave the flag out")
+        return False
     if args.optim == "adafactor":  # adafactor factors each matrix, not a stack
         if args.scan_layers:
             raise InputError("--scan_layers True: adafactor needs each layer by itself; leave the flag out")
         return False
     limit = UNROLLED if platform == "gpu" else 8
-    return config.num_hidden_layers > limit if args.scan_layers is None else args.scan_layers
+    return job.config.num_hidden_layers > limit if args.scan_layers is None else args.scan_layers

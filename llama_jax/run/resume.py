@@ -32,8 +32,8 @@ ACTIONS = ("steps/log", "steps/evaluate", "steps/save", "epoch/log", "epoch/eval
 class Facts:
     """Hold the properties of a run that a resumed run is compared with.
 
-    Checkpoints written before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before
-    2026-11-25 no `model`.
+    `adapter` is an adapter_config.json, empty for full fine-tuning. Checkpoints written before 2026-11-28 have no
+    `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
     """
 
     dtype: str
@@ -43,6 +43,7 @@ class Facts:
     model: Json = dataclasses.field(default_factory=dict)
     data: str = ""
     update: Json = dataclasses.field(default_factory=dict)
+    adapter: Json = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, job: Job, *, dtype: str, scan_layers: bool) -> "Facts":
@@ -56,6 +57,7 @@ class Facts:
             data=job.data_digest,
             update={name: getattr(job.args, name) for name in UPDATE}
             | {"lr_scheduler_kwargs": job.args.schedule_kwargs},
+            adapter=job.adapter.values if job.adapter else {},
         )
 
 
@@ -134,6 +136,10 @@ def _as_model(path: Path) -> str:
     return f"; it is the HF Trainer's: train on from its weights, with a new optimizer, by --model_name_or_path {path}"
 
 
+def _kind(facts: Facts) -> str:
+    return "trains an adapter" if facts.adapter else "trains all parameters"
+
+
 def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     """Refuse a checkpoint that this run cannot continue; report differences that it can. Raises InputError."""
     then = saved.facts
@@ -147,6 +153,12 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
         if facts.model[key] != value:
             both = f"{key} {value}, this one {facts.model[key]}"
             raise InputError(f"{name} holds another model: it has {both}; give --model_name_or_path the same as then")
+    if bool(then.adapter) != bool(facts.adapter):
+        raise InputError(f"{name} {_kind(then)}, this run {_kind(facts)}: resume it with the same flags of adapters")
+    for key, value in then.adapter.items():
+        if facts.adapter.get(key) != value and key != "base_model_name_or_path":
+            both = f"{key} {value}, this one {facts.adapter.get(key)}"
+            raise InputError(f"{name} holds another adapter: it has {both}; give the same flags as then")
     updates = facts.order["updates"]
     if saved.trainer_state["global_step"] > updates:
         raise InputError(f"{name} is past the {updates} updates of this run: raise --num_train_epochs or --max_steps")

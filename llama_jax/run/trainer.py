@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from llama_jax.base.files import make_output_dir
 from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
-from llama_jax.hf.load import resize_vocabulary
+from llama_jax.hf import peft
+from llama_jax.hf.load import load_adapter, place_arrays, resize_vocabulary
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
-from llama_jax.hf.writer import align_special_tokens, write_config, write_weights
-from llama_jax.model.definition import merge
+from llama_jax.hf.writer import align_special_tokens, host_arrays, write_config, write_weights
+from llama_jax.model.definition import merge, without
+from llama_jax.model.lora import magnitudes
 from llama_jax.model.roles import Params
 from llama_jax.plan import explain
 from llama_jax.plan.planner import Plan, Planner, choose_scan
@@ -118,7 +121,8 @@ def train(args: Arguments, started: float) -> int:
     if processes.is_first():
         run.log.save(output_dir)
     processes.exchange("exported")
-    say(f"done: the trained model is in {output_dir} (a Hugging Face folder)")
+    kind = "PEFT" if job.adapter else "Hugging Face"
+    say(f"done: the trained {'adapter' if job.adapter else 'model'} is in {output_dir} (a {kind} folder)")
     return 0
 
 
@@ -171,7 +175,7 @@ def _prepared_alone(args: Arguments, platform: str) -> Prepared:
     for warning in end_warnings(source, job):
         say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)
-    facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(args, job.config, platform))
+    facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
     if resume_step:
         saved = SavedRun.from_json(read_run(output_dir, resume_step))
         compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
@@ -216,13 +220,30 @@ def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Tr
 
 def load(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, TrainState]:
     """Start a new run: read the model's weights while the programs compile, and remove an earlier run's checkpoints."""
-    plan, params = compile_while(lambda: read_weights(prepared), prepared.planner, limit)
+    plan, params = compile_while(lambda: first_params(prepared), prepared.planner, limit)
     run = make_run(prepared, plan)
     if processes.is_first():
         remove_steps(prepared.output_dir)
     processes.exchange("removed")
     checkpoints = open_checkpoints(prepared)
     return run, checkpoints, init_state(params, plan.tx, plan.definition, prepared.mesh)
+
+
+def first_params(prepared: Prepared) -> Params:
+    """Return all parameters before the first update: the model's, and those of an adapter."""
+    job, definition = prepared.job, prepared.planner.definition
+    if job.adapter is None:
+        return read_weights(prepared)
+    lora, config = job.adapter.lora, job.config
+    if tensors := job.adapter_tensors:
+        adapter = load_adapter(tensors, peft.paths_of(tensors, lora, config), definition)
+        return merge(read_weights(prepared, like=without(definition.base, adapter)), adapter)
+    params, init = read_weights(prepared), job.adapter.values["init_lora_weights"]
+    arrays = peft.first_values(lora, config, job.args.seed, init, np.dtype(prepared.facts.dtype))
+    if lora.use_dora:
+        with jax.set_mesh(prepared.mesh):
+            arrays |= magnitudes(params, lora)
+    return merge(params, place_arrays(arrays, definition.adapters))
 
 
 def read_weights(prepared: Prepared, like: Params | None = None) -> Params:
@@ -311,7 +332,7 @@ def make_updates(
             plan.batches,
             rate=job.schedule.rate,
             due=steps_to_log(job),
-            flops_per_token=6.0 * job.config.num_non_embedding_parameters,
+            flops_per_token=6.0 * (job.config.num_non_embedding_parameters + parameters_beside(job)),
             bar=bar,
             nan_filter=args.logging_nan_inf_filter,
             tokens_seen=args.include_num_input_tokens_seen,
@@ -364,8 +385,19 @@ def steps_to_log(job: Job) -> Callable[[int], bool]:
 
 
 def export(prepared: Prepared, params: Params, dtype: np.dtype, tokenizer_folder: Path | None) -> None:
-    """Write the HF folder: weights in `dtype`, config, and the job's tokenizer, or the files of `tokenizer_folder`."""
+    """Write the HF folder: weights in `dtype`, config, and the job's tokenizer, or the files of `tokenizer_folder`.
+
+    Of a run that trains an adapter, write PEFT's folder."""
     job, source, output_dir = prepared.job, prepared.source, prepared.output_dir
+    if job.adapter is not None:
+        lora = job.adapter.lora
+        if job.config.vocab_size != source.config.vocab_size:  # as PEFT: a base that is loaded again lacks the rows
+            lora = dataclasses.replace(lora, saved=peft.SAVED[: 1 if job.config.tie_word_embeddings else 2])
+        tensors = list(host_arrays(params, peft.name_table(lora, job.config)))
+        if processes.is_first():
+            peft.write_adapter(output_dir, tensors, job.adapter)
+            export_tokenizer(job, tokenizer_folder, output_dir)
+        return
     with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, prepared.quiet) as bar:
         write_weights(output_dir, params, job.config, dict.fromkeys(name_table(job.config), dtype), bar.update)
     if not processes.is_first():
@@ -374,6 +406,11 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype, tokenizer_folder
     if job.args.hf_compat == "5" and (tokenizer := job.tokenizer or copied_tokenizer(tokenizer_folder)):
         raw, generation = align_special_tokens(raw, generation, tokenizer)
     write_config(output_dir, raw, generation, job.config, dtype)
+    export_tokenizer(job, tokenizer_folder, output_dir)
+
+
+def export_tokenizer(job: Job, tokenizer_folder: Path | None, output_dir: Path) -> None:
+    """Write the job's tokenizer, or the files of `tokenizer_folder`."""
     if job.tokenizer is not None:
         job.tokenizer.save(output_dir)
     else:
@@ -395,12 +432,33 @@ def say_header(prepared: Prepared) -> None:
     args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
     computed = "bfloat16" if args.bf16 else dtype
     say(f"model: {job.config.num_parameters:,} parameters in {dtype}, matrix products in {computed}")
+    if job.adapter is not None:
+        lora, size = job.adapter.lora, adapter_size(job)
+        whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""
+        say(
+            f"adapters: {size:,} parameters in float32 ({size / (job.config.num_parameters + size):.2%}) at "
+            f"{len(lora.ranks)} projections are trained{whole}"
+        )
     say(
         f"devices: {mesh.size} {prepared.platform} device(s) of {jax.process_count()} process(es), "
         f"mesh {sharding.describe_mesh(mesh)}"
     )
     rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
     say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
+
+
+def adapter_size(job: Job) -> int:
+    """Return the number of an adapter's own parameters, 0 without one."""
+    if job.adapter is None:
+        return 0
+    table = peft.name_table(dataclasses.replace(job.adapter.lora, saved=()), job.config)
+    return sum(math.prod(shape) for _, shape in table.values())
+
+
+def parameters_beside(job: Job) -> int:
+    """Return the number of parameters that PEFT adds to a model, without embeddings: a head trained whole is a copy."""
+    config, copies = job.config, job.adapter is not None and "lm_head" in job.adapter.lora.saved
+    return adapter_size(job) + copies * config.vocab_size * config.hidden_size
 
 
 def end_warnings(source: Source, job: Job) -> list[str]:

@@ -23,8 +23,8 @@ from llama_jax.training.schedule import LISTENING, SCHEDULES
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _INTERVALS = ("logging", "eval", "save")
-_IN_BUCKETS = ("model_name_or_path", "tokenizer_name", "output_dir", "resume_from_checkpoint")
-_PATHS = ("model_name_or_path", "tokenizer_name", "output_dir", "cache_dir")
+_IN_BUCKETS = ("model_name_or_path", "tokenizer_name", "output_dir", "resume_from_checkpoint", "adapter_name_or_path")
+_PATHS = ("model_name_or_path", "tokenizer_name", "output_dir", "cache_dir", "adapter_name_or_path")
 _DATA = ("data_path", "eval_data_path")
 _ARGS_FILE = Path(__file__).resolve().parents[2] / "train_jax.args"  # beside train_jax.py
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -122,6 +122,26 @@ class Arguments:
     seed: int = _flag(42, "seed of the order of the examples")
     data_seed: int | None = _flag(None, "seed of the order under --hf_compat 5; 4.37 ignores the flag")
     hf_compat: str = _flag("4.37", "version of transformers whose rules hold", choices=["4.37", "5"])
+
+    use_peft: bool = _flag(
+        False, "train low-rank adapters (LoRA); the output is a PEFT folder, and the base model stays as it is"
+    )
+    lora_r: int = _flag(16, "rank of the adapters")
+    lora_alpha: int = _flag(32, "scale of the adapters: their product is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = _flag(0.05, "probability with which an element of an adapter's input is dropped")
+    lora_target_modules: list[str] | None = _flag(  # noqa: RUF009 - makes a field
+        None,
+        "projections that get adapters: names (q_proj v_proj), all-linear, or a regular expression of whole names; by "
+        "default PEFT's of the model's family, q_proj and v_proj",
+    )
+    lora_modules_to_save: list[str] | None = _flag(  # noqa: RUF009 - makes a field
+        None, "modules to train whole beside the adapters: embed_tokens lm_head"
+    )
+    use_rslora: bool = _flag(False, "multiply by lora_alpha / sqrt(lora_r) instead")
+    use_dora: bool = _flag(False, "train the lengths of the weights' rows too (DoRA)")
+    lora_bias: str = _flag("none", "biases of the base model to train; none are", choices=["none", "all", "lora_only"])
+    init_lora_weights: str = _flag("True", "first values of the adapters; values: True (PEFT's), gaussian, False")
+    adapter_name_or_path: str | None = _flag(None, "PEFT folder whose adapter is trained further")
 
     bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
     dtype: str | None = _flag(

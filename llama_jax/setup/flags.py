@@ -246,8 +246,9 @@ _PLAIN_NAMES = {
     "bfloat16",
     "--mesh to lay out the devices: all are used, of GPUs those in CUDA_VISIBLE_DEVICES": "gpus gpu gpu_ids n_gpu "
     "n_gpus num_gpus num_devices devices device nproc_per_node tensor_parallel tensor_parallel_size tp",
-    "--dtype bfloat16 to halve the memory of parameters and optimizer state: quantized weights are not there":
-    "load_in_8bit load_in_4bit quantization quantize bits",
+    "--use_peft True, which trains adapters in little memory: quantized weights are not there": "load_in_8bit "
+    "load_in_4bit quantization quantize bits",
+    "--use_peft True, with --lora_r and --lora_alpha": "lora adapter peft use_lora adapters lora_rank",
     "trainer_state.json for the log: there are no trackers": "wandb use_wandb wandb_project tensorboard",
 }
 _MEANT = {name: advice for advice, names in _PLAIN_NAMES.items() for name in names.split()}
@@ -362,8 +363,6 @@ def suggest_flag(name: str, near: Iterable[str] = (), among: Iterable[str] = ())
     name = name.lower().replace("-", "_")
     if name in _MEANT:
         return f"use {_MEANT[name]}"
-    if any(word in name for word in ("lora", "peft", "adapter")):
-        return "adapters are not there yet, all parameters are trained: leave it out"
     if near:
         return f"could mean {' or '.join(near)}"
     matches = difflib.get_close_matches(name, among, n=1)

@@ -29,6 +29,7 @@ COMMON = frozenset(
     model_name_or_path data_path model_max_length
     num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type
     warmup_ratio weight_decay
+    use_peft
     bf16 mesh remat use_cpu
     output_dir save_steps save_total_limit resume_from_checkpoint eval_strategy eval_data_path
     logging_steps

@@ -20,9 +20,12 @@ from llama_jax.data.readers import Reader
 from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Bad, read_records, without
 from llama_jax.data.sources import find_sources
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llama_jax.hf.peft import Adapter
+from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar, say
+from llama_jax.setup.adapters import choose_adapter, refuse_without_adapter
 from llama_jax.setup.arguments import Arguments
 from llama_jax.training.schedule import Schedule, make_schedule
 
@@ -36,7 +39,8 @@ class Job:
     `log_at`, `eval_at` and `save_at` return whether an action is due after an update, by its number from 1. Actions of
     a strategy of "epoch" follow those of "steps". `form` is the data file's, `held_out` the number of its first records
     kept for evaluation, `data_digest` the checksum of all examples. `new_ids` are the special tokens that this program
-    added to the tokenizer.
+    added to the tokenizer. `adapter` is the adapter to train, None for full fine-tuning, and `adapter_tensors` the
+    tensors of a PEFT folder that it starts from.
     """
 
     args: Arguments
@@ -53,6 +57,8 @@ class Job:
     save_at: Callable[[int], bool]
     new_ids: tuple[int, ...]
     data_digest: str
+    adapter: Adapter | None = None
+    adapter_tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def warmup_updates(self) -> int:
@@ -130,7 +136,11 @@ def make_job(
     schedule = _schedule(args, order.updates)
     if tokenizer is not None:
         config = _resized(config, vocab_size, len(new_ids), args.hf_compat, say)
+    refuse_without_adapter(args)
+    adapter, tensors = choose_adapter(args, config)
     return Job(
+        adapter=adapter,
+        adapter_tensors=tensors,
         args=args,
         config=config,
         form=data.form,

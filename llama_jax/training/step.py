@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -24,10 +25,17 @@ from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
 LossStep = Callable[[Any, Batch], jax.Array]
 
 
-def losses_of(graphdef: nnx.GraphDef, params: Params, batch: Batch, vocab_size: int, label_smoothing: float = 0.0):
-    """Return the loss of a block, and its part of each token [B, T]."""
+def losses_of(
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: Batch,
+    vocab_size: int,
+    label_smoothing: float = 0.0,
+    key: jax.Array | None = None,
+):
+    """Return the loss of a block, and its part of each token [B, T]. `key` draws the dropout of adapters."""
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(batch.input_ids, batch.positions, batch.segment_ids, batch.lengths)
+    hidden, _ = model(batch.input_ids, batch.positions, batch.segment_ids, batch.lengths, key=key)
     return weighted_cross_entropy(hidden, model.head(), batch.targets, batch.weights, vocab_size, label_smoothing)
 
 
@@ -36,7 +44,8 @@ class Steps:
 
     Where every update is one block, a single program computes gradients, optimizer and halves. With `optax.MultiSteps`
     as the optimizer, this program is called once a block. Otherwise (`sums`) a program adds a block's gradient to the
-    update's sum, in the whole parameters' types, and another applies the optimizer to the sum.
+    update's sum, in the whole parameters' types, and another applies the optimizer to the sum. `seed` draws the dropout
+    of adapters, by the numbers of the update and of its block.
     """
 
     def __init__(
@@ -46,11 +55,18 @@ class Steps:
         vocab_size: int,
         label_smoothing: float = 0.0,
         sums: bool = False,
+        seed: int = 0,
     ):
-        def gradients(state: TrainState, batch: Batch):
+        self._drops = definition.run.lora is not None and definition.run.lora.dropout > 0
+
+        def gradients(state: TrainState, batch: Batch, number: jax.Array | None):
+            key = None
+            if number is not None:
+                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step), number)
+
             def loss(trainable):
                 params = merge(trainable, state.frozen)
-                return losses_of(definition.graphdef, params, batch, vocab_size, label_smoothing)
+                return losses_of(definition.graphdef, params, batch, vocab_size, label_smoothing, key)
 
             (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
             return grads, {"loss": loss, "losses": losses}
@@ -65,13 +81,13 @@ class Steps:
             norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
             return TrainState(done, trainable, state.frozen, opt_state, lower), norm
 
-        def update(state: TrainState, batch: Batch, learning_rate: jax.Array):
-            grads, out = gradients(state, batch)
+        def update(state: TrainState, batch: Batch, number: jax.Array | None, learning_rate: jax.Array):
+            grads, out = gradients(state, batch, number)
             state, norm = optimize(state, grads, learning_rate)
             return state, out | {"grad_norm": norm}
 
-        def add(sums: Any, state: TrainState, batch: Batch):
-            grads, out = gradients(state, batch)
+        def add(sums: Any, state: TrainState, batch: Batch, number: jax.Array | None):
+            grads, out = gradients(state, batch, number)
             return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), out
 
         def apply(state: TrainState, sums: Any, learning_rate: jax.Array):
@@ -89,17 +105,18 @@ class Steps:
         needs, the state included. Raises jax's error where the compiler finds that a program does not fit."""
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)) if self._drops else None
         programs: dict[Any, Any] = {}
         options = compiler_options(mesh, _layer_gradient_bytes(state.trainable))
         with jax.set_mesh(mesh):
             if self._summing:
                 sums = abstract_saved(state, mesh).params
                 held += sharding.bytes_on_device(sums)
-                programs[shape] = self._of_block.lower(sums, state, block).compile(options)
+                programs[shape] = self._of_block.lower(sums, state, block, number).compile(options)
                 if "apply" not in self._compiled:
                     programs["apply"] = self._apply.lower(state, sums, rate).compile(options)
             else:
-                programs[shape] = self._of_block.lower(state, block, rate).compile(options)
+                programs[shape] = self._of_block.lower(state, block, number, rate).compile(options)
         self._compiled |= programs
         platform = mesh.devices.flat[0].platform
         return max(saving_bytes(state) + held, *(_bytes_needed(p, held, platform) for p in programs.values()))
@@ -114,14 +131,15 @@ class Steps:
         Outputs are "loss", the weighted sum, and "losses", its parts by token [B, T]; the last has "grad_norm" too."""
         outputs = []
         with jax.set_mesh(mesh):
-            for batch in blocks:
+            for i, batch in enumerate(blocks):
                 program = self._compiled[batch.input_ids.shape]
+                number = sharding.put_scalar(mesh, np.int32(i)) if self._drops else None
                 if self._summing:
                     if self._sums is None:
                         self._sums = self._zeros(state)
-                    self._sums, out = program(self._sums, state, batch)
+                    self._sums, out = program(self._sums, state, batch, number)
                 else:
-                    state, out = program(state, batch, rate)
+                    state, out = program(state, batch, number, rate)
                 outputs.append(out)
                 sharding.keep_pace(outputs)
             if self._summing:
