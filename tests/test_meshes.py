@@ -102,11 +102,43 @@ def differences(argv: list[str], meshes: list[str], out: Path) -> Iterator[tuple
             outcome = run(train_jax.main, *argv, "--output_dir", folder)
         assert outcome.code == 0, outcome.err
         assert f"mesh {spec}\n" in outcome.err
-        results.append((np.asarray(seen), load_file(folder / "model.safetensors")))
+        results.append((np.asarray(seen), load_file(next(folder.glob("*model.safetensors")))))
     one, weights = results[0]
     for spec, (values, others) in zip(meshes, results[1:], strict=True):
         loss, norm = np.abs(values / one - 1).max(axis=0)
         yield spec, float(loss), float(norm), worst(others, weights)
+
+
+def adapters_on_meshes(out: str, meshes: list[str], *flags: str) -> None:
+    folder = Path(out)
+    write_model(folder / "model", {**CONFIG, "num_attention_heads": 8})
+    write_json(folder / "data.json", make_records(40))
+    argv = ["--model_name_or_path", folder / "model", "--data_path", folder / "data.json", "--use_cpu", "True"]
+    argv += ["--max_steps", "5", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "4"]
+    argv += ["--hf_compat", "5", "--learning_rate", "1e-3", "--adam_epsilon", "1e-4", "--save_strategy", "no"]
+    argv += [
+        "--use_peft",
+        "True",
+        "--lora_r",
+        "4",
+        "--lora_dropout",
+        "0",
+        "--lora_target_modules",
+        "all-linear",
+        *flags,
+    ]
+    for spec, loss, norm, weight in differences([str(word) for word in argv], meshes, folder / "runs"):
+        print(f"{flags} {spec}: loss {loss:.1e}, norm {norm:.1e}, weights {weight:.1e}")
+        assert loss <= 1e-5 and norm <= 1e-4 and weight <= 1e-5  # as of the whole model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--use_dora", "True"), ("--scan_layers", "True", "--lora_modules_to_save", "lm_head")]
+)
+def test_adapters(flags: tuple[str, ...], tmp_path: Path) -> None:
+    meshes = ["fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"]
+    on_eight_devices(f"adapters_on_meshes({str(tmp_path)!r}, {meshes}, *{flags})")
 
 
 # -- The Trainer's golden runs ----------------------------------------------------------------------------------------

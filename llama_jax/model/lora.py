@@ -104,6 +104,7 @@ class Adapter(nnx.Module):
         norm = sharding.reshard(
             jnp.linalg.norm(jax.lax.stop_gradient(whole), axis=1), P(*jax.typeof(b).sharding.spec[:1])
         )
+        norm = jnp.where(norm == 0, 1, norm)  # of rows that pad the heads or the ffn for the mesh
         factor = (self.lora_magnitude.weight[...] / norm).astype(self.dtype)
         if key is not None:
             base = project(self.out, False, dropped.astype(weight.dtype), weight)
