@@ -1,0 +1,164 @@
+"""Hold frozen matrices in 4 or 8 bits, dequantize them and multiply with them.
+
+The formats are those of bitsandbytes: NF4 in blocks of 64 with plain or nested statistics, and int8 by output. The
+dequantized values are bit-equal to those of its CPU build, but devices flush subnormal numbers to zero. With 8 bits,
+LLM.int8() also quantizes activations, except for columns of outliers; here activations keep their type.
+
+Letters: B rows, T tokens, I inputs, O outputs, G groups of BLOCK inputs, H half a group, S groups of statistics.
+"""
+
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int8, UInt8
+
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
+from llama_jax.distributed.sharding import placed
+
+BLOCK, STATISTICS = 64, 256  # weights that share a statistic, and statistics that share a scale
+HALF = BLOCK // 2
+_NEGATIVE = "-1.0 -0.6961928 -0.52507305 -0.3949175 -0.28444138 -0.18477343 -0.091050036"
+_POSITIVE = "0.0 0.0795803 0.1609302 0.2461123 0.33791524 0.44070983 0.562617 0.72295684 1.0"
+LEVELS = np.array(f"{_NEGATIVE} {_POSITIVE}".split(), np.float32)
+
+
+class NF4(NamedTuple):
+    """Hold a matrix in 4 bits. The high half of a byte is input i of a group, the low half input i + HALF.
+
+    Inputs come first: a TPU then spreads a statistic over sublanes and unpacks whole tiles. With nested statistics
+    `absmax` holds 8-bit codes, `scales` the factor of each STATISTICS of them in torch's order, `offset` the mean.
+    """
+
+    codes: UInt8[Array, "G H O"]
+    absmax: Float[Array, "G O"] | UInt8[Array, "G O"]
+    scales: Float[Array, " S"] | None = None
+    offset: Float[Array, ""] | None = None
+
+
+class INT8(NamedTuple):
+    """Hold a matrix in 8 bits: round(127 * weight / absmax), with the absmax of each output."""
+
+    codes: Int8[Array, "O I"]
+    absmax: Float[Array, " O"]
+
+
+def abstract_nf4(out_in: tuple[int, int], nested: bool) -> NF4:
+    """Return the shapes and types of a matrix [O, I] in 4 bits."""
+    (outputs, inputs), array = out_in, jax.ShapeDtypeStruct
+    groups = inputs // BLOCK
+    codes = array((groups, HALF, outputs), np.uint8)
+    if not nested:
+        return NF4(codes, array((groups, outputs), np.float32))
+    scales = array((-(-outputs * groups // STATISTICS),), np.float32)
+    return NF4(codes, array((groups, outputs), np.uint8), scales, array((), np.float32))
+
+
+def abstract_int8(out_in: tuple[int, int]) -> INT8:
+    """Return the shapes and types of a matrix [O, I] in 8 bits."""
+    return INT8(jax.ShapeDtypeStruct(out_in, np.int8), jax.ShapeDtypeStruct(out_in[:1], np.float32))
+
+
+def quantized_bytes(q: NF4 | INT8) -> int:
+    """Return the bytes of a quantized matrix, or of its shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(q))
+
+
+def specs(q: NF4 | INT8, spec: P, name: str) -> Any:
+    """Return the placement of each array of a matrix [O, I] that `spec` places, on the mesh that is set.
+
+    A device's part of the inputs of a 4-bit matrix must be whole groups. Raises InputError.
+    """
+    outputs, inputs = spec
+    if isinstance(q, INT8):
+        return INT8(spec, P(outputs))
+    axes = (inputs,) if isinstance(inputs, str) else inputs or ()
+    groups, ways = q.codes.shape[0], sharding.axis_size(axes)
+    if groups % ways:
+        raise InputError(
+            f"--mesh: {name} in 4 bits has {groups * BLOCK} inputs, {groups} blocks of {BLOCK}, which "
+            f"{' x '.join(axes)} of size {ways} does not divide; use a size that divides {groups}"
+        )
+    nested = (None, None) if q.scales is None else (P(None), P())
+    return NF4(P(inputs, None, outputs), P(inputs, outputs), *nested)
+
+
+def dequantize(q: NF4 | INT8, dtype: Any) -> Float[Array, "O I"]:
+    """Return the matrix in `dtype`: products in float32, rounded once."""
+    if isinstance(q, INT8):
+        return (q.codes.astype(jnp.float32) * q.absmax[:, None] * np.float32(1 / 127)).astype(dtype)
+    inputs, _, outputs = jax.typeof(q.codes).sharding.spec
+    codes = q.codes[:, None] >> np.array([4, 0], np.uint8)[:, None, None]  # [G, 2, H, O]
+    values = (_levels(codes) * _absmax(q)[:, None, None]).astype(dtype)
+    return jnp.reshape(values, (-1, values.shape[-1]), out_sharding=placed(P(inputs, outputs))).T
+
+
+def _levels(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """Return the level of the low 4 bits, by 15 selects: a lookup that fuses, which a gather on a TPU does not."""
+    values: list[Any] = list(LEVELS)
+    for bit in range(4):
+        is_set = (codes & (1 << bit)) != 0
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _absmax(q: NF4) -> Float[Array, "G O"]:
+    """Return the statistics in float32, as an array of its own: fused, each weight would repeat the lookup."""
+    if q.scales is None or q.offset is None:
+        return q.absmax
+    (groups, outputs), spec = q.absmax.shape, placed(jax.typeof(q.absmax).sharding.spec)
+    index = (np.arange(outputs) * groups + np.arange(groups)[:, None]) // STATISTICS
+    scales = q.scales.at[index].get(out_sharding=spec)
+    levels = jnp.asarray(statistic_levels()).at[q.absmax].get(out_sharding=spec)
+    # The minimum changes no value, as levels end at 1. Without it XLA makes product and sum a fused multiply-add.
+    return jax.lax.optimization_barrier(jnp.minimum(levels * scales, scales) + q.offset)
+
+
+@cache
+def statistic_levels() -> np.ndarray:
+    """Return bitsandbytes' 256 values of a statistic, ascending: 0, 1 and 7 decades, each finer than the one below."""
+    decades = [10.0 ** (d - 6) * (0.1 + 0.9 * (np.arange(2**d) + 0.5) / 2**d) for d in range(7)]
+    # torch rounds some of them up (2) or down (0) by a unit in the last place.
+    ulps = "2210111222222120111010211111101111211211210111112112011121112212111111111012110111101111010101112111"
+    ulps += "121111211111111111111111111"
+    values = np.concatenate(decades).astype(np.float32).view(np.int32) + [int(u) - 1 for u in ulps]
+    positive = values.astype(np.int32).view(np.float32)
+    return np.concatenate([-positive[::-1], np.float32([0]), positive, np.float32([1])])
+
+
+def quantized_matmul(x: Float[Array, "B T I"], q: NF4 | INT8, dtype: Any, out: P) -> Float[Array, "B T O"]:
+    """Return x @ dequantize(q, dtype).T in `dtype`, placed by `out`.
+
+    The backward pass dequantizes again: neither x nor the matrix is kept. `q` has no gradient.
+    """
+    x = x.astype(dtype)
+    return _matmul(out, jax.typeof(x).sharding.spec, x, q)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(out: P, like_x: P, x: jax.Array, q: NF4 | INT8) -> jax.Array:
+    return jnp.einsum("BTI,OI->BTO", x, dequantize(_gathered(q), x.dtype), out_sharding=placed(out))
+
+
+def _matmul_bwd(out: P, like_x: P, q: NF4 | INT8, dy: jax.Array):
+    # Without the barrier XLA merges this dequantization with the forward pass's, and keeps the matrix in between.
+    q, dy = jax.lax.optimization_barrier((q, dy))
+    return jnp.einsum("BTO,OI->BTI", dy, dequantize(_gathered(q), dy.dtype), out_sharding=placed(like_x)), None
+
+
+_matmul.defvjp(lambda out, like_x, x, q: (_matmul(out, like_x, x, q), q), _matmul_bwd)
+
+
+def _gathered(q: Any) -> Any:
+    """Gather the codes over SHARDS: a quarter of the traffic of gathering a matrix in bfloat16."""
+
+    def gather(array: jax.Array) -> jax.Array:
+        parts = ((part,) if isinstance(part, str) else part or () for part in jax.typeof(array).sharding.spec)
+        kept = [tuple(axis for axis in part if axis not in sharding.SHARDS) for part in parts]
+        return sharding.reshard(array, P(*(axes or None for axes in kept)))
+
+    return jax.tree.map(gather, q)
