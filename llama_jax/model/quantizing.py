@@ -49,8 +49,8 @@ def _quantize_tile(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes, above = np.zeros(values.size, np.uint8), np.empty(values.size, bool)
     for bound in (LEVELS[:-1] + LEVELS[1:]) / 2:
         codes += np.greater(values.reshape(-1), bound, out=above).view(np.uint8)
-    codes = codes.reshape(len(weight), -1, BLOCK)
-    return codes[..., :HALF] << 4 | codes[..., HALF:], absmax.reshape(len(weight), -1)
+    halves = codes.reshape(len(weight), -1, 2, HALF)
+    return halves[:, :, 0] << 4 | halves[:, :, 1], absmax.reshape(len(weight), -1)
 
 
 def _mean(x: np.ndarray) -> np.float32:
