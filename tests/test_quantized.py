@@ -111,7 +111,8 @@ def draw(kind: str, shape: tuple[int, int], dtype: type, seed: int) -> np.ndarra
         near = np.nextafter(rng.choice(bounds, blocks.shape), rng.choice([-2, 0, 2], blocks.shape).astype(np.float32))
         blocks[:] = near
         blocks[:, 0] = 1
-        blocks *= np.float32(2) ** rng.integers(-9, 9, (len(blocks), 1)).astype(np.float32)
+        scale = np.where(some, np.exp2(rng.integers(-9, 9, len(blocks))), rng.uniform(0.01, 1, len(blocks)))
+        blocks *= scale.astype(np.float32)[:, None]
     elif kind == "equal":
         blocks[:] = blocks[:, :1]
     elif kind == "magnitudes":
@@ -135,10 +136,25 @@ def test_four_bits_are_those_of_bitsandbytes(weight: np.ndarray, nested: bool) -
 def test_the_mean_is_torchs() -> None:
     """Sizes below and above a vector, and on all 4 levels of torch's sum."""
     rng = np.random.default_rng(0)
-    for size in (1, 3, 7, 8, 31, 33, 100, 511, 512, 1000, 5000, 32767, 131_072, 300_017):
-        for _ in range(3):
-            x = np.abs(rng.standard_normal(size, np.float32))
+    for size in (1, 3, 7, 8, 31, 33, 100, 511, 512, 1000, 5000, 32_767, 131_072, 300_017):
+        for _ in range(5):
+            x = np.exp(3 * rng.standard_normal(size, np.float32))
             same(np.asarray(quantizing._mean(x)), torch.from_numpy(x).mean().numpy())
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 2000), st.sampled_from([1e-45, 1e-42, 1e-38, 1e-3, 1e3]), st.integers(0, 2**32 - 1))
+def test_statistics_are_quantized_as_blocks_of_256(size: int, scale: float, seed: int) -> None:
+    """Zeros and subnormal numbers too, and values beside the points of the grid of 65536."""
+    rng = np.random.default_rng(seed)
+    points = (rng.integers(0, 65536, size) + rng.choice([0, 0.5], size)) / 32767.5 - 1
+    values = np.where(rng.random(size) < 0.3, 0, points).astype(np.float32) * np.float32(scale)
+    values[256:512] *= rng.random() < 0.5
+    codes, state = bnb.functional.quantize_blockwise(torch.from_numpy(values), blocksize=256)
+    ours, scales = quantizing._quantize_statistics(values)
+    same(ours, codes.numpy())
+    same(scales, state.absmax.numpy())
+    same(quantized.statistic_levels(), state.code.numpy())
 
 
 @settings(max_examples=60)

@@ -73,12 +73,11 @@ def _quantize_statistics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the 8-bit codes of a flat array, and its largest magnitudes by STATISTICS; the last may cover fewer."""
     blocks = np.pad(values, (0, -len(values) % STATISTICS)).reshape(-1, STATISTICS)
     scales = np.abs(blocks).max(axis=1)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # 0 / 0 has code 0
         unit = np.clip(np.nan_to_num(blocks * (1 / scales)[:, None], nan=-1), -1, 1)
     # bitsandbytes rounds to a grid of 65536 points by a fused multiply-add, and quantizes the point.
     point = (((unit + np.float32(1)) / 2).astype(np.float64) * 65535 + 0.5).astype(np.float32).astype(np.uint16)
-    codes = np.where(scales[:, None] == 0, np.uint8(0), _codes_of_grid()[point])
-    return codes.reshape(-1)[: len(values)], scales
+    return _codes_of_grid()[point].reshape(-1)[: len(values)], scales
 
 
 @cache
