@@ -142,9 +142,7 @@ def quantized_matmul(x: Float[Array, "B T I"], q: NF4 | INT8, dtype: Any, out: P
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(out: P, like_x: P, x: jax.Array, q: NF4 | INT8) -> jax.Array:
-    # Without the barrier XLA may dequantize all layers before the first: a matrix does not depend on x.
-    q, x = jax.lax.optimization_barrier((_gathered(q), x))
-    return jnp.einsum("BTI,OI->BTO", x, dequantize(q, x.dtype), out_sharding=placed(out))
+    return jnp.einsum("BTI,OI->BTO", x, dequantize(_gathered(q), x.dtype), out_sharding=placed(out))
 
 
 def _matmul_bwd(out: P, like_x: P, q: NF4 | INT8, dy: jax.Array):
