@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_live import DEFAULTS, same_log, same_run, spelled, train_ours
-from tiny import ALPACA, CONFIG, ROOT, make_records, run, write_json, write_model, write_tokenizer
+from tiny import ALPACA, CONFIG, ROOT, make_records, run, slow_unless, write_json, write_model, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 import convert_torch_to_flax
@@ -170,7 +170,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [slow_unless(False, False), True])
 def test_resumed_runs_are_the_same(scan_layers: bool, tmp_path: Path) -> None:
     """With dropout, whose draws are of the update; checkpoints hold the adapter and its moments alone."""
     flags = {"lora_target_modules": "all-linear", "use_dora": True, "scan_layers": scan_layers}
@@ -234,6 +234,7 @@ def test_trained_further(tmp_path: Path) -> None:
     assert settings["r"] == 4 and settings["lora_alpha"] == 32 and settings["modules_to_save"] == ["lm_head"]
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path: Path) -> None:
     """Under --bf16 the adapter stays in float32, and its curve is that of float32 to bfloat16's precision."""
     flags = {"lora_target_modules": "all-linear", "lora_dropout": 0.0}

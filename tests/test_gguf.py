@@ -937,6 +937,7 @@ def reference_encode(smollm) -> Callable:
     return encode
 
 
+@pytest.mark.slow
 def test_smollms_tokenizer_on_varied_text(smollm_encode, reference_encode):
     encode, auto = smollm_encode
     prompt = "<|im_start|>user\nWhat is 12 + 345?<|im_end|>\n<|im_start|>assistant\n"

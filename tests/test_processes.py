@@ -295,6 +295,7 @@ def test_the_least_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert processes.least(7) == expected
 
 
+@pytest.mark.slow
 def test_a_mistake_under_torchrun(tmp_path: Path) -> None:
     """The processes meet, and the first prints, before torchrun ends it because the other has ended."""
     started = torchrun(Job(tmp_path).argv("out", mesh="fsdp=3"), tmp_path)

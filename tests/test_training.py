@@ -547,7 +547,7 @@ VARIANTS |= {
 RESUMED: dict[str, list[int]] = {"lines of epochs, 5": [3, 4]}
 
 
-SLOW = ("5", "MultiSteps", "autocast", "lines of several updates", "lines of epochs, 5")
+SLOW = ("5", "MultiSteps", "autocast", "lines of several updates", "lines of epochs", "lines of epochs, 5")
 
 
 @pytest.mark.parametrize(
@@ -726,14 +726,9 @@ def test_sigterm(tmp_path: Path) -> None:
     assert_same_run(job.train("whole"), out)
 
 
-@pytest.mark.parametrize(
-    ("evaluation", "name"),
-    [
-        slow_unless((evaluation, name) == (0, "evaluated"), evaluation, name)
-        for evaluation in (0, -1)
-        for name in ("evaluated", "lines of epochs", "lines of epochs, 5")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("evaluation", [0, -1])
+@pytest.mark.parametrize("name", ["evaluated", "lines of epochs", "lines of epochs, 5"])
 def test_sigterm_while_it_evaluates(
     name: str, evaluation: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
