@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny import CONFIG, SISTERS
@@ -23,6 +23,11 @@ from llama_jax.hf.torch_random import TorchRandom
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.lora import Lora
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
@@ -128,8 +133,20 @@ PEFTS = (
 )
 
 
+# Rules of PEFT that few draws reach: a whole name is adapted in whichever layer, a saved module is no target, a regular
+# expression matches the whole name, and 20 names or more are shortened.
+K_OF_1 = "model.layers.1.self_attn.k_proj"
+LONG = [f"{i}.{block}" for i in range(3) for block in (*(f"self_attn.{name}" for name in NAMES[:4]), "mlp.up_proj")]
+LONG += [f"layers.{i}.mlp.{name}" for i in (0, 2) for name in NAMES[4:]]
+
+
+@example({"target_modules": ["q_proj", K_OF_1], "layers_to_transform": 0}, "llama", 1)
+@example({"target_modules": ".*(q_proj|lm_head)", "modules_to_save": ["lm_head"]}, "llama", 1)
+@example({"target_modules": ".*layers.0.self_attn.q"}, "llama", 1)
+@example({"target_modules": "all-linear"}, "llama, three layers", 1)
+@example({"target_modules": LONG}, "llama, three layers", 1)
 @given(options(), st.sampled_from(sorted(FAMILIES)), st.integers(0, 2**40))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_peft(tmp_path_factory: pytest.TempPathFactory, drawn: dict[str, Any], family: str, seed: int) -> None:
     """Settings, ranks, scalings, first values, names and files are PEFT's, and each loads the other's folder."""
     raw, folder = FAMILIES[family], tmp_path_factory.mktemp("peft")
@@ -144,9 +161,7 @@ def test_peft(tmp_path_factory: pytest.TempPathFactory, drawn: dict[str, Any], f
                 warnings.filterwarnings("error", "You have passed exclude_modules")
                 save_by_peft(folder, raw, **drawn)
         return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`|fan_in_fan_out is set to True")
-        model = save_by_peft(folder, raw, seed, **drawn)
+    model = save_by_peft(folder, raw, seed, **drawn)
     ranks = {f"model.layers.{i}.{name}": rank for (i, name), rank in adapter.lora.ranks}
     modules = adapted_modules(model)
     assert [*ranks] == [*modules]
@@ -156,7 +171,7 @@ def test_peft(tmp_path_factory: pytest.TempPathFactory, drawn: dict[str, Any], f
     files = load_file(folder / "adapter_model.safetensors")
     table = name_table(adapter.lora, config)
     assert {name: shape for name, (_, shape) in table.items()} == shapes(files)
-    init = drawn["init_lora_weights"]
+    init = drawn.get("init_lora_weights", True)
     first = first_values(adapter.lora, config, seed, init)
     assert {path for path, _ in table.values() if "lora_A" in path or "lora_B" in path} == first.keys()
     for name, (path, _) in table.items():
@@ -197,6 +212,7 @@ def loads_in_peft(folder: Path, adapter: Adapter, config: LlamaConfig, raw: dict
 
 
 @given(st.integers(0, 2**40), st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=40)
 def test_matrices(seed: int, out: int, in_: int) -> None:
     """A sequence of torch's matrices: uniform, passed over, normal, uniform."""
     random = TorchRandom(seed)
@@ -347,6 +363,19 @@ def test_files_of_older_versions(written: dict[str, Any], tmp_path: Path) -> Non
     assert adapter.values.keys() == {*peft.LoraConfig().to_dict()}
 
 
+def test_the_files_are_those_of_peft(tmp_path: Path) -> None:
+    """Byte by byte; PEFT writes lists of names in no order, and a regular expression as it is."""
+    values: dict[str, Any] = {"target_modules": ".*[qv]_proj", "rank_pattern": {"v_proj": 3, "0.self_attn.q_proj": 2}}
+    values |= {"modules_to_save": ["lm_head"], "use_dora": True}
+    save_by_peft(tmp_path / "peft", CONFIG, **values)
+    _, tensors = read_adapter(tmp_path / "peft", TINY)
+    (tmp_path / "ours").mkdir()
+    arrays = [(name, tensor.read(())) for name, tensor in tensors.items()]
+    write_adapter(tmp_path / "ours", arrays, read_settings(values, TINY, "here"))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
+
+
 def test_vllm_reads_the_folder(tmp_path: Path) -> None:
     """vLLM's loader asks for three keys, a plain config, and two matrices of one rank under each projection's name."""
     adapter = read_settings({"r": 4, "target_modules": "all-linear", "base_model_name_or_path": "org/m"}, TINY, "here")
@@ -397,6 +426,7 @@ def test_vllm_reads_the_folder(tmp_path: Path) -> None:
         ({"layers_to_transform": [True]}, "layers_to_transform is [True]; should be a layer's number"),
         ({"rank_pattern": {"k_proj": 4}}, "rank_pattern has the pattern 'k_proj', which matches no adapted module"),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern '(.*\\\\.)?(()$' is no regular expression"),
+        ({"rank_pattern": {"v": 4}}, "rank_pattern has the pattern 'v', which matches no adapted module"),
         ({"rank_pattern": {"v_proj": 2, "layers.0.self_attn.v_proj": 3}}, "depend on their order"),
         ({"rank_pattern": {"v_proj": 0}}, "should be an object that maps patterns to whole numbers above 0"),
         ({"r": 0}, "r is 0; should be a whole number above 0"),

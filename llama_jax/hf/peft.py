@@ -200,7 +200,7 @@ def read_settings(values: dict[str, Any], config: LlamaConfig, where: str) -> Ad
         dropout=float(settings["lora_dropout"]),
         use_dora=settings["use_dora"],
     )
-    return Adapter(dict(sorted(settings.items())), lora)
+    return Adapter(settings, lora)
 
 
 def _refuse(where: str, key: str, problem: str) -> NoReturn:
