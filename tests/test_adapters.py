@@ -33,6 +33,7 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.lora import Adapter, Lora, Rank
+from llama_jax.setup.adapters import _modules
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.state import abstract_state
 from llama_jax.training.step import Steps
@@ -393,3 +394,19 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     ):
         outcome = run(train_jax.main, *argv, *more)
         assert outcome.code == 2 and line in outcome.err, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["[q_proj,v_proj]"], ["q_proj", "v_proj"]),  # alpaca-lora's
+        (["['q_proj',", "'v_proj']"], ["q_proj", "v_proj"]),
+        (["q_proj,v_proj"], ["q_proj", "v_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+        (None, None),
+    ],
+)
+def test_spellings_of_target_modules(given: list[str] | None, read: Any) -> None:
+    assert _modules(given) == read
