@@ -30,6 +30,7 @@ from llama_jax.plan.chips import CHIPS, all_topologies, find_topology
         ("tpu7x-8", 8, "2x2x1"),
         ("h200:8", 8, ""),
         ("h100:1", 1, ""),
+        ("rtx4090:1", 1, ""),
     ],
 )
 def test_the_clouds_names(name: str, devices: int, shape: str) -> None:
@@ -48,7 +49,7 @@ def test_what_is_known_is_named() -> None:
         assert sum(t.family == family for t in all_topologies()) > 3 and family in topology.KNOWN
 
 
-@pytest.mark.parametrize("name", ["", "v5e", "v5e-3", "v5p-7", "v5p-4", "v7-8", "h200", "h200:3", "a100:8", "v5e-16x"])
+@pytest.mark.parametrize("name", ["", "v5e", "v5e-3", "v5p-7", "v5p-4", "v7-8", "h200", "h200:3", "a10:8", "v5e-16x"])
 def test_an_unknown_name(name: str) -> None:
     with pytest.raises(InputError, match=r"--dry_run .*no such topology; known are v4-8 .* h200:8"):
         find_topology(name)

@@ -34,7 +34,8 @@ class Chip:
 
 
 # Peak, memory and interconnect are as published in 2026. Sources: the pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e",
-# "TPU7x (Ironwood)" of docs.cloud.google.com/tpu/docs; NVIDIA's data sheets of the H100 and H200 SXM. Link rates are
+# "TPU7x (Ironwood)" of docs.cloud.google.com/tpu/docs; NVIDIA's data sheets of the H100, H200 and A100 80GB (SXM), of
+# the L4, and its Ada white paper (float32 sums). The last two have PCIe 4.0 x16 for a link. Link rates are
 # half the published ones, which add both directions. A TPU's memory is libtpu 0.0.42.1's limit for a program
 # (published: 32, 16, 95, 32 and 192 GiB a chip); a TPU7x chip is two devices with half the memory each. A GPU's memory
 # is the published size less the driver's and the CUDA context's share.
@@ -46,6 +47,11 @@ CHIPS = {
     "tpu7x": Chip("tpu", "TPU7x", int(94.75 * GIB), flops=1153.5e12, memory_rate=3690e9, link_rate=300e9),
     "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", int(78.5 * GIB), flops=989e12, memory_rate=3350e9, link_rate=450e9),
     "h200": Chip("gpu", "NVIDIA H200", int(139 * GIB), flops=989e12, memory_rate=4800e9, link_rate=450e9),
+    "a100": Chip("gpu", "NVIDIA A100-SXM4-80GB", int(78.5 * GIB), flops=312e12, memory_rate=2039e9, link_rate=300e9),
+    "l4": Chip("gpu", "NVIDIA L4", int(22 * GIB), flops=121e12, memory_rate=300e9, link_rate=32e9),
+    "rtx4090": Chip(
+        "gpu", "NVIDIA GeForce RTX 4090", int(23.4 * GIB), flops=165.2e12, memory_rate=1008e9, link_rate=32e9
+    ),
 }
 # Chips along each side of a slice, by the number of chips. v4, v5p and tpu7x are named by cores, two a chip.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -57,7 +63,7 @@ _CORES = ("v4", "v5p", "tpu7x")
 _GPUS = (1, 2, 4, 8)  # of one host
 KNOWN = (
     "v4-8 to v4-2048, v5e-1 to v5e-256, v5p-8 to v5p-2048, v6e-1 to v6e-256, tpu7x-8 to tpu7x-2048, h100:1 to h100:8, "
-    "h200:1 to h200:8"
+    "h200:1 to h200:8, a100:1 to a100:8, l4:1 to l4:8, rtx4090:1 to rtx4090:8"
 )
 
 
