@@ -134,10 +134,13 @@ def adapters_on_meshes(out: str, meshes: list[str], *flags: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [("--use_dora", "True"), ("--scan_layers", "True", "--lora_modules_to_save", "lm_head")]
+    ("flags", "meshes"),
+    [
+        (("--use_dora", "True"), ["tensor=8", "fsdp=2,context=2,tensor=2"]),
+        (("--scan_layers", "True", "--lora_modules_to_save", "lm_head"), ["fsdp=8", "data=2,fsdp=2,tensor=2"]),
+    ],
 )
-def test_adapters(flags: tuple[str, ...], tmp_path: Path) -> None:
-    meshes = ["fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=2,context=2,tensor=2"]
+def test_adapters(flags: tuple[str, ...], meshes: list[str], tmp_path: Path) -> None:
     on_eight_devices(f"adapters_on_meshes({str(tmp_path)!r}, {meshes}, *{flags})")
 
 
