@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from safetensors.numpy import save_file
 
-from llama_jax.base.bucket import local_file
+from llama_jax.base.bucket import is_remote, local_file
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object, write_text
 from llama_jax.hf import names
@@ -440,6 +440,8 @@ def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Adapter, dict[str, 
     An embedding and a head may be there beside these names: PEFT adds them, frozen, to an adapter of a resized
     vocabulary. Raises InputError for missing, unexpected and wrongly shaped tensors, by name.
     """
+    if is_remote(folder):
+        raise InputError(f"{folder}: an adapter is read from a local folder; copy it here")
     if not (folder / CONFIG).exists():
         raise InputError(f"{folder}: no {CONFIG} in this folder; give a folder that PEFT's save_pretrained wrote")
     values = read_json_object(folder / CONFIG)

@@ -23,7 +23,7 @@ from llama_jax.training.schedule import LISTENING, SCHEDULES
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _INTERVALS = ("logging", "eval", "save")
-_IN_BUCKETS = ("model_name_or_path", "tokenizer_name", "output_dir", "resume_from_checkpoint", "adapter_name_or_path")
+_IN_BUCKETS = ("model_name_or_path", "tokenizer_name", "output_dir", "resume_from_checkpoint")
 _PATHS = ("model_name_or_path", "tokenizer_name", "output_dir", "cache_dir", "adapter_name_or_path")
 _DATA = ("data_path", "eval_data_path")
 _ARGS_FILE = Path(__file__).resolve().parents[2] / "train_jax.args"  # beside train_jax.py
