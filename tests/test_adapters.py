@@ -311,6 +311,10 @@ def test_dropout(p: float) -> None:
         ),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; should be true, false or gaussian"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5; should be a number from 0 to below 1"),
+        (
+            {"adapter_name_or_path": "gs://b/a", "lora_r": None, "lora_alpha": None},
+            "--adapter_name_or_path gs://b/a: is not",
+        ),
         ({"lora_r": 0}, "r is 0; should be a whole number above 0"),
         ({"adapter_name_or_path": "/nowhere"}, "has its own settings"),
         ({"adapter_name_or_path": "/nowhere", "lora_r": None, "lora_alpha": None}, "/nowhere: no adapter_config.json"),
