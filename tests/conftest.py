@@ -39,8 +39,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
-# Files whose tests share a process of the other transformers, which each of xdist's workers would start anew.
-TOGETHER = {f"test_{name}.py" for name in ("added_tokens", "flags", "live", "order", "schedule", "tokenizer", "writer")}
+# Files whose tests share another process or a model, which each of xdist's workers would make anew.
+SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf live order schedule tokenizer
+writer""".split()
+TOGETHER = {f"test_{name}.py" for name in SHARING}
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -215,6 +215,7 @@ def test_what_a_tpu_sends(libtpu: None, tmp_path: Path) -> None:
     assert 0.74 * (2 + 2 + 4) * layers <= of_layers <= 1.5 * (2 + 2 + 4) * layers
 
 
+@pytest.mark.slow
 def test_refused(libtpu: None, tmp_path: Path) -> None:
     """7B on four chips of 16 GB: the state alone is more."""
     outcome = dry_run(tmp_path, raw_config("llama-7b"), "--dry_run", "v5e-4")

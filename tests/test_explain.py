@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG, log_entries, make_records, run, write_json, write_model
+from tiny import CONFIG, log_entries, make_records, run, slow_unless, write_json, write_model
 
 import train_jax
 
@@ -46,7 +46,7 @@ def check_seeds_run(facts: dict[str, Any], compat: str) -> None:
     assert facts["learning_rates"][str(facts["warmup_updates"] + 1)] == 2e-5
 
 
-@pytest.mark.parametrize("compat", ["4.37", "5"])
+@pytest.mark.parametrize("compat", ["4.37", slow_unless(False, "5")])
 def test_the_seeds_command(compat: str, tmp_path: Path) -> None:
     """As many records as Alpaca has."""
     records = [{"input_ids": [1, 2 + i % 100, 2], "labels": [-100, 2 + i % 100, 2]} for i in range(52002)]
