@@ -363,6 +363,17 @@ def test_new_tokens(tmp_path: Path) -> None:
     trained(tmp_path, "again", **further, max_steps=1)
 
 
+def test_a_flax_folder(tmp_path: Path) -> None:
+    """Its frozen matrices have the types of an HF folder's: the same adapter, bit for bit."""
+    flags = {"bf16": True, "max_steps": 2, "save_strategy": "no", "lora_dropout": 0.0}
+    expected = tensors(trained(tmp_path, "out", **flags))
+    argv = ["--model_name_or_path", tmp_path / "model", "--output_dir", tmp_path / "flax"]
+    assert run(convert_torch_to_flax.main, *argv).code == 0
+    found = tensors(trained(tmp_path, "from-flax", **flags, model_name_or_path=tmp_path / "flax"))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, name)
+
+
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of docs/adapters.md, one after the other."""
     write_tokenizer(write_model(tmp_path / "HF_DIR"))

@@ -136,15 +136,15 @@ class Source:
     ) -> Params:
         """Return the parameters on the mesh, in the layout and type of `run`; with `like` only its parameters."""
         abstract = define(self.config, run, mesh).base
+        wanted = abstract if like is None else pick(abstract, like)
         if not self.is_flax:
-            wanted = abstract if like is None else pick(abstract, like)
             return load_params(self.tensors, self.config, wanted, mesh, progress)
         self._check_shapes()
         unstacked = define(self.config, RunOptions(param_dtype=run.param_dtype), mesh).params
         params = storage.load_params(self._params, unstacked)
         with jax.set_mesh(mesh):
             params = stack_layers(params) if run.scan_layers else params
-        return params if like is None else pick(params, like)
+            return jax.tree.map(lambda x, target: x.astype(target.dtype), pick(params, wanted), wanted)
 
     @cached_property
     def generation(self) -> dict[str, Any]:
