@@ -249,6 +249,18 @@ def test_bfloat16(tmp_path: Path) -> None:
     np.testing.assert_allclose(logs[2], logs[0], rtol=2e-2)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_types_of_frozen_parameters(dora: bool) -> None:
+    """Projections are rounded once; what is exported beside an adapter, added or normed is not."""
+    config, lora = LlamaConfig.from_hf(CONFIG), Lora((((0, "self_attn.q_proj"), Rank(4, 1.0)),), use_dora=dora)
+    params: Any = define(config, RunOptions(compute_dtype=jnp.bfloat16, lora=lora), sharding.make_mesh()).params
+    layer = params["layers"][1]
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        assert layer["self_attn"][name]["weight"].dtype == (jnp.float32 if dora else jnp.bfloat16)
+    others = [params["embed_tokens"], params["lm_head"], params["norm"], layer["input_layernorm"]]
+    assert {other["weight"].dtype for other in others} == {jnp.dtype(jnp.float32)}
+
+
 def test_no_gradient_of_a_frozen_matrix() -> None:
     """The compiled update has no product of the shape of a frozen weight, and the plain one has."""
     config, mesh = LlamaConfig.from_hf({**CONFIG, "intermediate_size": 80}), sharding.make_mesh()

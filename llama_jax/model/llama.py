@@ -55,10 +55,11 @@ class RunOptions:
     longest: int = 0
     lora: Lora | None = None
 
-    def matmul_dtype(self, module: str = "") -> Any:
-        """Return the type in which a matmul weight is kept. Where adapters freeze it, it is rounded once, when it is
-        read, and not in each product. `module` may be trained whole."""
-        whole = self.lora is None or self.lora.use_dora or module in self.lora.saved  # DoRA takes norms of the weights
+    @property
+    def projection_dtype(self) -> Any:
+        """Return the type in which a projection's weight is kept. Where adapters freeze it, it is rounded once, when it
+        is read, and not in each product."""
+        whole = self.lora is None or self.lora.use_dora  # DoRA takes norms of the weights
         return (None if whole else self.compute_dtype) or self.param_dtype
 
 
@@ -109,7 +110,7 @@ class Linear(nnx.Module):
         layer: int,
         rngs,
     ):
-        self.weight = MatmulWeight(_draw(out_in, spec, config, run.matmul_dtype(), rngs))
+        self.weight = MatmulWeight(_draw(out_in, spec, config, run.projection_dtype, rngs))
         row = spec == sharding.ROW_DF
         bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
         zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=placed(bias_spec)) if bias else None
@@ -238,8 +239,7 @@ class Head(nnx.Module):
     def __init__(self, config: LlamaConfig, run: RunOptions, rngs):
         rows = sharding.vocab_rows(config.vocab_size)
         spec = sharding.column(rows)
-        shape, dtype = (rows, config.hidden_size), run.matmul_dtype("lm_head")
-        self.weight = MatmulWeight(_draw(shape, spec, config, dtype, rngs))
+        self.weight = MatmulWeight(_draw((rows, config.hidden_size), spec, config, run.param_dtype, rngs))
 
 
 class Llama(nnx.Module):
