@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ PACKED = 2
 # 20 updates on several devices: float32 sums in another order, a difference that Adam's divisions increase.
 MESHES = 1e-3
 # What each sister model has beside LLaMA's mathematics.
-SISTERS = {
+SISTERS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 100},
     "qwen2": {},
     "qwen3": {"head_dim": 128},

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def trainer(args: argparse.Namespace) -> dict:
                 control.should_training_stop = len(done) >= 6 and time.monotonic() > deadline
 
     checkpointed = not args.work.startswith("alpaca")
-    sharded = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    sharded: dict[str, Any] = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     sharded["activation_checkpointing"] = checkpointed
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
@@ -107,7 +108,8 @@ def trainer(args: argparse.Namespace) -> dict:
             torch_compile=args.only == "compiled",
             use_cpu=not CUDA,
             tf32=True if CUDA else None,
-            **({"fsdp": "full_shard auto_wrap", "fsdp_config": sharded} if WAYS > 1 else {}),
+            fsdp="full_shard auto_wrap" if WAYS > 1 else None,
+            fsdp_config=sharded if WAYS > 1 else None,
         )
         started = time.monotonic()
         run = transformers.Trainer(model, arguments, train_dataset=Data(), data_collator=collate, callbacks=[Clock()])
@@ -132,7 +134,7 @@ def fsdp(args: argparse.Namespace) -> dict:
         sys.exit("this peer takes whole sequences only")
     raw = raw_config(args.shape, args.layers)
     lengths, rows, _ = lengths_of(args, WAYS)
-    alone = {} if WAYS > 1 else {"rank": 0, "world_size": 1, "store": torch.distributed.HashStore()}
+    alone: dict[str, Any] = {} if WAYS > 1 else {"rank": 0, "world_size": 1, "store": torch.distributed.HashStore()}
     torch.distributed.init_process_group("nccl" if CUDA else "gloo", **alone)
     torch.set_float32_matmul_precision("high")
     model = _make_model(raw)

@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("png", type=Path)
     args = parser.parse_args()
-    draw = {"trainer": draw_trainer, "speed": draw_speed}[args.picture]
+    draw = draw_trainer if args.picture == "trainer" else draw_speed
     figure = draw(json.loads(args.results.read_text()))
     figure.tight_layout()
     figure.savefig(args.png, dpi=110)

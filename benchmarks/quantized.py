@@ -93,14 +93,14 @@ def check(shape: tuple[int, int], rows: int) -> bool:
             on_host = np.asarray(jax.jit(dequantize, static_argnums=1)(q, jnp.bfloat16))
         on_device = np.asarray(jax.jit(dequantize, static_argnums=1)(q, jnp.bfloat16))
         exact, same = on_host.astype(np.float64), bool((on_device == on_host).all())
-        ways = {"quantized_matmul": product}
+        ways: dict[str, Callable] = {"quantized_matmul": product}
         if name != "int8":
             ways |= {"take": recomputed(by_take), "two products": jax.checkpoint(two_products)}
         for way, f in ways.items():
             got = jax.jit(partial(both, f))(x, q, dy)
             errors = []
-            for value, a, b in zip(got, (x, dy), (exact.T, exact), strict=True):
-                a = np.asarray(a, np.float64)
+            for value, given, b in zip(got, (x, dy), (exact.T, exact), strict=True):
+                a = np.asarray(given, np.float64)
                 errors.append((np.abs(np.asarray(value, np.float64) - a @ b) / (np.abs(a) @ np.abs(b))).max())
             good &= same and max(errors) < BOUND
             print(f"{name} {shape}, {way}: y, dx off by {errors[0]:.1e} {errors[1]:.1e}; matrix equal: {same}")

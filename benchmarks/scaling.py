@@ -50,7 +50,7 @@ def parts(topology: Topology, config: LlamaConfig, rows: int, tokens: int, spec:
     state = abstract_state(tx, definition, mesh)
     steps, block = Steps(definition, tx, config.vocab_size), (rows * sharding.batch_ways(mesh), tokens)
     steps.compile(state, block, mesh)
-    sent = {}
+    sent: dict[str, float] = {}
     for c in Program(steps.programs[block].as_text()).collectives(mesh.shape):
         key = f"{c.kind} over {'+'.join(c.axes)}"
         sent[key] = sent.get(key, 0) + c.sent * c.times

@@ -93,8 +93,8 @@ def compare(compat: str, model: Path, data: Path, folder: Path, threads: int) ->
 
     print(f"transformers {versions['transformers']}, accelerate {versions['accelerate']}, torch {versions['torch']}\n")
     print("| update | Trainer's loss | train_jax.py's loss | difference |\n|--:|--:|--:|--:|")
-    for k, (theirs, mine) in enumerate(zip(hf["losses"], losses, strict=True), start=1):
-        print(f"| {k} | {theirs:.7f} | {mine:.7f} | {mine - theirs:+.1e} |")
+    for k, (first, second) in enumerate(zip(hf["losses"], losses, strict=True), start=1):
+        print(f"| {k} | {first:.7f} | {second:.7f} | {second - first:+.1e} |")
     relative = np.abs(np.asarray(losses) / hf["losses"] - 1).max()
     theirs, mine = load_file(hf["weights"]), load_file(folder / "ours" / "model.safetensors")
     before = load_file(model / "model.safetensors")

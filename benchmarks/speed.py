@@ -72,7 +72,7 @@ def ours(args: argparse.Namespace) -> dict:
                 ids = rng.integers(0, config.vocab_size, n).tolist()
                 file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
         job = make_job(arguments, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
-    planner = Planner(job, mesh, platform, arguments.dtype or "float32", choose_scan(arguments, config, platform))
+    planner = Planner(job, mesh, platform, arguments.dtype or "float32", choose_scan(job, platform))
     started = time.monotonic()
     plan = planner.settle(memory_limit())
     compiled_in = time.monotonic() - started
@@ -167,7 +167,7 @@ def main() -> None:
     if args.only:
         args.work = args.work[0]
         if args.only == "ours":
-            result = ours(args)
+            result: dict | None = ours(args)
         else:
             import peers
 
