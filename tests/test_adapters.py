@@ -20,7 +20,7 @@ import torch
 from hf_trainer import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_live import DEFAULTS, same_log, same_run, spelled, train_ours
 from tiny import ALPACA, CONFIG, ROOT, make_records, run, slow_unless, write_json, write_model, write_tokenizer
 from transformers import AutoModelForCausalLM
@@ -373,6 +373,26 @@ def test_new_tokens(tmp_path: Path) -> None:
     np.testing.assert_allclose(logits(base_of(tmp_path / "merged"), ids), expected, atol=320 * 2**-24 * 30)
     further = {"adapter_name_or_path": out, "use_peft": None, "lora_r": None, "lora_alpha": None, "data_path": data}
     trained(tmp_path, "again", **further, max_steps=1)
+
+
+@pytest.mark.slow
+def test_a_resized_adapter_is_resumed(tmp_path: Path) -> None:
+    """Frozen rows that the PEFT folder holds are the folder's in the resumed run too, not the mean of the model's."""
+    write_tokenizer(write_model(tmp_path / "model"), pad_token=None)
+    flags: Flags = {"data_path": write_json(tmp_path / "alpaca.json", ALPACA * 2), "lora_dropout": 0.0}
+    first = trained(tmp_path, "first", **flags, max_steps=1)
+    name, arrays = "base_model.model.lm_head.weight", tensors(first)
+    arrays[name] = arrays[name].copy()
+    arrays[name][-1] *= 3
+    save_file(arrays, first / "adapter_model.safetensors", metadata={"format": "pt"})
+    flags |= {"adapter_name_or_path": first, "use_peft": None, "lora_r": None, "lora_alpha": None, "max_steps": 2}
+    flags |= {"lora_dropout": None, "save_steps": 1}
+    whole = trained(tmp_path, "whole", **flags)
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "part" / "checkpoint-1")
+    expected, found = tensors(whole), tensors(trained(tmp_path, "part", **flags, resume_from_checkpoint=True))
+    np.testing.assert_array_equal(expected[name], arrays[name])
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array, key)
 
 
 def test_a_flax_folder(tmp_path: Path) -> None:

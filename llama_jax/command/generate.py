@@ -18,10 +18,9 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf import peft
-from llama_jax.hf.load import load_adapter
 from llama_jax.hf.source import Source
 from llama_jax.hf.tensor import Tensor
-from llama_jax.model.definition import define, merge, without
+from llama_jax.model.definition import define, merge
 from llama_jax.model.generate import generate
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.rope import covered_positions
@@ -83,10 +82,9 @@ def main(argv: list[str]) -> int:
     sampling, lines = source.sampling(args.temperature)
     for line in lines:
         say(line)
-    definition, adapter_params = define(config, run, mesh), {}
-    if lora:
-        adapter_params = load_adapter(tensors, peft.paths_of(tensors, lora, config), definition)
-    params = merge(source.load(run, mesh, like=without(definition.base, adapter_params)), adapter_params)
+    definition = define(config, run, mesh)
+    trained, rest = peft.load_adapter(tensors, lora, config, definition.params) if lora else ({}, definition.params)
+    params = merge(source.load(run, mesh, like=rest), trained)
     with jax.set_mesh(mesh):
         model = nnx.merge(definition.graphdef, params)
         (new,) = generate(model, [prompt], args.max_new_tokens, ends, sampling, args.seed)

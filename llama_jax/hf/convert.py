@@ -11,11 +11,10 @@ from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.distributed import sharding, storage
 from llama_jax.hf import peft
-from llama_jax.hf.load import load_adapter
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import FLAX_JSON, Source, compare_digests, dtype_summary, numpy_dtype
 from llama_jax.hf.writer import hf_tensors, write_config, write_weights
-from llama_jax.model.definition import define, merge, without
+from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.lora import merged
 from llama_jax.reporting.progress import byte_bar, say
@@ -65,11 +64,9 @@ def merge_adapter(source: Source, adapter_folder: Path, folder: Path, dtype: np.
     `dtype` or to the type of the model's file. Raises InputError."""
     adapter, tensors = peft.read_adapter(adapter_folder, source.config)
     mesh, run, config = sharding.make_mesh(), RunOptions(lora=adapter.lora), adapter.resized(source.config)
-    definition = define(config, run, mesh)
-    trained = load_adapter(tensors, peft.paths_of(tensors, adapter.lora, config), definition)
+    trained, rest = peft.load_adapter(tensors, adapter.lora, config, define(config, run, mesh).params)
     with byte_bar("reading weights", source.bytes) as bar:
-        params = source.load(run, mesh, bar.update, like=without(definition.base, trained))
-    params = merge(params, trained)
+        params = merge(source.load(run, mesh, bar.update, like=rest), trained)
     with jax.set_mesh(mesh):
         params = merged(params, adapter.lora)
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes

@@ -16,7 +16,7 @@ from llama_jax.distributed import sharding
 from llama_jax.hf.names import Path, name_table, without_layer
 from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.definition import Definition, define, only
+from llama_jax.model.definition import define, only, without
 from llama_jax.model.llama import RunOptions, is_stacked
 from llama_jax.model.roles import Params
 
@@ -133,16 +133,13 @@ def _ahead(pool: ThreadPoolExecutor, load: Callable[[tuple], jax.Array], paths: 
         yield pending.popleft().result()
 
 
-def load_adapter(tensors: dict[str, Tensor], paths: Mapping[str, Path], definition: Definition) -> Params:
-    """Return the parameters of a PEFT folder's tensors, whose paths in the unstacked tree are given by name."""
-    arrays = {path: tensors[name].read(()).astype(np.float32) for name, path in paths.items()}
-    stacked = is_stacked(definition.params)
-    held = {without_layer(path) if stacked else path for path in arrays}
-    return place_arrays(arrays, only(definition.params, held))
+def place_arrays(arrays: Mapping[Path, np.ndarray], like: Params) -> tuple[Params, Params]:
+    """Place host arrays, by their path in the unstacked tree, as parameters of the tree `like`.
 
-
-def place_arrays(arrays: Mapping[Path, np.ndarray], abstract: Params) -> Params:
-    """Return host arrays, by their path in the unstacked tree, as a tree of parameters like `abstract`."""
+    Return these parameters, and the part of `like` that has no array.
+    """
+    stacked = is_stacked(like)
+    held = only(like, {without_layer(path) if stacked else path for path in arrays})
 
     def place(keys: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
         path = tuple(k.key for k in keys)
@@ -154,7 +151,7 @@ def place_arrays(arrays: Mapping[Path, np.ndarray], abstract: Params) -> Params:
         padded[tuple(map(slice, array.shape))] = array
         return jax.make_array_from_callback(target.shape, target.sharding, lambda index: padded[index])
 
-    return jax.tree_util.tree_map_with_path(place, abstract)
+    return jax.tree_util.tree_map_with_path(place, held), without(like, held)
 
 
 @jax.jit(static_argnums=1, donate_argnums=0)

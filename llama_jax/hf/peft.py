@@ -20,13 +20,14 @@ from llama_jax.base.bucket import is_remote, local_file
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object, write_text
 from llama_jax.hf import names
-from llama_jax.hf.load import equal
+from llama_jax.hf.load import equal, place_arrays
 from llama_jax.hf.names import Path as Place
 from llama_jax.hf.readers import open_safetensors
 from llama_jax.hf.tensor import Tensor
 from llama_jax.hf.torch_random import TorchRandom
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Lora, Rank
+from llama_jax.model.roles import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -495,10 +496,11 @@ def _resized(tensors: Mapping[str, Tensor], config: LlamaConfig, folder: Path) -
     return next((rows for rows in found.values() if rows != config.vocab_size), None)
 
 
-def paths_of(tensors: Iterable[str], lora: Lora, config: LlamaConfig) -> dict[str, Place]:
-    """Return the paths of a folder's tensors by name: the adapter's, and those of an embedding and a head."""
+def load_adapter(tensors: Mapping[str, Tensor], lora: Lora, config: LlamaConfig, like: Params) -> tuple[Params, Params]:
+    """Return those parameters of `like` that a folder holds, an embedding and a head of a resized vocabulary among
+    them, and the part of `like` that is left to the model's files."""
     everything = name_table(dataclasses.replace(lora, saved=SAVED), config)
-    return {name: everything[name][0] for name in tensors}
+    return place_arrays({everything[n][0]: t.read(()).astype(np.float32) for n, t in tensors.items()}, like)
 
 
 def write_adapter(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], adapter: Adapter) -> None:

@@ -43,14 +43,9 @@ class Definition:
         return jax.tree.map(lambda role: issubclass(role, roles), self.roles)
 
     @property
-    def adapters(self) -> Params:
-        """Return the part of `trainable` that belongs to adapters."""
-        return _where(self.trainable, self.having(AdapterWeight))
-
-    @property
     def base(self) -> Params:
         """Return the tree of all parameters but the adapters': those of the model's files."""
-        return merge(_where(self.trainable, jax.tree.map(lambda b: not b, self.having(AdapterWeight))), self.frozen)
+        return without(self.params, _where(self.trainable, self.having(AdapterWeight)))
 
     @property
     def halved(self) -> Params | None:

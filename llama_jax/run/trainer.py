@@ -22,11 +22,11 @@ from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
 from llama_jax.hf import peft
-from llama_jax.hf.load import load_adapter, place_arrays, resize_vocabulary
+from llama_jax.hf.load import place_arrays, resize_vocabulary
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
 from llama_jax.hf.writer import align_special_tokens, host_arrays, write_config, write_weights
-from llama_jax.model.definition import merge, without
+from llama_jax.model.definition import merge
 from llama_jax.model.lora import magnitudes
 from llama_jax.model.roles import Params
 from llama_jax.plan import explain
@@ -232,28 +232,28 @@ def load(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Train
 def first_params(prepared: Prepared) -> Params:
     """Return all parameters before the first update: the model's, and those of an adapter."""
     job, definition = prepared.job, prepared.planner.definition
-    if job.adapter is None:
-        return read_weights(prepared)
-    lora, config = job.adapter.lora, job.config
-    if tensors := job.adapter_tensors:
-        adapter = load_adapter(tensors, peft.paths_of(tensors, lora, config), definition)
-        return merge(read_weights(prepared, like=without(definition.base, adapter)), adapter)
-    params, init = read_weights(prepared), job.adapter.values["init_lora_weights"]
-    arrays = peft.first_values(lora, config, job.args.seed, init, np.dtype(prepared.facts.dtype))
-    if lora.use_dora:
+    if job.adapter is None or job.adapter_tensors:
+        return read_weights(prepared, like=definition.params)
+    params, init = read_weights(prepared, like=definition.base), job.adapter.values["init_lora_weights"]
+    arrays = peft.first_values(job.adapter.lora, job.config, job.args.seed, init, np.dtype(prepared.facts.dtype))
+    if job.adapter.lora.use_dora:
         with jax.set_mesh(prepared.mesh):
-            arrays |= magnitudes(params, lora)
-    return merge(params, place_arrays(arrays, definition.adapters))
+            arrays |= magnitudes(params, job.adapter.lora)
+    return merge(params, place_arrays(arrays, definition.params)[0])
 
 
-def read_weights(prepared: Prepared, like: Params | None = None) -> Params:
-    """Return the model's parameters with the rows of the job's vocabulary; only those of `like` where it is given."""
+def read_weights(prepared: Prepared, like: Params) -> Params:
+    """Return the parameters of `like`: from the PEFT folder where it has them, else the model's, with the rows of the
+    job's vocabulary."""
     job, mesh, source = prepared.job, prepared.mesh, prepared.source
+    trained: Params = {}
+    if job.adapter is not None:
+        trained, like = peft.load_adapter(job.adapter_tensors, job.adapter.lora, job.config, like)
     with byte_bar("reading weights", source.bytes, prepared.quiet) as bar:
         params = source.load(prepared.planner.run, mesh, bar.update, like)
     if job.new_ids or job.config.vocab_size != source.config.vocab_size:
-        return resize_vocabulary(params, source.config, job.config, job.new_ids, mesh)
-    return params
+        params = resize_vocabulary(params, source.config, job.config, job.new_ids, mesh)
+    return merge(params, trained)
 
 
 def compile_while(read: Callable[[], T], planner: Planner, limit: int | None) -> tuple[Plan, T]:
