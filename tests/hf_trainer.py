@@ -64,6 +64,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
       perhaps with an `attention_mask`
     - `output_dir`
     - `new_tokens` (0): how many rows stanford_alpaca's resize adds to the vocabulary
+    - `quantization`: keywords of BitsAndBytesConfig
     - `peft`: keywords of PEFT's LoraConfig; the adapter alone is trained, and drawn under the seed of `argv`; its
       folder is `adapter` in `output_dir`
     - `pad_token_id` (0): what pads the ids; `attn` ("sdpa"): the attention implementation; `threads` (1): torch's
@@ -107,8 +108,11 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(output_dir), *QUIET, *map(str, spec["argv"])])
     data = _Examples(spec["data"])
     eval_data = _Examples(spec["eval_data"]) if spec.get("eval_data") else None
+    keywords = {}
+    if "quantization" in spec:
+        keywords["quantization_config"] = transformers.BitsAndBytesConfig(**spec["quantization"])
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        spec["model"], attn_implementation=spec.get("attn", "sdpa")
+        spec["model"], attn_implementation=spec.get("attn", "sdpa"), **keywords
     )
     if new_tokens := spec.get("new_tokens", 0):
         model.resize_token_embeddings(model.config.vocab_size + new_tokens)

@@ -42,17 +42,32 @@ Flags = dict[str, Any]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+# The flags of a quantized base, and the keywords of transformers' BitsAndBytesConfig that mean the same.
+QUANTIZATIONS: dict[str, tuple[Flags, Flags]] = {
+    "nf4": ({"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "nested nf4": (
+        {"load_in_4bit": True, "use_bnb_nested_quant": True},
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    ),
+    "int8": ({"load_in_8bit": True}, {"load_in_8bit": True}),
+}
+WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 128}  # 4 bits need multiples of 64
+
+
 class Bench(NamedTuple):
+    """`wide` may be quantized."""
+
     server: Server
     folder: Path
     model: Path
+    wide: Path
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     folder = tmp_path_factory.mktemp("adapters")
     server = Server("5")
-    yield Bench(server, folder, write_model(folder / "model"))
+    yield Bench(server, folder, write_model(folder / "model"), write_model(folder / "wide", WIDE))
     server.close()
 
 
@@ -114,24 +129,28 @@ def jobs(draw: st.DrawFn) -> tuple[Flags, Flags, int]:
     return {k: v for k, v in adapter.items() if v is not None and v is not False}, trainer, draw(st.integers(9, 14))
 
 
-def compare(bench: Bench, adapter: Flags, trainer: Flags, count: int) -> None:
-    """Run both, and compare losses, norms, log, adapters, and the folders as each loader reads them."""
+def compare(bench: Bench, adapter: Flags, trainer: Flags, count: int, quantization: str | None = None) -> None:
+    """Run both, and compare losses, norms, log, adapters, and the folders as each loader reads them. A base of
+    `quantization` is bitsandbytes' in the Trainer."""
+    model, ours_too, theirs_too = bench.model, Flags(), Flags()
+    if quantization:
+        model, (ours_too, theirs_too) = bench.wide, QUANTIZATIONS[quantization]
     with tempfile.TemporaryDirectory(dir=bench.folder) as directory:
         folder = Path(directory)
         data = write_json(folder / "data.json", make_records(count, seed=count))
         argv = spelled("5", trainer)
         print("on", count, "records with", *words(adapter), *argv)
-        spec = {"argv": argv, "model": str(bench.model), "data": str(data), "output_dir": str(folder / "hf")}
+        spec = {"argv": argv, "model": str(model), "data": str(data), "output_dir": str(folder / "hf")}
+        spec |= {"quantization": theirs_too} if quantization else {}
         hf = bench.server.train({**spec, "attn": "eager", "peft": settings_of(adapter)})
         assert "error" not in hf, hf
         out = folder / "ours"
-        paths = ["--model_name_or_path", str(bench.model), "--data_path", str(data), "--output_dir", str(out)]
-        ours = train_ours(
-            [*paths, "--use_cpu", "True", "--hf_compat", "5", "--use_peft", "True", *words(adapter), *argv], out
-        )
+        paths = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(out)]
+        flags = words({"use_cpu": True, "hf_compat": 5, "use_peft": True, **adapter, **ours_too})
+        ours = train_ours([*paths, *flags, *argv], out)
         same_run(ours, hf, load_file(folder / "hf/adapter/adapter_model.safetensors"))
         same_log(ours, hf, "5")
-        theirs, mine = (peft.PeftModel.from_pretrained(base_of(bench.model), f) for f in (folder / "hf/adapter", out))
+        theirs, mine = (peft.PeftModel.from_pretrained(base_of(model), f) for f in (folder / "hf/adapter", out))
         ids = list(range(3, 40))
         # Adapters are equal to 1e-5; a logit sums 32 hidden entries of size 1 over two layers.
         np.testing.assert_allclose(logits(mine, ids), logits(theirs, ids), atol=1e-3)
@@ -148,6 +167,21 @@ def test_drawn_runs(bench: Bench, job: tuple[Flags, Flags, int]) -> None:
 @given(jobs())
 def test_many_drawn_runs(bench: Bench, job: tuple[Flags, Flags, int]) -> None:
     compare(bench, *job)
+
+
+@pytest.mark.parametrize("quantization", [*QUANTIZATIONS])
+def test_quantized_base(bench: Bench, quantization: str) -> None:
+    """The curve of the Trainer with PEFT over bitsandbytes' layers."""
+    adapter = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "use_dora": quantization == "nested nf4"}
+    adapter |= {"lora_target_modules": ["q_proj", "down_proj"]}
+    compare(bench, adapter, {"max_steps": 5, "save_strategy": "no"}, 11, quantization)
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(jobs(), st.sampled_from([*QUANTIZATIONS]))
+def test_many_quantized_runs(bench: Bench, job: tuple[Flags, Flags, int], quantization: str) -> None:
+    compare(bench, *job, quantization)
 
 
 # -- What is done with an adapter -------------------------------------------------------------------------------------
@@ -284,16 +318,16 @@ def test_dropout(p: float) -> None:
     outside training none is."""
     mesh, rank, size = sharding.make_mesh(), Rank(64, 1.0), 64
     lora = Lora((((0, "x"), rank),), dropout=p)
-    x, zero, weight = jnp.ones((1, 512, size)), jnp.zeros((1, 512, size)), jnp.zeros((size, size))
+    x, zero = jnp.ones((1, 512, size)), jnp.zeros((1, 512, size))
     with jax.set_mesh(mesh):
         masks = []
         for number in (0, 1):
             adapter = Adapter((size, size), False, rank, lora, jnp.float32, number)
             adapter.lora_A.weight[...] = jnp.eye(size)
             adapter.lora_B.weight[...] = jnp.eye(size)
-            np.testing.assert_array_equal(adapter(x, zero, weight, None), x)
+            np.testing.assert_array_equal(adapter(x, zero, None, None), x)
             for key in (jax.random.key(0, impl="rbg"), jax.random.key(1, impl="rbg")):
-                masks.append(np.asarray(adapter(x, zero, weight, key)))
+                masks.append(np.asarray(adapter(x, zero, None, key)))
     for mask in masks:
         assert {*np.unique(mask).tolist()} == {0.0, float(np.float32(1) / np.float32(1 - p))}
         # 5 standard deviations of a mean of 32,768 draws.
@@ -330,6 +364,14 @@ def test_dropout(p: float) -> None:
         ({"lora_r": 0}, "r is 0; should be a whole number above 0"),
         ({"adapter_name_or_path": "/nowhere"}, "has its own settings"),
         ({"adapter_name_or_path": "/nowhere", "lora_r": None, "lora_alpha": None}, "/nowhere: no adapter_config.json"),
+        ({"load_in_4bit": True}, "self_attn.q_proj: 4 bits need a multiple of 64 inputs, but the matrix has 32; use"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "a model is kept in one format; give one of them"),
+        (
+            {"load_in_8bit": True, "bnb_4bit_quant_type": "fp4"},
+            "--bnb_4bit_quant_type fp4: 4 bits are held as nf4 only",
+        ),
+        ({"load_in_8bit": True, "use_bnb_nested_quant": True}, "belongs to --load_in_4bit True; add it, or leave this"),
+        ({"load_in_8bit": True, "use_peft": None, "lora_r": None, "lora_alpha": None}, "quantized weights cannot be"),
         (
             {"lora_target_modules": r".*\.0\..*_proj", "scan_layers": True},
             "--scan_layers True: stacked layers need the same",
@@ -393,6 +435,29 @@ def test_a_resized_adapter_is_resumed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(expected[name], arrays[name])
     for key, array in expected.items():
         np.testing.assert_array_equal(found[key], array, key)
+
+
+def test_a_quantized_run_is_resumed(tmp_path: Path) -> None:
+    """From the same quantized base, with the flags of its base alone; a Flax folder is refused."""
+    write_model(tmp_path / "model", WIDE)
+    write_json(tmp_path / "data.json", make_records(20))
+    flags = {"load_in_4bit": True, "use_bnb_nested_quant": True, "scan_layers": True, "bf16": True}
+    flags |= {"max_steps": 2, "save_steps": 1}
+    whole = trained(tmp_path, "whole", **flags)
+    shutil.copytree(whole / "checkpoint-1", tmp_path / "part" / "checkpoint-1")
+    argv = {"model_name_or_path": tmp_path / "model", "data_path": tmp_path / "data.json", "use_cpu": True}
+    argv |= {"output_dir": tmp_path / "part", "use_peft": True, "lora_r": 4, "hf_compat": 5, **flags}
+    outcome = run(train_jax.main, *words({**argv, "use_bnb_nested_quant": False, "resume_from_checkpoint": True}))
+    assert outcome.code == 2
+    assert "it has use_bnb_nested_quant True, this one False; give the same flags as then" in outcome.err
+    expected, found = tensors(whole), tensors(trained(tmp_path, "part", **flags, resume_from_checkpoint=True))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, name)
+    flax = tmp_path / "flax"
+    assert run(convert_torch_to_flax.main, "--model_name_or_path", tmp_path / "model", "--output_dir", flax).code == 0
+    outcome = run(train_jax.main, *words({**argv, "model_name_or_path": flax, "output_dir": tmp_path / "new"}))
+    assert outcome.code == 2
+    assert "is a Flax folder; projections are quantized while an HF folder is read" in outcome.err
 
 
 def test_a_flax_folder(tmp_path: Path) -> None:

@@ -424,10 +424,7 @@ def test_a_config_file_without_its_flag(tmp_path: Path) -> None:
         ("torch_dtype", "use --bf16 True"),
         ("num_gpus", "use --mesh"),
         ("gpus", "use --mesh"),
-        (
-            "load_in_8bit",
-            "use --use_peft True, which trains adapters in little memory: quantized weights are not there",
-        ),
+        ("quantization_bit", "use --load_in_4bit True or --load_in_8bit True, with --use_peft True"),
         ("use_lora", "use --use_peft True"),
         ("adapter", "use --use_peft True"),
         ("lora_rank", "use --use_peft True, with --lora_r"),

@@ -97,7 +97,7 @@ def load(folder: Path, run: RunOptions, mesh: Mesh, **options: Any) -> Arrays:
     config = LlamaConfig.from_hf(checkpoint.config)
     tensors = check_tensors(checkpoint.tensors, config, str(folder))
     sizes: list[int] = []
-    params = load_params(tensors, config, define(config, run, mesh).params, mesh, progress=sizes.append)
+    params = load_params(tensors, config, run, define(config, run, mesh).params, mesh, progress=sizes.append)
     assert sum(sizes) == sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors.values())
     result = {}
     for name, (path, shape) in name_table(config).items():
@@ -762,6 +762,7 @@ def test_resized_vocabulary(old: int, new: int, new_tokens: int, tied: bool, tmp
     params = load_params(
         check_tensors(open_checkpoint(tmp_path).tensors, config, ""),
         config,
+        RunOptions(),
         define(config, RunOptions(), mesh).params,
         mesh,
     )
@@ -822,7 +823,7 @@ class AtOnce:
 def test_what_is_read_ahead_is_bounded() -> None:
     """Tensors read and not yet asked for, whatever the readers' speed: each takes memory of host and device."""
     read: list[tuple] = []
-    loaded = _ahead(AtOnce(), lambda path: read.append(path) or path, ((i,) for i in range(50)))  # type: ignore
+    loaded = _ahead(AtOnce(), lambda path, _: read.append(path) or path, (((i,), None) for i in range(50)))  # type: ignore
     for i in range(50):
         assert next(loaded) == (i,) and len(read) <= i + 1 + READERS
     assert next(loaded, None) is None and read == [(i,) for i in range(50)]

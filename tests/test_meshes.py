@@ -111,7 +111,8 @@ def differences(argv: list[str], meshes: list[str], out: Path) -> Iterator[tuple
 
 def adapters_on_meshes(out: str, meshes: list[str], *flags: str) -> None:
     folder = Path(out)
-    write_model(folder / "model", {**CONFIG, "num_attention_heads": 8})
+    wide = {"hidden_size": 128, "intermediate_size": 256} if "--load_in_4bit" in flags else {}
+    write_model(folder / "model", {**CONFIG, "num_attention_heads": 8, **wide})
     write_json(folder / "data.json", make_records(40))
     argv = ["--model_name_or_path", folder / "model", "--data_path", folder / "data.json", "--use_cpu", "True"]
     argv += ["--max_steps", "5", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "4"]
@@ -136,8 +137,15 @@ def adapters_on_meshes(out: str, meshes: list[str], *flags: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "meshes"),
     [
-        (("--use_dora", "True"), ["tensor=8", "fsdp=2,context=2,tensor=2"]),
-        (("--scan_layers", "True", "--lora_modules_to_save", "lm_head"), ["fsdp=8", "data=2,fsdp=2,tensor=2"]),
+        (("--use_dora", "True"), ["tensor=8"]),
+        (
+            ("--use_dora", "True", "--load_in_4bit", "True", "--use_bnb_nested_quant", "True"),
+            ["fsdp=2,context=2,tensor=2"],
+        ),
+        (
+            ("--load_in_8bit", "True", "--scan_layers", "True", "--lora_modules_to_save", "lm_head"),
+            ["fsdp=8", "data=2,fsdp=2,tensor=2"],
+        ),
     ],
 )
 def test_adapters(flags: tuple[str, ...], meshes: list[str], tmp_path: Path) -> None:

@@ -798,7 +798,7 @@ def check_golden(checkpoint_path: Path, golden_path: Path, mesh: Mesh, run: RunO
     config = LlamaConfig.from_hf(checkpoint.config)
     tensors = check_tensors(checkpoint.tensors, config, str(checkpoint_path))
     graphdef = define(config, run, mesh).graphdef
-    params = load_params(tensors, config, define(config, run, mesh).params, mesh)
+    params = load_params(tensors, config, run, define(config, run, mesh).params, mesh)
     golden = np.load(golden_path)
     ids = golden["input_ids"][None]
 

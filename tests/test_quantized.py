@@ -16,12 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from tiny import CONFIG
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.hf.gguf_file import read_gguf
 from llama_jax.model import quantized, quantizing
-from llama_jax.model.quantized import INT8, LEVELS, NF4, dequantize, quantized_matmul
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define
+from llama_jax.model.llama import RunOptions
+from llama_jax.model.quantized import INT8, LEVELS, NF4, Quantization, dequantize, quantized_matmul
 from llama_jax.model.quantizing import quantize_int8, quantize_nf4
 from llama_jax.plan.chips import find_topology
 
@@ -164,10 +168,6 @@ def test_eight_bits_are_those_of_bitsandbytes(weight: np.ndarray) -> None:
 
 
 def test_matrices_that_cannot_be_quantized() -> None:
-    with pytest.raises(
-        InputError, match=r"k_proj: 4 bits need a multiple of 64 inputs, .* has 100; use --load_in_8bit"
-    ):
-        quantize_nf4(np.ones((8, 100), np.float32), True, "k_proj")
     check_int8(np.ones((8, 100), np.float32))
     for wrong in (np.nan, np.inf, -np.inf):
         weight = np.ones((8, 64), np.float32)
@@ -196,7 +196,7 @@ def quantize(weight: np.ndarray, kind: str) -> NF4 | INT8:
 
 
 def abstract_of(shape: tuple[int, int], kind: str) -> NF4 | INT8:
-    return quantized.abstract_int8(shape) if kind == "int8" else quantized.abstract_nf4(shape, kind == "nested nf4")
+    return Quantization(8 if kind == "int8" else 4, nested=kind == "nested nf4").abstract(shape)
 
 
 def bound(a: np.ndarray, b: np.ndarray, dtype: type) -> np.ndarray:
@@ -322,6 +322,9 @@ def on_eight_devices() -> None:
             assert (np.abs(np.asarray(dx) - dy @ exact) <= bound(dy, exact, np.float32)).all()
             gathers = [line for line in text.splitlines() if " all-gather(" in line]
             assert gathers and not any("f32[128,256]" in line or "f32[4,2,32" in line for line in gathers)
+    run = RunOptions(quantization=Quantization(8))
+    with pytest.raises(InputError, match="--mesh: tensor=8 does not divide num_key_value_heads 2, as quantized"):
+        define(LlamaConfig.from_hf(CONFIG), run, sharding.make_mesh(spec="tensor=8"))
 
 
 @pytest.mark.slow

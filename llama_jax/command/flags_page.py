@@ -31,7 +31,8 @@ _ORIGIN = {
         NEW: "average_tokens_across_devices train_sampling_strategy eval_strategy eval_on_start",
         SCRIPTS: "tokenizer_name dataset_config_name",
         "PEFT": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora "
-        "lora_bias init_lora_weights adapter_name_or_path",
+        "lora_bias init_lora_weights adapter_name_or_path load_in_4bit load_in_8bit bnb_4bit_quant_type "
+        "use_bnb_nested_quant",
         HERE: "eval_data_path validation_split_percentage skip_bad_records allow_pickle dtype hf_compat "
         "max_tokens_per_device remat accumulation packing attention scan_layers mesh coordinator_address num_processes "
         "process_id explain dry_run dry_run_effort show_examples config",

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -17,8 +18,10 @@ from llama_jax.hf.names import Path, name_table, without_layer
 from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, only, without
-from llama_jax.model.llama import RunOptions, is_stacked
-from llama_jax.model.roles import Params
+from llama_jax.model.llama import RunOptions
+from llama_jax.model.quantized import INT8, NF4, is_quantized
+from llama_jax.model.quantizing import quantize
+from llama_jax.model.roles import Params, is_stacked
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 READERS = 4  # threads: copying out of the page cache takes several to keep up with a device's bus
@@ -78,14 +81,16 @@ def equal(a: Tensor, b: Tensor, rows: int = 4096) -> bool:
 def load_params(
     tensors: dict[str, Tensor],
     config: LlamaConfig,
+    run: RunOptions,
     abstract: Params,
     mesh: Mesh,
     progress: Callable[[int], None] = lambda bytes_read: None,
 ) -> Params:
-    """Read checked tensors (of `check_tensors`) into a tree of parameters like `abstract`, which may lack some.
+    """Read checked tensors (of `check_tensors`) into a tree of parameters of `run` like `abstract`, perhaps a part.
 
-    Each device's part goes from the file to the device in the file's type and is cast there. Besides the parameters,
-    host and devices hold READERS tensors at a time.
+    Each device's part goes from the file to the device in the file's type and is cast there. A quantized matrix is
+    whole on the host while it is quantized. Besides the parameters, host and devices hold READERS tensors at a time.
+    Raises InputError for a matrix that cannot be quantized.
     """
     placed = define(config, RunOptions(), mesh).params
     names = {path: name for name, (path, _) in name_table(config).items()}
@@ -94,39 +99,41 @@ def load_params(
     def stacks(path: tuple) -> bool:
         return stacked and path[0] == "layers"
 
-    def load_one(path: tuple) -> jax.Array:
-        tensor, target = tensors[names[path]], _at(placed, path)
-        array = _place(tensor, target)
+    def load_one(path: tuple, like: Any) -> Any:
+        name = names[path]
+        tensor, target = tensors[name], _at(placed, path)
+        array = _quantized(tensor, name, run, like, mesh) if is_quantized(like) else _place(tensor, target)
         progress(int(np.prod(tensor.shape)) * tensor.dtype.itemsize)
         return array
 
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=is_quantized)
     parts: list[list[tuple]] = []  # the tensors of each leaf
-    for keys, _ in leaves:
+    for keys, like in leaves:
         path = tuple(k.key for k in keys)
         layers = range(config.num_hidden_layers)
-        parts.append([(path[0], i, *path[1:]) for i in layers] if stacks(path) else [path])
+        paths = [(path[0], i, *path[1:]) for i in layers] if stacks(path) else [path]
+        parts.append([(path, like) for path in paths])
     result = []
     with ThreadPoolExecutor(READERS) as pool, jax.set_mesh(mesh):
         arrays = _ahead(pool, load_one, itertools.chain.from_iterable(parts))
         # Programs are dispatched here, not in the threads: several processes must dispatch them in the same order.
-        for paths, (_, target) in zip(parts, leaves, strict=True):
-            if not stacks(paths[0]):
-                result.append(_cast(next(arrays), target.dtype))
+        for tensors_of_leaf, (_, target) in zip(parts, leaves, strict=True):
+            if not stacks(tensors_of_leaf[0][0]):
+                result.append(jax.tree.map(lambda array, like: _cast(array, like.dtype), next(arrays), target))
                 continue
-            leaf = jnp.zeros(target.shape, target.dtype, out_sharding=target.sharding.spec)
-            for number in range(len(paths)):
+            leaf = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), target)
+            for number in range(len(tensors_of_leaf)):
                 # Block: otherwise the source arrays pile up.
-                leaf = _put(leaf, next(arrays), np.int32(number)).block_until_ready()
+                leaf = jax.block_until_ready(_put(leaf, next(arrays), np.int32(number)))
             result.append(leaf)
     return jax.tree.unflatten(treedef, result)
 
 
-def _ahead(pool: ThreadPoolExecutor, load: Callable[[tuple], jax.Array], paths: Iterable[tuple]) -> Iterator[jax.Array]:
-    """Yield the loaded arrays in order, with at most READERS of them loaded in advance."""
-    pending: collections.deque[Future[jax.Array]] = collections.deque()
-    for path in paths:
-        pending.append(pool.submit(load, path))
+def _ahead(pool: ThreadPoolExecutor, load: Callable[..., Any], tensors: Iterable[tuple]) -> Iterator[Any]:
+    """Yield the loaded tensors in order, with at most READERS of them loaded in advance."""
+    pending: collections.deque[Future[Any]] = collections.deque()
+    for path, like in tensors:
+        pending.append(pool.submit(load, path, like))
         if len(pending) > READERS:
             yield pending.popleft().result()
     while pending:
@@ -160,8 +167,26 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 @jax.jit(donate_argnums=0)
-def _put(stacked: jax.Array, layer: jax.Array, number: np.int32) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, layer.astype(stacked.dtype), number, 0)
+def _put(stacked: Any, layer: Any, number: np.int32) -> Any:
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), number, 0)
+
+    return jax.tree.map(put, stacked, layer)
+
+
+def _quantized(tensor: Tensor, name: str, run: RunOptions, like: NF4 | INT8, mesh: Mesh) -> NF4 | INT8:
+    """Return the tensor quantized on the devices; `like` has the placements, perhaps of stacked layers.
+
+    Nested statistics depend on the whole matrix, so each process quantizes all of it.
+    """
+    assert run.quantization is not None
+    matrix = quantize(tensor.read(()).astype(run.param_dtype), run.quantization, name)
+
+    def place(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+        spec = P(*target.sharding.spec[target.ndim - array.ndim :])
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
+
+    return jax.tree.map(place, matrix, like)
 
 
 def _place(tensor: Tensor, target: jax.ShapeDtypeStruct) -> jax.Array:

@@ -6,8 +6,7 @@ from typing import Any
 
 from llama_jax.base.errors import InputError
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import is_stacked
-from llama_jax.model.roles import Params
+from llama_jax.model.roles import Params, is_stacked
 
 Path = tuple[str | int, ...]
 

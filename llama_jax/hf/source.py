@@ -138,7 +138,12 @@ class Source:
         abstract = define(self.config, run, mesh).base
         wanted = abstract if like is None else pick(abstract, like)
         if not self.is_flax:
-            return load_params(self.tensors, self.config, wanted, mesh, progress)
+            return load_params(self.tensors, self.config, run, wanted, mesh, progress)
+        if run.quantization:
+            raise InputError(
+                f"{self.folder}: is a Flax folder; projections are quantized while an HF folder is read: give the HF "
+                "folder that it was converted from"
+            )
         self._check_shapes()
         unstacked = define(self.config, RunOptions(param_dtype=run.param_dtype), mesh).params
         params = storage.load_params(self._params, unstacked)

@@ -18,8 +18,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.processes import exchange, is_first
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.config import FAMILIES, LlamaConfig
-from llama_jax.model.llama import is_stacked
-from llama_jax.model.roles import Params
+from llama_jax.model.roles import Params, is_stacked
 
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")

@@ -65,7 +65,7 @@ def define(config: LlamaConfig, run: RunOptions, mesh: Mesh, trainable: Any = No
     # Shapes do not depend on keys; splitting a key for each parameter would take four fifths of the time.
     rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        graphdef, *states = nnx.split(nnx.eval_shape(lambda: Llama(config, run, rngs=rngs)), trainable, ...)
+        graphdef, *states = jax.eval_shape(lambda: nnx.split(Llama(config, run, rngs=rngs), trainable, ...))
     trained, frozen = (jax.tree.map(lambda a: sharding.on(mesh, a), nnx.to_pure_dict(state)) for state in states)
     roles: Any = nnx.to_pure_dict(states[0], extract_fn=type)
     return Definition(run, graphdef, trained, frozen, roles)

@@ -18,12 +18,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
 from llama_jax.model.attention import XLA, Kernel, Scores, attention, keeps_kernel, packed_attention
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
 from llama_jax.model.matmul import project
+from llama_jax.model.quantized import Quantization, dequantize, empty, is_quantized, quantized_matmul
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params
 from llama_jax.model.rope import apply_rope, rope_cos_sin
@@ -42,7 +44,8 @@ class RunOptions:
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange`
     selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows;
     with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter: a
-    micro-batch may span several blocks. `lora` holds the adapters.
+    micro-batch may span several blocks. `lora` holds the adapters, and `quantization` the format of the projections
+    below them, None for plain weights.
     """
 
     param_dtype: Any = jnp.float32
@@ -54,6 +57,7 @@ class RunOptions:
     attention: Kernel = XLA
     longest: int = 0
     lora: Lora | None = None
+    quantization: Quantization | None = None
 
     @property
     def projection_dtype(self) -> Any:
@@ -110,7 +114,10 @@ class Linear(nnx.Module):
         layer: int,
         rngs,
     ):
-        self.weight = MatmulWeight(_draw(out_in, spec, config, run.projection_dtype, rngs))
+        if run.quantization is None:
+            self.weight = MatmulWeight(_draw(out_in, spec, config, run.projection_dtype, rngs))
+        else:
+            self.weight = MatmulWeight(empty(run.quantization, out_in, spec, name))
         row = spec == sharding.ROW_DF
         bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
         zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=placed(bias_spec)) if bias else None
@@ -123,10 +130,21 @@ class Linear(nnx.Module):
         self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
 
     def __call__(self, x: Float[Array, "B T I"], key: Any = None) -> Float[Array, "B T O"]:
-        weight = self.weight[...].astype(self.dtype)
-        base = project(self.out, self.exchange, x.astype(self.dtype), weight)
+        base = self.product(x)
         y = base if self.bias is None else base + self.bias[...].astype(self.dtype)
-        return y if self.adapter is None else (y + self.adapter(x, base, weight, key)).astype(y.dtype)
+        return y if self.adapter is None else (y + self.adapter(x, base, self, key)).astype(y.dtype)
+
+    def product(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        """Return x @ weight.T in the compute type."""
+        weight = self.weight.get_value()
+        if is_quantized(weight):
+            return quantized_matmul(x, weight, self.dtype, self.out)
+        return project(self.out, self.exchange, x.astype(self.dtype), weight.astype(self.dtype))
+
+    def matrix(self) -> Float[Array, "O I"]:
+        """Return the weight in the compute type."""
+        weight = self.weight.get_value()
+        return dequantize(weight, self.dtype) if is_quantized(weight) else weight.astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -247,6 +265,8 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, run: RunOptions = RunOptions(), *, rngs: nnx.Rngs):
         sharding.check_width(config.hidden_size)
+        if run.quantization:
+            _check_unpadded(config)
         self.config, self.run = config, run
         self.embed_tokens = Embedding(config, run, rngs)
         blocks = [Block(config, run, layer, rngs) for layer in range(config.num_hidden_layers)]
@@ -314,6 +334,17 @@ class Llama(nnx.Module):
         return out[..., : self.config.vocab_size].astype(jnp.float32)
 
 
+def _check_unpadded(config: LlamaConfig) -> None:
+    """Raise InputError where the mesh that is set pads projections: no padding of quantized matrices is there."""
+    for key in ("num_key_value_heads", "intermediate_size"):
+        size: int = getattr(config, key)
+        if sharding.padded(size, "tensor") != size:
+            raise InputError(
+                f"--mesh: tensor={sharding.axis_size('tensor')} does not divide {key} {size}, as quantized matrices "
+                "need; use a size that divides it"
+            )
+
+
 @jax.custom_vjp
 def _in_order(x: Float[Array, "B T D"], later: Any):
     """Return a layer's input and the next layer's weights unchanged. Backward, no earlier layer begins until the
@@ -346,11 +377,6 @@ def _stack(blocks: list[Block]) -> Block:
     graphdef, _ = nnx.split(blocks[0])
     states = [nnx.to_pure_dict(nnx.state(b)) for b in blocks]
     return nnx.merge(graphdef, jax.tree.map(lambda *xs: jnp.stack(xs), *states))
-
-
-def is_stacked(params: Params) -> bool:
-    """Return whether the layers of a parameter tree are stacked on a leading axis, and not keyed by their numbers."""
-    return any(isinstance(key, str) for key in params.get("layers", ()))
 
 
 def stack_layers(params: Params) -> Params:

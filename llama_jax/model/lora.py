@@ -4,7 +4,7 @@ Letters: B rows, T tokens, I inputs, O outputs, R rank.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
 from llama_jax.model.matmul import project
-from llama_jax.model.roles import AdapterWeight, Params
+from llama_jax.model.quantized import dequantize, is_quantized
+from llama_jax.model.roles import AdapterWeight, Params, is_stacked
 
 PROJECTIONS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -62,6 +63,14 @@ class Lora:
         return issubclass(kind, AdapterWeight) or path[0] in self.saved
 
 
+class Projection(Protocol):
+    """Describe the frozen part of a projection: x @ weight.T, and the weight, in the compute type."""
+
+    def product(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]: ...
+
+    def matrix(self) -> Float[Array, "O I"]: ...
+
+
 class Matrix(nnx.Module):
     """Hold a matrix of an adapter, or DoRA's magnitudes, in float32."""
 
@@ -85,9 +94,10 @@ class Adapter(nnx.Module):
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
 
     def __call__(
-        self, x: Float[Array, "B T I"], base: Float[Array, "B T O"], weight: Float[Array, "O I"], key: Any
+        self, x: Float[Array, "B T I"], base: Float[Array, "B T O"], projection: Projection, key: Any
     ) -> Float[Array, "B T O"]:
-        """Return the adapter's part of the output; `base` is x @ weight.T. `key` draws the dropout, None for none."""
+        """Return the adapter's part of the output; `base` is `projection.product(x)`. `key` draws the dropout, None for
+        none."""
         dropped = x.astype(self.dtype)
         if key is not None:
             kept = jax.random.bernoulli(jax.random.fold_in(key, self.number), 1 - self.dropout, x.shape)
@@ -99,6 +109,7 @@ class Adapter(nnx.Module):
         if self.lora_magnitude is None:
             return y
         # PEFT: the norm of W + s B A is a constant of the update; the base's output is of the dropped input too.
+        weight = projection.matrix()
         whole = jnp.einsum("OR,RI->OI", b, a, out_sharding=placed(jax.typeof(weight).sharding.spec))
         whole = weight.astype(jnp.float32) + self.scaling * whole
         norm = sharding.reshard(
@@ -107,18 +118,22 @@ class Adapter(nnx.Module):
         norm = jnp.where(norm == 0, 1, norm)  # of rows that pad the heads or the ffn for the mesh
         factor = (self.lora_magnitude.weight[...] / norm).astype(self.dtype)
         if key is not None:
-            base = project(self.out, False, dropped.astype(weight.dtype), weight)
+            base = projection.product(dropped)
         return (factor - 1) * base + factor * y
 
 
-def magnitudes(params: Params, lora: Lora) -> dict[tuple[str | int, ...], np.ndarray]:
-    """Return DoRA's first magnitudes, the lengths of the rows of each adapted weight, by their path."""
-    layers, stacked = params["layers"], any(isinstance(key, str) for key in params["layers"])
+def magnitudes(params: Params, lora: Lora, dtype: Any) -> dict[tuple[str | int, ...], np.ndarray]:
+    """Return DoRA's first magnitudes, the lengths of the rows of each adapted weight in `dtype`, by their path."""
+    layers, stacked = params["layers"], is_stacked(params)
     result: dict[tuple[str | int, ...], np.ndarray] = {}
     for (layer, projection), _ in lora.ranks:
         block, module = projection.split(".")
-        weight = layers[block][module]["weight"][layer] if stacked else layers[layer][block][module]["weight"]
-        lengths = jnp.linalg.norm(weight.astype(jnp.float32), axis=1).astype(weight.dtype)
+        weight = (layers if stacked else layers[layer])[block][module]["weight"]
+        if stacked:
+            weight = jax.tree.map(lambda array, number=layer: array[number], weight)
+        if is_quantized(weight):
+            weight = dequantize(weight, dtype)
+        lengths = jnp.linalg.norm(weight.astype(jnp.float32), axis=1).astype(dtype)
         path = ("layers", layer, block, module, "adapter", "lora_magnitude", "weight")
         result[path] = np.asarray(sharding.whole(lengths)).astype(np.float32)
     return result

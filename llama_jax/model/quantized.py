@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
+from typing_extensions import TypeIs
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -48,20 +49,46 @@ class INT8(NamedTuple):
     absmax: Any  # [O] float32
 
 
-def abstract_nf4(out_in: tuple[int, int], nested: bool) -> NF4:
-    """Return the shapes and types of a matrix [O, I] in 4 bits."""
-    (outputs, inputs), array = out_in, jax.ShapeDtypeStruct
-    groups = inputs // BLOCK
-    codes = array((groups, HALF, outputs), np.uint8)
-    if not nested:
-        return NF4(codes, array((groups, outputs), np.float32))
-    scales = array((-(-outputs * groups // STATISTICS),), np.float32)
-    return NF4(codes, array((groups, outputs), np.uint8), scales, array((), np.float32))
+class Quantization(NamedTuple):
+    """Hold the format of a model's frozen projections: `bits` are 4 or 8; `nested` quantizes 4 bits' statistics too."""
+
+    bits: int
+    nested: bool = False
+
+    def abstract(self, out_in: tuple[int, int]) -> NF4 | INT8:
+        """Return the shapes and types of a matrix [O, I]."""
+        (outputs, inputs), array = out_in, jax.ShapeDtypeStruct
+        if self.bits == 8:
+            return INT8(array(out_in, np.int8), array((outputs,), np.float32))
+        groups = inputs // BLOCK
+        codes = array((groups, HALF, outputs), np.uint8)
+        if not self.nested:
+            return NF4(codes, array((groups, outputs), np.float32))
+        scales = array((-(-outputs * groups // STATISTICS),), np.float32)
+        return NF4(codes, array((groups, outputs), np.uint8), scales, array((), np.float32))
 
 
-def abstract_int8(out_in: tuple[int, int]) -> INT8:
-    """Return the shapes and types of a matrix [O, I] in 8 bits."""
-    return INT8(jax.ShapeDtypeStruct(out_in, np.int8), jax.ShapeDtypeStruct(out_in[:1], np.float32))
+def empty(quantization: Quantization, out_in: tuple[int, int], spec: P, name: str) -> NF4 | INT8:
+    """Return a matrix [O, I] of zero codes, whose weights `spec` places.
+
+    The inputs of a matrix in 4 bits must be whole blocks. Raises InputError.
+    """
+    if quantization.bits == 4 and out_in[1] % BLOCK:
+        raise InputError(
+            f"{name}: 4 bits need a multiple of {BLOCK} inputs, but the matrix has {out_in[1]}; "
+            "use --load_in_8bit True in place of --load_in_4bit True"
+        )
+    abstract = quantization.abstract(out_in)
+
+    def zeros(array: jax.ShapeDtypeStruct, spec: P) -> jax.Array:
+        return jnp.zeros(array.shape, array.dtype, out_sharding=placed(spec))
+
+    return jax.tree.map(zeros, abstract, specs(abstract, spec, name))
+
+
+def is_quantized(value: Any) -> TypeIs[NF4 | INT8]:
+    """Return whether a leaf of a parameter tree is a quantized matrix."""
+    return isinstance(value, NF4 | INT8)
 
 
 def quantized_bytes(q: NF4 | INT8) -> int:

@@ -13,19 +13,21 @@ from itertools import product
 import numpy as np
 
 from llama_jax.base.errors import InputError
-from llama_jax.model.quantized import BLOCK, HALF, INT8, LEVELS, NF4, STATISTICS, statistic_levels
+from llama_jax.model.quantized import BLOCK, HALF, INT8, LEVELS, NF4, STATISTICS, Quantization, statistic_levels
 
 TILE = (512, 2 * BLOCK)  # outputs and inputs quantized at once: the temporaries stay in a core's cache
 
 
+def quantize(weight: np.ndarray, quantization: Quantization, name: str) -> NF4 | INT8:
+    """Quantize a matrix [O, I] of the type of loading. Raises InputError."""
+    if quantization.bits == 8:
+        return quantize_int8(weight, name)
+    return quantize_nf4(weight, quantization.nested, name)
+
+
 def quantize_nf4(weight: np.ndarray, nested: bool, name: str) -> NF4:
-    """Quantize a matrix [O, I] of float32, float16 or bfloat16, tile by tile. Raises InputError."""
+    """Quantize a matrix [O, I] of float32, float16 or bfloat16, tile by tile; BLOCK divides I. Raises InputError."""
     (outputs, inputs), (rows, columns) = weight.shape, TILE
-    if inputs % BLOCK:
-        raise InputError(
-            f"{name}: 4 bits need a multiple of {BLOCK} inputs, but the matrix has {inputs}; "
-            "use --load_in_8bit True in place of --load_in_4bit True"
-        )
     codes = np.empty((inputs // BLOCK, HALF, outputs), np.uint8)
     absmax = np.empty((outputs, inputs // BLOCK), np.float32)
     for o, i in product(range(0, outputs, rows), range(0, inputs, columns)):

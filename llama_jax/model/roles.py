@@ -28,3 +28,8 @@ class AdapterWeight(nnx.Param):
 
 class EmbeddingTable(nnx.Param):
     """Mark the rows that token ids select, [vocabulary, model]; with tied embeddings also the output head."""
+
+
+def is_stacked(params: Params) -> bool:
+    """Return whether the layers of a parameter tree are stacked on a leading axis, and not keyed by their numbers."""
+    return any(isinstance(key, str) for key in params.get("layers", ()))

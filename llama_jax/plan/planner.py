@@ -109,6 +109,7 @@ class Planner:
             scan_layers=scan_layers,
             exchange=sharding.exchanges(mesh),
             lora=job.adapter.lora if job.adapter else None,
+            quantization=job.quantization,
             longest=max(int(examples.lengths.max()) for examples in (job.examples, job.eval_examples) if examples),
         )
         self.definition = define(job.config, self.run, mesh, trainable)

@@ -23,6 +23,8 @@ UPDATE = (
     *("average_tokens_across_devices", "bf16", "tf32"),
 )
 
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant")
+
 # Actions after an update, in the HF Trainer's order: first by steps, then at an epoch's end. Checkpoints hold the names
 # of those left to do; before 2026-11-28, the number of those done. So neither names nor places may change.
 ACTIONS = ("steps/log", "steps/evaluate", "steps/save", "epoch/log", "epoch/evaluate", "epoch/save")
@@ -32,8 +34,8 @@ ACTIONS = ("steps/log", "steps/evaluate", "steps/save", "epoch/log", "epoch/eval
 class Facts:
     """Hold the properties of a run that a resumed run is compared with.
 
-    `adapter` is an adapter_config.json, empty for full fine-tuning. Checkpoints written before 2026-11-28 have no
-    `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
+    `adapter` is an adapter_config.json with the flags of QUANTIZATION, empty for full fine-tuning. Checkpoints written
+    before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
     """
 
     dtype: str
@@ -57,8 +59,14 @@ class Facts:
             data=job.data_digest,
             update={name: getattr(job.args, name) for name in UPDATE}
             | {"lr_scheduler_kwargs": job.args.schedule_kwargs},
-            adapter=job.adapter.values if job.adapter else {},
+            adapter=_adapter(job),
         )
+
+
+def _adapter(job: Job) -> Json:
+    if job.adapter is None:
+        return {}
+    return {**job.adapter.values, **{name: getattr(job.args, name) for name in QUANTIZATION}}
 
 
 @dataclass(frozen=True)

@@ -235,10 +235,12 @@ def first_params(prepared: Prepared) -> Params:
     if job.adapter is None or job.adapter_tensors:
         return read_weights(prepared, like=definition.params)
     params, init = read_weights(prepared, like=definition.base), job.adapter.values["init_lora_weights"]
-    arrays = peft.first_values(job.adapter.lora, job.config, job.args.seed, init, np.dtype(prepared.facts.dtype))
+    # PEFT rounds to the base's type, unless that is a type of integers.
+    dtype = np.dtype(np.float32 if job.quantization else prepared.facts.dtype)
+    arrays = peft.first_values(job.adapter.lora, job.config, job.args.seed, init, dtype)
     if job.adapter.lora.use_dora:
         with jax.set_mesh(prepared.mesh):
-            arrays |= magnitudes(params, job.adapter.lora)
+            arrays |= magnitudes(params, job.adapter.lora, prepared.planner.run.param_dtype)
     return merge(params, place_arrays(arrays, definition.params)[0])
 
 
@@ -431,7 +433,8 @@ def say_header(prepared: Prepared) -> None:
     """Report the model, the devices and the length of the run."""
     args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
     computed = "bfloat16" if args.bf16 else dtype
-    say(f"model: {job.config.num_parameters:,} parameters in {dtype}, matrix products in {computed}")
+    held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
+    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}")
     if job.adapter is not None:
         lora, size = job.adapter.lora, adapter_size(job)
         whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""

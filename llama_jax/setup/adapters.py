@@ -7,6 +7,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.hf.peft import Adapter, read_adapter, read_settings
 from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.quantized import Quantization
 from llama_jax.setup.arguments import Arguments
 
 # Flags by the names of PEFT's LoraConfig.
@@ -47,6 +48,22 @@ def choose_adapter(args: Arguments, config: LlamaConfig) -> tuple[Adapter | None
     )
     values |= {"task_type": "CAUSAL_LM", "peft_type": "LORA", "base_model_name_or_path": args.model_name_or_path}
     return read_settings(values, config, "the --lora flags"), {}
+
+
+def choose_quantization(args: Arguments) -> Quantization | None:
+    """Return the format of the frozen projections, None for plain weights. Raises InputError."""
+    bits = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(args, name)]
+    if len(bits) > 1:
+        raise InputError("--load_in_4bit True and --load_in_8bit True: a model is kept in one format; give one of them")
+    if bits and not (args.use_peft or args.adapter_name_or_path):
+        raise InputError(f"--{bits[0]} True: quantized weights cannot be trained; add --use_peft True")
+    if args.bnb_4bit_quant_type != "nf4":
+        raise InputError(
+            f"--bnb_4bit_quant_type {args.bnb_4bit_quant_type}: 4 bits are held as nf4 only; leave the flag out"
+        )
+    if args.use_bnb_nested_quant and not args.load_in_4bit:
+        raise InputError("--use_bnb_nested_quant True: belongs to --load_in_4bit True; add it, or leave this out")
+    return Quantization(4 if args.load_in_4bit else 8, args.use_bnb_nested_quant) if bits else None
 
 
 def _names(words: list[str] | None) -> list[str] | None:

@@ -142,6 +142,10 @@ class Arguments:
     lora_bias: str = _flag("none", "biases of the base model to train; none are", choices=["none", "all", "lora_only"])
     init_lora_weights: str = _flag("True", "first values of the adapters; values: True (PEFT's), gaussian, False")
     adapter_name_or_path: str | None = _flag(None, "PEFT folder whose adapter is trained further")
+    load_in_4bit: bool = _flag(False, "keep the base's projections in 4 bits (QLoRA)")
+    load_in_8bit: bool = _flag(False, "keep the base's projections in 8 bits")
+    bnb_4bit_quant_type: str = _flag("nf4", "format of --load_in_4bit; fp4 is refused", choices=["nf4", "fp4"])
+    use_bnb_nested_quant: bool = _flag(False, "keep the scales of 4 bits in 8 bits")
 
     bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
     dtype: str | None = _flag(

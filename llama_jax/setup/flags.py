@@ -246,8 +246,8 @@ _PLAIN_NAMES = {
     "bfloat16",
     "--mesh to lay out the devices: all are used, of GPUs those in CUDA_VISIBLE_DEVICES": "gpus gpu gpu_ids n_gpu "
     "n_gpus num_gpus num_devices devices device nproc_per_node tensor_parallel tensor_parallel_size tp",
-    "--use_peft True, which trains adapters in little memory: quantized weights are not there": "load_in_8bit "
-    "load_in_4bit quantization quantize bits",
+    "--load_in_4bit True or --load_in_8bit True, with --use_peft True": "quantization quantize bits qlora "
+    "quantization_bit use_qlora",
     "--use_peft True, with --lora_r and --lora_alpha": "lora adapter peft use_lora adapters lora_rank",
     "trainer_state.json for the log: there are no trackers": "wandb use_wandb wandb_project tensorboard",
 }

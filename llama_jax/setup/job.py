@@ -23,9 +23,10 @@ from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.hf.peft import Adapter
 from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.quantized import Quantization
 from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar, say
-from llama_jax.setup.adapters import choose_adapter, refuse_without_adapter
+from llama_jax.setup.adapters import choose_adapter, choose_quantization, refuse_without_adapter
 from llama_jax.setup.arguments import Arguments
 from llama_jax.training.schedule import Schedule, make_schedule
 
@@ -59,6 +60,7 @@ class Job:
     data_digest: str
     adapter: Adapter | None = None
     adapter_tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    quantization: Quantization | None = None
 
     @property
     def warmup_updates(self) -> int:
@@ -141,6 +143,7 @@ def make_job(
     return Job(
         adapter=adapter,
         adapter_tensors=tensors,
+        quantization=choose_quantization(args),
         args=args,
         config=config,
         form=data.form,

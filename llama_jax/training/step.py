@@ -16,8 +16,7 @@ from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import compiler_options
 from llama_jax.model.definition import Definition, merge
-from llama_jax.model.llama import is_stacked
-from llama_jax.model.roles import Params
+from llama_jax.model.roles import Params, is_stacked
 from llama_jax.training.halves import halve, join
 from llama_jax.training.loss import weighted_cross_entropy
 from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
