@@ -73,11 +73,14 @@ SISTERS: dict[str, dict[str, Any]] = {
 
 @partial(jax.jit, static_argnums=0)
 def _normal(kind, key):
-    return 0.02 * jax.random.normal(key, kind.shape, kind.dtype, out_sharding=kind.sharding.spec)
+    spec = kind.sharding.spec
+    if jnp.issubdtype(kind.dtype, jnp.integer):
+        return (127 * jax.random.uniform(key, kind.shape, out_sharding=spec)).astype(kind.dtype)
+    return 0.02 * jax.random.normal(key, kind.shape, kind.dtype, out_sharding=spec)
 
 
 def random_params(abstract, mesh):
-    """Return normal matrices and norms of 1, in float32, made on the device."""
+    """Return normal matrices, norms of 1 and codes of any bits, made on the device."""
     key = jax.random.key(0, impl="unsafe_rbg")  # threefry of hundreds of leaves compiles for minutes
     leaves, tree = jax.tree.flatten_with_path(abstract)
     with jax.set_mesh(mesh):

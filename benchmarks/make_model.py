@@ -21,7 +21,7 @@ from llama_jax.model.config import LlamaConfig
 
 # vocab, hidden, intermediate, layers, heads, kv heads, rope theta, positions, tied
 SHAPES = {
-    "tiny": (512, 64, 172, 2, 8, 4, 1e4, 512, True),
+    "tiny": (512, 64, 192, 2, 8, 4, 1e4, 512, True),
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 1e5, 8192, True),
     "llama-3b": (128256, 3072, 8192, 28, 24, 8, 5e5, 8192, True),
     "llama-7b": (32000, 4096, 11008, 32, 32, 32, 1e4, 2048, False),

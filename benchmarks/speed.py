@@ -77,7 +77,7 @@ def ours(args: argparse.Namespace) -> dict:
     plan = planner.settle(memory_limit())
     compiled_in = time.monotonic() - started
 
-    state = init_state(random_params(planner.saved.params, mesh), plan.tx, plan.definition, mesh)
+    state = init_state(random_params(planner.definition.params, mesh), plan.tx, plan.definition, mesh)
     done: list[tuple[float, float]] = []
     deadline = time.monotonic() + args.seconds
 

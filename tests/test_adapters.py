@@ -506,6 +506,11 @@ def test_another_run_is_not_resumed(tmp_path: Path) -> None:
     ):
         outcome = run(train_jax.main, *argv, *more)
         assert outcome.code == 2 and line in outcome.err, outcome.err
+    arrays = load_file(tmp_path / "model" / "model.safetensors")
+    arrays["model.layers.1.mlp.up_proj.weight"][3, 5] *= 1 + 2**-23
+    write_model(tmp_path / "model", CONFIG, arrays)
+    outcome = run(train_jax.main, *argv, "--use_peft", "True", "--lora_r", "4", "--lora_alpha", "32")
+    assert outcome.code == 2 and "checkpoint-6 holds an adapter of another base model (digest " in outcome.err
 
 
 @pytest.mark.parametrize(

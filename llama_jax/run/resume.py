@@ -36,6 +36,7 @@ class Facts:
 
     `adapter` is an adapter_config.json with the flags of QUANTIZATION, empty for full fine-tuning. Checkpoints written
     before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
+    `base` is the digest of the frozen parameters, set by `with_base`; "" where none is frozen.
     """
 
     dtype: str
@@ -46,6 +47,7 @@ class Facts:
     data: str = ""
     update: Json = dataclasses.field(default_factory=dict)
     adapter: Json = dataclasses.field(default_factory=dict)
+    base: str = ""
 
     @classmethod
     def of(cls, job: Job, *, dtype: str, scan_layers: bool) -> "Facts":
@@ -180,3 +182,13 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
             say(f"warning: {name} was made with --{flag} {was}, this run goes on with {facts.update.get(flag)}")
     if then.scan_layers != facts.scan_layers:
         say(f"--scan_layers: {then.scan_layers}, as in {name}")
+
+
+def with_base(facts: Facts, base: str, saved: SavedRun | None, name: str) -> Facts:
+    """Return the facts with the digest of the frozen parameters. Raises InputError where the checkpoint has another."""
+    if saved is not None and saved.facts.base not in ("", base):
+        raise InputError(
+            f"{name} holds an adapter of another base model (digest {saved.facts.base}, this one {base}): the weights "
+            "of --model_name_or_path have changed since; give the same as then"
+        )
+    return dataclasses.replace(facts, base=base)

@@ -20,6 +20,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.base.files import make_output_dir
 from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes, sharding
+from llama_jax.distributed.digest import digest
 from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
 from llama_jax.hf import peft
 from llama_jax.hf.load import place_arrays, resize_vocabulary
@@ -37,7 +38,7 @@ from llama_jax.reporting.trainer_state import TrainerState
 from llama_jax.run.checkpoint import Checkpoints, read_run, remove_steps
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.events import Milestones
-from llama_jax.run.resume import Facts, SavedRun, choose_step, compare_with_saved
+from llama_jax.run.resume import Facts, SavedRun, choose_step, compare_with_saved, with_base
 from llama_jax.run.signals import catch_stop
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
@@ -99,7 +100,12 @@ def train(args: Arguments, started: float) -> int:
 
     run, checkpoints, state = (restore if prepared.saved else load)(prepared, limit)
 
-    state, run_log, finished = make_updates(run, checkpoints, state, started)
+    facts = prepared.facts
+    if state.frozen:
+        base, name = digest(state.frozen, prepared.mesh), f"{output_dir}/checkpoint-{prepared.resume_step}"
+        facts = with_base(facts, base, prepared.saved, name)
+
+    state, run_log, finished = make_updates(run, checkpoints, state, facts, started)
     checkpoints.wait()
     say_speed(run_log)
     if not finished:
@@ -322,7 +328,7 @@ def make_evaluation(prepared: Prepared, loss_step: LossStep, max_tokens: int) ->
 
 
 def make_updates(
-    run: Run, checkpoints: Checkpoints, state: TrainState, started: float
+    run: Run, checkpoints: Checkpoints, state: TrainState, facts: Facts, started: float
 ) -> tuple[TrainState, RunLog, bool]:
     """Make the updates that are left; return the last state, the log, and whether the run is finished."""
     prepared, plan = run.prepared, run.plan
@@ -353,7 +359,7 @@ def make_updates(
             mesh=prepared.mesh,
             run_log=run_log,
             checkpoints=checkpoints,
-            facts=prepared.facts,
+            facts=facts,
             output_dir=prepared.output_dir,
             stop=stop,
             first=first,

@@ -1,0 +1,45 @@
+"""Compute a digest of arrays where they are, on their devices."""
+
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.distributed import sharding
+from llama_jax.distributed.sharding import placed
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes
+
+
+def digest(tree: Any, mesh: jax.sharding.Mesh) -> str:
+    """Return 16 hex digits of the values of a tree, of their names and places, bit by bit.
+
+    The mesh does not matter, nor do zeros that pad an array for it. All processes must call this.
+    """
+    result = hashlib.blake2b(digest_size=8)
+    with jax.set_mesh(mesh):
+        for path, array in jax.tree_util.tree_leaves_with_path(tree):
+            result.update(f"{jax.tree_util.keystr(path)} {array.dtype} {sharding.read(_sums(array)).tolist()}".encode())
+    return result.hexdigest()
+
+
+@jax.jit
+def _sums(array: jax.Array) -> jax.Array:
+    """Return two sums [2] of hashes of bits and place, as uint32: sums of integers are the same in any order."""
+    bits = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
+    spec = placed(jax.typeof(array).sharding.spec)
+    place = jnp.zeros_like(bits)
+    for axis in range(array.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis, out_sharding=spec)
+        place = _mixed(place + index)
+    hashes = (_mixed(bits ^ _mixed(place + np.uint32(seed))) for seed in (1, 2))
+    return jnp.stack([jnp.sum(jnp.where(bits == 0, 0, h), dtype=jnp.uint32) for h in hashes])
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """Return murmur3's last step: each bit of the input flips each bit of the output half of the time."""
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
