@@ -1,4 +1,4 @@
-"""Run the peers of `speed.py`: the HF Trainer, and torch's own loop over the same HF model. One process a GPU.
+"""Run the peers of `speed.py`: the HF Trainer, and torch's own loop over the same HF model, with or without PEFT.
 
 Each peer makes random weights on the device in float32 and trains with AdamW and clipping, matmuls in bf16. Both return
 `work.measured` of their updates, on the first rank. torch is imported only by a peer's process: ours does not need it.
@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> dict | None:
     if torch.cuda.device_count() > 1 and "RANK" not in os.environ:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "gpu"]
         os.execv(sys.executable, [*torchrun, *sys.argv])
-    result = (fsdp if args.only.startswith("fsdp") else trainer)(args)
+    peer = next((f for f in (fsdp, peft) if args.only.startswith(f.__name__)), trainer)
+    result = peer(args)
     return None if LOCAL else result
 
 
@@ -168,3 +169,45 @@ def fsdp(args: argparse.Namespace) -> dict:
             torch.cuda.reset_peak_memory_stats()  # leave out the unsharded model of the start
     torch.distributed.destroy_process_group()
     return _told(args, raw, lengths, done, [np.arange(rows * WAYS)] * len(done), started)
+
+
+def peft(args: argparse.Namespace) -> dict:
+    """Time PEFT's LoRA, r=16 on all linear layers, on one device: a base in bf16, adapters in float32 under autocast.
+
+    The loop is torch's own, AdamW is fused. "peft_compiled" compiles the model, "peft_checkpointed" keeps only each
+    layer's input. Sequences are whole.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if args.work.startswith("alpaca"):
+        sys.exit("this peer takes whole sequences only")
+    raw = raw_config(args.shape, args.layers)
+    lengths, rows, _ = lengths_of(args, 1)
+    torch.set_float32_matmul_precision("high")
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = _make_model(raw).bfloat16()
+    if args.only == "peft_checkpointed":
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    model = get_peft_model(base, config).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.float()
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
+    forward = torch.compile(model) if args.only == "peft_compiled" else model
+    rng = np.random.default_rng(0)
+    done: list[float] = []
+    started = time.monotonic()
+    for _ in range(args.updates + 4):
+        ids = torch.tensor(rng.integers(0, raw["vocab_size"], (rows, lengths[0])), device=DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if CUDA:
+            torch.cuda.synchronize()
+        done.append(time.monotonic())
+        if len(done) == 1 and CUDA:
+            torch.cuda.reset_peak_memory_stats()  # leave out the float32 model of the start
+    return _told(args, raw, lengths, done, [np.arange(rows)] * len(done), started)

@@ -35,7 +35,7 @@ KINDS = {  # of kernels and copies by their names; GPUs of one process exchange 
     "matmuls": "gemm|nvjet|cutlass|cublas|xmma",
     "attention": "sdpa|fmha|flash|cudnn",
 }
-PEERS = ("trainer", "compiled", "fsdp", "fsdp_checkpointed")
+PEERS = ("trainer", "compiled", "fsdp", "fsdp_checkpointed", "peft", "peft_compiled", "peft_checkpointed")
 SEED_FLAGS = (
     "--num_train_epochs 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine"
 )
