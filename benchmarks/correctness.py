@@ -7,13 +7,15 @@
 2. A model of the shape in bf16 on packed rows of odd lengths, for each choice of --remat, stacked and not, against
    float32 by plain XLA: the loss, the gradient's norm, and every gradient. The same for each sister model, with two
    layers of SmolLM2's sizes.
-3. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
+3. Adapters over a plain, a 4-bit and an 8-bit base, in bf16, against float32 over the dequantized base: the loss, the
+   gradient's norm, and every gradient.
+4. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
    full recomputation.
-4. An update of 8 Alpaca-like examples in float32, packed into one block, against its examples one by one: the loss and
+5. An update of 8 Alpaca-like examples in float32, packed into one block, against its examples one by one: the loss and
    every gradient (in Adam's first moment, a tenth of the gradient after one update). As a control, the same examples
    padded, four at a time.
-5. On several devices: 20 updates with all devices on fsdp, and on tensor, against one device, in float32 and in bf16.
-   Checks 1 to 4 use one device.
+6. On several devices: 20 updates with all devices on fsdp, and on tensor, against one device, in float32 and in bf16.
+   Checks 1 to 5 use one device.
 """
 
 import argparse
@@ -40,8 +42,11 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_limit, set_up_jax
 from llama_jax.model.attention import XLA, Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.definition import define
+from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions, stack_layers
+from llama_jax.model.lora import PROJECTIONS, Lora, Rank
+from llama_jax.model.quantized import Quantization, dequantize
+from llama_jax.model.quantizing import quantize
 from llama_jax.plan.planner import Planner
 from llama_jax.setup.arguments import parse_arguments
 from llama_jax.setup.job import make_job
@@ -98,16 +103,74 @@ def distance(value, expected) -> float:
     return float(optax.tree.norm(jnp.asarray(value) - jnp.asarray(expected)) / optax.tree.norm(jnp.asarray(expected)))
 
 
-def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
-    B, T, segments = 2, 384, 5
+SEGMENTS = 5
+
+
+def packed_rows(config: LlamaConfig, mesh) -> Batch:
+    """Return two rows of SEGMENTS examples of odd lengths, on the device."""
+    B, T = 2, 384
     rng = np.random.default_rng(1)
-    ids, positions = attention_kernels.make_rows(rng, B, T, segments)
+    ids, positions = attention_kernels.make_rows(rng, B, T, SEGMENTS)
     tokens = rng.integers(0, config.vocab_size, (B, T), np.int32)
     weights = (ids > 0) * rng.random((B, T), np.float32) / ids.size
     host = Batch(
         tokens, positions, ids, np.full((B, T), 512, np.int32), np.roll(tokens, -1, 1), weights.astype(np.float32)
     )
-    batch, good = put_batch(mesh, host), True
+    return put_batch(mesh, host)
+
+
+def check_adapters(config: LlamaConfig, mesh, kernel: str) -> bool:
+    batch, good = packed_rows(config, mesh), True
+    places = tuple(((i, p), Rank(16, 2.0)) for i in range(config.num_hidden_layers) for p in PROJECTIONS)
+
+    def gradients(options: RunOptions, params):
+        definition = define(config, options, mesh)
+        trainable, frozen = definition.split(params)
+
+        def loss(trainable, frozen, batch):
+            return losses_of(definition.graphdef, merge(trainable, frozen), batch, config.vocab_size)[0]
+
+        with jax.set_mesh(mesh):
+            value, grads = jax.jit(jax.value_and_grad(loss))(trainable, frozen, batch)
+        return float(value), grads
+
+    for quantization in (None, Quantization(4), Quantization(4, nested=True), Quantization(8)):
+        for use_dora in (False, True):
+            lora = Lora(places, use_dora=use_dora)
+            bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=Kernel(kernel, SEGMENTS), lora=lora)
+            params = random_params(define(config, RunOptions(lora=lora), mesh).params, mesh)
+            own = {number: dict(layer) for number, layer in params["layers"].items()}
+            abstract = define(config, replace(bf16, quantization=quantization), mesh).params["layers"]
+            for (number, projection), _ in places:
+                block, name = projection.split(".")
+                module = own[number][block][name]
+                if quantization:
+                    like = jax.tree.map(lambda a: a.sharding, abstract[number][block][name]["weight"])
+                    q = jax.device_put(quantize(np.asarray(module["weight"]), quantization, name), like)
+                    own[number][block] = {**own[number][block], name: {**module, "weight": q}}
+                    with jax.set_mesh(mesh):
+                        module["weight"] = dequantize(q, jnp.float32)
+                if use_dora:
+                    magnitude = module["adapter"]["lora_magnitude"]
+                    lengths = jnp.linalg.norm(module["weight"], axis=1)
+                    magnitude["weight"] = jax.device_put(lengths, magnitude["weight"].sharding)
+            expected_loss, expected = gradients(RunOptions(lora=lora), params)
+            loss, grads = gradients(replace(bf16, quantization=quantization), {**params, "layers": own})
+            off = abs(loss - expected_loss) / abs(expected_loss)
+            norm_off = abs(float(optax.tree.norm(grads) / optax.tree.norm(expected)) - 1)
+            worst = max(jax.tree.leaves(jax.tree.map(distance, grads, expected)))
+            fine = off < LOSS and norm_off < NORM and worst < GRADIENT
+            good &= fine
+            print(
+                f"{'DoRA' if use_dora else 'LoRA'} over {quantization or 'a plain base'}: loss off by {off:.1e}, norm "
+                f"{norm_off:.1e}, worst gradient {worst:.1e}{'' if fine else '  WRONG'}",
+                flush=True,
+            )
+    return good
+
+
+def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
+    batch, good = packed_rows(config, mesh), True
     abstract = define(config, RunOptions(), mesh).params
     params = random_params(abstract, mesh)
 
@@ -132,7 +195,7 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     choices = [(scan, remat) for scan in (False, True) for remat in ("none", "matmuls", "attention", "full")]
-    bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=Kernel(kernel, segments))
+    bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=Kernel(kernel, SEGMENTS))
     every = [RunOptions(attention=XLA), *(replace(bf16, scan_layers=scan, remat=remat) for scan, remat in choices)]
     with ThreadPoolExecutor(4) as pool:
         reference, *programs = pool.map(compiled, every)
@@ -248,8 +311,8 @@ def check_meshes(config: LlamaConfig, platform: str, kind: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--layers", type=int, default=2, help="of the model in 2, 3 and 5")
-    parser.add_argument("--update_layers", type=int, default=2, help="of that in 4")
+    parser.add_argument("--layers", type=int, default=2, help="of the model in 2 to 4 and 6")
+    parser.add_argument("--update_layers", type=int, default=2, help="of that in 5")
     args = parser.parse_args()
     platform, mesh = set_up_jax(), sharding.make_mesh(jax.devices()[:1])
     config, whole = (
@@ -264,6 +327,7 @@ def main() -> None:
         print(family)
         sister = LlamaConfig.from_hf({**raw_config("smollm2-135m", 2), "model_type": family, **keys})
         good = check_gradients(sister, mesh, kernel) and good
+    good = check_adapters(config, mesh, kernel) and good
     good = check_curve(config, mesh, platform) and good
     good = check_packing(whole, mesh, platform) and good
     for kind in ("float32", "bf16") if jax.device_count() > 1 else ():
