@@ -22,7 +22,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_live import DEFAULTS, same_log, same_run, spelled, train_ours
-from tiny import ALPACA, CONFIG, ROOT, make_records, run, slow_unless, write_json, write_model, write_tokenizer
+from tiny import (
+    ALPACA,
+    CONFIG,
+    ROOT,
+    log_entries,
+    make_records,
+    run,
+    slow_unless,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
 from transformers import AutoModelForCausalLM
 
 import convert_torch_to_flax
@@ -256,7 +267,7 @@ def test_trained_further(tmp_path: Path) -> None:
     out = trained(tmp_path, "out", lora_modules_to_save=["lm_head"], lora_dropout=0.0, max_steps=3)
     further = {"adapter_name_or_path": out, "use_peft": None, "lora_r": None, "lora_alpha": None, "max_steps": 1}
     again = trained(tmp_path, "again", **further, train_sampling_strategy="sequential")
-    (first,) = (e["loss"] for e in json.loads((again / "trainer_state.json").read_text())["log_history"] if "loss" in e)
+    (first,) = (entry["loss"] for entry in log_entries(again))
     model = peft.PeftModel.from_pretrained(base_of(tmp_path / "model"), out)
     total, count = 0.0, 0
     for record in json.loads((tmp_path / "data.json").read_text())[:2]:
@@ -276,8 +287,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     logs = []
     for name, more in (("exact", {}), ("bf16", {"bf16": True}), ("base", {"bf16": True, "dtype": "bfloat16"})):
         out = trained(tmp_path, name, **flags, **more, max_steps=3, save_strategy="no")
-        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-        logs.append([entry["loss"] for entry in history if "loss" in entry])
+        logs.append([entry["loss"] for entry in log_entries(out)])
         assert {array.dtype for array in tensors(out).values()} == {np.dtype(np.float32)}
     np.testing.assert_allclose(logs[1], logs[0], rtol=2e-2)
     np.testing.assert_allclose(logs[2], logs[0], rtol=2e-2)

@@ -15,6 +15,7 @@ def main(argv: list[str]) -> int:
     from llama_jax.distributed.platform import set_up_jax
     from llama_jax.distributed.processes import refuse_several
     from llama_jax.hf.convert import merge_adapter, to_flax, to_hf
+    from llama_jax.hf.peft import read_adapter
     from llama_jax.hf.source import Source, numpy_dtype, refuse_other_kind
 
     refuse_several("convert_torch_to_flax.py")
@@ -32,12 +33,13 @@ def main(argv: list[str]) -> int:
     folder = as_path(args.output_dir)
     if folder.resolve() in (source.folder.resolve(), as_path(args.model_name_or_path).resolve()):
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
+    if args.merge_adapter and args.verify:
+        raise InputError("--verify: compares tensors that are only copied; leave it out with --merge_adapter")
+    adapter = read_adapter(as_path(args.merge_adapter), source.config) if args.merge_adapter else None
     refuse_other_kind(folder, flax=not (args.to_hf or args.merge_adapter))
     make_output_dir(folder)
-    if args.merge_adapter:
-        if args.verify:
-            raise InputError("--verify: compares tensors that are only copied; leave it out with --merge_adapter")
-        merge_adapter(source, as_path(args.merge_adapter), folder, dtype)
+    if adapter:
+        merge_adapter(source, *adapter, folder, dtype)
         say(f"done: {args.model_name_or_path} with {args.merge_adapter} -> {folder}")
         return 0
     different = (to_hf if args.to_hf else to_flax)(source, folder, dtype, args.verify)

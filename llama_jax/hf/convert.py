@@ -13,6 +13,7 @@ from llama_jax.distributed import sharding, storage
 from llama_jax.hf import peft
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import FLAX_JSON, Source, compare_digests, dtype_summary, numpy_dtype
+from llama_jax.hf.tensor import Tensor
 from llama_jax.hf.writer import hf_tensors, write_config, write_weights
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions
@@ -59,10 +60,11 @@ def to_hf(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) ->
     return compare(source, hf_tensors(params, source.config), dtypes.__getitem__, actual)
 
 
-def merge_adapter(source: Source, adapter_folder: Path, folder: Path, dtype: np.dtype | None) -> None:
+def merge_adapter(
+    source: Source, adapter: peft.Adapter, tensors: dict[str, Tensor], folder: Path, dtype: np.dtype | None
+) -> None:
     """Write the HF folder of a model whose weights have an adapter's products added, in float32 and rounded once to
-    `dtype` or to the type of the model's file. Raises InputError."""
-    adapter, tensors = peft.read_adapter(adapter_folder, source.config)
+    `dtype` or to the type of the model's file; `tensors` are the adapter's. Raises InputError."""
     mesh, run, config = sharding.make_mesh(), RunOptions(lora=adapter.lora), adapter.resized(source.config)
     trained, rest = peft.load_adapter(tensors, adapter.lora, config, define(config, run, mesh).params)
     with byte_bar("reading weights", source.bytes) as bar:

@@ -160,6 +160,16 @@ class Adapter:
         """Return the model's architecture with the rows of the folder's embedding and head."""
         return dataclasses.replace(config, vocab_size=self.vocab_size or config.vocab_size)
 
+    def size(self, config: LlamaConfig) -> int:
+        """Return the number of the adapter's own parameters, without modules that are trained whole."""
+        table = name_table(dataclasses.replace(self.lora, saved=()), config)
+        return sum(math.prod(shape) for _, shape in table.values())
+
+    def parameters_beside(self, config: LlamaConfig) -> int:
+        """Return the number of parameters that PEFT adds to a model, without embeddings: a head trained whole is a
+        copy."""
+        return self.size(config) + ("lm_head" in self.lora.saved) * config.vocab_size * config.hidden_size
+
 
 def read_settings(values: dict[str, Any], config: LlamaConfig, where: str) -> Adapter:
     """Resolve the keys of an `adapter_config.json` for a model; missing keys and nulls have PEFT's defaults.

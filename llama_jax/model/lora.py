@@ -4,6 +4,7 @@ Letters: B rows, T tokens, I inputs, O outputs, R rank.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -48,7 +49,11 @@ class Lora:
 
     def of(self, layer: int, projection: str) -> Rank | None:
         """Return the rank of a projection's adapter, None where it has none."""
-        return dict(self.ranks).get((layer, projection))
+        return self._by_place.get((layer, projection))
+
+    @cached_property
+    def _by_place(self) -> dict[tuple[int, str], Rank]:
+        return dict(self.ranks)
 
     def uniform(self, layers: int) -> bool:
         """Return whether all layers of the model have the same adapters, as stacked layers need."""
@@ -109,9 +114,7 @@ class Adapter(nnx.Module):
         if self.lora_magnitude is None:
             return y
         # PEFT: the norm of W + s B A is a constant of the update; the base's output is of the dropped input too.
-        weight = projection.matrix()
-        whole = jnp.einsum("OR,RI->OI", b, a, out_sharding=placed(jax.typeof(weight).sharding.spec))
-        whole = weight.astype(jnp.float32) + self.scaling * whole
+        whole = _summed(projection.matrix(), a, b, self.scaling)
         norm = sharding.reshard(
             jnp.linalg.norm(jax.lax.stop_gradient(whole), axis=1), P(*jax.typeof(b).sharding.spec[:1])
         )
@@ -120,6 +123,19 @@ class Adapter(nnx.Module):
         if key is not None:
             base = projection.product(dropped)
         return (factor - 1) * base + factor * y
+
+
+def _summed(
+    weight: Float[Array, "O I"],
+    a: Float[Array, "R I"],
+    b: Float[Array, "O R"],
+    scaling: Any,
+    precision: str | None = None,
+) -> Float[Array, "O I"]:
+    """Return W + s B A in float32."""
+    spec = placed(jax.typeof(weight).sharding.spec)
+    product = jnp.einsum("OR,RI->OI", b, a, out_sharding=spec, precision=precision)
+    return weight.astype(jnp.float32) + scaling * product
 
 
 def magnitudes(params: Params, lora: Lora, dtype: Any) -> dict[tuple[str | int, ...], np.ndarray]:
@@ -154,9 +170,7 @@ def merged(params: Params, lora: Lora) -> Params:
 
 @jax.jit(donate_argnums=0)
 def _merged(weight: Float[Array, "O I"], adapter: dict[str, jax.Array], scaling: float) -> Float[Array, "O I"]:
-    spec = placed(jax.typeof(weight).sharding.spec)
-    product = jnp.einsum("OR,RI->OI", adapter["lora_B"], adapter["lora_A"], out_sharding=spec, precision="highest")
-    whole = weight.astype(jnp.float32) + scaling * product
+    whole = _summed(weight, adapter["lora_A"], adapter["lora_B"], scaling, precision="highest")
     if "lora_magnitude" in adapter:
         lengths, wanted = (
             sharding.reshard(x, P(None)) for x in (jnp.linalg.norm(whole, axis=1), adapter["lora_magnitude"])

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -333,6 +332,7 @@ def make_updates(
     """Make the updates that are left; return the last state, the log, and whether the run is finished."""
     prepared, plan = run.prepared, run.plan
     args, job, first = prepared.args, prepared.job, prepared.resume_step
+    beside = job.adapter.parameters_beside(job.config) if job.adapter else 0
     stop = catch_stop()
     with update_bar(job.order.updates, first, prepared.quiet) as bar:
         run_log = RunLog(
@@ -340,7 +340,7 @@ def make_updates(
             plan.batches,
             rate=job.schedule.rate,
             due=steps_to_log(job),
-            flops_per_token=6.0 * (job.config.num_non_embedding_parameters + parameters_beside(job)),
+            flops_per_token=6.0 * (job.config.num_non_embedding_parameters + beside),
             bar=bar,
             nan_filter=args.logging_nan_inf_filter,
             tokens_seen=args.include_num_input_tokens_seen,
@@ -442,7 +442,7 @@ def say_header(prepared: Prepared) -> None:
     held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
     say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}")
     if job.adapter is not None:
-        lora, size = job.adapter.lora, adapter_size(job)
+        lora, size = job.adapter.lora, job.adapter.size(job.config)
         whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""
         say(
             f"adapters: {size:,} parameters in float32 ({size / (job.config.num_parameters + size):.2%}) at "
@@ -454,20 +454,6 @@ def say_header(prepared: Prepared) -> None:
     )
     rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
     say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
-
-
-def adapter_size(job: Job) -> int:
-    """Return the number of an adapter's own parameters, 0 without one."""
-    if job.adapter is None:
-        return 0
-    table = peft.name_table(dataclasses.replace(job.adapter.lora, saved=()), job.config)
-    return sum(math.prod(shape) for _, shape in table.values())
-
-
-def parameters_beside(job: Job) -> int:
-    """Return the number of parameters that PEFT adds to a model, without embeddings: a head trained whole is a copy."""
-    config, copies = job.config, job.adapter is not None and "lm_head" in job.adapter.lora.saved
-    return adapter_size(job) + copies * config.vocab_size * config.hidden_size
 
 
 def end_warnings(source: Source, job: Job) -> list[str]:
