@@ -221,6 +221,25 @@ def test_as_one_process(count: int, flags: dict[str, Any], tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_an_adapter_as_one_process(tmp_path: Path) -> None:
+    """Over a quantized base; one process then resumes the checkpoint of two."""
+    flags = {"hf_compat": "5", "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "use_peft": True}
+    flags |= {"lora_r": 4, "lora_dropout": 0, "lora_target_modules": "q_proj", "scan_layers": True}
+    flags |= {"load_in_4bit": True, "use_bnb_nested_quant": True}
+    job = Job(tmp_path, adam_epsilon=EPSILON, **flags)
+    write_model(tmp_path / "model", {**CONFIG, "hidden_size": 64, "intermediate_size": 128})
+    write_json(tmp_path / "data.json", make_records(30))
+    finish(start([job.argv("one")], 4))
+    several = finish(start([job.argv("several")] * 2, 2))
+    assert [told.out for told in several[1:]] == [""]
+    assert_same_run(tmp_path / "one", tmp_path / "several")
+    shutil.copytree(tmp_path / "several" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    (resumed,) = finish(start([job.argv("resumed", resume_from_checkpoint=True)], 4))
+    assert any("resumed from" in line for line in resumed.err)
+    assert_same_run(tmp_path / "one", tmp_path / "resumed")
+
+
+@pytest.mark.slow
 def test_sigterm_to_one(tmp_path: Path) -> None:
     """All stop after the same update; one process with another mesh goes on, as a run that was not stopped."""
     job = Job(tmp_path, hf_compat="5", per_device_train_batch_size=1, max_steps=200, save_steps=1000)
