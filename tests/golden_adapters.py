@@ -5,7 +5,6 @@
 writes tests/golden/NAME.json (loss, gradient norm and learning rate of every update) and NAME.safetensors (PEFT's adapter).
 """
 
-import json
 import shutil
 import sys
 import tempfile
