@@ -10,7 +10,7 @@ from typing import Any
 import hf_tokenizer
 import pytest
 import transformers
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, write_model, write_tokenizer
 from vocabularies import (
@@ -171,8 +171,19 @@ def takes_another_text(files: dict[str, Any]) -> bool:
     return bool(more and files.get("added_tokens.json") and not decoder)
 
 
+STRIPPING = {"content": "<a>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+END = {"content": "</s>", "lstrip": True, "__type": "AddedToken"}
+NORMALIZED = {"added_tokens_decoder": {"2": {"content": "</s>", "normalized": True, "special": True}}}
+DECODED = {"additional_special_tokens": ["<a>"], "added_tokens_decoder": {"400": {**STRIPPING, "special": False}}}
+
+
 @settings(max_examples=12)
 @given(case=cases())
+@example(case=({"tokenizer_config.json": {"eos_token": END}}, ["a </s> b"]))  # tokenizer.json's flags hold
+@example(case=({"tokenizer_config.json": {"legacy": False}}, ["a</s> b"]))  # the space of " b" stays
+@example(case=({"tokenizer_config.json": NORMALIZED}, ["a</s>b"]))  # tokenizer.json has cut </s> out of the raw text
+@example(case=({"tokenizer_config.json": DECODED}, ["x <a> y"]))  # the decoder's flags hold
+@example(case=({"tokenizer_config.json": {}, "added_tokens.json": {"\u2581the": 400}}, ["the a"]))  # a piece's new id
 def test_tokens_are_those_of_4_37(vocabulary, old, case):
     """Length, special and added tokens, ids: as opened, after stanford_alpaca's rule, and of what is saved then."""
     files, texts = case
@@ -188,6 +199,15 @@ def test_tokens_are_those_of_4_37(vocabulary, old, case):
             ours["alpaca"] = theirs["alpaca"]
         assert ours == theirs
         assert_same_when_saved(tokenizer, Path(parent), texts, "4.37", old.describe)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_the_models_type_decides_where_no_file_names_a_class(small, old, tmp_path, model_type):
+    folder, texts = convert_sentencepiece(tmp_path / "model", small), ["a b"]
+    for_tokenizers_0_15(folder)
+    write(folder, "tokenizer_config.json", {})
+    write(folder, "config.json", {"model_type": model_type})
+    assert described(open_tokenizer(folder), texts) == old.describe(folder, texts)
 
 
 @settings(max_examples=8)

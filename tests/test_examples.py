@@ -378,6 +378,13 @@ def test_all_of_a_text_is_trained(small, texts, limit):
     assert got.input_ids.dtype == got.labels.dtype == np.int32
 
 
+def test_an_eos_that_the_tokenizer_adds_stays_single(small, monkeypatch):
+    tokenizer, rule = small
+    monkeypatch.setitem(tokenizer.config, "add_eos_token", True)
+    got = tokenize(TEXT, [{"text": "a"}, {"text": "a</s>"}], tokenizer, 9)
+    assert [got[i][0].tolist() for i in range(2)] == [rule.encode("a</s>")] * 2
+
+
 def test_a_text_without_an_eos_token_gets_none(small, monkeypatch):
     tokenizer, rule = small
     monkeypatch.setitem(tokenizer.special, "eos_token", None)

@@ -364,6 +364,8 @@ def test_sister_architectures(tmp_path: Path, arch: str):
     assert check_tensors(read, config, "m.gguf").keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(read[name].read(()), value, name)
+    mapping = pytest.importorskip("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert raw["architectures"] == [mapping[arch]]
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3"])

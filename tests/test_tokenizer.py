@@ -222,6 +222,18 @@ def test_added_tokens_keep_their_ids(small, tmp_path):
     assert len(theirs) == 404
 
 
+def test_saved_files_agree_on_the_ids(small, tmp_path):
+    """The next free id is that of transformers 4.37, whatever `added_tokens.json` declares; llama.cpp reads that file,
+    where transformers reads `added_tokens_decoder`."""
+    folder, saved = convert_sentencepiece(tmp_path / "fast", small), tmp_path / "saved"
+    write(folder, "added_tokens.json", {"<a>": 450})
+    saved.mkdir()
+    open_tokenizer(folder).save(saved)
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(saved).convert_tokens_to_ids("<a>") == 400
+    file = saved / "added_tokens.json"
+    assert not file.exists() or json.loads(file.read_text()) == {"<a>": 400}
+
+
 def test_an_added_token_may_stand_past_a_gap(small, tmp_path):
     changed = copy(small, tmp_path / "gap", added_tokens_decoder={"405": {"content": "<far>"}})
     assert open_tokenizer(changed).token_to_id("<far>") == 405
@@ -256,6 +268,16 @@ def test_an_added_token_is_special_where_transformers_has_it_so(small, tmp_path,
         assert ours.decode(ids) == ("name   it" if special else "name <think> it")
     decoder = json.loads((saved / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     assert (decoder["400"]["special"], decoder["401"]["special"]) == (special, True)  # 401 is Alpaca's [PAD]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_fast_tokenizers_added_token_is_special_where_transformers_has_it_so(small, tmp_path, special):
+    decoder = {"400": {"content": "<think>", **PLAIN, "special": special}}
+    folder = convert_sentencepiece(tmp_path / "fast", small, added_tokens_decoder=decoder)
+    ours, theirs = open_tokenizer(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    (ids,) = ours.encode_batch(["name <think> it"])
+    assert 400 in ids and ("<think>" in ours.decode(ids)) != special
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_rows_that_are_no_tokens_say_nothing(small):
@@ -465,7 +487,9 @@ def test_truncation_and_padding_of_the_file_are_not_applied(tmp_path):
     tokenizer.enable_padding(pad_id=0, pad_token=EOS, length=9)
     tokenizer.save(str(folder / "tokenizer.json"))
     assert open_tokenizer(folder).encode_batch([CORPUS[0], "a"]) == expected
-    assert transformers.PreTrainedTokenizerFast.from_pretrained(folder)([CORPUS[0], "a"])["input_ids"] == expected
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert theirs([CORPUS[0], "a"])["input_ids"] == expected
+    assert open_tokenizer(folder).special["pad_token"] == theirs.pad_token == EOS
 
 
 def test_tokenizer_json_goes_before_tokenizer_model(small, tmp_path):
