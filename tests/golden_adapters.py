@@ -2,7 +2,8 @@
 
     .venv/bin/python tests/golden_adapters.py
 
-writes tests/golden/NAME.json (loss, gradient norm and learning rate of every update) and NAME.safetensors (PEFT's adapter).
+writes tests/golden/NAME.json (loss, gradient norm and learning rate of every update) and NAME.safetensors (PEFT's
+adapter).
 """
 
 import shutil
