@@ -30,8 +30,8 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.plan.chips import Topology, find_topology
-from llama_jax.plan.dry_run import operations
 from llama_jax.plan.hlo import Program
+from llama_jax.plan.operations import operations
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.state import abstract_state
 from llama_jax.training.step import Steps

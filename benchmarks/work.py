@@ -5,7 +5,8 @@ import argparse
 import numpy as np
 
 from llama_jax.model.config import LlamaConfig
-from llama_jax.plan.dry_run import operations
+from llama_jax.model.lora import Lora
+from llama_jax.plan.operations import operations
 
 PEAK = 989e12
 PROFILED = 4  # updates, after the timed ones
@@ -25,13 +26,20 @@ def lengths_of(args: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int, i
     return np.clip(drawn, 30, 512).astype(int), 1, micro_batches
 
 
-def count_flops(raw: dict, lengths: np.ndarray) -> float:
-    """Count the operations of forward and backward over examples of these lengths."""
+def count_flops(raw: dict, lengths: np.ndarray, lora: Lora | None = None) -> float:
+    """Count the operations of forward and backward over examples of these lengths, with adapters or without."""
     config = LlamaConfig.from_hf(raw)
-    return sum(operations(config, n, n, "none")[0] for n in lengths.tolist())
+    return sum(operations(config, n, n, "none", lora)[0] for n in lengths.tolist())
 
 
-def measured(raw: dict, lengths: np.ndarray, done: list[float], examples: list[np.ndarray], devices: int = 1) -> dict:
+def measured(
+    raw: dict,
+    lengths: np.ndarray,
+    done: list[float],
+    examples: list[np.ndarray],
+    devices: int = 1,
+    lora: Lora | None = None,
+) -> dict:
     """Return the figures of all updates but the first three and the last.
 
     Milliseconds with their spread, tokens an update on all devices, and the rate of one device. Metrics of an update
@@ -40,7 +48,7 @@ def measured(raw: dict, lengths: np.ndarray, done: list[float], examples: list[n
     laps = np.diff(done)[2:-1]
     each = [lengths[i] for i in examples[3:-1]]
     seconds, tokens = laps.sum(), sum(int(x.sum()) for x in each)
-    rate = sum(count_flops(raw, x) for x in each) / seconds
+    rate = sum(count_flops(raw, x, lora) for x in each) / seconds
     return {
         "updates": len(laps),
         "ms": 1000 * laps.mean(),

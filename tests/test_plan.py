@@ -1,7 +1,9 @@
 """What is chosen fits by the compiler's own count, what was passed over does not, and all choices make the same run."""
 
+import math
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,8 @@ import train_jax
 from llama_jax.distributed import sharding
 from llama_jax.model.config import LlamaConfig
 from llama_jax.plan.chips import Named, find_topology
+from llama_jax.plan.hlo import Program
+from llama_jax.plan.operations import operations
 from llama_jax.plan.planner import Option, Plan, Planner, activation_bytes, choose_scan
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.setup.arguments import parse_arguments
@@ -117,6 +121,51 @@ def test_bytes_kept_for_the_backward_pass(kv_heads: int, bf16: bool, tmp_path: P
         assert more - less == told_more - told_less, remat
 
 
+def dot_operations(program: Program) -> tuple[float, float]:
+    """The operations of a program's products, by their shapes: of weights, and of attention, which have batches."""
+    of_weights = of_attention = 0.0
+    for computation, lines in program.computations.items():
+        shapes = {
+            line.name: [int(n) for n in re.findall(r"\d+", line.result.partition("[")[2].partition("]")[0])]
+            for line in lines
+        }
+        for line in lines:
+            if line.kind == "dot":
+                axes = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", line.rest)
+                assert axes, line
+                summed = math.prod(shapes[line.operands[0]][int(axis)] for axis in axes[1].split(","))
+                made = 2.0 * math.prod(shapes[line.name]) * summed * program.times[computation]
+                batched = "lhs_batch_dims" in line.rest
+                of_weights, of_attention = of_weights + made * (not batched), of_attention + made * batched
+    return of_weights, of_attention
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"lora_target_modules": "q_proj k_proj v_proj"},
+        slow_unless(False, {"lora_target_modules": "all-linear", "load_in_4bit": True}),
+        slow_unless(False, {"lora_target_modules": ".*1.*(gate|down)_proj", "lora_modules_to_save": "lm_head"}),
+        slow_unless(False, {"lora_target_modules": "o_proj", "use_dora": True, "lora_modules_to_save": "embed_tokens"}),
+    ],
+)
+def test_operations_are_those_of_the_compiled_update(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Of products, in all blocks of one program. Plain attention computes also the half that the mask hides."""
+    raw = {**RAW, "hidden_size": 64, "intermediate_size": 192}
+    plans = planner(tmp_path, raw, **flags, use_peft=True, lora_r=4)
+    plan = plans.make(Option(10**4, "none"))
+    plan.compile(plan.largest_block, plans.mesh)
+    rows, length = plan.largest_block
+    of_weights, of_attention = dot_operations(Program(plan.steps.programs[plan.largest_block].as_text()))
+    config = replace(plans.job.config, vocab_size=384)  # its rows on a device
+    expected = operations(config, rows * length, length, "none", plan.run.lora)[0]
+    without = operations(config, rows * length, 1e-9, "none", plan.run.lora)[0]
+    if flags.get("use_dora"):  # B A, for the norms of each layer's o_proj
+        of_weights -= 2 * 2 * 4 * 64 * 64
+    assert of_weights == pytest.approx(without, rel=1e-6)
+    assert of_attention / 2 == pytest.approx(expected - without, rel=1e-6)
+
+
 def test_too_large_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said before weights are read, which would not fit either."""
     monkeypatch.setattr(llama_jax.run.trainer, "memory_limit", lambda: 2**18)
@@ -125,7 +174,10 @@ def test_too_large_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert outcome.code == 2 and outcome.compiled == 0, outcome.err
     assert "and a device has 0.000244 GiB for it" in outcome.err
     ways = outcome.err.split("; needed by arithmetic with one change: ")[1].split(", or ")
-    assert [way.split(" (")[0].split()[-1] for way in ways] == ["devices", "bfloat16", "sgd", "adafactor", "lion_32bit"]
+    assert [way.split(" (")[0].split()[-1] for way in ways] == [
+        *("devices", "bfloat16", "sgd", "adafactor", "lion_32bit"),
+        "True",  # --use_peft; 4 bits need wider matrices
+    ]
     assert all(re.search(r" \(0\.0\d+ GiB", way) for way in ways)
 
 
@@ -136,8 +188,9 @@ def test_ways_out_are_the_planners_own_figures(tmp_path: Path) -> None:
         return min(map(plans.estimate, plans.options(limit)))
 
     # An update of one device has two blocks, and sums of gradients; that of several devices one.
-    limit, fixed = 2**20, {"remat": "none", "max_tokens_per_device": 192, "gradient_accumulation_steps": 4}
-    now, config = planner(tmp_path, **fixed), LlamaConfig.from_hf(RAW)
+    limit, fixed = 2**20, {"remat": "none", "max_tokens_per_device": 248, "gradient_accumulation_steps": 4}
+    raw = {**RAW, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 192}
+    now, config = planner(tmp_path, raw, **fixed), LlamaConfig.from_hf(raw)
     ways = {way.text: way for way in now.ways_out(limit)}
     args = parse_arguments(argv(tmp_path, **fixed))
     bfloat16 = Planner(make_job(args, config, lambda: tmp_path, 1, True), now.mesh, "cpu", "bfloat16", False)
@@ -145,17 +198,26 @@ def test_ways_out_are_the_planners_own_figures(tmp_path: Path) -> None:
     args = parse_arguments(argv(tmp_path, **{**fixed, "gradient_accumulation_steps": max(1, 4 // devices)}))
     mesh = sharding.make_mesh([Named(i, "gpu", now.device_kind) for i in range(devices)])
     expected = {
-        "--remat auto --max_tokens_per_device auto": planner(tmp_path, gradient_accumulation_steps=4),
+        "--remat auto --max_tokens_per_device auto": planner(tmp_path, raw, gradient_accumulation_steps=4),
         f"{devices} devices": Planner(
             make_job(args, config, lambda: tmp_path, devices, True), mesh, "cpu", "float32", False
         ),
         "--dtype bfloat16": bfloat16,
-        **{f"--optim {name}": planner(tmp_path, **fixed, optim=name) for name in ("sgd", "adafactor", "lion_32bit")},
+        **{
+            f"--optim {name}": planner(tmp_path, raw, **fixed, optim=name)
+            for name in ("sgd", "adafactor", "lion_32bit")
+        },
+        "--use_peft True": planner(tmp_path, raw, **fixed, use_peft=True),
+        "--use_peft True --load_in_4bit True": planner(tmp_path, raw, **fixed, use_peft=True, load_in_4bit=True),
     }
-    assert ways.keys() == expected.keys()
+    assert list(ways) == list(expected)
     for text, plans in expected.items():
         assert ways[text].needed == least(plans) < least(now), text
     assert ways["--dtype bfloat16"].note.endswith("do not move parameters above " + f"{512 * args.learning_rate:.2g}")
+    adapted, both = expected["--use_peft True"], expected["--use_peft True --load_in_4bit True"]
+    *_, last = adapted.ways_out(limit)
+    assert last == ("--load_in_4bit True", least(both), ", over weights rounded to 4 bits")
+    assert not [way for way in both.ways_out(limit) if "load_in_4bit" in way.text or "peft" in way.text]
     halved = []
     for length in (3000, 1500):
         folder = tmp_path / str(length)

@@ -14,15 +14,14 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import MEMORY_SHARE, set_up_jax
 from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf.source import Source, training_dtype
-from llama_jax.model.config import LlamaConfig
-from llama_jax.model.remat import REMAT
 from llama_jax.plan.chips import Chip, Topology, find_topology
 from llama_jax.plan.hlo import Collective, Program
+from llama_jax.plan.operations import operations
 from llama_jax.plan.planner import Plan, Planner, activation_bytes, choose_scan
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, Say, make_job
-from llama_jax.training.state import TrainState
+from llama_jax.training.state import TrainState, trained_parameters
 
 GIB = 2**30
 DOES_NOT_FIT = 3
@@ -129,6 +128,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         f"model: {job.config.num_parameters:,} parameters in {np.dtype(plan.run.param_dtype).name}, "
         f"{np.dtype(plan.run.compute_dtype or plan.run.param_dtype).name} matmuls, attention by {planner.kernel}, "
         f"layers {'under one scan' if plan.run.scan_layers else 'unrolled'}",
+        *_adapter_line(plan),
         f"update: {_examples(job):,} examples in at most {blocks} block(s) of {rows:,} x {length:,} tokens{several}, "
         f"--remat {plan.option.remat}",
         "",
@@ -136,7 +136,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         *(
             f"  {name:<34}{sharding.bytes_on_device(part) / GIB:9.2f}"
             for name, part in (
-                ("parameters", (state.trainable, state.lower)),
+                ("trained parameters" if state.frozen else "parameters", (state.trainable, state.lower)),
                 ("frozen parameters", state.frozen),
                 ("optimizer's state", state.opt_state),
             )
@@ -172,6 +172,15 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         memory = program.memory_analysis()
         moved += memory.argument_size_in_bytes + memory.output_size_in_bytes
     return [*lines, *_floors(planner, plan, chip, moved, collectives, None if fast else of_block.estimated_cycles)]
+
+
+def _adapter_line(plan: Plan) -> list[str]:
+    """Return a line with the parameters of adapters and the type of the projections below them, none without."""
+    run = plan.run
+    if run.lora is None:
+        return []
+    kind = f"{run.quantization.bits} bits" if run.quantization else np.dtype(run.projection_dtype).name
+    return [f"adapters: {trained_parameters(plan.abstract):,} parameters are trained; frozen projections are in {kind}"]
 
 
 def _examples(job: Job) -> int:
@@ -210,29 +219,14 @@ def _by_kind(collectives: list[Collective]) -> list[str]:
     return [f"  {sent / 1e6:9,.1f}  {kind} over {axes}, {count:,} times" for (kind, axes), (count, sent) in ordered]
 
 
-def operations(config: LlamaConfig, tokens: int, row: int, remat: str) -> tuple[float, float]:
-    """Return the floating-point operations of an update, without and with recomputation.
-
-    Each weight of a matmul counts six a token. Causal attention counts 12 times the heads' width and the mean number of
-    a row's visible keys (half of the row without a window), in each layer; a kernel may skip more, where segments end.
-    """
-    D, L = config.hidden_size, config.num_hidden_layers
-    head = config.vocab_size * D
-    weights = config.num_parameters - head * (1 if config.tie_word_embeddings else 2)
-    width = config.num_attention_heads * config.head_dim
-    window = min(config.sliding_window or row, row)
-    keys = window - window**2 / row / 2
-    layers = tokens * (6.0 * weights + 12.0 * L * width * keys)
-    return layers + 6.0 * tokens * head, layers * (1 + REMAT[remat].again / 3) + 6.0 * tokens * head
-
-
 def _floors(
     planner: Planner, plan: Plan, chip: Chip, moved: float, collectives: list[Collective], cycles: int | None
 ) -> list[str]:
     """Return the lines of the least time of a block, at the chip's published rates."""
     rows, length = plan.largest_block
     blocks = int(plan.batches.block_counts.max())
-    model, made = operations(planner.job.config, rows * length, length, plan.option.remat)
+    config, lora = planner.job.config, plan.run.lora
+    model, made = operations(config, rows * length, length, plan.option.remat, lora)
     devices = planner.mesh.size
     sent = sum(c.sent * c.times for c in collectives)
     lines = [

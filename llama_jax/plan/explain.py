@@ -19,7 +19,7 @@ from llama_jax.distributed.storage import tree_bytes
 from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar
 from llama_jax.setup.job import Job, kept_steps, tokenized
-from llama_jax.training.state import TrainState
+from llama_jax.training.state import TrainState, trained_parameters
 
 Description = dict[str, Any]  # by name, for JSON
 
@@ -82,6 +82,7 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> Descri
         "checkpoints_left": [f"checkpoint-{k}" for k in kept_steps(saved, args.save_total_limit)],
         "best_checkpoint_kept": bool(args.metric_for_best_model and evaluated),
         "parameters": job.config.num_parameters,
+        "trained_parameters": trained_parameters(state) if state.frozen else job.config.num_parameters,
         "dtype": dtype,
         "state_bytes": {
             "parameters": tree_bytes((state.trainable, state.lower)),
@@ -164,6 +165,8 @@ def as_text(facts: Description) -> str:
     rates = ", ".join(f"{rate:.3g} at {k}" for k, rate in facts["learning_rates"].items())
     shapes = ", ".join(f"{r}x{t}" for r, t in facts["shapes"])
     sizes = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in facts["state_bytes"].items())
+    alone = facts["trained_parameters"] != facts["parameters"]
+    trained = f", {facts['trained_parameters']:,} trained" if alone else ""
     best = " (and the best)" if facts["best_checkpoint_kept"] else ""
     subjects = {  # name: value, the rule that decided it
         "examples": (f"{facts['examples']:,}; trained on, repeats counted: {facts['examples_trained']:,}", ""),
@@ -186,7 +189,7 @@ def as_text(facts: Description) -> str:
         "left at the end": (_some(facts["checkpoints_left"]) + best, "checkpoints_left"),
         "type": (facts["dtype"], "dtype"),
         "rotary": ("", "rotary"),
-        "state": (f"{facts['parameters']:,} parameters; over all devices: {sizes}", ""),
+        "state": (f"{facts['parameters']:,} parameters{trained}; over all devices: {sizes}", ""),
     }
     lines = [
         f"{name + ':':19}" + " - ".join(x for x in (value, facts["rules"].get(rule)) if x)

@@ -31,9 +31,11 @@ from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.quantized import quantized_bytes
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
 from llama_jax.plan.chips import Named
+from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
 from llama_jax.training.loss import CHUNK
 from llama_jax.training.optimizer import make_optimizer
@@ -176,7 +178,7 @@ class Planner:
             return update * REMAT[option.remat].time + BLOCK * blocks * (blocks > 1), -option.max_tokens
 
         fitting = [o for o in sorted(options, key=slowness) if self.least_bytes(o) < limit]
-        return fitting or [min(options, key=self.least_bytes)]
+        return fitting or [min(options, key=self.estimate)]
 
     def held_bytes(self, option: Option) -> int:
         """Return the bytes a device always holds: the state, and gradient sums where an update has several blocks."""
@@ -190,24 +192,50 @@ class Planner:
         kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
         return self.held_bytes(option) + max(kept, grads, saving_bytes(self.state))
 
-    def estimate(self, option: Option) -> int:
-        """Estimate the bytes of a device by arithmetic alone.
+    def estimate(self, option: Option, longest: int | None = None) -> int:
+        """Estimate the bytes of a device by arithmetic alone; `longest` tokens of an example in place of the data's.
 
-        Beside the state: gradients, values kept for the backward pass, logits of a chunk with their gradient, and two
-        layers' gathered weights; or the bytes that saving takes, if more.
+        Beside the state: gradients, values kept for the backward pass, plain attention's scores, logits of a chunk with
+        their gradient, and weights made in passing; or the bytes that saving takes, if more.
         """
         config, run, mesh = self.job.config, self.run, self.mesh
         kept = option.max_tokens * activation_bytes(config, run, option.remat, mesh)
         grads = sharding.bytes_on_device(self.state.trainable)
         itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
-        layer = (config.num_parameters - 2 * config.vocab_size * config.hidden_size) // (
-            config.num_hidden_layers * mesh.shape["tensor"]
-        )
-        head = config.vocab_size * config.hidden_size // mesh.shape["tensor"]
         logits = min(CHUNK, option.max_tokens * config.vocab_size // mesh.shape["tensor"])
-        gathered = (2 * layer + head) * itemsize if mesh.size > 1 else 0
-        step = kept + grads + logits * (4 + itemsize) + gathered
+        step = kept + self._score_bytes(option, longest or self._longest) + grads + logits * (4 + itemsize) + self._passing_bytes()
         return self.held_bytes(option) + max(step, saving_bytes(self.state))
+
+    def _score_bytes(self, option: Option, longest: int) -> int:
+        """Return the bytes of attention's scores, where no kernel computes them in parts.
+
+        Without recomputation each layer keeps its softmax, in float32 and rounded. Else a single layer holds scores,
+        softmax and their gradient.
+        """
+        if self.kernel != "xla":
+            return 0
+        config, compute = self.job.config, np.dtype(self.run.compute_dtype or self.run.param_dtype).itemsize
+        row = max(longest, min(option.max_tokens, ROW_LIMIT))
+        scores = option.max_tokens * row * -(-config.num_attention_heads // self.mesh.shape["tensor"])
+        if option.remat == "none":
+            return scores * config.num_hidden_layers * (4 + compute)
+        return scores * (3 * 4 + compute)
+
+    def _passing_bytes(self) -> int:
+        """Return the bytes of weights that a step makes: those gathered for two layers, the head in the compute type,
+        and two matrices that are dequantized, or summed with their adapter for DoRA's norms."""
+        config, run, mesh = self.job.config, self.run, self.mesh
+        D, F, ways = config.hidden_size, config.intermediate_size, mesh.shape["tensor"]
+        itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
+        layer = (config.num_parameters - 2 * config.vocab_size * D) // (config.num_hidden_layers * ways)
+        head, matrix = config.vocab_size * D // ways * itemsize, D * F // ways
+        of_weight = quantized_bytes(run.quantization.abstract((F, D))) / (F * D) if run.quantization else itemsize
+        # Halves hold the head in the compute type already.
+        whole_head = mesh.size > 1 or (run.lora is not None and itemsize != run.param_dtype.itemsize)
+        gathered = int(2 * layer * of_weight) if mesh.size > 1 else 0
+        dequantized = 2 * matrix * itemsize if run.quantization else 0
+        summed = 2 * matrix * 4 if run.lora and run.lora.use_dora else 0
+        return gathered + whole_head * head + dequantized + summed
 
     def choose(
         self, limit: int | None, report: Callable[[str], None] = lambda line: None, remember: bool = True
@@ -264,7 +292,7 @@ class Planner:
 
     def ways_out(self, limit: int) -> list[Way]:
         """Return the changes of devices or flags that need less memory, each alone, in the order of their effect on the
-        updates: none, the parameters' type, the optimizer, the data."""
+        updates: none, the parameters' type, the optimizer, the data, the parameters to train and the weights below."""
         args, now = self.job.args, min(map(self.estimate, self.options(limit)))
         lr, ways = args.learning_rate, list[Way | None]()
         free = {"remat": "auto", "max_tokens_per_device": "auto", "packing": True}
@@ -284,8 +312,16 @@ class Planner:
         half = -(-self._longest // 2)
         block = next((size for size in SIZES if half <= size < self._longest), None)
         if block is not None:  # of half as long examples; no shorter block than SIZES is planned
-            shorter = min(self.estimate(Option(block, option.remat)) for option in self.options(limit))
+            shorter = min(self.estimate(Option(block, option.remat), half) for option in self.options(limit))
             ways.append(Way(f"--model_max_length {half * self._row_ways}", shorter, ", for records of text"))
+        adapters, rounded = {"use_peft": True}, {"load_in_4bit": True}
+        below = "over weights rounded to 4 bits"
+        if self.job.adapter is None and self._trainable is None:
+            ways.append(self._way("--use_peft True", limit, adapters, note=", trains an adapter"))
+            text, both = "--use_peft True --load_in_4bit True", adapters | rounded
+            ways.append(self._way(text, limit, both, note=f", trains an adapter {below}"))
+        elif self.job.adapter is not None and self.job.quantization is None:
+            ways.append(self._way("--load_in_4bit True", limit, rounded, note=f", {below}"))
         return [way for way in ways if way is not None and way.needed < now]
 
     def _way(self, text: str, limit: int, changes: dict[str, Any], times: int = 1, note: str = "") -> Way | None:
@@ -303,7 +339,9 @@ class Planner:
                 order = replace(order, ranks=ranks, accumulation=accumulation)
                 if accumulation * ranks == self.job.order.accumulation * self.job.order.ranks:
                     note = f", the same updates with --gradient_accumulation_steps {accumulation}"
-            job = replace(self.job, args=args, order=order)
+            adapter = self.job.adapter or choose_adapter(args, self.job.config)[0]
+            quantization = choose_quantization(args)
+            job = replace(self.job, args=args, order=order, adapter=adapter, quantization=quantization)
             other = Planner(
                 job,
                 mesh,
@@ -335,7 +373,12 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
     named |= {"gate_proj": ffn, "up_proj": ffn}
     kept = REMAT[remat].kept
     width = sum(named.values()) + ffn if kept is None else sum(named[name] for name in kept)  # ffn: down_proj's input
-    return config.num_hidden_layers * (stream * D + compute * width)
+    of_layers = config.num_hidden_layers * (stream * D + compute * width)
+    if kept is not None or run.lora is None or not run.lora.dropout:
+        return of_layers
+    inputs = {"self_attn.o_proj": heads, "mlp.down_proj": ffn}
+    dropped = sum(inputs.get(projection, D) for (_, projection), _ in run.lora.ranks)
+    return of_layers + (compute + 1) * dropped  # an input without the dropped elements, and their mask
 
 
 def _largest_update(job: Job) -> int:

@@ -1,5 +1,6 @@
 """Hold what an update changes, and what a checkpoint keeps of it."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -111,6 +112,11 @@ def abstract_saved(state: TrainState, mesh: Mesh) -> SavedState:
     """Return the types and placements of the arrays that a checkpoint holds of an abstract state."""
     with jax.set_mesh(mesh):
         return jax.tree.map(lambda a: sharding.on(mesh, a), jax.eval_shape(lambda state: state.saved, state))
+
+
+def trained_parameters(state: TrainState) -> int:
+    """Return the number of parameters that the optimizer updates, padding counted."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.trainable))
 
 
 def saving_bytes(state: TrainState) -> int:
