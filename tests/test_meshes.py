@@ -46,6 +46,7 @@ from llama_jax.distributed.storage import tree_bytes
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.lora import _drawn
 from llama_jax.model.matmul import weight_gradient
 from llama_jax.model.roles import EmbeddingTable, MatmulWeight
 from llama_jax.reporting.run_log import RunLog
@@ -150,6 +151,36 @@ def adapters_on_meshes(out: str, meshes: list[str], *flags: str) -> None:
 )
 def test_adapters(flags: tuple[str, ...], meshes: list[str], tmp_path: Path) -> None:
     on_eight_devices(f"adapters_on_meshes({str(tmp_path)!r}, {meshes}, *{flags})")
+
+
+def dropout_on_meshes() -> None:
+    """Count over tokens: parts of one device repeat no other's, and copies of a part are equal."""
+    for spec, place in (
+        ("data=2,fsdp=2,tensor=2", sharding.ACT_BTF),
+        ("fsdp=2,context=2,tensor=2", sharding.ACT_BTD),
+    ):
+        mesh = sharding.make_mesh(spec=spec)
+        with jax.set_mesh(mesh):
+            x = jnp.zeros((4, 256, 512), jnp.bfloat16, out_sharding=place)
+            key = jax.device_put(jax.random.key(3, impl="rbg"), sharding.replicated(mesh))
+            program = jax.jit(lambda key, x: _drawn(key, 0.9, x)).lower(key, x).compile()
+            drawn = program(key, x)
+        sizes = re.findall(r"u32\[([\d,]+)\]", program.as_text())
+        assert max(math.prod(map(int, size.split(","))) for size in sizes) <= x.size // 4
+        parts: dict[str, np.ndarray] = {}
+        for shard in drawn.addressable_shards:
+            part = parts.setdefault(str(shard.index), np.asarray(shard.data))
+            np.testing.assert_array_equal(part, shard.data)
+        first, *others = parts.values()
+        assert len(parts) == (8 if "tensor" in place else 4)
+        for part in others:  # 65,536 draws or more: 5 standard deviations of both shares are 0.006 and 0.008
+            assert abs(part.mean() - 0.9) < 0.006
+            assert abs((part == first).mean() - (0.9**2 + 0.1**2)) < 0.008
+
+
+@pytest.mark.slow
+def test_dropout() -> None:
+    on_eight_devices("dropout_on_meshes()")
 
 
 # -- The Trainer's golden runs ----------------------------------------------------------------------------------------

@@ -203,7 +203,13 @@ class Planner:
         grads = sharding.bytes_on_device(self.state.trainable)
         itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
         logits = min(CHUNK, option.max_tokens * config.vocab_size // mesh.shape["tensor"])
-        step = kept + self._score_bytes(option, longest or self._longest) + grads + logits * (4 + itemsize) + self._passing_bytes()
+        step = (
+            kept
+            + self._score_bytes(option, longest or self._longest)
+            + grads
+            + logits * (4 + itemsize)
+            + self._passing_bytes()
+        )
         return self.held_bytes(option) + max(step, saving_bytes(self.state))
 
     def _score_bytes(self, option: Option, longest: int) -> int:
