@@ -107,8 +107,9 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
             say(line)
 
         plan, needed = planner.choose(limit, told, remember=not fast)
-    # A program that fits at low effort need not fit: the verdict is open. A refusal counts.
-    unknown = fast and needed <= limit
+    # A program that fits at low effort need not fit: the verdict is open. A refusal counts, but not of quantized
+    # matrices: at low effort the compiler holds all steps of dequantizing (35 GiB for a layer of 70B in 4 bits).
+    unknown = fast and (needed <= limit or planner.run.quantization is not None)
     return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started)
 
 
@@ -254,7 +255,9 @@ def _verdict(outcome: Outcome, topology: Topology, limit: int) -> list[str]:
     """Return the lines of the verdict: whether the run fits `limit` bytes a device."""
     needed, room = outcome.needed, f"{limit / GIB:.2f} GiB"
     spent = f"{outcome.seconds:,.0f} s"
-    if needed is None:
+    if needed is None and not outcome.plan.steps.programs:
+        told = f"refused at low effort in {spent}; that gives no verdict on 4 or 8 bits: --dry_run_effort full does"
+    elif needed is None:
         told = f"compiled at low effort in {spent}; that gives no verdict on memory: --dry_run_effort full does"
     elif needed == math.inf:
         told = f"DOES NOT FIT: the compiler finds no room for it ({spent}); a device has {room} for a program"
