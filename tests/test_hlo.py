@@ -149,3 +149,37 @@ def test_a_counted_loop_may_say_so() -> None:
     told = re.sub(r"(body=%body)", r'\1, backend_config={"known_trip_count":{"n":"9"}}', PROGRAM)
     (gather,) = (c for c in Program(told).collectives({"fsdp": 4}) if c.kind == "all-gather")
     assert gather.times == 9 and np.prod(gather.sent) == 3072
+
+
+def test_a_gather_that_overlaps_with_a_loop_runs_once() -> None:
+    """Its start is outside the loop; each trip moves a part of it."""
+    gather = (
+        'all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="0"}'
+    )
+    text = f"""HloModule jit_step
+
+%inside (p: bf16[64,8]) -> bf16[256,8] {{
+  %p = bf16[64,8]{{1,0}} parameter(0)
+  ROOT %part = bf16[256,8]{{1,0}} {gather}
+}}
+
+%start (p: bf16[64,8]) -> bf16[256,8] {{
+  %p = bf16[64,8]{{1,0}} parameter(0)
+  %whole = bf16[256,8]{{1,0}} {gather}
+  ROOT %begun = bf16[256,8]{{1,0}} custom-call(%whole), custom_call_target="AsyncCollectiveStart"
+}}
+
+%body (q: bf16[64,8]) -> bf16[64,8] {{
+  %q = bf16[64,8]{{1,0}} parameter(0)
+  %moved = bf16[256,8]{{1,0}} fusion(%q), kind=kCustom, calls=%inside
+  ROOT %same = bf16[64,8]{{1,0}} copy(%q)
+}}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {{
+  %x = bf16[64,8]{{1,0}} parameter(0)
+  %first = bf16[256,8]{{1,0}} fusion(%x), kind=kCustom, calls=%start
+  ROOT %loop = bf16[64,8]{{1,0}} while(%x), condition=%never, body=%body, backend_config={{"known_trip_count":{{"n":"12"}}}}
+}}
+"""
+    (found,) = Program(text).collectives({"data": 1, "fsdp": 4})
+    assert (found.kind, found.times, found.sent) == ("all-gather", 1, 256 * 8 * 2 * 3 // 4)

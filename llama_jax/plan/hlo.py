@@ -116,10 +116,13 @@ class Program:
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
         """Return all collectives that a step runs on a mesh of these axes, the most bytes first.
 
-        A collective that overlaps other work is split over several fusions of one chain, and counts once.
+        A collective that overlaps other work is split over several fusions of one chain. It runs as often as the fusion
+        that starts it: a gather of the head may overlap with all layers of a loop.
         """
         found: dict[str, Collective] = {}
+        begun: set[str] = set()
         for computation, lines in self.computations.items():
+            starts = any('"AsyncCollectiveStart"' in line.rest for line in lines)
             for line in lines:
                 kind = line.kind.removesuffix("-start")
                 times = self.times[computation]
@@ -141,7 +144,8 @@ class Program:
                 sent = int(bytes_ * factor.get(kind, share))
                 chain = re.search(r'chain_id="(\d+)"', line.rest)
                 key = f"{chain[1]} {line.attribute('channel_id')}" if chain else f"{computation} {line.name}"
-                if key not in found or found[key].times < times:
+                if key not in begun and (key not in found or starts or found[key].times < times):
+                    begun |= {key} if starts else set()
                     result = ", ".join(text for text, _ in arrays[:2])
                     found[key] = Collective(kind=kind, axes=axes, result=result, sent=sent, times=times)
         return sorted(found.values(), key=lambda c: -c.sent * c.times)
