@@ -273,10 +273,8 @@ def model_of(path: Path) -> str:
 
 
 def dry_run_config(folder: Path, path: Path, topology: str, *flags: str) -> Outcome:
-    raw, documents = raw_config(model_of(path)), (4000, None)
-    if path == LONG:  # a quarter of the vocabulary: the chunks of its logits take most of the compiler's time
-        raw, documents = raw | {"vocab_size": 32064}, (16, 131072)
-    paths = write_case(folder, raw, *documents)
+    documents = (16, 131072) if path == LONG else (4000, None)
+    paths = write_case(folder, raw_config(model_of(path)), *documents)
     return run(train_jax.main, "--config", path, *paths, "--dry_run", topology, *flags)
 
 
