@@ -167,20 +167,14 @@ def compare(bench: Bench, adapter: Flags, trainer: Flags, count: int, quantizati
         np.testing.assert_allclose(logits(mine, ids), logits(theirs, ids), atol=1e-3)
 
 
-@settings(max_examples=3)
+@pytest.mark.slow
+@settings(max_examples=25)
 @given(jobs())
 def test_drawn_runs(bench: Bench, job: tuple[Flags, Flags, int]) -> None:
     compare(bench, *job)
 
 
-@pytest.mark.slow
-@settings(max_examples=25)
-@given(jobs())
-def test_many_drawn_runs(bench: Bench, job: tuple[Flags, Flags, int]) -> None:
-    compare(bench, *job)
-
-
-@pytest.mark.parametrize("quantization", [*QUANTIZATIONS])
+@pytest.mark.parametrize("quantization", [slow_unless(name == "nested nf4", name) for name in QUANTIZATIONS])
 def test_quantized_base(bench: Bench, quantization: str) -> None:
     """The curve of the Trainer with PEFT over bitsandbytes' layers."""
     adapter = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "use_dora": quantization == "nested nf4"}
@@ -191,7 +185,7 @@ def test_quantized_base(bench: Bench, quantization: str) -> None:
 @pytest.mark.slow
 @settings(max_examples=10)
 @given(jobs(), st.sampled_from([*QUANTIZATIONS]))
-def test_many_quantized_runs(bench: Bench, job: tuple[Flags, Flags, int], quantization: str) -> None:
+def test_drawn_runs_over_quantized_bases(bench: Bench, job: tuple[Flags, Flags, int], quantization: str) -> None:
     if quantization == "int8":
         job[0].pop("use_dora", None)  # PEFT 0.21 ends with a traceback on the CPU
     compare(bench, *job, quantization)
@@ -449,6 +443,7 @@ def test_a_resized_adapter_is_resumed(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[key], array, key)
 
 
+@pytest.mark.slow
 def test_a_quantized_run_is_resumed(tmp_path: Path) -> None:
     """From the same quantized base, with the flags of its base alone; a Flax folder is refused."""
     write_model(tmp_path / "model", WIDE)

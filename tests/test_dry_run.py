@@ -332,6 +332,7 @@ def state_bytes(raw: dict[str, Any], devices: int, four: bool) -> float:
     return frozen + 12 * adapters
 
 
+@pytest.mark.slow
 def test_adapter_configs_by_arithmetic(tmp_path: Path) -> None:
     """Each fits what its name says, with a state that is the sum of its parts."""
     for path, name in ADAPTERS:
