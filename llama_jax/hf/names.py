@@ -6,6 +6,7 @@ from typing import Any
 
 from llama_jax.base.errors import InputError
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.lora import PROJECTIONS
 from llama_jax.model.roles import Params, is_stacked
 
 Path = tuple[str | int, ...]
@@ -43,6 +44,15 @@ def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
     if not config.tie_word_embeddings:
         table["lm_head.weight"] = (("lm_head", "weight"), (V, D))
     return table
+
+
+def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Return {projection: (outputs, inputs)} of a layer, by the names of `model.lora.PROJECTIONS`."""
+    table, result = name_table(config), {}
+    for name in PROJECTIONS:
+        outputs, inputs = table[f"model.layers.0.{name}.weight"][1]
+        result[name] = (outputs, inputs)
+    return result
 
 
 def check_names(params: Params, config: LlamaConfig) -> None:

@@ -390,12 +390,6 @@ def _layer_and_projection(name: str) -> tuple[int, str]:
     return int(layer), projection
 
 
-def _shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Return {projection: (out, in)}."""
-    table = names.name_table(config)
-    return {name: table[f"model.layers.0.{name}.weight"][1] for name in PROJECTIONS}  # type: ignore[misc]
-
-
 def first_values(
     lora: Lora, config: LlamaConfig, seed: int, init: bool | str = True, base: np.dtype = np.dtype(np.float32)
 ) -> dict[Place, np.ndarray]:
@@ -405,7 +399,7 @@ def first_values(
     PEFT draws A again and sets B to zero, unless `init` is false. A of "gaussian" differs by rounding (`TorchRandom`).
     `base` is the type of the base's weights: PEFT rounds the draws to it, unless it is a type of integers.
     """
-    random, shapes = TorchRandom(seed), _shapes(config)
+    random, shapes = TorchRandom(seed), names.projection_shapes(config)
     first: dict[Place, np.ndarray] = {}
     for (layer, projection), (r, _) in lora.ranks:
         out, in_ = shapes[projection]
@@ -427,7 +421,7 @@ def name_table(lora: Lora, config: LlamaConfig) -> dict[str, tuple[Place, tuple[
 
     A tied model's saved embedding has two names with one path.
     """
-    shapes = _shapes(config)
+    shapes = names.projection_shapes(config)
     table: dict[str, tuple[Place, tuple[int, ...]]] = {}
     for (layer, projection), (r, _) in lora.ranks:
         out, in_ = shapes[projection]

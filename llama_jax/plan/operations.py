@@ -1,6 +1,6 @@
 """Count the floating-point operations of an update."""
 
-from llama_jax.hf.names import name_table
+from llama_jax.hf.names import projection_shapes
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Lora
 from llama_jax.model.remat import REMAT
@@ -17,7 +17,7 @@ def operations(
     counts 12 times the heads' width and the mean number of a row's visible keys (half of the row without a window), in
     each layer; a kernel may skip more, where segments end. `lora` freezes the model, as `_adapted` counts it.
     """
-    shapes, L = _shapes(config), config.num_hidden_layers
+    shapes, L = projection_shapes(config), config.num_hidden_layers
     window = min(config.sliding_window or row, row)
     attention = 4.0 * config.num_attention_heads * config.head_dim * (window - window**2 / row / 2)
     forward = L * (attention + 2.0 * sum(out * in_ for out, in_ in shapes.values()))
@@ -40,20 +40,15 @@ def _adapted(
     input. Stacked layers compute these all the same. DoRA multiplies a dropped input by the weight once more; its norms
     do not count.
     """
-    adapted, backward = dict(lora.ranks), 0.0
-    first = (0, -1) if "embed_tokens" in lora.saved else min((layer, STAGES[name]) for layer, name in adapted)
+    backward = 0.0
+    first = (0, -1) if "embed_tokens" in lora.saved else min((layer, STAGES[name]) for (layer, name), _ in lora.ranks)
     for layer in range(first[0], layers):
         backward += 2 * attention * ((layer, 0) >= first)
         for name, (out, in_) in shapes.items():
-            r = adapted[layer, name].r if (layer, name) in adapted else 0
+            rank = lora.of(layer, name)
+            r = rank.r if rank else 0
             later = (layer, STAGES[name]) > first
             again = bool(r and lora.use_dora and lora.dropout)
             forward += 2.0 * r * (out + in_) + 2.0 * again * out * in_
             backward += 2.0 * r * (2 * out + (1 + later) * in_) + 2.0 * later * (1 + again) * out * in_
     return forward, backward
-
-
-def _shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Return {projection: (outputs, inputs)} of a layer."""
-    table = name_table(config)
-    return {name: table[f"model.layers.0.{name}.weight"][1] for name in PROJECTIONS}  # type: ignore[misc]
