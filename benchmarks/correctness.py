@@ -103,6 +103,19 @@ def distance(value, expected) -> float:
     return float(optax.tree.norm(jnp.asarray(value) - jnp.asarray(expected)) / optax.tree.norm(jnp.asarray(expected)))
 
 
+def same_gradients(name: str, found: tuple[float, Any], expected: tuple[float, Any]) -> bool:
+    """Print how far a loss and its gradients are from the expected, and return whether that is rounding."""
+    off = abs(found[0] - expected[0]) / abs(expected[0])
+    norm_off = abs(float(optax.tree.norm(found[1])) / float(optax.tree.norm(expected[1])) - 1)
+    worst = max(jax.tree.leaves(jax.tree.map(distance, found[1], expected[1])))
+    fine = off < LOSS and norm_off < NORM and worst < GRADIENT
+    print(
+        f"{name}: loss off by {off:.1e}, norm {norm_off:.1e}, worst gradient {worst:.1e}{'' if fine else '  WRONG'}",
+        flush=True,
+    )
+    return fine
+
+
 SEGMENTS = 5
 
 
@@ -156,16 +169,8 @@ def check_adapters(config: LlamaConfig, mesh, kernel: str) -> bool:
                     magnitude["weight"] = jax.device_put(lengths, magnitude["weight"].sharding)
             expected_loss, expected = gradients(RunOptions(lora=lora), params)
             loss, grads = gradients(replace(bf16, quantization=quantization), {**params, "layers": own})
-            off = abs(loss - expected_loss) / abs(expected_loss)
-            norm_off = abs(float(optax.tree.norm(grads) / optax.tree.norm(expected)) - 1)
-            worst = max(jax.tree.leaves(jax.tree.map(distance, grads, expected)))
-            fine = off < LOSS and norm_off < NORM and worst < GRADIENT
-            good &= fine
-            print(
-                f"{'DoRA' if use_dora else 'LoRA'} over {quantization or 'a plain base'}: loss off by {off:.1e}, norm "
-                f"{norm_off:.1e}, worst gradient {worst:.1e}{'' if fine else '  WRONG'}",
-                flush=True,
-            )
+            name = f"{'DoRA' if use_dora else 'LoRA'} over {quantization or 'a plain base'}"
+            good &= same_gradients(name, (loss, grads), (expected_loss, expected))
     return good
 
 
@@ -200,21 +205,12 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
     with ThreadPoolExecutor(4) as pool:
         reference, *programs = pool.map(compiled, every)
     expected_loss, expected = run(reference, every[0], params)
-    norm = float(optax.tree.norm(expected))
     for (scan, remat), options, program in zip(choices, every[1:], programs, strict=True):
         if scan and 0 in params["layers"]:  # stacking consumes the layers
             params, expected = stack_layers(params), stack_layers(expected)
         loss, grads = run(program, options, params)
-        off = abs(loss - expected_loss) / abs(expected_loss)
-        norm_off = abs(float(optax.tree.norm(grads)) / norm - 1)
-        worst = max(jax.tree.leaves(jax.tree.map(distance, grads, expected)))
-        fine = off < LOSS and norm_off < NORM and worst < GRADIENT
-        good &= fine
-        print(
-            f"{'stacked' if scan else 'unrolled'}, --remat {remat}: loss off by {off:.1e}, "
-            f"norm {norm_off:.1e}, worst gradient {worst:.1e}{'' if fine else '  WRONG'}",
-            flush=True,
-        )
+        name = f"{'stacked' if scan else 'unrolled'}, --remat {remat}"
+        good &= same_gradients(name, (loss, grads), (expected_loss, expected))
     return good
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,34 @@ def trainer(args: argparse.Namespace) -> dict:
     return _told(args, raw, lengths, done, order, started)
 
 
+def _time_updates(
+    args: argparse.Namespace,
+    raw: dict,
+    lengths: np.ndarray,
+    rows: int,
+    *,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+) -> dict:
+    """Time updates of `rows` whole sequences of random tokens on each rank; `loss` takes their ids [rows, length]."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    rng = np.random.default_rng(LOCAL)
+    done: list[float] = []
+    started = time.monotonic()
+    for _ in range(args.updates + 4):
+        ids = torch.tensor(rng.integers(0, raw["vocab_size"], (rows, lengths[0])), device=DEVICE)
+        loss(ids).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if CUDA:
+            torch.cuda.synchronize()
+        done.append(time.monotonic())
+        if len(done) == 1 and CUDA:
+            torch.cuda.reset_peak_memory_stats()  # leave out the whole float32 model of the start
+    return _told(args, raw, lengths, done, [np.arange(rows * WAYS)] * len(done), started)
+
+
 def fsdp(args: argparse.Namespace) -> dict:
     """Time torch's FSDP2 as torchtitan lays it out.
 
@@ -153,22 +182,12 @@ def fsdp(args: argparse.Namespace) -> dict:
     def loss_of(logits, targets):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    rng = np.random.default_rng(LOCAL)
-    done: list[float] = []
-    started = time.monotonic()
-    for _ in range(args.updates + 4):
-        ids = torch.tensor(rng.integers(0, raw["vocab_size"], (rows, lengths[0])), device=DEVICE)
-        loss_of(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if CUDA:
-            torch.cuda.synchronize()
-        done.append(time.monotonic())
-        if len(done) == 1 and CUDA:
-            torch.cuda.reset_peak_memory_stats()  # leave out the unsharded model of the start
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return loss_of(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])
+
+    told = _time_updates(args, raw, lengths, rows, loss=loss, optimizer=optimizer)
     torch.distributed.destroy_process_group()
-    return _told(args, raw, lengths, done, [np.arange(rows * WAYS)] * len(done), started)
+    return told
 
 
 def peft(args: argparse.Namespace) -> dict:
@@ -194,20 +213,9 @@ def peft(args: argparse.Namespace) -> dict:
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.0, fused=True)
     forward = torch.compile(model) if args.only == "peft_compiled" else model
-    rng = np.random.default_rng(0)
-    done: list[float] = []
-    started = time.monotonic()
-    for _ in range(args.updates + 4):
-        ids = torch.tensor(rng.integers(0, raw["vocab_size"], (rows, lengths[0])), device=DEVICE)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if CUDA:
-            torch.cuda.synchronize()
-        done.append(time.monotonic())
-        if len(done) == 1 and CUDA:
-            torch.cuda.reset_peak_memory_stats()  # leave out the float32 model of the start
-    return _told(args, raw, lengths, done, [np.arange(rows)] * len(done), started)
+            return forward(input_ids=ids, labels=ids, use_cache=False).loss
+
+    return _time_updates(args, raw, lengths, rows, loss=loss, optimizer=optimizer)
