@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tiny import CONFIG, make_records, write_json, write_model
 
 GOLDEN = Path(__file__).parent / "golden"
-WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 128}
+WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 128}  # 4 bits need multiples of 64
 TRAINER = (
     "--learning_rate 1e-3 --optim adamw_torch --adam_epsilon 1e-4 --logging_steps 1 --max_steps 8 --save_strategy no"
 )

@@ -17,6 +17,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from golden_adapters import WIDE
 from hf_trainer import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +63,6 @@ QUANTIZATIONS: dict[str, tuple[Flags, Flags]] = {
     ),
     "int8": ({"load_in_8bit": True}, {"load_in_8bit": True}),
 }
-WIDE = {**CONFIG, "hidden_size": 64, "intermediate_size": 128}  # 4 bits need multiples of 64
 
 
 class Bench(NamedTuple):

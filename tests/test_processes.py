@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+from golden_adapters import WIDE
 from safetensors.numpy import load_file
 from test_training import CLOCK, EPSILON, Job, checkpoints, worst
 from tiny import (
@@ -227,7 +228,7 @@ def test_an_adapter_as_one_process(tmp_path: Path) -> None:
     flags |= {"lora_r": 4, "lora_dropout": 0, "lora_target_modules": "q_proj", "scan_layers": True}
     flags |= {"load_in_4bit": True, "use_bnb_nested_quant": True}
     job = Job(tmp_path, adam_epsilon=EPSILON, **flags)
-    write_model(tmp_path / "model", {**CONFIG, "hidden_size": 64, "intermediate_size": 128})
+    write_model(tmp_path / "model", WIDE)
     write_json(tmp_path / "data.json", make_records(30))
     finish(start([job.argv("one")], 4))
     several = finish(start([job.argv("several")] * 2, 2))
