@@ -27,6 +27,7 @@ from tiny import (
     ALPACA,
     CONFIG,
     ROOT,
+    drawn_cases,
     log_entries,
     make_records,
     run,
@@ -168,7 +169,7 @@ def compare(bench: Bench, adapter: Flags, trainer: Flags, count: int, quantizati
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=drawn_cases(25))
 @given(jobs())
 def test_drawn_runs(bench: Bench, job: tuple[Flags, Flags, int]) -> None:
     compare(bench, *job)
@@ -183,7 +184,7 @@ def test_quantized_base(bench: Bench, quantization: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=10)
+@settings(max_examples=drawn_cases(10))
 @given(jobs(), st.sampled_from([*QUANTIZATIONS]))
 def test_drawn_runs_over_quantized_bases(bench: Bench, job: tuple[Flags, Flags, int], quantization: str) -> None:
     if quantization == "int8":
@@ -302,10 +303,13 @@ def test_types_of_frozen_parameters(dora: bool) -> None:
 
 
 def test_no_gradient_of_a_frozen_matrix() -> None:
-    """The compiled update has no product of the shape of a frozen weight, and the plain one has."""
+    """The compiled update has no product of the shape of a frozen weight, and the plain one has. Projections of the same
+    input share the product of that input with their A's."""
     config, mesh = LlamaConfig.from_hf({**CONFIG, "intermediate_size": 80}), sharding.make_mesh()
-    lora = Lora(tuple(((i, p), Rank(4, 1.0)) for i in range(2) for p in ("mlp.gate_proj", "mlp.down_proj")))
-    products = []
+    lora = Lora(
+        tuple(((i, p), Rank(4, 1.0)) for i in range(2) for p in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+    )
+    products, shared = [], []
     for run_options in (RunOptions(lora=lora), RunOptions()):
         definition = define(config, run_options, mesh)
         tx = make_optimizer("sgd")
@@ -314,8 +318,10 @@ def test_no_gradient_of_a_frozen_matrix() -> None:
         (program,) = steps.programs.values()
         text = program.as_text()
         products.append(len(re.findall(r"f32\[(?:80,32|32,80)\]\S* (?:dot|custom-call)\(", text)))
+        shared.append(len(re.findall(r"f32\[(?:1,)?128,8\]\S* (?:dot|custom-call)\(", text)))
     assert products[0] == 0
     assert products[1] >= 3 * 2  # gate, up, down of two layers
+    assert shared == [2, 0]  # of both ranks of 4, in each layer
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5])

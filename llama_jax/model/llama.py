@@ -6,13 +6,14 @@ Letters: B rows, T query, S key, D model, N heads, K kv heads, H head dim, F ffn
 padded so that the mesh divides them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -129,10 +130,13 @@ class Linear(nnx.Module):
         kind, number = run.compute_dtype or jnp.float32, PROJECTIONS.index(name)
         self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
 
-    def __call__(self, x: Float[Array, "B T I"], key: Any = None) -> Float[Array, "B T O"]:
+    def __call__(
+        self, x: Float[Array, "B T I"], key: Any = None, low: Float[Array, "B T R"] | None = None
+    ) -> Float[Array, "B T O"]:
+        """Return the output for `x`. `key` draws the adapter's dropout. `low` is x @ A.T, None where it is not made."""
         base = self.product(x)
         y = base if self.bias is None else base + self.bias[...].astype(self.dtype)
-        return y if self.adapter is None else (y + self.adapter(x, base, self, key)).astype(y.dtype)
+        return y if self.adapter is None else (y + self.adapter(x, base, self, key, low)).astype(y.dtype)
 
     def product(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Return x @ weight.T in the compute type."""
@@ -145,6 +149,19 @@ class Linear(nnx.Module):
         """Return the weight in the compute type."""
         weight = self.weight.get_value()
         return dequantize(weight, self.dtype) if is_quantized(weight) else weight.astype(self.dtype)
+
+
+def project_all(linears: Sequence[Linear], x: Float[Array, "B T I"], key: Any) -> list[Float[Array, "B T O"]]:
+    """Return the output of each projection of `x`.
+
+    Adapters without dropout share one product with `x`: thin products are bound by the reading of `x`.
+    """
+    matrices = [linear.adapter.lora_A.weight[...].astype(linear.dtype) for linear in linears if linear.adapter]
+    if key is not None or len(matrices) < len(linears):
+        return [linear(x, key) for linear in linears]
+    low = project(sharding.ACT_BTD, False, x.astype(linears[0].dtype), jnp.concatenate(matrices))
+    lows = jnp.split(low, np.cumsum([len(matrix) for matrix in matrices[:-1]]), axis=-1)
+    return [linear(x, low=low) for linear, low in zip(linears, lows, strict=True)]
 
 
 class RMSNorm(nnx.Module):
@@ -182,7 +199,7 @@ class Attention(nnx.Module):
             shape = (*y.shape[:2], y.shape[2] // self.head_dim, self.head_dim)
             return jnp.reshape(y, shape, out_sharding=placed(sharding.ACT_BTNH))
 
-        q, k, v = (heads(proj(x, tokens.key)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(heads, project_all((self.q_proj, self.k_proj, self.v_proj), x, tokens.key))
         names = ("q", "k", "v")
         if self.q_norm is not None and self.k_norm is not None:
             # The gradient of a norm needs its input: that is kept, and norm and rotation are recomputed.
@@ -217,8 +234,8 @@ class MLP(nnx.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def __call__(self, x: Float[Array, "B T D"], key: Any = None) -> Float[Array, "B T D"]:
-        gate = checkpoint_name(self.gate_proj(x, key), "gate_proj")
-        up = checkpoint_name(self.up_proj(x, key), "up_proj")
+        gate, up = project_all((self.gate_proj, self.up_proj), x, key)
+        gate, up = checkpoint_name(gate, "gate_proj"), checkpoint_name(up, "up_proj")
         return self.down_proj(self.act_fn(gate) * up, key)
 
 

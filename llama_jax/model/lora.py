@@ -99,16 +99,22 @@ class Adapter(nnx.Module):
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
 
     def __call__(
-        self, x: Float[Array, "B T I"], base: Float[Array, "B T O"], projection: Projection, key: Any
+        self,
+        x: Float[Array, "B T I"],
+        base: Float[Array, "B T O"],
+        projection: Projection,
+        key: Any,
+        low: Float[Array, "B T R"] | None = None,
     ) -> Float[Array, "B T O"]:
         """Return the adapter's part of the output; `base` is `projection.product(x)`. `key` draws the dropout, None for
-        none."""
+        none; `low` is x @ A.T where the caller has it."""
         dropped = x.astype(self.dtype)
         if key is not None:
             kept = _drawn(jax.random.fold_in(key, self.number), 1 - self.dropout, x)
             dropped = jnp.where(kept, dropped / (1 - self.dropout), 0)
         a, b = self.lora_A.weight[...], self.lora_B.weight[...]
-        low = project(sharding.ACT_BTD, False, dropped, a.astype(self.dtype))
+        if low is None:
+            low = project(sharding.ACT_BTD, False, dropped, a.astype(self.dtype))
         y = project(self.out, False, low, b.astype(self.dtype)) * self.scaling
         if self.lora_magnitude is None:
             return y
