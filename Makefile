@@ -6,7 +6,7 @@ DEMO := demo/output
 # Torch only serves the tests; without a GPU its CPU build is enough, and this spelling takes it where one is offered.
 TEST_WORKERS ?= 2
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow proofs lint clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("python >= 3.11 is needed, this is %d.%d" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -38,10 +38,14 @@ demo: $(VENV)/.smollm2-installed
 	PYTHON=$(BIN)/python bash demo/run.sh
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow"
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not proof"
 
 slow: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow --durations=12
+
+# All of it, with every drawn case: before a release. Some hours.
+proofs: $(VENV)/.test-installed
+	PROOFS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "slow or proof" --durations=40
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ answer() { $python -m llama_jax.generate --model_name_or_path "$1" --instruction
 echo "== 2 of 4: the model's answer before"
 before=$(answer "$out/flax")
 
-echo "== 3 of 4: train_jax.py, 30 updates, about 3 minutes on two cores"
+echo "== 3 of 4: train_jax.py, 12 updates, one to three minutes on two cores"
 $python train_jax.py --config configs/demo.yaml
 
 echo "== 4 of 4: the model's answer after"

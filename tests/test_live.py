@@ -18,7 +18,18 @@ from hf_trainer import Server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
-from tiny import ALPACA, CONFIG, SISTERS, make_records, run, slow_unless, write_json, write_model, write_tokenizer
+from tiny import (
+    ALPACA,
+    CONFIG,
+    SISTERS,
+    drawn_cases,
+    make_records,
+    run,
+    slow_unless,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
 
 import llama_jax.run.trainer
 import train_jax
@@ -295,14 +306,14 @@ def drawn(draw: st.DrawFn, compat: str) -> tuple[Flags, int, tuple[int, ...]]:
 def test_drawn_runs(bench: Bench, compat: str) -> None:
     tried = []
 
-    @settings(max_examples=12)
+    @settings(max_examples=drawn_cases(12))
     @given(drawn(compat))
     def both(case: tuple[Flags, int, tuple[int, ...]]) -> None:
         compare(bench, compat, *case)
         tried.append(case)
 
     both()
-    assert len(tried) >= 12
+    assert len(tried) >= drawn_cases(12)
 
 
 # -- Chosen -----------------------------------------------------------------------------------------------------------

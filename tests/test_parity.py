@@ -31,7 +31,7 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from numpy_llama import llama_logits
-from tiny import CONFIG, SISTERS, of_devices, slow_unless
+from tiny import CONFIG, SISTERS, drawn_cases, of_devices, slow_unless
 
 from llama_jax.distributed import sharding
 from llama_jax.hf.load import check_tensors, load_params
@@ -610,8 +610,8 @@ def check_draw(case: Draw, mesh: Mesh) -> None:
     assert_equal_outcomes(batch, ours, theirs, bounds)
 
 
-# 6 scalings x 2 seeds x 19 draws = 228 configurations, in functions small enough for pytest-xdist to balance.
-DRAWS, SEEDS = 19, 2
+# 6 scalings x 2 seeds x 19 draws = 228 configurations under `make proofs`, in functions that pytest-xdist can balance.
+DRAWS, SEEDS = drawn_cases(19), 2
 QUICK = [("llama3", 0)]  # the others are slow proofs
 
 

@@ -239,6 +239,11 @@ def slow_unless(quick: bool, *values: Any) -> Any:
     return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
 
 
+def drawn_cases(count: int) -> int:
+    """Return how many cases a slow test draws: `count` under `make proofs`, a third of them in CI."""
+    return count if "PROOFS" in os.environ else -(-count // 3)
+
+
 def of_devices(count: int, *flags: str) -> dict[str, str]:
     """Return the environment's XLA flags for a process of so many CPU devices."""
     words = (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", *flags)
