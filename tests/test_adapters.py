@@ -303,8 +303,8 @@ def test_types_of_frozen_parameters(dora: bool) -> None:
 
 
 def test_no_gradient_of_a_frozen_matrix() -> None:
-    """The compiled update has no product of the shape of a frozen weight, and the plain one has. Projections of the same
-    input share the product of that input with their A's."""
+    """The compiled update has no product of the shape of a frozen weight, and the plain one has. A's of the same input
+    are one product."""
     config, mesh = LlamaConfig.from_hf({**CONFIG, "intermediate_size": 80}), sharding.make_mesh()
     lora = Lora(
         tuple(((i, p), Rank(4, 1.0)) for i in range(2) for p in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
