@@ -18,6 +18,8 @@ import transformers
 from make_model import raw_config
 from work import lengths_of, measured
 
+from llama_jax.model.lora import PROJECTIONS, Lora, Rank
+
 CUDA = torch.cuda.is_available()
 WAYS, LOCAL = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
 DEVICE = torch.device("cuda", LOCAL) if CUDA else torch.device("cpu")
@@ -41,11 +43,19 @@ def _make_model(raw: dict) -> transformers.LlamaForCausalLM:
         return transformers.LlamaForCausalLM(config).float()
 
 
-def _told(args: argparse.Namespace, raw: dict, lengths: np.ndarray, done: list[float], order: list, started: float):
+def _told(
+    args: argparse.Namespace,
+    raw: dict,
+    lengths: np.ndarray,
+    done: list[float],
+    order: list,
+    started: float,
+    lora: Lora | None = None,
+):
     return {
         "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "devices": WAYS,
-        **measured(raw, lengths, done, order, WAYS),
+        **measured(raw, lengths, done, order, WAYS, lora),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0,
         "compile_s": done[0] - started,
         "detail": f"transformers {transformers.__version__}, torch {torch.__version__}",
@@ -130,6 +140,7 @@ def _time_updates(
     *,
     loss: Callable[[torch.Tensor], torch.Tensor],
     optimizer: torch.optim.Optimizer,
+    lora: Lora | None = None,
 ) -> dict:
     """Time updates of `rows` whole sequences of random tokens on each rank; `loss` takes their ids [rows, length]."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -147,7 +158,7 @@ def _time_updates(
         done.append(time.monotonic())
         if len(done) == 1 and CUDA:
             torch.cuda.reset_peak_memory_stats()  # leave out the whole float32 model of the start
-    return _told(args, raw, lengths, done, [np.arange(rows * WAYS)] * len(done), started)
+    return _told(args, raw, lengths, done, [np.arange(rows * WAYS)] * len(done), started, lora)
 
 
 def fsdp(args: argparse.Namespace) -> dict:
@@ -218,4 +229,6 @@ def peft(args: argparse.Namespace) -> dict:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             return forward(input_ids=ids, labels=ids, use_cache=False).loss
 
-    return _time_updates(args, raw, lengths, rows, loss=loss, optimizer=optimizer)
+    places = ((i, projection) for i in range(raw["num_hidden_layers"]) for projection in PROJECTIONS)
+    lora = Lora(tuple((place, Rank(16, 2.0)) for place in places))
+    return _time_updates(args, raw, lengths, rows, loss=loss, optimizer=optimizer, lora=lora)

@@ -9,6 +9,8 @@ takes the same examples in the same order. Each run is a process of its own; tra
 and once with the caches of the first run. All are killed after a number of updates. The weights are read once before,
 so that every run finds them in the page cache. Then the page cache is dropped, and the weights are read and loaded from
 the disk.
+
+With --lora both train LoRA, r=16 on all linear layers, the peer by PEFT, and the reading alone is left out.
 """
 
 import argparse
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 FLAGS = "--bf16 True --num_train_epochs 1 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 "
 FLAGS += "--save_strategy no --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine "
 FLAGS += "--logging_steps 1 --tf32 True --report_to none"
+LORA = "--use_peft True --lora_r 16 --lora_alpha 32 --lora_dropout 0 --lora_target_modules all-linear --dtype bfloat16"
 WARM = 3  # updates that are not timed
 PIECE = 2**26  # bytes
 PARTS = ("read_files", "load_ours", "load_peer")
@@ -101,10 +104,19 @@ def train_peer(args: argparse.Namespace) -> None:
     from llama_jax.base.files import read_json
     from llama_jax.data.examples import alpaca_prompt
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    cuda = torch.cuda.is_available()
+    dtype, place = (torch.bfloat16, "cuda" if cuda else "cpu") if args.lora else (torch.float32, None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=place)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, model_max_length=512, padding_side="right")
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    model.resize_token_embeddings(len(tokenizer))
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        tokenizer.pad_token = tokenizer.eos_token
+        config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    else:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        model.resize_token_embeddings(len(tokenizer))
 
     def encode(text: str):
         return tokenizer(text, return_tensors="pt", padding="longest", max_length=512, truncation=True).input_ids[0]
@@ -123,7 +135,6 @@ def train_peer(args: argparse.Namespace) -> None:
         batch = {k: pad([x[k] for x in items], batch_first=True, padding_value=v) for k, v in pads.items()}
         return batch | {"attention_mask": batch["input_ids"].ne(tokenizer.pad_token_id)}
 
-    cuda = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             folder,
@@ -187,6 +198,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="further flags of train_jax.py, as one word")
     parser.add_argument("--updates", type=int, default=80, help="by train_jax.py with caches; 0: only read and load")
     parser.add_argument("--peer_updates", type=int, default=9, help="by the HF Trainer")
+    parser.add_argument("--lora", action="store_true", help="LoRA over a base in bfloat16")
     parser.add_argument("--json", type=Path, help="write all figures and logs there")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one part, in this process
     args = parser.parse_args()
@@ -198,7 +210,7 @@ def main() -> None:
     again = [sys.executable, __file__, *sys.argv[1:], "--only"]
     read_files(args)
     size = sum(path.stat().st_size for path in weights(args.model)) / 1e9
-    for part, cold in (*((p, False) for p in PARTS), *((p, True) for p in PARTS)):
+    for part, cold in () if args.lora else (*((p, False) for p in PARTS), *((p, True) for p in PARTS)):
         if cold:
             forget_files(args)
         said = subprocess.run([*again, part], capture_output=True, text=True, check=False)
@@ -210,7 +222,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = {"model_name_or_path": args.model, "data_path": args.data_path, "output_dir": f"{folder}/out"}
         ours = [sys.executable, str(ROOT / "train_jax.py"), *(str(x) for k, v in paths.items() for x in (f"--{k}", v))]
-        ours += [*FLAGS.split(), *args.flags.split()]
+        ours += [*FLAGS.split(), *(LORA.split() if args.lora else ()), *args.flags.split()]
         caches = os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"}
         results = [
             run("train_jax.py, empty caches", ours, caches, 1),
