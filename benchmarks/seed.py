@@ -23,6 +23,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ def train_peer(args: argparse.Namespace) -> None:
 
     cuda = torch.cuda.is_available()
     dtype, place = (torch.bfloat16, "cuda" if cuda else "cpu") if args.lora else (torch.float32, None)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=place)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=place)
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, model_max_length=512, padding_side="right")
     if args.lora:
         from peft import LoraConfig, get_peft_model
