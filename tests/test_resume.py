@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.base.errors import InputError
-from llama_jax.run.resume import ACTIONS, UPDATE, Facts, SavedRun, choose_step, compare_with_saved
+from llama_jax.run.resume import ACTIONS, UPDATE, Facts, SavedRun, choose_checkpoint, compare_with_saved
 from llama_jax.setup.arguments import Arguments
 
 FACTS = Facts(
@@ -80,8 +80,8 @@ def test_a_checkpoint_of_the_trainer_is_proposed_as_the_model(inside: bool, tmp_
         (path / "config.json").write_text("{}")
     for resume in ("True", str(path))[not inside :]:
         with pytest.raises(InputError, match=f"by --model_name_or_path {path}"):
-            choose_step(Arguments(resume_from_checkpoint=resume), out)
+            choose_checkpoint(Arguments(resume_from_checkpoint=resume), out)
     (path / "config.json").rename(path / "notes.txt")
     with pytest.raises(InputError) as caught:
-        choose_step(Arguments(resume_from_checkpoint=str(path)), out)
+        choose_checkpoint(Arguments(resume_from_checkpoint=str(path)), out)
     assert "--model_name_or_path" not in str(caught.value)

@@ -622,7 +622,7 @@ def test_a_checkpoint_keeps_the_state_of_its_own_step(tmp_path: Path, monkeypatc
     monkeypatch.setattr(json_checkpoint_handler, "json", SlowJson)
     out = Job(tmp_path, save_steps=10, max_steps=30).train("out")
     for step in (10, 20, 30):
-        saved = read_run(out, step)["trainer_state"]
+        saved = read_run(out / f"checkpoint-{step}")["trainer_state"]
         assert saved["global_step"] == step
         assert [e["step"] for e in saved["log_history"]] == list(range(1, step + 1))
 
@@ -641,7 +641,7 @@ def test_lines_of_a_run(tmp_path: Path) -> None:
     """Each is printed once, and only figures that exist: one update has no speed."""
     job = Job(tmp_path, save_strategy="no")
     for updates in (1, 2):
-        outcome = run(train_jax.main, *job.argv("out", max_steps=updates))
+        outcome = run(train_jax.main, *job.argv("out", max_steps=updates, overwrite_output_dir=True))
         assert outcome.code == 0, outcome.err
         lines = outcome.err.splitlines()
         for start in ("data:", "attention kernel: xla", "model:", "devices:", "training:", "compiling an update in"):

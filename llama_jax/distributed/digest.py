@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.distributed import sharding
-from llama_jax.distributed.sharding import placed
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by bytes
 
@@ -25,11 +24,18 @@ def digest(tree: Any, mesh: jax.sharding.Mesh) -> str:
     return result.hexdigest()
 
 
+def sums(tree: Any) -> dict[str, list[int]]:
+    """Return two sums of each array of a tree, by its path. One wrong bit changes them, as does a wrong place."""
+    # One at a time: sharding.IN_FLIGHT has the reason.
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): sharding.read(_sums(array)).tolist() for path, array in leaves}
+
+
 @jax.jit
 def _sums(array: jax.Array) -> jax.Array:
     """Return two sums [2] of hashes of bits and place, as uint32: sums of integers are the same in any order."""
     bits = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
-    spec = placed(jax.typeof(array).sharding.spec)
+    spec = jax.typeof(array).sharding
     place = jnp.zeros_like(bits)
     for axis in range(array.ndim):
         index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis, out_sharding=spec)

@@ -30,9 +30,9 @@ class Evaluated(NamedTuple):
 class Milestones:
     """Provide `due` and `reach` to `fit`, and `begin` for the actions before the first update.
 
-    `first` is the step of the checkpoint that the run resumes, 0 for none; `left` names the actions still due there. A
-    stop does not wait for an evaluation: the state is saved, the resumed run makes the evaluation, and `unfinished` is
-    true.
+    `first` is the step of the checkpoint that the run resumes, 0 for none; `left` names the actions still due there.
+    `goes_on` is whether that checkpoint lies in `output_dir`. A stop does not wait for an evaluation: the state is
+    saved, the resumed run makes the evaluation, and `unfinished` is true.
     """
 
     _: KW_ONLY
@@ -47,10 +47,11 @@ class Milestones:
     stop: Callable[[], bool]
     first: int
     left: Sequence[str]
+    goes_on: bool
     unfinished: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._log, self._saved_steps = self.run_log.state, {self.first}
+        self._log, self._saved_steps = self.run_log.state, {self.first} if self.goes_on else set()
         self._epoch_ends = self.job.order.epoch_ends()
 
     def due(self, step: int) -> bool:

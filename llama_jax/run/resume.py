@@ -10,7 +10,8 @@ from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
 from llama_jax.model.config import LlamaConfig
 from llama_jax.reporting.progress import say
-from llama_jax.run.checkpoint import find_foreign, find_steps
+from llama_jax.run.checkpoint import Damaged, find_foreign, find_steps, number, read_run, set_aside
+from llama_jax.run.ownership import Ledger, find_model
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 
@@ -76,7 +77,8 @@ class SavedRun:
     """Hold the JSON of a checkpoint.
 
     `left` names the actions of `ACTIONS` that are still due at the checkpoint's update. `schedule` is
-    `Schedule.state()`; `log_window` is `RunLog.window`, None in checkpoints written before 2026-11-26.
+    `Schedule.state()`; `log_window` is `RunLog.window`, None in checkpoints written before 2026-11-26. `run` is the
+    identity of the run, set by `Checkpoints` and "" before 2026-11-29.
     """
 
     facts: Facts
@@ -84,13 +86,30 @@ class SavedRun:
     left: tuple[str, ...]
     schedule: Json
     log_window: Json | None = None
+    run: str = ""
 
     @classmethod
     def from_json(cls, values: Json) -> "SavedRun":
-        """Read the JSON of any checkpoint since the first release."""
+        """Read the JSON of any checkpoint since the first release. Raises KeyError and TypeError."""
         facts = {f.name: values[f.name] for f in dataclasses.fields(Facts) if f.name in values}
         left = values.get("left", ACTIONS[values.get("done", len(ACTIONS)) :])
-        return cls(Facts(**facts), values["trainer_state"], tuple(left), values["schedule"], values.get("log_window"))
+        return cls(
+            facts=Facts(**facts),
+            trainer_state=values["trainer_state"],
+            left=tuple(left),
+            schedule=values["schedule"],
+            log_window=values.get("log_window"),
+            run=values.get("run", ""),
+        )
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "SavedRun":
+        """Read the JSON of a checkpoint. Raises InputError, and Damaged where it is not what was saved."""
+        values = read_run(checkpoint)
+        try:
+            return cls.from_json(values)
+        except (KeyError, TypeError) as e:  # JSON of before 2026-11-29 has no seal
+            raise Damaged(f"{checkpoint}: is damaged: its JSON lacks {e}") from None
 
     def to_json(self) -> Json:
         """Return the JSON to write. The values are copies: a checkpoint is written while the run goes on."""
@@ -103,40 +122,86 @@ def as_json_values(config: LlamaConfig) -> Json:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def choose_step(args: Arguments, output_dir: Path) -> int:
-    """Return the step of the checkpoint to resume from, 0 for none. Raises InputError."""
+def choose_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
+    """Return the checkpoint to resume from, None for a new run. Raises InputError."""
     if foreign := find_foreign(output_dir):
         path = output_dir / foreign[-1]
         raise InputError(
             f"{path}: is not a checkpoint of this program{_as_model(path)}; move it away, or choose another "
             "--output_dir"
         )
-    wanted, steps = args.resume_from_checkpoint, find_steps(output_dir)
-    if wanted and wanted.lower() == "auto":
-        return steps[-1] if steps else 0
-    if wanted and wanted.lower() not in ("false", "no", "0"):
-        return _named_step(wanted, steps, output_dir)
-    if steps and not args.overwrite_output_dir:
-        raise InputError(
-            f"{output_dir} already holds checkpoint-{steps[-1]}: go on with --resume_from_checkpoint True, or start "
-            "anew with --overwrite_output_dir True, which removes it"
-        )
-    return 0
-
-
-def _named_step(wanted: str, steps: list[int], output_dir: Path) -> int:
-    """Return the step of `--resume_from_checkpoint True` or PATH. Raises InputError."""
-    if wanted.lower() in ("true", "yes", "1"):
-        if not steps:
+    steps = find_steps(output_dir)
+    newest = output_dir / f"checkpoint-{steps[-1]}" if steps else None
+    if resumes_newest(args):
+        if newest:
+            return newest
+        if args.resume_from_checkpoint != "auto":
             raise InputError(f"--resume_from_checkpoint True: no checkpoint in {output_dir}; auto starts anew then")
-        return steps[-1]
+    named = None if resumes_newest(args) else _named_checkpoint(args, output_dir)
+    if named and named.parent == output_dir:
+        return named
+    if not args.overwrite_output_dir:
+        if newest:
+            raise InputError(
+                f"{output_dir} already holds {newest.name}: go on with --resume_from_checkpoint True, or start "
+                "anew with --overwrite_output_dir True, which removes it"
+            )
+        if model := find_model(output_dir):
+            raise InputError(
+                f"{output_dir} already holds a model ({model}): choose another --output_dir, or replace the model with "
+                "--overwrite_output_dir True"
+            )
+    return named
+
+
+def resumes_newest(args: Arguments) -> bool:
+    """Return whether the run resumes from its newest checkpoint, as against a named one or none."""
+    return (args.resume_from_checkpoint or "").lower() in ("auto", "true", "yes", "1")
+
+
+def _named_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
+    """Return the checkpoint of `--resume_from_checkpoint PATH`, of this run or another. Raises InputError."""
+    wanted = args.resume_from_checkpoint
+    if not wanted or wanted.lower() in ("false", "no", "0"):
+        return None
     path = as_path(wanted)
-    name = path.name.removeprefix("checkpoint-")
-    if path.parent.resolve() != output_dir.resolve() or not name.isdigit() or int(name) not in steps:
+    if number(path.name) not in find_steps(path.parent):
         raise InputError(
-            f"--resume_from_checkpoint {wanted}: not one of the checkpoints in {output_dir}: {steps}{_as_model(path)}"
+            f"--resume_from_checkpoint {wanted}: is not a checkpoint of this program; {output_dir} has "
+            f"{find_steps(output_dir) or 'none'}{_as_model(path)}"
         )
-    return int(name)
+    return output_dir / path.name if path.parent.resolve() == output_dir.resolve() else path
+
+
+def pass_over_damaged(args: Arguments, output_dir: Path) -> None:
+    """Set aside the newest checkpoints whose JSON is damaged, or of another run, where the run resumes from the newest.
+    Raises InputError where the damaged checkpoint was named."""
+    run = Ledger(output_dir).run
+    while True:
+        if not resumes_newest(args):
+            path = _named_checkpoint(args, output_dir)
+        else:
+            path = output_dir / f"checkpoint-{steps[-1]}" if (steps := find_steps(output_dir)) else None
+        if path is None:
+            return
+        try:
+            saved = SavedRun.read(path)
+            if run and saved.run not in ("", run) and resumes_newest(args):
+                raise Damaged(f"{path}: is of another run")
+            return
+        except Damaged as e:
+            pass_over(args, path, e)
+
+
+def pass_over(args: Arguments, checkpoint: Path, damage: Damaged) -> None:
+    """Set a damaged checkpoint aside: the run resumes from the one before. Raises InputError if it was named."""
+    older = [step for step in find_steps(checkpoint.parent) if step < number(checkpoint.name)]
+    if not resumes_newest(args):
+        fix = f"--resume_from_checkpoint {checkpoint.parent}/checkpoint-{older[-1]}" if older else "start anew"
+        raise InputError(f"{damage}; move it away and {fix}")
+    new = set_aside(checkpoint.parent, number(checkpoint.name))
+    then = f"resuming from checkpoint-{older[-1]}" if older else "no other checkpoint is left"
+    say(f"warning: {damage}; it is set aside as {new.name}; {then}")
 
 
 def _as_model(path: Path) -> str:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,19 @@ from llama_jax.plan.planner import Plan, Planner, choose_scan
 from llama_jax.reporting.progress import byte_bar, say, show, silence, update_bar
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
-from llama_jax.run.checkpoint import Checkpoints, read_run, remove_steps
+from llama_jax.run.checkpoint import Checkpoints, Damaged, find_steps, number, remove_steps, restore_state
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.events import Milestones
-from llama_jax.run.resume import Facts, SavedRun, choose_step, compare_with_saved, with_base
+from llama_jax.run.ownership import locked, new_identity
+from llama_jax.run.resume import (
+    Facts,
+    SavedRun,
+    choose_checkpoint,
+    compare_with_saved,
+    pass_over,
+    pass_over_damaged,
+    with_base,
+)
 from llama_jax.run.signals import catch_stop
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
@@ -53,7 +62,8 @@ T = TypeVar("T")
 class Prepared:
     """Hold the parts of a run that are settled before weights are read.
 
-    `resume_step` is the step of the checkpoint to resume and `saved` its JSON; 0 and None in a new run.
+    `resume_from` is the checkpoint to resume and `saved` its JSON, None in a new run. `tokenizer_folder` holds files to
+    export in the place of the job's tokenizer, None where there is one.
     """
 
     args: Arguments
@@ -64,8 +74,19 @@ class Prepared:
     job: Job
     facts: Facts
     planner: Planner
-    resume_step: int
+    resume_from: Path | None
     saved: SavedRun | None
+    tokenizer_folder: Path | None
+
+    @property
+    def resume_step(self) -> int:
+        """Return the number of updates before this start, 0 in a new run."""
+        return number(self.resume_from.name) if self.resume_from else 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether the run goes on in its own folder."""
+        return self.resume_from is not None and self.resume_from.parent == self.output_dir
 
     @property
     def quiet(self) -> bool | None:
@@ -89,51 +110,84 @@ def train(args: Arguments, started: float) -> int:
 
     Raises InputError.
     """
-    prepared = prepare(args)
-    job, planner, output_dir = prepared.job, prepared.planner, prepared.output_dir
-    limit = processes.least(memory_limit())
-    say_header(prepared)
-    # Read now: a problem with the tokenizer is reported before the run, not after it.
-    tokenizer_folder = prepared.source.tokenizer_to_copy() if job.tokenizer is None else None
-    planner.check_room(limit)
+    platform = join(args)
+    with owned(args) as output_dir:
+        prepared, run, checkpoints, state = begin(args, platform)
+        job, facts = prepared.job, prepared.facts
+        if state.frozen:
+            base = digest(state.frozen, prepared.mesh)
+            facts = with_base(facts, base, prepared.saved, str(prepared.resume_from))
 
-    run, checkpoints, state = (restore if prepared.saved else load)(prepared, limit)
+        state, run_log, finished = make_updates(run, checkpoints, state, facts, started)
+        checkpoints.wait()
+        say_speed(run_log)
+        if not finished:
+            checkpoints.close()
+            say_stopped(run.log.values["global_step"])
+            return STOPPED
+        run_log.finish()
 
-    facts = prepared.facts
-    if state.frozen:
-        base, name = digest(state.frozen, prepared.mesh), f"{output_dir}/checkpoint-{prepared.resume_step}"
-        facts = with_base(facts, base, prepared.saved, name)
-
-    state, run_log, finished = make_updates(run, checkpoints, state, facts, started)
-    checkpoints.wait()
-    say_speed(run_log)
-    if not finished:
+        params, frozen, best = state.whole_params, state.frozen, run.log.best_step
+        if best and args.load_best_model_at_end and best != job.order.updates:
+            del state, params  # frees the devices' memory for the restored state
+            params = merge(read_best(run, best), frozen)
+        if best and args.save_total_limit == 1:
+            checkpoints.keep_only(best)
         checkpoints.close()
-        say_stopped(run.log.values["global_step"])
-        return STOPPED
-    run_log.finish()
+        export(prepared, params, np.dtype(run.plan.run.param_dtype))
+        if processes.is_first():
+            run.log.save(output_dir)
+        processes.exchange("exported")
+        kind = "PEFT" if job.adapter else "Hugging Face"
+        say(f"done: the trained {'adapter' if job.adapter else 'model'} is in {output_dir} (a {kind} folder)")
+        return 0
 
-    params, frozen, best = state.whole_params, state.frozen, run.log.best_step
-    if best and args.load_best_model_at_end and best != job.order.updates:
-        metric = f"{args.best_metric_key} {run.log.values['best_metric']:.6g}"
-        say(f"the exported model is the best one, checkpoint-{best}: {metric}")
-        del state, params  # frees the devices' memory for the restored state
-        params = merge(checkpoints.restore_state(best, planner.saved).params, frozen)
-    if best and args.save_total_limit == 1:
-        checkpoints.keep_only(best)
-    checkpoints.close()
-    export(prepared, params, np.dtype(run.plan.run.param_dtype), tokenizer_folder)
-    if processes.is_first():
-        run.log.save(output_dir)
-    processes.exchange("exported")
-    kind = "PEFT" if job.adapter else "Hugging Face"
-    say(f"done: the trained {'adapter' if job.adapter else 'model'} is in {output_dir} (a {kind} folder)")
-    return 0
+
+@contextlib.contextmanager
+def owned(args: Arguments) -> Iterator[Path]:
+    """Make the output folder and keep it to this run; set aside damaged checkpoints. All processes raise the same
+    InputError."""
+    output_dir = as_path(args.output_dir)
+    with contextlib.ExitStack() as lock:
+        with processes.agreed():
+            if processes.is_first():
+                refuse_other_kind(output_dir, flax=False)
+                make_output_dir(output_dir)
+                lock.enter_context(locked(output_dir))
+                pass_over_damaged(args, output_dir)
+        yield output_dir
+
+
+def begin(args: Arguments, platform: str) -> tuple[Prepared, Run, Checkpoints, TrainState]:
+    """Prepare the run, compile its programs and get its first state, from the newest checkpoint that is whole."""
+    while True:
+        prepared = prepare(args, platform)
+        limit = processes.least(memory_limit())
+        say_header(prepared)
+        prepared.planner.check_room(limit)
+        try:
+            return prepared, *(restore if prepared.saved else load)(prepared, limit)
+        except Damaged as e:
+            with processes.agreed():
+                if processes.is_first() and prepared.resume_from:
+                    pass_over(args, prepared.resume_from, e)
+
+
+def read_best(run: Run, best: int) -> Params:
+    """Read the trained parameters of the best checkpoint. Raises InputError."""
+    args, output_dir = run.prepared.args, run.prepared.output_dir
+    metric = f"{args.best_metric_key} {run.log.values['best_metric']:.6g}"
+    say(f"the exported model is the best one, checkpoint-{best}: {metric}")
+    try:
+        return restore_state(output_dir / f"checkpoint-{best}", run.prepared.planner.saved).params
+    except Damaged as e:
+        instead = "--resume_from_checkpoint True --load_best_model_at_end False"
+        raise InputError(f"{e}; export the last state in its place: {instead}") from None
 
 
 def print_explanation(args: Arguments) -> int:
     """Print `--explain`'s description of the run, and return the exit code. Nothing compiles. Raises InputError."""
-    prepared = prepare(args)
+    prepared = prepare(args, join(args))
     planner = prepared.planner
     plan = planner.make(planner.options(processes.least(memory_limit()))[0])
     described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype)
@@ -144,14 +198,19 @@ def print_explanation(args: Arguments) -> int:
 # -- Prepare ----------------------------------------------------------------------------------------------------------
 
 
-def prepare(args: Arguments) -> Prepared:
-    """Join the other processes and settle the run; all processes raise the same InputError."""
+def join(args: Arguments) -> str:
+    """Join the other processes and return the platform of the devices."""
     processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
     if not processes.is_first():
         silence()
     for note in args.notes(platform):
         say(note)
+    return platform
+
+
+def prepare(args: Arguments, platform: str) -> Prepared:
+    """Settle the run; all processes raise the same InputError."""
     with processes.agreed():
         prepared = _prepared_alone(args, platform)
     facts = dataclasses.asdict(prepared.facts)
@@ -167,12 +226,11 @@ def prepare(args: Arguments) -> Prepared:
 def _prepared_alone(args: Arguments, platform: str) -> Prepared:
     """Settle the run as this process sees it: mesh, model, data, checkpoint to resume, planner. Raises InputError."""
     mesh = sharding.make_mesh(spec=args.mesh)
-    output_dir, resume_step, saved = as_path(args.output_dir), 0, None
-    if not args.explain:
-        refuse_other_kind(output_dir, flax=False)
-        make_output_dir(output_dir)
-        resume_step = choose_step(args, output_dir)
+    output_dir, saved = as_path(args.output_dir), None
+    resume_from = None if args.explain else choose_checkpoint(args, output_dir)
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
+    if source.folder.resolve() == output_dir.resolve():
+        raise InputError(f"output_dir {output_dir} is the folder of the model that is trained; choose another")
     for note in source.notes:
         say(note)
     ways, quiet = sharding.batch_ways(mesh), args.disable_tqdm or None
@@ -181,11 +239,13 @@ def _prepared_alone(args: Arguments, platform: str) -> Prepared:
         say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)
     facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
-    if resume_step:
-        saved = SavedRun.from_json(read_run(output_dir, resume_step))
-        compare_with_saved(facts, saved, f"{output_dir}/checkpoint-{resume_step}")
+    if resume_from:
+        saved = SavedRun.read(resume_from)
+        compare_with_saved(facts, saved, str(resume_from))
         facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
     planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
+    # Read now: a problem with the tokenizer is reported before the run, not after it.
+    tokenizer_folder = None if job.tokenizer or args.explain else source.tokenizer_to_copy()
     say(planner.attention_line)
     return Prepared(
         args=args,
@@ -196,8 +256,9 @@ def _prepared_alone(args: Arguments, platform: str) -> Prepared:
         job=job,
         facts=facts,
         planner=planner,
-        resume_step=resume_step,
+        resume_from=resume_from,
         saved=saved,
+        tokenizer_folder=tokenizer_folder,
     )
 
 
@@ -206,20 +267,22 @@ def _prepared_alone(args: Arguments, platform: str) -> Prepared:
 
 def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, TrainState]:
     """Resume a checkpoint: read its state while the programs compile, and continue its log and schedule."""
-    assert prepared.saved is not None
-    output_dir, step = prepared.output_dir, prepared.resume_step
+    saved, checkpoint = prepared.saved, prepared.resume_from
+    assert saved is not None and checkpoint is not None
 
-    def read() -> tuple[Checkpoints, SavedState, Params]:
-        checkpoints, frozen = open_checkpoints(prepared), prepared.planner.definition.frozen
-        restored = checkpoints.restore_state(step, prepared.planner.saved)
-        return checkpoints, restored, read_weights(prepared, like=frozen) if frozen else {}
+    def read() -> tuple[SavedState, Params]:
+        frozen = prepared.planner.definition.frozen
+        return restore_state(checkpoint, prepared.planner.saved), read_weights(prepared, like=frozen) if frozen else {}
 
-    plan, (checkpoints, restored, frozen) = compile_while(read, prepared.planner, limit)
+    plan, (restored, frozen) = compile_while(read, prepared.planner, limit)
+    if not prepared.goes_on:
+        remove_earlier(prepared.output_dir)
+    checkpoints = open_checkpoints(prepared)
     run = make_run(prepared, plan)
-    run.log.resume(prepared.saved.trainer_state, output_dir)
-    prepared.job.schedule.load(prepared.saved.schedule)
+    run.log.resume(saved.trainer_state, prepared.output_dir)
+    prepared.job.schedule.load(saved.schedule)
     state = complete(restored, frozen, plan.tx, plan.definition, prepared.mesh)
-    say(f"resumed from {output_dir / f'checkpoint-{step}'}")
+    say(f"resumed from {checkpoint}")
     return run, checkpoints, state
 
 
@@ -227,9 +290,7 @@ def load(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Train
     """Start a new run: read the model's weights while the programs compile, and remove an earlier run's checkpoints."""
     plan, params = compile_while(lambda: first_params(prepared), prepared.planner, limit)
     run = make_run(prepared, plan)
-    if processes.is_first():
-        remove_steps(prepared.output_dir)
-    processes.exchange("removed")
+    remove_earlier(prepared.output_dir)
     checkpoints = open_checkpoints(prepared)
     return run, checkpoints, init_state(params, plan.tx, plan.definition, prepared.mesh)
 
@@ -275,10 +336,24 @@ def compile_while(read: Callable[[], T], planner: Planner, limit: int | None) ->
     return plan, result
 
 
+def remove_earlier(output_dir: Path) -> None:
+    """Remove the checkpoints of an earlier run, as --overwrite_output_dir asks."""
+    if processes.is_first() and (steps := find_steps(output_dir)):
+        say(f"--overwrite_output_dir: removing {', '.join(f'checkpoint-{step}' for step in steps)}")
+        remove_steps(output_dir, steps)
+    processes.exchange("removed")
+
+
 def open_checkpoints(prepared: Prepared) -> Checkpoints:
-    """Open the run's `checkpoint-N` folders for saving and restoring."""
-    limit = prepared.args.save_total_limit
-    return Checkpoints(prepared.output_dir, limit, abstract=prepared.planner.saved, first=prepared.resume_step)
+    """Open the folder for the checkpoints of this run."""
+    known = prepared.saved.run if prepared.saved and prepared.goes_on else ""
+    return Checkpoints(
+        prepared.output_dir,
+        prepared.args.save_total_limit,
+        prepared.planner.saved,
+        first=prepared.resume_step,
+        run=known or processes.exchange(new_identity())[0],
+    )
 
 
 def make_run(prepared: Prepared, plan: Plan) -> Run:
@@ -364,6 +439,7 @@ def make_updates(
             stop=stop,
             first=first,
             left=prepared.saved.left if prepared.saved else (),
+            goes_on=prepared.goes_on,
         )
         stopping = milestones.begin(state)
         state = fit(
@@ -392,8 +468,8 @@ def steps_to_log(job: Job) -> Callable[[int], bool]:
 # -- Export -----------------------------------------------------------------------------------------------------------
 
 
-def export(prepared: Prepared, params: Params, dtype: np.dtype, tokenizer_folder: Path | None) -> None:
-    """Write the HF folder: weights in `dtype`, config, and the job's tokenizer, or the files of `tokenizer_folder`.
+def export(prepared: Prepared, params: Params, dtype: np.dtype) -> None:
+    """Write the HF folder: weights in `dtype`, config, and the job's tokenizer, or the files of the tokenizer's folder.
 
     Of a run that trains an adapter, write PEFT's folder."""
     job, source, output_dir = prepared.job, prepared.source, prepared.output_dir
@@ -404,25 +480,25 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype, tokenizer_folder
         tensors = list(host_arrays(params, peft.name_table(lora, job.config)))
         if processes.is_first():
             peft.write_adapter(output_dir, tensors, job.adapter)
-            export_tokenizer(job, tokenizer_folder, output_dir)
+            export_tokenizer(prepared)
         return
     with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, prepared.quiet) as bar:
         write_weights(output_dir, params, job.config, dict.fromkeys(name_table(job.config), dtype), bar.update)
     if not processes.is_first():
         return
     raw, generation = source.raw, source.generation
-    if job.args.hf_compat == "5" and (tokenizer := job.tokenizer or copied_tokenizer(tokenizer_folder)):
+    if job.args.hf_compat == "5" and (tokenizer := job.tokenizer or copied_tokenizer(prepared.tokenizer_folder)):
         raw, generation = align_special_tokens(raw, generation, tokenizer)
     write_config(output_dir, raw, generation, job.config, dtype)
-    export_tokenizer(job, tokenizer_folder, output_dir)
+    export_tokenizer(prepared)
 
 
-def export_tokenizer(job: Job, tokenizer_folder: Path | None, output_dir: Path) -> None:
-    """Write the job's tokenizer, or the files of `tokenizer_folder`."""
-    if job.tokenizer is not None:
-        job.tokenizer.save(output_dir)
+def export_tokenizer(prepared: Prepared) -> None:
+    """Write the job's tokenizer, or the files of the tokenizer's folder."""
+    if prepared.job.tokenizer is not None:
+        prepared.job.tokenizer.save(prepared.output_dir)
     else:
-        copy_tokenizer(tokenizer_folder, output_dir)
+        copy_tokenizer(prepared.tokenizer_folder, prepared.output_dir)
 
 
 def copied_tokenizer(folder: Path | None) -> Tokenizer | None:
