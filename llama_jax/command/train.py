@@ -2,13 +2,19 @@
 
 import time
 
-from llama_jax.setup.arguments import parse_arguments
+from llama_jax.base.stopping import Stopping
+from llama_jax.setup.arguments import Arguments, parse_arguments
 
 
 def main(argv: list[str]) -> int:
     """Run the command and return its exit code. Raises InputError."""
     started = time.monotonic()
-    args = parse_arguments(argv)
+    with Stopping() as stopping:
+        return run(parse_arguments(argv), stopping, started)
+
+
+def run(args: Arguments, stopping: Stopping, started: float) -> int:
+    """Run the command by its flags and return its exit code. Raises InputError."""
     # JAX is imported once the flags are good: its platform may be one of them.
     if args.dry_run:
         from llama_jax.plan.dry_run import dry_run
@@ -18,4 +24,4 @@ def main(argv: list[str]) -> int:
     from llama_jax.run import trainer
 
     with processes.failing_alone():
-        return trainer.print_explanation(args) if args.explain else trainer.train(args, started)
+        return trainer.print_explanation(args) if args.explain else trainer.train(args, stopping, started)

@@ -200,6 +200,7 @@ class Checkpoints:
         self._piecewise = _is_large(abstract)
         handlers = {"state": handler(abstract, self._piecewise), "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(absolute(output_dir), options=options, item_handlers=handlers)
+        self._saving = False
         self._past = [step for step in self._manager.all_steps() if step > first]
 
     def save(self, step: int, state: Any, run: dict[str, Any], best: int | None = None) -> None:
@@ -208,6 +209,7 @@ class Checkpoints:
         Rotation keeps the checkpoint of step `best`.
         """
         self._rotation.best = best
+        self._saving = True
         self._delete(self._past)
         self._past = []
         # As JSON reads it back.
@@ -217,6 +219,12 @@ class Checkpoints:
         self._manager.save(step, args=args, force=True)
         if self._piecewise:
             self.wait()
+        self._saving = False
+
+    @property
+    def saving(self) -> bool:
+        """Return whether a checkpoint is being written."""
+        return self._saving or self._manager.is_saving_in_progress()
 
     def keep_only(self, step: int) -> None:
         """Remove all checkpoints except a step's."""

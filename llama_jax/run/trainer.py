@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import make_output_dir
+from llama_jax.base.stopping import STOPPED, Stopping
 from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.digest import digest
@@ -54,7 +55,6 @@ from llama_jax.training.fit import fit
 from llama_jax.training.state import SavedState, TrainState, complete, init_state
 from llama_jax.training.step import LossStep, make_loss_step
 
-STOPPED = 143  # exit code of a run that a signal stopped, after saving
 T = TypeVar("T")
 
 
@@ -105,7 +105,7 @@ class Run:
     log: TrainerState
 
 
-def train(args: Arguments, started: float) -> int:
+def train(args: Arguments, stopping: Stopping, started: float) -> int:
     """Train by the flags and return the exit code. `started` is `time.monotonic()` at the command's start.
 
     Raises InputError.
@@ -118,7 +118,8 @@ def train(args: Arguments, started: float) -> int:
             base = digest(state.frozen, prepared.mesh)
             facts = with_base(facts, base, prepared.saved, str(prepared.resume_from))
 
-        state, run_log, finished = make_updates(run, checkpoints, state, facts, started)
+        state, run_log, finished = make_updates(run, checkpoints, state, facts, stopping, started)
+        stopping.hold(lambda: True)
         checkpoints.wait()
         say_speed(run_log)
         if not finished:
@@ -402,13 +403,13 @@ def make_evaluation(prepared: Prepared, loss_step: LossStep, max_tokens: int) ->
 
 
 def make_updates(
-    run: Run, checkpoints: Checkpoints, state: TrainState, facts: Facts, started: float
+    run: Run, checkpoints: Checkpoints, state: TrainState, facts: Facts, stopping: Stopping, started: float
 ) -> tuple[TrainState, RunLog, bool]:
     """Make the updates that are left; return the last state, the log, and whether the run is finished."""
     prepared, plan = run.prepared, run.plan
     args, job, first = prepared.args, prepared.job, prepared.resume_step
     beside = job.adapter.parameters_beside(job.config) if job.adapter else 0
-    stop = catch_stop()
+    stop = catch_stop(stopping, lambda: checkpoints.saving)
     with update_bar(job.order.updates, first, prepared.quiet) as bar:
         run_log = RunLog(
             run.log,
@@ -441,13 +442,13 @@ def make_updates(
             left=prepared.saved.left if prepared.saved else (),
             goes_on=prepared.goes_on,
         )
-        stopping = milestones.begin(state)
+        stopped = milestones.begin(state)
         state = fit(
             state,
             plan.steps,
             plan.batches,
             prepared.mesh,
-            range(first, first if stopping else job.order.updates),
+            range(first, first if stopped else job.order.updates),
             learning_rate=job.schedule.rate,
             on_update=on_update,
             due=milestones.due,
