@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_training import Job, assert_same_run, checkpoints
 from tiny import drawn_cases, environment, run
@@ -180,13 +180,16 @@ DAMAGES: dict[str, Callable[[Path, float, int], Any]] = {
 }
 
 
-@settings(max_examples=drawn_cases(300, 6))
+@settings(max_examples=drawn_cases(300, 4))
 @given(
     damage=st.sampled_from([*DAMAGES, "rename", "swap", "link"]),
     where=st.floats(0, 1, exclude_max=True),
     place=st.floats(0, 1, exclude_max=True),
     bit=st.integers(0, 7),
 )
+@example(damage="rename", where=0, place=0, bit=0)
+@example(damage="swap", where=0, place=0, bit=0)
+@example(damage="link", where=0, place=0, bit=0)
 def test_any_damage_is_passed_over(damage: str, where: float, place: float, bit: int, job: Job) -> None:
     """The run ends as the whole run did, and the damaged checkpoint still exists, unless the damage changes nothing."""
     out = copied(job, "damaged")
