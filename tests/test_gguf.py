@@ -440,8 +440,8 @@ def test_other_files(tmp_path):
     refuses(read_gguf, big, "gguf-convert-endian")
     integers = ("blk.0.attn_q.weight", np.zeros((8, 256), np.int8), Kind.I8)
     refuses(read_gguf, write_model(tmp_path / "i8.gguf", tensors=[integers]), "blk.0.attn_q.weight", "I8")
-    refuses(read_gguf, tmp_path, "GGUF file")
-    refuses(read_gguf, tmp_path / "absent.gguf", "No such file")
+    refuses(read_gguf, tmp_path, "is a folder; should be a regular file")
+    refuses(read_gguf, tmp_path / "absent.gguf", "no such file")
     for name, content in (("empty", b""), ("text", b"GGML and more" * 9), ("short", b"GG"), ("pickle", b"\x80\x02}")):
         (tmp_path / name).write_bytes(content)
         refuses(read_gguf, tmp_path / name, "copy it again")

@@ -31,7 +31,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.hf.load import READERS, _ahead, check_tensors, load_params, resize_vocabulary
 from llama_jax.hf.names import name_table
-from llama_jax.hf.readers import check_links, open_checkpoint
+from llama_jax.hf.readers import check_small_files, open_checkpoint
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
@@ -467,7 +467,7 @@ def test_hub_caches(layout: str, model: Model, mesh: Mesh) -> None:
         (local / file.name).symlink_to(os.path.normpath(file.parent / file.readlink()))  # as `local_dir` before 0.23
         (again / file.name).symlink_to(file)
     for folder in (snapshot, linked, local, again):
-        check_links(folder)
+        check_small_files(folder)
         assert_same_bits(load(folder, RunOptions(), mesh), model.shards[0] | model.shards[1], np.float32)
 
 

@@ -1,8 +1,10 @@
 """Reach folders of Google Cloud Storage, by `gs://BUCKET/...`, through the methods of a path."""
 
 import contextlib
+import errno
 import importlib.util
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ _SCHEME = re.compile(r"(\w+):/")
 def as_path(name: str | Path) -> Path:
     """Return the path of a local name, with `~` expanded, or of a `gs://` URL. Raises InputError."""
     if not (scheme := _SCHEME.match(str(name))):
-        return Path(name).expanduser()
+        return local_path(name)
     if scheme[1] != "gs":
         raise InputError(f"{name}: is not reached from here; copy the files here, or to a bucket of gs://")
     if not importlib.util.find_spec("gcsfs"):
@@ -29,6 +31,22 @@ def as_path(name: str | Path) -> Path:
     # A list of names kept by one process would hide the files of another.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(str(name))  # type: ignore[return-value]  # has Path's methods
+
+
+def local_path(name: str | Path) -> Path:
+    """Return a local path with `~` expanded. Raises InputError for a name that no file can have."""
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name}: there is no such user here; give the whole path") from None
+    try:
+        os.lstat(path)
+    except ValueError:
+        raise InputError(f"{name}: a path cannot hold a zero byte") from None
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputError(f"{name}: cannot be read: {e.strerror}; give a shorter path") from None
+    return path
 
 
 def is_remote(path: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from llama_jax.base.launcher import rank_of
 
+LONGEST = 1500  # characters of a line; a file's names and values may be of any length
 FIRST_PRINTS = 5  # seconds: once one process has ended, its launcher ends all, the first too
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 
@@ -24,7 +25,11 @@ class InputError(Exception):
     """
 
     def __init__(self, message: str, everywhere: bool = False):
-        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))
+        message = re.sub(r"\s*[\r\n]\s*", " ", message)
+        message = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", message)  # a file's text could steer the terminal
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
+        super().__init__(message)
         self.everywhere = everywhere
 
 

@@ -4,13 +4,26 @@ import json
 import os
 import platform
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
 from llama_jax.base.bucket import is_remote, reaching
 from llama_jax.base.errors import InputError
 
+SMALL_BYTES = 16 << 20  # of a JSON file; the largest index on the hub has 9 MB
+HOLES = 1 << 30
+DEEPEST = 100  # brackets within brackets: more exhaust Python's stack where values are walked
+
 _HASH = re.compile("[0-9a-f]{40,64}")
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|([][{}])', re.DOTALL)
 
 
 def cache_folder(name: str) -> Path:
@@ -18,15 +31,61 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_jax" / name
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises an InputError that names file, line and column."""
+def check_regular(path: Path, limit: int | None = None) -> None:
+    """Refuse a path that is no regular file, or a file over `limit` bytes. Raises InputError.
+
+    To open a FIFO blocks, a device has no end, and a sparse file of a terabyte takes no room on the disk.
+    """
     try:
-        data = path.read_bytes()
+        status = os.stat(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as e:
         raise InputError(f"{path}: cannot be read: {e.strerror}") from None
-    return parse_json(data, str(path))
+    except ValueError:
+        raise InputError(f"{path}: cannot be read: its name holds a zero byte") from None
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for test, name in _KINDS if test(status.st_mode)), "no file")
+        raise InputError(f"{path}: is {kind}; should be a regular file: put one there, or remove it")
+    if limit is not None and status.st_size > limit:
+        raise InputError(
+            f"{path}: has {status.st_size:,} bytes, and such a file at most {limit:,}; download or copy it again"
+        )
+
+
+def refuse_holes(path: Path) -> None:
+    """Refuse a file of data with more than HOLES bytes that were never written, which read as zeros. Raises InputError.
+
+    File systems without holes find none.
+    """
+    with path.open("rb") as file:
+        at, holes, end = 0, 0, os.fstat(file.fileno()).st_size
+        while at < end and holes <= HOLES and hasattr(os, "SEEK_HOLE"):
+            hole = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            try:
+                at = os.lseek(file.fileno(), hole, os.SEEK_DATA)
+            except OSError:  # no data behind the hole
+                at = end
+            holes += at - hole
+    if holes > HOLES:
+        raise InputError(f"{path}: over {HOLES:,} of its bytes were never written (a sparse file); copy it again")
+
+
+def read_small(path: Path, limit: int = SMALL_BYTES) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises InputError."""
+    if not is_remote(path):
+        check_regular(path, limit)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+def read_json(path: Path, limit: int = SMALL_BYTES) -> Any:
+    """Parse a JSON file. Raises an InputError that names file, line and column."""
+    return parse_json(read_small(path, limit), str(path))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -37,11 +96,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def parse_json(data: bytes, where: str, first_line: int = 1) -> Any:
-    """Parse UTF-8 JSON, refusing repeated keys; errors count lines from `first_line`. Raises InputError."""
+def parse_json(data: bytes, where: str, first_line: int = 1, repeats: bool = False) -> Any:
+    """Parse UTF-8 JSON, refusing repeated keys unless `repeats`; errors count lines from `first_line`.
+
+    Raises InputError, for numbers of thousands of digits and deep nesting too.
+    """
     try:
         text = data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_no_duplicates)
+        _check_depth(data)
+        return json.loads(text, object_pairs_hook=None if repeats else _no_duplicates)
     except UnicodeDecodeError as e:
         line = first_line + data.count(b"\n", 0, e.start)
         raise InputError(f"{where}: not UTF-8 at line {line}: {e.reason}") from None
@@ -51,6 +114,18 @@ def parse_json(data: bytes, where: str, first_line: int = 1) -> Any:
     except (ValueError, RecursionError) as e:  # a repeated key, a number of thousands of digits, deep nesting
         line = first_line + _lines_before_problem(text)
         raise InputError(f"{where}: not usable JSON at line {line}: {str(e)[:100]}") from None
+
+
+def _check_depth(data: bytes) -> None:
+    """Raise RecursionError for JSON with over DEEPEST brackets within one another."""
+    if data.count(b"[") + data.count(b"{") <= DEEPEST:
+        return
+    depth = 0
+    for mark in _BRACKETS.finditer(data):
+        if bracket := mark[1]:
+            depth += 1 if bracket in b"[{" else -1
+            if depth > DEEPEST:
+                raise RecursionError(f"over {DEEPEST} brackets within one another")
 
 
 def _lines_before_problem(text: str) -> int:
@@ -114,7 +189,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in HF's format: indent 2, sorted keys, a newline at the end."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, dump_json(value, sort_keys=True) + "\n")
+
+
+def dump_json(value: Any, sort_keys: bool = False) -> str:
+    """Return JSON text, indented by 2; half surrogate pairs, which UTF-8 lacks, are escaped."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=2, sort_keys=sort_keys)
+    return text
 
 
 def make_output_dir(path: Path) -> Path:

@@ -21,6 +21,7 @@ FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 DEFAULTS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 
 Token = str | AddedToken
+_DIGITS = 9  # of a token's id
 
 
 @dataclass
@@ -88,6 +89,8 @@ def as_json(token: AddedToken) -> dict[str, Any]:
 
 def _token(value: Any, path: Path, name: str, special: bool = False) -> Token | None:
     if isinstance(value, dict) and isinstance(value.get("content"), str):
+        if wrong := [flag for flag in FLAGS if not isinstance(value.get(flag, False), bool)]:
+            raise InputError(f"{path}: {name}: {wrong[0]} {value[wrong[0]]!r} should be true or false")
         return _added({**value, "special": True} if special else value)
     if value is None or isinstance(value, str):
         return value
@@ -107,6 +110,9 @@ def _added(value: dict[str, Any]) -> AddedToken:
 
 
 def _id(i: Any, token: str, path: Path) -> int:
-    if not str(i).isdigit():
-        raise InputError(f"{path}: the added token {token!r} has the id {i!r}, should be an integer")
-    return int(i)
+    text = i if isinstance(i, str) else repr(i)[:40]
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+        raise InputError(
+            f"{path}: the added token {token[:40]!r} has the id {text[:40]!r}, should be an integer below 10**{_DIGITS}"
+        )
+    return int(text)

@@ -6,7 +6,7 @@ transformers renders the template in its sandbox: texts and ids equal those of i
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import read_json_object
+from llama_jax.base.files import parse_json, read_json_object
 from llama_jax.data import origins
 from llama_jax.data.records import Record, answers, messages, tools
-from llama_jax.data.tokenizer import TEMPLATES, Tokenizer
+from llama_jax.data.rendering import Endless, LimitedEnvironment, limited
+from llama_jax.data.tokenizer import TEMPLATES, Tokenizer, read_text
 
 Turn = dict[str, Any]
 
@@ -65,7 +66,9 @@ class Chat:
         """
         rendered = [self._render(record, f"{source}: record {n}") for n, record in enumerate(records, first)]
         encoded = self._tokenizer.encode_with_offsets([text for text, _ in rendered])
-        for (_, spans), (ids, offsets) in zip(rendered, encoded, strict=True):
+        for n, ((_, spans), (ids, offsets)) in enumerate(zip(rendered, encoded, strict=True), first):
+            if not ids:
+                raise InputError(f"{source}: record {n}: the chat template makes no tokens for this chat; remove it")
             at = np.asarray(offsets, np.int64).reshape(-1, 2)
             trained = np.zeros(len(ids), bool)
             for start, end in spans:
@@ -141,13 +144,13 @@ class _Template:
 
     def render(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, list[tuple[int, int]]]:
         """Return the text by transformers itself, and the spans between tags if `options` ask for them."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
-        render: Any = render_jinja_template  # its annotation is wrong about the result
-        try:
+        render: Any = chat_template_utils.render_jinja_template  # its annotation is wrong about the result
+        # The class that it makes the template's environment of.
+        chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment  # type: ignore[attr-defined]
+        with _rendering(where):
             texts, spans = render([turns], chat_template=self._source, **self._variables, **options)
-        except Exception as e:
-            raise _refusal(e, where) from None
         return texts[0], spans[0] if spans else []
 
     def trace(self, turns: list[Turn], where: str, add_generation_prompt: bool = False, **options: Any) -> str:
@@ -158,10 +161,8 @@ class _Template:
                 turn.setdefault("thinking", thoughts)
                 turn["reasoning_content"] = thoughts
         more = {"tools": None, "documents": None, **self._variables, **options}
-        try:
+        with _rendering(where):
             return self._tracing.render(messages=traced, add_generation_prompt=add_generation_prompt, **more)
-        except Exception as e:
-            raise _refusal(e, where) from None
 
     def locate(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """Return the text by transformers, and the spans of answers by turn, found in the same text traced."""
@@ -276,8 +277,12 @@ class _Template:
         system = {"role": "system", "content": "a"}
         for before in ([], [system]):
             for offered in (None, [_TOOL]):
-                with suppress(InputError):
-                    return self.trace([*before, *turns], "", **options, tools=offered)
+                try:
+                    return self.trace([*before, *turns], "a chat", **options, tools=offered)
+                except Endless:
+                    raise
+                except InputError:
+                    continue
         return ""
 
     def _through_special(self, text: str) -> str:
@@ -315,17 +320,24 @@ def _parse_arguments(call: Any, where: str) -> Any:
     if not isinstance(arguments := call.get("arguments"), str):
         return call
     try:
-        return {**call, "arguments": json.loads(arguments)}
-    except ValueError:
+        return {**call, "arguments": parse_json(arguments.encode(), where, repeats=True)}
+    except (ValueError, InputError):
         raise InputError(f"{where} the arguments {arguments[:40]!r} of a tool call, which are not JSON") from None
 
 
-def _refusal(error: Exception, where: str) -> InputError:
-    """Return the error of a template that raised any class of exception."""
+@contextmanager
+def _rendering(where: str) -> Iterator[None]:
+    """Limit the rendering within, and turn a template's exceptions, of any class, into an InputError."""
     from jinja2 import TemplateError
 
-    raised = "refuses this chat" if type(error) is TemplateError else "fails"  # `raise_exception` raises this class
-    return InputError(f"{where}: the chat template {raised}: {error}")
+    try:
+        with limited(where):
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raised = "refuses this chat" if type(error) is TemplateError else "fails"  # `raise_exception` raises this class
+        raise InputError(f"{where}: the chat template {raised}: {str(error) or type(error).__name__}") from None
 
 
 def chat_template(folder: Path, config: dict[str, Any], name: str = "default") -> str | None:
@@ -333,11 +345,8 @@ def chat_template(folder: Path, config: dict[str, Any], name: str = "default") -
     file = folder / "chat_template.jinja"
     if name != "default":
         file = folder / TEMPLATES / f"{name}.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as e:
-            raise InputError(f"{file}: not UTF-8: {e.reason} at byte {e.start}; save it as UTF-8") from None
+    if file.exists():
+        return read_text(file).replace("\r\n", "\n").replace("\r", "\n")  # as transformers reads it
     found = config.get("chat_template")
     if isinstance(found, list):
         found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get(name)

@@ -12,6 +12,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Chat
 from llama_jax.data.readers import Reader
 from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Bad, Record, unpadded
+from llama_jax.data.rendering import Endless
 from llama_jax.data.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
@@ -146,12 +147,16 @@ def _chats(
     """Tokenize chats, the first of them record `first`; a chat that the template refuses goes to `bad`."""
     try:
         return list(chat.tokenize(records, *where(first)))
+    except Endless:
+        raise
     except InputError:
         made: list[tuple[Sequence[int], np.ndarray]] = []
     for i, record in enumerate(records, first):
         source, number = where(i)
         try:
             made += chat.tokenize([record], source, number)
+        except Endless:
+            raise
         except InputError as e:
             bad.add(source, str(e).removeprefix(f"{source}: "))
             bad.dropped.append(i)

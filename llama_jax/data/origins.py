@@ -15,9 +15,10 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.filters import make_attrgetter
 from jinja2.nodes import Concat, EvalContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from markupsafe import Markup
+
+from llama_jax.data.rendering import LimitedEnvironment
 
 Mark = tuple[int, int, int]  # start and end in the text, number of the turn (inverted for a name)
 
@@ -179,9 +180,7 @@ def tracing(template: str) -> Template:
 
     The tags `{% generation %}` and `{% endgeneration %}` have no effect.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.concat = joined  # type: ignore[assignment]  # of macros and blocks, and of the whole text
     environment.code_generator_class = _Generator
     environment.filters |= {"join": _join, "tojson": _tojson, "safe": _safe}

@@ -5,9 +5,9 @@ timestamps, drops half surrogate pairs, and takes 2,850 bytes a record for a JSO
 CSV, and fsspec opens compressed files.
 """
 
+import math
 import mmap
 import re
-import shutil
 import tempfile
 from array import array
 from bisect import bisect_right
@@ -27,11 +27,16 @@ KINDS = "a JSON array, JSONL (an object a line), parquet, .arrow, .csv or .txt"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt")
 
+_AT_ONCE = 64 << 20  # bytes of a dictionary's values to hold
+_FEW = 100_000  # rows that any file may have
+_EXPANSION = 20  # times that a page of text may be compressed
 _BLANK = b" \t\r\n"  # JSON's white space; Python's has more
 _BOM = b"\xef\xbb\xbf"
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 # Match up to the next bracket or comma of JSON; an object of plain values is skipped whole.
 _MARK = re.compile(rb'(?:[^]["{},]++|%s|\{(?:[^]["{}]++|%s)*+\})*+[][{},]' % (_STRING, _STRING), re.DOTALL)
+EXPANDED, GROWTH = 256 << 20, 200  # bytes that any file may expand to, and bytes more for each of its bytes
+LONGEST = 64 << 20  # bytes of a record
 _ROWS = 1000  # rows of a table to hold as Python objects at a time
 
 
@@ -163,11 +168,35 @@ class _Rows(Reader):
             first = max(0, bisect_right(starts, self._span.start) - 1)
             at, groups = starts[first], range(first, file.num_row_groups)
             columns = [name for name in file.schema_arrow.names if name in self._columns] or None
-            for batch in file.iter_batches(_ROWS, groups, columns):
+            growth = _Growth(self._name, self._path)
+            for batch in file.iter_batches(self._rows(file.metadata), groups, columns):
                 if at >= self._span.stop:
                     return
+                batch = _decoded(batch)
+                growth.add(batch.nbytes)
                 yield from map(present, batch[max(0, self._span.start - at) : self._span.stop - at].to_pylist())
                 at += batch.num_rows
+
+    def _rows(self, metadata: Any) -> int:
+        """Return the rows to hold at a time: fewer where a dictionary's value may be long, as each row repeats it.
+
+        Raises InputError for columns that expand a thousandfold.
+        """
+        size, most = self._path.stat().st_size, _ROWS
+        if metadata.num_rows > _FEW + 4 * size:
+            raise InputError(
+                f"{self._name}: its {size:,} bytes say that they hold {metadata.num_rows:,} rows: not the data of a "
+                "training; write the records anew, each once"
+            )
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                whole, stored = column.total_uncompressed_size, column.total_compressed_size
+                _Growth(self._name, self._path).add(whole)
+                if (start := column.dictionary_page_offset) is not None:
+                    dictionary = max(0, min(column.data_page_offset - start, size))
+                    longest = whole if whole > _EXPANSION * stored else min(whole, _EXPANSION * dictionary)
+                    most = min(most, _AT_ONCE // max(1, longest))
+        return max(1, most)
 
     @contextmanager
     def _file(self) -> Iterator[Any]:
@@ -179,6 +208,14 @@ class _Rows(Reader):
                 yield file
         except (OSError, pyarrow.ArrowException) as e:
             raise InputError(f"{self._name}: cannot be read as a parquet file ({one_line(e)})") from None
+
+
+def _decoded(batch: Any) -> Any:
+    """Return a batch of Arrow with its dictionaries' values in their places, where they count as bytes."""
+    import pyarrow
+
+    columns = [c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns]
+    return pyarrow.RecordBatch.from_arrays(columns, batch.schema.names)
 
 
 class Table(Reader):
@@ -251,6 +288,22 @@ class Joined(Reader):
         return chain.from_iterable(reader.scan() for reader in self.readers)
 
 
+class _Growth:
+    """Count the bytes that the rows of a file expand to, and refuse a file that expands a thousandfold."""
+
+    def __init__(self, name: str, path: Path):
+        self._name, self._size, self._bytes = name, path.stat().st_size, 0
+
+    def add(self, count: int) -> None:
+        """Count bytes. Raises InputError."""
+        self._bytes += count
+        if self._bytes > EXPANDED + GROWTH * self._size:
+            raise InputError(
+                f"{self._name}: its {self._size:,} bytes expand to over {self._bytes:,}: not the data of a training; "
+                "write the records anew, each once"
+            )
+
+
 def open_file(name: str, path: Path, columns: set[str]) -> Reader:
     """Return the records of a file by its suffix and first bytes; of tables, only these columns. Raises InputError."""
     if path.suffix in COMPRESSED:
@@ -276,7 +329,9 @@ def open_file(name: str, path: Path, columns: set[str]) -> Reader:
         at = 3 * bom
         file.seek(at)
         starts, sizes = array("q"), array("q")
-        for line in file:
+        while line := file.readline(LONGEST + 1):
+            if len(line) > LONGEST:
+                raise InputError(f"{name}: the line at byte {at:,} has over {LONGEST:,} bytes; divide the record")
             if line.strip():
                 starts.append(at)
                 sizes.append(len(line))
@@ -290,7 +345,9 @@ def _decompressed(name: str, path: Path) -> Path:
 
     try:
         with fsspec.open(str(path), "rb", compression={".zst": "zstd"}.get(path.suffix, "infer")) as file:
-            return copy_in(file, path.stem)
+            return copy_in(file, path.stem, EXPANDED + GROWTH * path.stat().st_size)
+    except InputError as e:
+        raise InputError(f"{name}: {e}") from None
     except Exception as e:  # each format has its own classes
         raise InputError(f"{name}: cannot be decompressed: {one_line(e)}") from None
 
@@ -337,8 +394,10 @@ def _elements(name: str, path: Path) -> Reader:
     """
     starts, sizes, start, depth, at = array("q"), array("q"), 0, 0, 0
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while mark := _MARK.match(data, at):
+        while mark := _MARK.match(data, at, min(at + LONGEST, len(data))):
             at = mark.end()
+            if at - start > LONGEST:
+                raise InputError(f"{name}: record {len(starts) + 1} has over {LONGEST:,} bytes; divide it")
             kind = data[at - 1 : at]
             if depth == 1 and kind in b",]":
                 starts.append(start)
@@ -358,6 +417,9 @@ def _elements(name: str, path: Path) -> Reader:
 
 
 def _parse_all(name: str, path: Path) -> Any:
+    """Parse a file whole, for its error's line and column. Raises InputError, for large files without the place."""
+    if (size := path.stat().st_size) > LONGEST:
+        raise InputError(f"{name}: not valid JSON; in {size:,} bytes the place is not searched: write an object a line")
     return parse_json(path.read_bytes().removeprefix(_BOM), name)
 
 
@@ -414,9 +476,13 @@ def _temporary() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="llama_jax-data-")  # until the process ends
 
 
-def copy_in(file: Any, name: str) -> Path:
-    """Copy an open file into a temporary folder and return its path."""
-    target = Path(tempfile.mkdtemp(dir=_temporary().name)) / name
+def copy_in(file: Any, name: str, limit: float = math.inf) -> Path:
+    """Copy an open file into a temporary folder and return its path. Raises InputError for over `limit` bytes."""
+    target, copied = Path(tempfile.mkdtemp(dir=_temporary().name)) / name, 0
     with target.open("wb") as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
+        while part := file.read(1 << 20):
+            copied += copy.write(part)
+            if copied > limit:
+                target.unlink()
+                raise InputError(f"expands to over {limit:,} bytes: not the data of a training; unpack it yourself")
     return target

@@ -1,12 +1,12 @@
 """Validate the data: every record is checked before tokenising begins."""
 
-import json
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llama_jax.base.errors import InputError
+from llama_jax.base.files import parse_json
 from llama_jax.data.readers import Elements, Joined, Kept, Reader, Record
 from llama_jax.data.sources import Source, find_sources
 
@@ -166,9 +166,11 @@ def answers(record: Record) -> list[bool]:
 
 
 def tools(record: Record) -> list[dict[str, Any]]:
-    """Return the tools that a chat record offers, which may be written as a string of JSON."""
+    """Return the tools that a chat record offers, which may be written as a string of JSON. Raises InputError."""
     value = record.get("tools") or []
-    return json.loads(value) if isinstance(value, str) else value
+    return (
+        parse_json(value.encode(errors="surrogatepass"), "'tools'", repeats=True) if isinstance(value, str) else value
+    )
 
 
 def unpadded(record: Record) -> tuple[list[int], list[int]]:
@@ -256,7 +258,7 @@ def _is_trained(turn: dict[str, Any]) -> bool:
 def _check_tools(record: Record) -> str | None:
     try:
         value = tools(record)
-    except ValueError:
+    except InputError:
         value = None
     if isinstance(value, list) and all(isinstance(tool, dict) for tool in value):
         return None

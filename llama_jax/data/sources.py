@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
+from llama_jax.base.files import check_regular, refuse_holes
 from llama_jax.data.readers import (
     COMPRESSED,
     KINDS,
@@ -63,24 +65,34 @@ def find_sources(names: Sequence[str], config: str | None = None) -> list[Source
 def _find(name: str, config: str | None) -> list[Source]:
     if "://" in name:
         return _download(name)
-    path, split, named = Path(name).expanduser(), None, None
+    path, split, named = local_path(name), None, None
     if not path.exists() and (named := _SPLIT.fullmatch(name)):
-        path, split = Path(named[1]).expanduser(), named[2]
+        path, split = local_path(named[1]), named[2]
     if path.is_dir():
         return _folder(path, split, config)
     if path.exists():
         if split:
             raise InputError(f"{name}: {path} is a file, which has no splits; leave :{split} out")
-        return [Source(str(path), (path,))]
+        return [_file(path)]
     if any(c in name for c in "*?[") and not split:
         found = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
         if not (files := [file for file in found if file.is_file()]):
             raise InputError(f"{name}: no file matches this pattern")
-        return [Source(str(file), (file,)) for file in files]
+        return [_file(file) for file in files]
     dataset = named[1] if named else name
     if _HUB_NAME.fullmatch(dataset) and not dataset.endswith((*SUFFIXES, *COMPRESSED)):
         return [_hub(dataset, split, config)]
     raise InputError(f"{path}: no such data file")
+
+
+def _file(path: Path) -> Source:
+    """Return a local file. Raises InputError for a FIFO, a device, or a file of unwritten bytes."""
+    check_regular(path)
+    try:
+        refuse_holes(path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from None
+    return Source(str(path), (path,))
 
 
 def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
@@ -94,7 +106,9 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
             splits = {name: [_table(str(path) + f":{name}" * saved[0], part)] for name, part in parts.items()}
         else:
             files = datasets.load_dataset_builder(str(path), config).config.data_files or {}
-            splits = {str(name): [Source(file, (Path(file),)) for file in some] for name, some in files.items()}
+            splits = {str(name): [_file(Path(file)) for file in some] for name, some in files.items()}
+    except InputError:
+        raise
     except Exception as e:  # `datasets` raises many classes
         inside = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
         raise InputError(f"{path}: is a folder in which no data is found ({one_line(e)}); it holds {inside}") from None

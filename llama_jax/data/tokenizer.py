@@ -8,15 +8,33 @@ from pathlib import Path
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
-from llama_jax.data.tokenizer_base import FILES, TEMPLATES, Tokenizer, copy_tokenizer, write_tokenizer_json
+from llama_jax.data.tokenizer_base import (
+    FILES,
+    TEMPLATES,
+    Tokenizer,
+    check_tokenizer_files,
+    copy_tokenizer,
+    read_text,
+    write_tokenizer_json,
+)
 from llama_jax.data.tokenizer_fast import FastTokenizer
 from llama_jax.data.tokenizer_slow import SentencePieceTokenizer
 
-__all__ = ["FILES", "TEMPLATES", "Tokenizer", "copy_tokenizer", "open_tokenizer", "write_tokenizer_json"]
+__all__ = [
+    "FILES",
+    "TEMPLATES",
+    "Tokenizer",
+    "check_tokenizer_files",
+    "copy_tokenizer",
+    "open_tokenizer",
+    "read_text",
+    "write_tokenizer_json",
+]
 
 
 def open_tokenizer(folder: Path, hf_compat: str = "4.37") -> Tokenizer:
     """Open the tokenizer of an HF folder as transformers "4.37" or "5" does. Raises InputError."""
+    check_tokenizer_files(folder)
     path = folder / "tokenizer_config.json"
     config = read_json_object(path) if path.exists() else {}
     has_json = (folder / "tokenizer.json").exists()

@@ -1,6 +1,6 @@
 """Define the tokenizer of training and generation: special tokens under HF's names, and the files of an HF folder."""
 
-import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,18 @@ from typing import Any
 from tokenizers import AddedToken
 
 from llama_jax.base.bucket import remove_tree
-from llama_jax.base.files import read_json_object, write_json, write_text
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import (
+    SMALL_BYTES,
+    check_regular,
+    dump_json,
+    parse_json,
+    read_json_object,
+    read_small,
+    refuse_foreign_link,
+    write_json,
+    write_text,
+)
 from llama_jax.data.added_tokens import DEFAULTS, SPECIAL, Named, as_json
 
 # The files of a tokenizer in an HF folder.
@@ -18,6 +29,9 @@ FILES = (
     "chat_template.jinja chat_template.json vocab.json merges.txt"
 ).split()
 TEMPLATES = "additional_chat_templates"  # a folder of named templates
+TOKENIZER_BYTES = 64 << 20  # of a vocabulary; the largest on the hub have 33 MB
+FAR = 1 << 16  # rows that an embedding may get for ids without tokens
+_LARGE = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 class Tokenizer(ABC):
@@ -69,10 +83,16 @@ class Tokenizer(ABC):
         """Return the rows that an embedding of `rows` needs: one for each token and for each row that a file names.
 
         transformers gives some tokens other ids than a file declares, and resizes to the number of tokens. A row past
-        that number is kept where a file names it.
+        that number is kept where a file names it. Raises InputError for an id far past all tokens and rows.
         """
         declared = [i for i in self._named.added if i < rows]
-        return max([len(self), *(i + 1 for i in [*self.added(), *declared])])
+        needed = max([len(self), *(i + 1 for i in [*self.added(), *declared])])
+        if needed > 2 * max(len(self), rows) + FAR:
+            raise InputError(
+                f"{self.folder}: the tokenizer names a token of the id {needed - 1}, and has {len(self)} tokens; give "
+                "added tokens the ids behind the others"
+            )
+        return needed
 
     def save(self, folder: Path) -> None:
         """Write files from which transformers loads the same tokenizer, added tokens included."""
@@ -150,20 +170,57 @@ class Tokenizer(ABC):
         return self.token_to_id(token) if token else None
 
 
+def check_tokenizer_files(folder: Path) -> None:
+    """Check that each tokenizer file of a folder is a regular file of a usual size, and no link to a file outside.
+
+    Raises InputError.
+    """
+    for path in _files(folder):
+        refuse_foreign_link(folder, path)
+        check_regular(path, TOKENIZER_BYTES if path.name in _LARGE else SMALL_BYTES)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the tokenizer files in a folder, named templates included."""
+    named = [folder / name for name in FILES]
+    return [path for path in (*named, *sorted((folder / TEMPLATES).glob("*.jinja"))) if os.path.lexists(path)]
+
+
+def read_text(path: Path, limit: int = SMALL_BYTES) -> str:
+    """Read a small UTF-8 file, with its line ends. Raises InputError."""
+    try:
+        return read_small(path, limit).decode()
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8: {e.reason} at byte {e.start}; save it as UTF-8") from None
+
+
+def _write_anew(path: Path, target: Path) -> None:
+    """Write the content of a tokenizer file: JSON is parsed, text decoded; of links, the content alone is taken."""
+    if path.suffix == ".json":
+        write_text(target, dump_json(parse_json(read_small(path, TOKENIZER_BYTES), str(path), repeats=True)) + "\n")
+    elif path.suffix == ".model":
+        target.write_bytes(read_small(path, TOKENIZER_BYTES))
+    else:
+        target.write_bytes(read_text(path, TOKENIZER_BYTES).encode())
+
+
 def copy_tokenizer(source: Path | None, folder: Path) -> None:
-    """Copy the tokenizer's files, for any transformers to load, and remove other tokenizer files from the folder."""
+    """Write the tokenizer's files, for any transformers to load, and remove other tokenizer files from the folder.
+
+    Raises InputError for a link to a file outside of `source`.
+    """
     if source and source.resolve() == folder.resolve():
         return
+    if source:
+        check_tokenizer_files(source)
     for name in FILES:
-        if source and (source / name).exists():
-            (folder / name).write_bytes((source / name).read_bytes())
-        else:
-            (folder / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)  # a link is replaced, not followed
     if (folder / TEMPLATES).is_dir():
         remove_tree(folder / TEMPLATES)
-    for path in (source / TEMPLATES).glob("*.jinja") if source else ():
-        (folder / TEMPLATES).mkdir(exist_ok=True)
-        (folder / TEMPLATES / path.name).write_bytes(path.read_bytes())
+    for path in _files(source) if source else ():
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        _write_anew(path, target)
     if (path := folder / "tokenizer_config.json").exists():
         config = read_json_object(path)
         if (portable := _portable(config, folder)) != config:
@@ -189,11 +246,11 @@ def write_tokenizer_json(path: Path, serialized: str) -> None:
 
     Merges stay lists, the newer form, if a part contains a space.
     """
-    value = json.loads(serialized)
+    value = parse_json(serialized.encode(), str(path))
     merges = value["model"].get("merges", [])
     if not any(isinstance(merge, str) or " " in "".join(merge) for merge in merges):
         value["model"]["merges"] = [" ".join(merge) for merge in merges]
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False))
+    write_text(path, dump_json(value))
 
 
 def _text(token: Any) -> str:

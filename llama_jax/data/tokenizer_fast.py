@@ -1,19 +1,21 @@
 """Run the `tokenizers` library on a `tokenizer.json`, prepared as transformers 4.37 or 5 prepares it."""
 
+import contextlib
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import read_json_object
+from llama_jax.base.files import check_regular, parse_json, read_json_object, read_small, refuse_foreign_link
 from llama_jax.data.added_tokens import Named, Token, as_json, named_tokens
-from llama_jax.data.tokenizer_base import Tokenizer, write_tokenizer_json
+from llama_jax.data.tokenizer_base import TOKENIZER_BYTES, Tokenizer, write_tokenizer_json
 
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _END = "<|endoftext|>"
@@ -24,6 +26,11 @@ _CLASSES = {
     "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
     "GPT2Tokenizer": {"unk_token": _END, "bos_token": _END, "eos_token": _END},
 }
+GROWTH = 64  # times that the normalizer may lengthen a text; 18 are Unicode's own
+LONGEST = 256  # characters that it may put in front of a text
+SECONDS, SPEED = 3.0, 300_000  # of the processor, and characters a second more: a tenth of a slow core's speed
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
+Result = TypeVar("Result")
 # The class by config.json's model_type, where no file names the class.
 _CLASS_OF_MODEL = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer"}
 
@@ -48,21 +55,24 @@ class FastTokenizer(Tokenizer):
     def of_transformers_4(folder: Path, config: dict[str, Any]) -> "FastTokenizer":
         """Open a `tokenizer.json` as PreTrainedTokenizerFast and its subclasses in transformers 4.37 do."""
         path = folder / "tokenizer.json"
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            in_json = json.loads(path.read_bytes()).get("added_tokens", [])
-        except Exception as e:  # the Rust library raises plain Exception
-            raise InputError(f"{path}: not a tokenizer ({str(e).splitlines()[0]})") from None
+        data = read_small(path, TOKENIZER_BYTES)
+        with _library(f"{path}: not a tokenizer"):
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        value = parse_json(data, str(path), repeats=True)
+        _check_growth(value, path)
+        in_json = value.get("added_tokens") or []
         named = named_tokens(folder, config, in_json)
         class_ = _class(folder, config)
         named.special = {**_CLASSES.get(class_, {}), **named.special}
         if tokenizer.padding and "pad_token" not in named.special:
             named.special["pad_token"] = tokenizer.padding["pad_token"]
-        _register(tokenizer, named)
+        with _library(f"{path}: not a tokenizer"):
+            _register(tokenizer, named)
         special = {key: None if token is None else str(token) for key, token in named.special.items()}
         opened = FastTokenizer(folder, config, named, special, tokenizer)
         if _CLASSES.get(class_) is _LLAMA:
-            opened._follow_add_bos()
+            with _library(f"{path}: not a tokenizer"):
+                opened._follow_add_bos()
         return opened
 
     @staticmethod
@@ -71,12 +81,15 @@ class FastTokenizer(Tokenizer):
         from transformers import AutoTokenizer
 
         named = named_tokens(folder, config)
-        try:
+        for path in sorted(folder.iterdir()):  # transformers looks for more names than those of FILES
+            if not path.is_dir() and path.suffix not in _WEIGHTS:
+                refuse_foreign_link(folder, path)
+                check_regular(path)
+        path = folder / ("tokenizer.json" if (folder / "tokenizer.json").exists() else "tokenizer.model")
+        with _library(f"{path}: transformers cannot open it"):
             opened = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             tokenizer = opened.backend_tokenizer
-        except Exception as e:  # of many classes: transformers checks few of the files
-            name = "tokenizer.json" if (folder / "tokenizer.json").exists() else "tokenizer.model"
-            raise InputError(f"{folder / name}: transformers cannot open it ({str(e).splitlines()[0]})") from None
+            _check_growth(parse_json(tokenizer.to_str().encode(), str(path), repeats=True), path)
         special: dict[str, str | None] = {
             key: str(token) for key, token in opened.special_tokens_map.items() if isinstance(token, str)
         }
@@ -106,11 +119,44 @@ class FastTokenizer(Tokenizer):
         self._tokenizer.add_special_tokens([token])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts))]
+        texts = list(texts)
+        return [e.ids for e in self._within_time(lambda: self._tokenizer.encode_batch_fast(texts), texts)]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
-        for e in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        texts = list(texts)
+        for e in self._within_time(lambda: self._tokenizer.encode_batch(texts, add_special_tokens=False), texts):
             yield e.ids, e.offsets
+
+    def _within_time(self, encode: Callable[[], Result], texts: list[str]) -> Result:
+        """Return `encode()`, called in a thread, which is abandoned where it takes far longer than `texts` should.
+
+        A regular expression of the file can take a time that is exponential in a text's length. Processor time counts,
+        as a stopped or starved process makes no progress. Raises InputError.
+        """
+        results: list[Result] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                results.append(encode())
+            except BaseException as e:  # of the Rust library, whose panics are no Exception
+                errors.append(e)
+
+        thread = threading.Thread(target=work, daemon=True)
+        started, allowed = time.process_time(), SECONDS + sum(map(len, texts)) / SPEED
+        thread.start()
+        path = self.folder / "tokenizer.json"
+        while thread.is_alive():
+            thread.join(0.1)
+            if thread.is_alive() and time.process_time() - started > allowed:
+                raise InputError(
+                    f"{path}: encoding {len(texts)} texts takes over {allowed:.0f} s: a regular expression in it may "
+                    "explode; use the tokenizer of the model that it was made of"
+                )
+        for e in errors:
+            with _library(f"{path}: the tokenizer fails"):
+                raise e
+        return results[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -118,6 +164,47 @@ class FastTokenizer(Tokenizer):
     def _save_tokens(self, folder: Path) -> None:
         write_tokenizer_json(folder / "tokenizer.json", self._tokenizer.to_str())
         self.config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+
+
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Turn the exceptions of `tokenizers` and transformers, which are of any class, into an InputError: `what`."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of the Rust library is no Exception
+        raise InputError(f"{what} ({(str(e).splitlines() or [type(e).__name__])[0]})") from None
+
+
+def _check_growth(value: dict[str, Any], path: Path) -> None:
+    """Refuse a tokenizer that lengthens texts without bounds. Raises InputError."""
+    model = value.get("model") or {}
+    affixes = [model.get(key) or "" for key in ("continuing_subword_prefix", "end_of_word_suffix")]
+    for part in ("normalizer", "decoder"):
+        growth = 1.0
+        for rule in _rules(value.get(part)):
+            if rule.get("type") == "Prepend":
+                affixes.append(rule.get("prepend") or "")
+            if rule.get("type") == "Replace":
+                pattern = rule.get("pattern") or {}
+                shortest = max(1, len(pattern.get("String") or ""))  # a regular expression matches a character or more
+                growth *= max(1.0, len(rule.get("content") or "") / shortest)
+        if growth > GROWTH:
+            raise InputError(
+                f"{path}: its {part} makes texts up to {growth:.3g} times as long; use the tokenizer of the model that "
+                "it was made of"
+            )
+    if longest := max((len(affix) for affix in affixes if len(affix) > LONGEST), default=0):
+        raise InputError(f"{path}: puts {longest:,} characters beside each text or word; should be few")
+
+
+def _rules(part: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rules of a normalizer or decoder, those of sequences too."""
+    if isinstance(part, dict):
+        yield part
+        for inner in part.get("normalizers") or part.get("decoders") or []:
+            yield from _rules(inner)
 
 
 def _class(folder: Path, config: dict[str, Any]) -> str:

@@ -13,9 +13,9 @@ import numpy as np
 from tokenizers import AddedToken
 
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import write_json
+from llama_jax.base.files import read_small, write_json
 from llama_jax.data.added_tokens import Token, named_tokens
-from llama_jax.data.tokenizer_base import Tokenizer
+from llama_jax.data.tokenizer_base import TOKENIZER_BYTES, Tokenizer
 
 _SPACE = "\u2581"  # sentencepiece's
 
@@ -228,12 +228,15 @@ def _open_pieces(path: Path, dummy_prefix: bool) -> Any:
     """Return the sentencepiece model of a file, with or without the dummy space in front. Raises InputError."""
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
+    data = read_small(path, TOKENIZER_BYTES)
     try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]  # defined at run time
+        proto = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]  # defined at run time
         if not proto.pieces:
             raise ValueError("it holds no pieces")
         if not dummy_prefix:
             proto.normalizer_spec.add_dummy_prefix = False
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
     except Exception as e:  # protobuf and sentencepiece raise classes of their own
-        raise InputError(f"{path}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
+        raise InputError(
+            f"{path}: not a sentencepiece model ({(str(e).splitlines() or [type(e).__name__])[0]})"
+        ) from None

@@ -10,10 +10,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from llama_jax.base.errors import InputError
+from llama_jax.base.files import check_regular
+from llama_jax.hf.gguf_header import BigEndian, GgufTensor, read_header
 from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model.config import FAMILIES
 
@@ -80,10 +82,13 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     metadata, sources = open_gguf(path)
     architecture = metadata.get("general.architecture")
-    if architecture not in _INTERLEAVED:
+    if not isinstance(architecture, str) or architecture not in _INTERLEAVED:
         known = ", ".join(_INTERLEAVED)
-        raise InputError(f"{path}: general.architecture is {architecture!r}; give a model of one of {known}")
-    config = _make_config(path, architecture, metadata, sources)
+        raise InputError(f"{path}: general.architecture is {repr(architecture)[:60]}; give a model of one of {known}")
+    try:
+        config = _make_config(path, architecture, metadata, sources)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as problem:  # values of other types and sizes
+        raise InputError(f"{path}: damaged metadata ({repr(problem)[:200]}); download or copy it again") from problem
     head_counts = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     if not _INTERLEAVED[architecture]:
         head_counts = {}
@@ -97,20 +102,20 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, ReaderTensor]]:
+def open_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     """Return the metadata, and the tensors by GGUF name, mapped into memory and not read. Raises InputError."""
+    check_regular(Path(path))
     try:
-        reader = GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        metadata, tensors = read_header(path)
+    except BigEndian:
+        raise InputError(f"{path}: big-endian; convert it with gguf-convert-endian FILE little") from None
     except OSError as problem:
         raise InputError(f"{path}: {problem.strerror}; give the path of a GGUF file that can be read") from problem
     except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as problem:
         raise InputError(f"{path}: not a whole GGUF file ({problem!r}); download or copy it again") from problem
-    if reader.byte_order != "I":
-        raise InputError(f"{path}: big-endian; convert it with gguf-convert-endian FILE little")
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise InputError(f"{path}: one part of several; join them with llama-gguf-split --merge FIRST_PART FILE")
-    return metadata, {tensor.name: tensor for tensor in reader.tensors}
+    return metadata, {tensor.name: tensor for tensor in tensors}
 
 
 def end_tokens(metadata: dict[str, Any]) -> list[int]:
@@ -119,9 +124,11 @@ def end_tokens(metadata: dict[str, Any]) -> list[int]:
     Its exceptions are followed too: <|end|> between the channels of a harmony answer, </s> beside <|tool_response>.
     """
     tokens = metadata.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise TypeError("tokenizer.ggml.tokens should be a list of strings")
     eos = metadata.get("tokenizer.ggml.eos_token_id", 2 if metadata.get("tokenizer.ggml.model") == "llama" else None)
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in _END_IDS]
-    ends = {i: tokens[i] for i in [eos, *named] if isinstance(i, int) and i < len(tokens)}
+    ends = {i: tokens[i] for i in [eos, *named] if isinstance(i, int) and 0 <= i < len(tokens)}
     ends |= {i: token for i, token in enumerate(tokens) if token in _ENDS}
     texts, excepted = {*ends.values()}, set()
     if texts & {"<|return|>", "<|flush|>"} and texts & {"<|call|>", "<|calls|>"}:
@@ -133,7 +140,7 @@ def end_tokens(metadata: dict[str, Any]) -> list[int]:
 
 
 def _make_config(
-    path: str | Path, architecture: str, metadata: dict[str, Any], sources: dict[str, ReaderTensor]
+    path: str | Path, architecture: str, metadata: dict[str, Any], sources: dict[str, GgufTensor]
 ) -> dict[str, Any]:
     own = f"{architecture}."
     keys = {key.removeprefix(own): value for key, value in metadata.items() if key.startswith(own)}
@@ -141,7 +148,9 @@ def _make_config(
     def take(key: str, default: Any = None) -> Any:
         value = keys.pop(key, default)
         if value is None or isinstance(value, list):
-            raise InputError(f"{path}: metadata {own}{key} must be one value, not {value}; convert the model again")
+            raise InputError(
+                f"{path}: metadata {own}{key} must be one value, not {repr(value)[:60]}; convert the model again"
+            )
         return _shortest(value) if isinstance(value, float) else value
 
     hidden, heads = take("embedding_length"), take("attention.head_count")
@@ -186,8 +195,10 @@ def _make_config(
         raise InputError(f"{path}: rope scaling {scaling['rope_type']!r} is not supported; use a model without it")
     if scaling["rope_type"] != "none" and scaling.get("factor", 0) not in (0, 1):
         config["rope_scaling"] = scaling
-    if "rope_freqs.weight" in sources:
-        config["rope_scaling"] = _recover_llama3(path, config, sources["rope_freqs.weight"].data)
+    if factors := sources.get("rope_freqs.weight"):
+        if factors.tensor_type != _F.F32 or not factors.data.size:
+            raise InputError(f"{path}: rope_freqs.weight should be of the type F32; convert the model again")
+        config["rope_scaling"] = _recover_llama3(path, config, factors.data.view(np.float32))
     if unknown := sorted(keys.keys() - _IGNORED):
         raise InputError(f"{path}: metadata {own + unknown[0]!r} is not supported: it may change the mathematics")
     return config
@@ -215,11 +226,11 @@ def _recover_llama3(path: str | Path, config: dict[str, Any], factors: np.ndarra
     return {"rope_type": "llama3", "factor": factor, **bounds}
 
 
-def _make_tensor(path: str | Path, source: ReaderTensor, heads: int | None) -> Tensor:
+def _make_tensor(path: str | Path, source: GgufTensor, heads: int | None) -> Tensor:
     """Describe a tensor in its file; with `heads`, reading puts the rows (of q or k) in HF's order."""
     kind, shape = source.tensor_type, tuple(int(size) for size in reversed(source.shape))
     dtype, (block, size) = _NATIVE.get(kind, np.dtype(np.float32)), GGML_QUANT_SIZES[kind]
-    packed = source.data.view(np.uint8)  # [..., bytes of a row]
+    packed = source.data  # [..., bytes of a row]
     if heads and shape[0] % (2 * heads):
         raise InputError(f"{path}: {heads} heads cannot share {source.name!r}'s {shape[0]} rows; convert it again")
 

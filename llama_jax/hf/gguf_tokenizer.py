@@ -14,6 +14,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import write_tokenizer_json
 from llama_jax.hf.gguf_file import TOKEN_IDS, end_tokens, open_gguf
 
+LONGEST = 1024  # characters of a token; all its cuts in two are looked up
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -57,7 +58,7 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
     """
     metadata, _ = open_gguf(path)
     settings = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    model, pre = settings.get("model"), settings.get("pre", "")
+    model, pre = (str(settings.get(key, ""))[:60] for key in ("model", "pre"))
     if model == "llama":  # llama.cpp's defaults
         settings = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | settings
     refused = {
@@ -71,16 +72,21 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
         raise InputError(f"{path}: tokenizer.ggml.{key} {value} is not supported; {_OTHER}")
     try:
         tokens, types = settings["tokens"], settings["token_type"]
+        if longest := max((len(token) for token in tokens if len(token) > LONGEST), default=0):
+            raise ValueError(f"a token of {longest:,} characters")
         ids = {key: settings[name] for key, name in TOKEN_IDS.items() if name in settings}
         names = {f"{key}_token": tokens[id_] for key, id_ in ids.items()}
         tokenizer = _make_byte_level(settings) if model == "gpt2" else _make_sentencepiece(settings)
+        if any(type(i) is not int or i < 0 for i in ids.values()):
+            raise ValueError(f"ids {ids}")
+        ends = end_tokens(metadata)  # special whatever their type, as in llama.cpp
         if not len(tokens) == len(types) == tokenizer.get_vocab_size():
             raise ValueError("a token occurs twice or has no type")
     except Exception as problem:  # `tokenizers` raises no narrower class
         raise InputError(f"{path}: damaged tokenizer ({problem!r}); {_OTHER}") from problem
 
     special = {i for i, type_ in enumerate(types) if type_ in (TokenType.CONTROL, TokenType.UNKNOWN)} | {*ids.values()}
-    special |= {*end_tokens(metadata)}  # whatever their type, as in llama.cpp
+    special |= {*ends}
     plain = {i for i, type_ in enumerate(types) if type_ == TokenType.USER_DEFINED} - special
     added = [AddedToken(tokens[i], special=i in special, normalized=False) for i in sorted(special | plain)]
     tokenizer.add_tokens(added)
@@ -98,7 +104,8 @@ def write_gguf_tokenizer(path: str | Path, folder: str | Path) -> None:
     config |= {f"add_{key}_token": value for key, value in add.items()}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
-    if chat_template := metadata.get("tokenizer.chat_template"):
+    chat_template = metadata.get("tokenizer.chat_template")
+    if chat_template and isinstance(chat_template, str):
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """Open a checkpoint's files: safetensors, GGUF, and `.bin` on request. The tensors stay on disk."""
 
 import functools
-import json
 import math
+import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,12 +13,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import read_json, refuse_foreign_link
-from llama_jax.data.tokenizer import FILES, TEMPLATES
+from llama_jax.base.files import SMALL_BYTES, check_regular, parse_json, read_json, refuse_foreign_link
+from llama_jax.data.tokenizer import check_tokenizer_files
 from llama_jax.hf.hub import SMALL
 from llama_jax.hf.names import IGNORED
 from llama_jax.hf.tensor import Index, Tensor
 
+HEADER_BYTES = 32 << 20  # of a safetensors file; 100 bytes a tensor
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -38,7 +39,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
         raise InputError(f"{path}: no such folder; give a folder with an HF model, or its name on the hub, org/model")
     if path.is_file() and (path.suffix in (".safetensors", ".json") or path.name.startswith("pytorch_model")):
         raise InputError(f"{path}: is one file of an HF model; give the folder: --model_name_or_path {path.parent}")
-    check_links(path.parent if path.is_file() else path)
+    check_small_files(path.parent if path.is_file() else path)
     gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if path.is_file() or (gguf and not (path / "config.json").exists()):
         if len(gguf) > 1:
@@ -63,12 +64,14 @@ def _elsewhere(folder: Path) -> str:
     return f"; give the folder that has one: {inside[-1]}" if inside else ""
 
 
-def check_links(folder: Path) -> None:
-    """Refuse links out of the folder for every file but the weights, which are not copied. Raises InputError."""
-    templates = sorted((folder / TEMPLATES).glob("*.jinja"))
-    for path in (*(folder / name for name in (*SMALL, *FILES)), *templates):
-        if path.exists():
+def check_small_files(folder: Path) -> None:
+    """Check every file but the weights before any is opened: a regular file of a usual size, and no link out of the
+    folder, as these files are exported. Raises InputError."""
+    check_tokenizer_files(folder)
+    for path in (folder / name for name in SMALL):
+        if os.path.lexists(path):
             refuse_foreign_link(folder, path)
+            check_regular(path, SMALL_BYTES)
 
 
 def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -108,17 +111,23 @@ def _shard_path(folder: Path, index: Path, shard: str) -> Path:
     if Path(shard).name != shard or shard in ("", ".."):
         raise InputError(f"{index}: shard name {shard!r} is not a plain file name")
     path = folder / shard
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises for a name that is too long
         raise InputError(f"{index}: names the shard {shard!r}, which is not in the folder")
     return path
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """Open a safetensors file. Raises InputError for a damaged file and for types that are not floating."""
+    check_regular(path)
     try:
-        with safe_open(path, "np"), path.open("rb") as f:  # the library checks the header and the file's length
+        with path.open("rb") as f:
             start = 8 + int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(start - 8))
+            if start > HEADER_BYTES:
+                raise InputError(f"{path}: a header of {start:,} bytes is no safetensors file's; download it again")
+            header = parse_json(f.read(start - 8), f"{path}, header")
+            _check_length(path, header, start)  # of a sparse file of a terabyte, the library's mapping would fail
+            with safe_open(path, "np"):  # the library checks the whole header, and the length again
+                pass
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); copy or download it again") from None
 
@@ -142,7 +151,20 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     return _tensors(path, kinds, read)
 
 
+def _check_length(path: Path, header: Any, start: int) -> None:
+    """Refuse a safetensors file that is longer than its header tells. Raises InputError."""
+    tensors = [about for name, about in header.items() if name != "__metadata__"] if isinstance(header, dict) else []
+    offsets = [about.get("data_offsets") for about in tensors if isinstance(about, dict)]
+    ends = [pair[1] for pair in offsets if isinstance(pair, list) and len(pair) == 2 and type(pair[1]) is int]
+    if (size := path.stat().st_size) > (end := start + max(ends, default=0)):
+        raise InputError(
+            f"{path}: not a whole safetensors file (of {size:,} bytes, its header describes {end:,}); copy or download "
+            "it again"
+        )
+
+
 def _open_bin(path: Path) -> dict[str, Tensor]:
+    check_regular(path)
     try:
         import torch
     except ImportError:

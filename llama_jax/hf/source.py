@@ -20,7 +20,7 @@ from llama_jax.hf import generation
 from llama_jax.hf.hub import find_folder
 from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
-from llama_jax.hf.readers import Checkpoint, check_links, open_checkpoint
+from llama_jax.hf.readers import Checkpoint, check_small_files, open_checkpoint
 from llama_jax.hf.remote import FLAX_JSON, copy_model
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, pick
@@ -51,7 +51,7 @@ class Source:
         self._tokenizer = tokenizer
         self.is_flax = (path / FLAX_JSON).is_file()
         if self.is_flax or (not weights and (path / "config.json").is_file()):
-            check_links(path)
+            check_small_files(path)
             self._checkpoint = Checkpoint(path, read_json_object(path / "config.json"), {})
         else:
             self._checkpoint = open_checkpoint(path, allow_pickle)
@@ -92,7 +92,7 @@ class Source:
         """
         if self._tokenizer:
             folder, _ = self._find(self._tokenizer, weights=False)
-            check_links(folder)
+            check_small_files(folder)
             return folder
         if self._checkpoint.gguf is None:
             return self.folder

@@ -90,6 +90,19 @@ _MISSING = {
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+# The largest values that are read. A larger number would fill the memory, or loop for hours, before any tensor's shape
+# is compared with it: published models have up to 126 layers, and vocabularies of 262,144.
+MOST = {
+    "num_hidden_layers": 10_000,
+    "vocab_size": 10**8,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**5,
+    "num_key_value_heads": 10**5,
+    "head_dim": 10**5,
+}
+_MOST_INT, _MOST_FLOAT = 2**40, 1e30
+
 _KEYS = frozenset(
     """
     attention_bias head_dim hidden_act initializer_range max_position_embeddings mlp_bias num_key_value_heads
@@ -252,7 +265,7 @@ class LlamaConfig:
                 )
             if value != _ONLY_AT[key]:
                 fix = "; set it to 0.0 to train without dropout" if key == "attention_dropout" else ""
-                raise InputError(f"{source}: {key} = {value} is not supported, only {_ONLY_AT[key]}{fix}")
+                raise InputError(f"{source}: {key} = {_shown(value)} is not supported, only {_ONLY_AT[key]}{fix}")
         types = raw.get("layer_types") or []
         if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
             raise InputError(
@@ -288,7 +301,7 @@ class LlamaConfig:
         if config.head_dim % 2:
             raise InputError(f"{source}: head_dim {config.head_dim} is odd; rotary embedding needs an even one")
         if config.hidden_act not in ACTIVATIONS:
-            raise InputError(f"{source}: hidden_act {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+            raise InputError(f"{source}: hidden_act {_shown(config.hidden_act)} is not one of {', '.join(ACTIVATIONS)}")
         return config
 
 
@@ -297,7 +310,7 @@ def _family(model_type: Any, source: str) -> Family:
         return FAMILIES[model_type]
     needs = next((needs for part, needs in _MISSING.items() if part in str(model_type)), "")
     raise InputError(
-        f"{source}: model_type is {model_type!r}; this program reads {', '.join(FAMILIES)} only"
+        f"{source}: model_type is {_shown(model_type)}; this program reads {', '.join(FAMILIES)} only"
         + (f", and this family needs {needs}" if needs else "")
     )
 
@@ -307,21 +320,30 @@ def _check_types(values: dict[str, Any], source: str) -> None:
         if key in ("pad_token_id", "rope_theta", "no_rope_layers"):  # checked where they are read
             continue
         kind: Any = int if key == "no_rope_layer_interval" else LlamaConfig.__dataclass_fields__[key].type
+        most = MOST.get(key, _MOST_INT)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and value > most and isinstance(value, int):
+            raise InputError(f"{source}: {key} = {_shown(value)} is above {most:,}, the most that is read")
         ok, wanted = {
             int: (is_number and isinstance(value, int) and value > 0, "a positive int"),
-            float: (is_number and value >= 0, "a number of 0 or above"),
+            float: (is_number and 0 <= value <= _MOST_FLOAT, f"a number of 0 or above, at most {_MOST_FLOAT:g}"),
             bool: (isinstance(value, bool), "true or false"),
             str: (isinstance(value, str), "a string"),
         }[getattr(kind, "__args__", (kind,))[0]]  # annotations are real types in this module; of T | None, T
         if not ok:
-            raise InputError(f"{source}: {key} = {value!r} should be {wanted}")
+            raise InputError(f"{source}: {key} = {_shown(value)} should be {wanted}")
+
+
+def _shown(value: Any) -> str:
+    """Return a value for an error line, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _padding_idx(value: Any, vocab_size: int, source: str) -> int:
     """Return torch's `padding_idx` as a row; a negative number counts from the end."""
     if type(value) is not int or not -vocab_size <= value < vocab_size:
-        raise InputError(f"{source}: pad_token_id {value!r} is not a row of the vocabulary of {vocab_size}")
+        raise InputError(f"{source}: pad_token_id {_shown(value)} is not a row of the vocabulary of {vocab_size}")
     return value % vocab_size
 
 
@@ -340,12 +362,12 @@ def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> R
     """Read `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5) as transformers 5 reads them."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
-        raise InputError(f"{source}: rope_scaling and rope_parameters should be objects, not {given!r}")
+        raise InputError(f"{source}: rope_scaling and rope_parameters should be objects, not {_shown(given)}")
     rope = dict(given)
     old_type = rope.pop("type", None)
     rope_type = rope.pop("rope_type", None) or old_type or "default"
     if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
-        raise InputError(f"{source}: rope type {rope_type!r} is not one of {', '.join(_ROPE_FIELDS)}")
+        raise InputError(f"{source}: rope type {_shown(rope_type)} is not one of {', '.join(_ROPE_FIELDS)}")
     theta = rope.pop("rope_theta", None) or values.get("rope_theta") or raw.get("rope_theta") or 10000.0
     rope.pop("finetuned", None)  # of Yarn-Llama-2: records how the model was made
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
@@ -368,10 +390,17 @@ def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> R
             fields[key] = tuple(float(x) for x in fields[key])
             if len(fields[key]) != half:
                 raise InputError(f"{source}: {key} has {len(fields[key])} numbers, head_dim / 2 is {half}")
+    if not isinstance(fields.get("truncate", True), bool):
+        raise InputError(
+            f"{source}: truncate {_shown(fields['truncate'])} of the rope parameters should be true or false"
+        )
     numbers = {k: v for k, v in fields.items() if k not in ("short_factor", "long_factor", "truncate")}
     for key, value in {"rope_theta": theta, "original_max_position_embeddings": original, **numbers}.items():
         if not _is_positive(value):
-            raise InputError(f"{source}: {key} {value!r} of the rope parameters should be a positive number")
+            raise InputError(
+                f"{source}: {key} {_shown(value)} of the rope parameters should be a positive number, at most "
+                f"{_MOST_FLOAT:g}"
+            )
     if rope_type == "dynamic" and values["head_dim"] <= 2:
         raise InputError(f"{source}: rope type 'dynamic' needs a head_dim over 2")
     if rope_type in ("yarn", "longrope"):
@@ -380,4 +409,4 @@ def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> R
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _MOST_FLOAT

@@ -11,7 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
+from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
+from llama_jax.base.files import parse_json, read_small
 from llama_jax.model.kernels import KERNELS
 from llama_jax.model.remat import REMAT
 from llama_jax.reporting.metrics import EVALUATION_METRICS
@@ -28,6 +30,8 @@ _PATHS = ("model_name_or_path", "tokenizer_name", "output_dir", "cache_dir", "ad
 _DATA = ("data_path", "eval_data_path")
 _ARGS_FILE = Path(__file__).resolve().parents[2] / "train_jax.args"  # beside train_jax.py
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_CONFIG_BYTES = 128 << 10  # PyYAML takes some 4 s for so many
+_YAML_DEPTH = 20
 
 
 class Plan(Protocol):
@@ -506,7 +510,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
     arguments, others, unknown = read(argv)
     if arguments.config:
-        argv = _config_argv(Path(arguments.config).expanduser(), _given(parser, argv)) + argv
+        argv = _config_argv(local_path(arguments.config), _given(parser, argv)) + argv
         arguments, others, unknown = read(argv)
     if unknown:
         raise InputError(_unknown_argument(unknown[0]))
@@ -567,18 +571,12 @@ def _given(parser: Any, argv: list[str]) -> set[str]:
 
 def _config_argv(path: Path, given: set[str]) -> list[str]:
     """Read a YAML or JSON file of flags as a command line, without the flags that the `given` flags override."""
-    import yaml  # here, because --help does without
-
-    kind = "JSON" if path.suffix == ".json" else "YAML"
+    where = f"--config {path}"
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except FileNotFoundError:
-        raise InputError(f"--config {path}: no such file") from None
-    except OSError as e:
-        raise InputError(f"--config {path}: cannot be read: {e.strerror}") from None
-    except (yaml.YAMLError, ValueError) as e:
-        raise InputError(f"--config {path}: not valid {kind}: {' '.join(str(e).split())}") from None
+        data = read_small(path, _CONFIG_BYTES)
+    except InputError as e:
+        raise InputError(f"--config {e}") from None
+    values = parse_json(data, where) if path.suffix == ".json" else _parse_yaml(data, where)
     if not isinstance(values, dict):
         raise InputError(f"--config {path}: should map flags to values, as learning_rate: 2e-5")
     flags = _flags()
@@ -592,8 +590,30 @@ def _config_argv(path: Path, given: set[str]) -> list[str]:
             continue
         if value is False and "no" in (flags[key].get("choices") or ()):  # YAML reads a bare no as false
             value = "no"
-        if isinstance(value, list):
-            argv += [f"--{key}", *map(str, value)] if value else []
-        elif value is not None:
-            argv.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+        try:
+            if isinstance(value, list):
+                argv += [f"--{key}", *map(str, value)] if value else []
+            elif value is not None:
+                argv.append(f"--{key}={json.dumps(value, default=str) if isinstance(value, dict) else value}")
+        except (TypeError, ValueError) as e:  # keys of other types; digits that Python does not print
+            raise InputError(f"--config {path}: {key}: cannot be a flag's value: {e}") from None
     return argv
+
+
+def _parse_yaml(data: bytes, where: str) -> Any:
+    """Parse YAML of plain values. Raises InputError, for aliases too, by which a value can hold itself or grow without
+    bounds."""
+    import yaml  # here, because --help does without
+
+    try:
+        depth = 0
+        for event in yaml.parse(data, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise InputError(f"{where}: line {line}: aliases (*{event.anchor}) are not read; write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _YAML_DEPTH:
+                raise InputError(f"{where}: nests over {_YAML_DEPTH} levels; should map flags to values")
+        return yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise InputError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None

@@ -1,0 +1,640 @@
+"""Files of strangers: broken, hostile and endless ones are refused in one line, soon, in little memory, and nothing
+outside of their folder is read."""
+
+import json
+import os
+import shutil
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from strangers import Ended, Strangers
+from tiny import ALPACA, CONFIG, write_json, write_model, write_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 5
+MEMORY = 300 << 20
+SECRET = "7fc1c6d0-a-secret"
+CHATS = [{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}] * 2
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+Place = Path
+Case = Callable[[Place], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def strangers() -> Iterator[Strangers]:
+    """The process that runs the commands."""
+    process = Strangers()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good model with its tokenizer; never changed."""
+    return write_tokenizer(write_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def usual(strangers: Strangers, model: Path) -> int:
+    """The peak bytes of a good run."""
+    ended = strangers.run("train", *flags(model, write_json(model.parent / "usual.json", ALPACA)))
+    assert ended.code == 0, ended.err
+    return ended.peak
+
+
+@pytest.fixture
+def place(model: Path, tmp_path: Path) -> Place:
+    """A folder with a model `m`, data `d.json`, chats `c.json`, and beside it a secret."""
+    place = tmp_path / "place"
+    shutil.copytree(model, place / "m")
+    write_json(place / "d.json", ALPACA)
+    write_json(place / "c.json", CHATS)
+    (tmp_path / "outside").mkdir()
+    write_json(tmp_path / "outside" / "secret.json", {"secret": SECRET})
+    return place
+
+
+def flags(model: Path, data: Path, *more: Any) -> list[Any]:
+    """The flags of a run that is only explained: all files are read, nothing compiles."""
+    named = ["--model_name_or_path", model, "--data_path", data, "--output_dir", data.parent / "o", "--use_cpu", True]
+    return [*named, "--explain", "json", "--disable_tqdm", True, *more]
+
+
+def explained(place: Place, *more: Any, data: str = "d.json") -> list[Any]:
+    return ["train", *flags(place / "m", place / data, *more)]
+
+
+def converted(place: Place, model: str = "m") -> list[Any]:
+    return ["convert", "--model_name_or_path", place / model, "--output_dir", place / "out"]
+
+
+def opened(place: Place, compat: str = "4.37") -> list[Any]:
+    return ["tokenizer", place / "m", place / "out", compat]
+
+
+def check(ended: Ended, usual: int, declared: int = 0) -> str:
+    """Check the promises of a refusal, and return its line."""
+    assert "Traceback" not in ended.err, ended.err[-3000:]
+    assert ended.code == 2, (ended.code, ended.err[-3000:])
+    assert ended.seconds < SECONDS
+    assert ended.peak < usual + 2 * declared + MEMORY
+    assert not ended.opened
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and ended.err.endswith(errors[0] + "\n"), ended.err[-3000:]
+    assert len(errors[0]) < 2000
+    return errors[0]
+
+
+# -- Kinds of files ---------------------------------------------------------------------------------------------------
+
+
+def fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def giant(path: Path) -> None:
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.truncate(1 << 40)
+
+
+def folder(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def listening(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(path))
+
+
+def in_the_place_of(name: str, kind: Callable[[Path], None], command: Callable[[Place], list[Any]]) -> Case:
+    def case(place: Place) -> list[Any]:
+        (place / name).parent.mkdir(exist_ok=True)
+        kind(place / name)
+        return command(place)
+
+    return case
+
+
+def with_template(place: Place) -> list[Any]:
+    return explained(place, data="c.json")
+
+
+def with_config(place: Place) -> list[Any]:
+    return explained(place, "--config", place / "run.yaml")
+
+
+def of_gguf(place: Place) -> list[Any]:
+    return converted(place, "model.gguf")
+
+
+def with_pieces(place: Place) -> list[Any]:
+    (place / "m" / "tokenizer.json").unlink()
+    return opened(place)
+
+
+def merging(place: Place) -> list[Any]:
+    return [*converted(place), "--merge_adapter", place / "a"]
+
+
+def tokenizing_5(place: Place) -> list[Any]:
+    return opened(place, "5")
+
+
+FILES: dict[str, Case] = {}
+for _kind in (fifo, device, giant, folder, listening):
+    for _name, _command in {
+        "m/config.json": explained,
+        "m/model.safetensors": explained,
+        "m/tokenizer.json": explained,
+        "m/tokenizer_config.json": explained,
+        "m/special_tokens_map.json": opened,
+        "m/chat_template.jinja": with_template,
+        "m/tokenizer.model": with_pieces,
+        "m/generation_config.json": converted,
+        "run.yaml": with_config,
+        "model.gguf": of_gguf,
+        "d.json": explained,
+        "a/adapter_config.json": merging,
+    }.items():
+        if (_kind, _name) != (folder, "d.json"):  # a folder is a source of data, too
+            FILES[f"{_name} {_kind.__name__}"] = in_the_place_of(_name, _kind, _command)
+FILES["tokenizer_config of transformers 5, fifo"] = in_the_place_of("m/tokenizer_config.json", fifo, tokenizing_5)
+FILES["vocab of transformers 5, fifo"] = in_the_place_of("m/vocab.json", fifo, tokenizing_5)
+for _name in ("d.jsonl", "d.parquet", "d.arrow", "d.csv", "d.txt", "d.json.gz"):
+    for _kind in (fifo, device, giant):
+        FILES[f"{_name} {_kind.__name__}"] = in_the_place_of(
+            _name, _kind, lambda place, _name=_name: explained(place, data=_name)
+        )
+FILES["index fifo"] = in_the_place_of(
+    "m/model.safetensors.index.json", fifo, lambda p: ((p / "m" / "model.safetensors").unlink(), explained(p))[1]
+)
+# A giant of zeros behind good bytes is a good header: what its tensors need is missing.
+
+
+def configured(**changes: Any) -> Case:
+    def case(place: Place) -> list[Any]:
+        write_json(place / "m" / "config.json", {**CONFIG, **changes})
+        return explained(place)
+
+    return case
+
+
+def text_config(key: str, text: str) -> Case:
+    """A config with a value that `json.dumps` would not write."""
+
+    def case(place: Place) -> list[Any]:
+        whole = json.dumps({**CONFIG, key: "VALUE"}).replace('"VALUE"', text)
+        (place / "m" / "config.json").write_text(whole)
+        return explained(place)
+
+    return case
+
+
+NUMBERS: dict[str, Case] = {
+    **{f"layers {n}": configured(num_hidden_layers=n) for n in (10**7, 10**9, 10**30)},
+    **{f"{key} 2**70": configured(**{key: 2**70}) for key in ("vocab_size", "hidden_size", "intermediate_size")},
+    "heads 1e12": configured(num_attention_heads=10**12, head_dim=8),
+    "positions 10**300": configured(max_position_embeddings=10**300),
+    "theta of 400 digits": configured(rope_theta=int("9" * 400)),
+    "theta Infinity": text_config("rope_theta", "Infinity"),
+    "theta 1e999": text_config("rope_theta", "1e999"),
+    "theta NaN": text_config("rope_theta", "NaN"),
+    "eps of 4,000 digits": configured(rms_norm_eps=int("1" * 4000)),
+    "eps of 5,000 digits": text_config("rms_norm_eps", "1" * 5000),
+    "eps Infinity": text_config("rms_norm_eps", "Infinity"),
+    "range Infinity": text_config("initializer_range", "Infinity"),
+    "scaling of 400 digits": configured(rope_scaling={"type": "linear", "factor": int("9" * 400)}),
+    "original Infinity": text_config(
+        "rope_scaling", '{"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": Infinity}'
+    ),
+    "truncate text": configured(rope_scaling={"rope_type": "yarn", "factor": 2, "truncate": "x" * 10**6}),
+    "deep": text_config("id2label", "[" * 10**5 + "]" * 10**5),
+    "deep, within Python's limit": text_config("id2label", "[" * 900 + "]" * 900),
+    "deep objects": text_config("id2label", '{"a":' * 50_000 + "1" + "}" * 50_000),
+    "model_type an object": configured(model_type={"a": 1}),
+    "a long unknown key": configured(**{"x" * 10**6: 1}),
+    "a line feed and an escape in a key": configured(**{"x\n\x1b[31mred": 1}),
+}
+
+
+def tokenizer_json(change: Callable[[dict[str, Any]], Any]) -> Case:
+    def case(place: Place) -> list[Any]:
+        path = place / "m" / "tokenizer.json"
+        value = json.loads(path.read_text())
+        change(value)
+        write_json(path, value)
+        return explained(place)
+
+    return case
+
+
+def tokenizer_config(**changes: Any) -> Case:
+    def case(place: Place) -> list[Any]:
+        path = place / "m" / "tokenizer_config.json"
+        write_json(path, {**json.loads(path.read_text()), **changes})
+        return explained(place)
+
+    return case
+
+
+def token(text: str) -> dict[str, Any]:
+    return {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
+def slow_ids(place: Place) -> list[Any]:
+    """A sentencepiece tokenizer, whose added tokens have the ids that the files declare."""
+    from sentencepiece import SentencePieceTrainer
+
+    (place / "m" / "tokenizer.json").unlink()
+    (place / "words.txt").write_text("some words to learn pieces of, and more words\n" * 50)
+    SentencePieceTrainer.train(
+        input=str(place / "words.txt"),
+        model_prefix=str(place / "m" / "tokenizer"),
+        vocab_size=40,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    write_json(place / "m" / "tokenizer_config.json", {"added_tokens_decoder": {"1000000000": token("<far>")}})
+    return explained(place)
+
+
+def _explode(value: dict[str, Any], how: list[dict[str, Any]]) -> None:
+    value["normalizer"] = {"type": "Sequence", "normalizers": how}
+
+
+def splitting(pattern: str) -> Case:
+    """A tokenizer that splits by a regular expression, and a text that it nearly matches, in very many ways."""
+
+    def split(value: dict[str, Any]) -> None:
+        value["pre_tokenizer"] = {
+            "type": "Split",
+            "pattern": {"Regex": pattern},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+
+    def case(place: Place) -> list[Any]:
+        write_json(place / "d.json", [{"text": "a" * 370 + "!3"}])
+        return tokenizer_json(split)(place)
+
+    return case
+
+
+_DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+TOKENIZERS: dict[str, Case] = {
+    "id of 5,000 digits": tokenizer_config(added_tokens_decoder={"1" * 5000: token("<x>")}),
+    "id of unicode digits": tokenizer_config(added_tokens_decoder={"²": token("<x>")}),
+    "id of other digits": tokenizer_config(added_tokens_decoder={"٣": token("<x>")}),
+    "id 1e9, sentencepiece": slow_ids,
+    "normalizer that doubles 40 times": tokenizer_json(lambda v: _explode(v, [_DOUBLE] * 40)),
+    "normalizer of a million characters": tokenizer_json(lambda v: _explode(v, [{**_DOUBLE, "content": "b" * 10**6}])),
+    "prefix of a million characters": tokenizer_json(
+        lambda v: _explode(v, [{"type": "Prepend", "prepend": "b" * 10**6}])
+    ),
+    "regex that explodes": splitting(r"([a-z]| |[a-z ])+\d"),  # past a limit, the library panics
+    "regex that takes long": splitting(r"[a-z]+[a-z]+[a-z]+\d"),
+    "tokens no list": tokenizer_json(lambda v: v.update(added_tokens=7)),
+    "model missing": tokenizer_json(lambda v: v.pop("model")),
+    "array": tokenizer_json(lambda v: v.update(model=[])),
+    "eos a number": tokenizer_config(eos_token=12),
+    "lstrip text": tokenizer_config(added_tokens_decoder={"256": {**token("<s>"), "lstrip": "x"}}),
+    "template a number of tokens": tokenizer_config(additional_special_tokens=[7]),
+}
+
+
+def rendered(template: str, chats: Any = CHATS) -> Case:
+    def case(place: Place) -> list[Any]:
+        (place / "m" / "chat_template.jinja").write_text(template)
+        write_json(place / "c.json", chats)
+        return explained(place, data="c.json")
+
+    return case
+
+
+_LOOPS = "{% for a in range(99999) %}" * 3
+TEMPLATES: dict[str, Case] = {
+    "loops": rendered(_LOOPS + "{{ a }}" + "{% endfor %}" * 3),
+    "silent loops": rendered(_LOOPS + "{% set x = a %}" + "{% endfor %}" * 3),
+    "product of a string": rendered("{{ 'a' * 40000000000 }}"),
+    "doubled": rendered(
+        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}"
+    ),
+    "doubled by ~": rendered(
+        "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
+    ),
+    "doubled list": rendered(
+        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}"
+    ),
+    "power": rendered("{{ 9 ** 9 ** 9 }}"),
+    "width": rendered("{{ 'a'.ljust(20000000000) }}"),
+    "center": rendered("{{ 'a' | center(20000000000) }}"),
+    "format": rendered("{{ '%20000000000d' % 1 }}"),
+    "str.format": rendered("{{ '{:>20000000000}'.format(1) }}"),
+    "replaced": rendered("{{ ('a' * 100000).replace('a', 'b' * 1000000) }}"),
+    "joined": rendered("{{ range(99999) | join('b' * 1000000) }}"),
+    "indented": rendered("{{ ('a\n' * 100000) | indent(1000000) }}"),
+    "recursive": rendered("{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}"),
+    "escape": rendered("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+    "include": rendered("{% include '/etc/passwd' %}"),
+    "no template": rendered("{% for %}"),
+    "renders to nothing": rendered("{% if false %}{% endif %}"),
+    "deep": rendered("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"),
+}
+
+
+def yaml(text: str) -> Case:
+    def case(place: Place) -> list[Any]:
+        (place / "run.yaml").write_text(text)
+        return with_config(place)
+
+    return case
+
+
+def json_flags(text: str) -> Case:
+    def case(place: Place) -> list[Any]:
+        (place / "run.json").write_text(text)
+        return explained(place, "--config", place / "run.json")
+
+    return case
+
+
+_LAUGHS = "a0: &a0 [lol, lol]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+_MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+YAMLS: dict[str, Case] = {
+    "circular": yaml("fsdp_config: &a {b: *a}\n"),
+    "circular list": yaml("report_to: &a [*a]\n"),
+    "a billion laughs": yaml(_LAUGHS),
+    "a billion laughs in a flag": yaml(_LAUGHS.replace("a11:", "report_to:")),
+    "merge keys": yaml(_MERGES),
+    "deep": yaml("report_to: " + "[" * 5000 + "]" * 5000),
+    "deep blocks": yaml("".join(" " * i + f"k{i}:\n" for i in range(2000))),
+    "an object of Python": yaml("report_to: !!python/object/apply:os.system [echo]\n"),
+    "a number of a million digits": yaml("seed: 0x" + "f" * 10**5),
+    "a date": yaml("seed: 2024-99-99\n"),
+    "a key that is a list": yaml("? [a, b]\n: 1\n"),
+    "megabytes": yaml("# comment\n" * 10**6),
+    "brackets": yaml("seed: " + "[,[" * 10**5),
+    "zero bytes": yaml("seed: \0\n"),
+    "deep JSON": json_flags('{"report_to": ' + "[" * 10**5 + "]" * 10**5 + "}"),
+    "JSON's number": json_flags('{"seed": ' + "1" * 5000 + "}"),
+}
+
+
+def data(name: str, content: bytes) -> Case:
+    def case(place: Place) -> list[Any]:
+        (place / name).write_bytes(content)
+        return explained(place, data=name)
+
+    return case
+
+
+def of_parquet(table: Callable[[], pa.Table], **options: Any) -> Case:
+    def case(place: Place) -> list[Any]:
+        pq.write_table(table(), place / "d.parquet", **options)
+        return explained(place, data="d.parquet")
+
+    return case
+
+
+def _same(text: str, rows: int) -> pa.Table:
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([text]))
+    return pa.table({"instruction": column, "output": column})
+
+
+def _sparse_json(place: Place) -> list[Any]:
+    (place / "d.json").write_text('[{"instruction": "a", "output": "b"}, ')
+    giant(place / "d.json")
+    return explained(place)
+
+
+RECORDS: dict[str, Case] = {
+    "deep": data("d.json", b"[" * 10**5 + b"]" * 10**5),
+    "a deep record": data("d.jsonl", b'{"text": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n"),
+    "a deep record, within Python's limit": data(
+        "d.jsonl", b'{"messages": ' + b"[" * 900 + b"]" * 900 + b', "role": "a"}\n'
+    ),
+    "deep tools": data(
+        "d.json",
+        json.dumps([{**CHATS[0], "tools": "[" * 10**5 + "]" * 10**5}]).encode(),
+    ),
+    "ids of 4,000 digits": data("d.json", b'[{"input_ids": [' + b"1" * 4000 + b'], "labels": [1]}]'),
+    "Infinity": data("d.json", b'[{"input_ids": [Infinity], "labels": [1]}]'),
+    "parquet of one row": of_parquet(lambda: pa.table({"text": ["a" * 300_000_000]}), compression="zstd"),
+    "parquet of one long text": of_parquet(lambda: _same("a long text, " * 80_000, 10**6), compression="none"),
+    "parquet of very many rows": of_parquet(lambda: _same("a", 5 * 10**6), compression="zstd"),
+    "zeros behind a good start": _sparse_json,
+    "a zip bomb": data("d.json.gz", b""),
+    "zero bytes": data("d.json", bytes(10**6)),
+    "an empty list": data("d.json", b"[]"),
+}
+
+
+def _zip_bomb(place: Place) -> list[Any]:
+    import gzip
+
+    start, zeros = (gzip.compress(part) for part in (b'{"text": "a"}\n', bytes(1 << 24)))
+    (place / "d.jsonl.gz").write_bytes(start + 64 * zeros)
+    return explained(place, data="d.jsonl.gz")
+
+
+RECORDS["a zip bomb"] = _zip_bomb
+
+
+def safetensors_header(header: bytes, size: int | None = None, body: bytes = b"") -> Case:
+    def case(place: Place) -> list[Any]:
+        start = struct.pack("<Q", len(header) if size is None else size)
+        (place / "m" / "model.safetensors").write_bytes(start + header + body)
+        return explained(place)
+
+    return case
+
+
+def index(content: Any) -> Case:
+    def case(place: Place) -> list[Any]:
+        (place / "m" / "model.safetensors").unlink()
+        write_json(place / "m" / "model.safetensors.index.json", content)
+        return explained(place)
+
+    return case
+
+
+WEIGHTS: dict[str, Case] = {
+    "a header of 2**63": safetensors_header(b"{}", 2**63),
+    "a header of 90 MB": safetensors_header(b" " * 9 + b"{}", 90_000_000),
+    "a deep header": safetensors_header(b'{"a": ' + b"[" * 10**5),
+    "a tensor twice": safetensors_header(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        body=bytes(4),
+    ),
+    "shape of 2**64": safetensors_header(b'{"a":{"dtype":"F32","shape":[18446744073709551616],"data_offsets":[0,4]}}'),
+    "a shard's long name": index({"weight_map": {"lm_head.weight": "x" * 5000}}),
+    "a shard outside": index({"weight_map": {"lm_head.weight": "../../outside/secret.json"}}),
+    "a shard with a zero byte": index({"weight_map": {"lm_head.weight": "a\0b"}}),
+    "a map of a map": index({"weight_map": {"lm_head.weight": {"a": 1}}}),
+}
+
+
+def gguf(*fields: bytes, tensors: int = 0, count: int | None = None, version: int = 3, tail: bytes = b"") -> Case:
+    """A GGUF file of these metadata, written by the format's description."""
+
+    def case(place: Place) -> list[Any]:
+        head = b"GGUF" + struct.pack("<IQQ", version, tensors, len(fields) if count is None else count)
+        (place / "model.gguf").write_bytes(head + b"".join(fields) + tail + bytes(64))
+        return of_gguf(place)
+
+    return case
+
+
+def gguf_string(text: bytes, size: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if size is None else size) + text
+
+
+def gguf_field(key: bytes, kind: int, value: bytes) -> bytes:
+    return gguf_string(key) + struct.pack("<I", kind) + value
+
+
+_ARCH = gguf_field(b"general.architecture", 8, gguf_string(b"llama"))
+
+
+def gguf_llama(**changes: Any) -> Case:
+    """Metadata of a tiny LLaMA, some of other types."""
+    numbers = {"embedding_length": 32, "block_count": 2, "feed_forward_length": 48, "context_length": 512}
+    numbers |= {"attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5}
+    fields = [_ARCH]
+    for key, value in {**{f"llama.{key}": value for key, value in numbers.items()}, **changes}.items():
+        if isinstance(value, bytes):
+            fields.append(gguf_field(key.encode(), 8, gguf_string(value)))
+        elif isinstance(value, float):
+            fields.append(gguf_field(key.encode(), 6, struct.pack("<f", value)))
+        elif isinstance(value, list):
+            fields.append(
+                gguf_field(key.encode(), 9, struct.pack("<IQ", 4, len(value)) + struct.pack(f"<{len(value)}I", *value))
+            )
+        else:
+            fields.append(gguf_field(key.encode(), 5, struct.pack("<i", value)))
+    return gguf(*fields)
+
+
+_NESTED = struct.pack("<IQ", 9, 1) * 3000 + struct.pack("<IQ", 4, 1) + bytes(4)
+GGUFS: dict[str, Case] = {
+    "2**60 tensors": gguf(_ARCH, tensors=2**60),
+    "2**60 fields": gguf(_ARCH, count=2**60),
+    "an array of 2**60": gguf(_ARCH, gguf_field(b"a", 9, struct.pack("<IQ", 4, 2**60))),
+    "an array of 2**60 strings": gguf(_ARCH, gguf_field(b"a", 9, struct.pack("<IQ", 8, 2**60))),
+    "nested arrays": gguf(_ARCH, gguf_field(b"a", 9, _NESTED)),
+    "nested arrays of 2**40": gguf(_ARCH, gguf_field(b"a", 9, struct.pack("<IQ", 9, 2**40) * 3)),
+    "an array of 50 million": gguf(_ARCH, gguf_field(b"a", 9, struct.pack("<IQ", 0, 50_000_000) + bytes(50_000_000))),
+    "a string of 2**62": gguf(_ARCH, gguf_field(b"a", 8, gguf_string(b"abc", 2**62))),
+    "a type of 99": gguf(_ARCH, gguf_field(b"a", 99, b"abcd")),
+    "a tensor of 2**40 dimensions": gguf(_ARCH, tensors=1, tail=gguf_string(b"a") + struct.pack("<I", 2**31)),
+    "a tensor of 2**120 values": gguf(
+        _ARCH, tensors=1, tail=gguf_string(b"a") + struct.pack("<IQQIQ", 2, 2**60, 2**60, 0, 0)
+    ),
+    "a tensor past the end": gguf(_ARCH, tensors=1, tail=gguf_string(b"a") + struct.pack("<IQIQ", 1, 2, 0, 2**50)),
+    "a version of 7": gguf(_ARCH, version=7),
+    "split.count text": gguf_llama(**{"split.count": b"two"}),
+    "split.count a list": gguf_llama(**{"split.count": [1, 2]}),
+    "lengths text": gguf_llama(**{"llama.embedding_length": b"many"}),
+    "head_count text": gguf_llama(**{"llama.attention.head_count": b"many"}),
+    "head_count 0": gguf_llama(**{"llama.attention.head_count": 0}),
+    "freq_base infinite": gguf_llama(**{"llama.rope.freq_base": float("inf")}),
+    "freq_base text": gguf_llama(**{"llama.rope.freq_base": b"x"}),
+    "architecture a list": gguf_llama(**{"general.architecture": [1]}),
+    "tokens text": gguf_llama(**{"tokenizer.ggml.tokens": b"abc"}),
+    "tokens numbers": gguf_llama(**{"tokenizer.ggml.tokens": [1, 2]}),
+    "layers 2**31 - 1": gguf_llama(**{"llama.block_count": 2**31 - 1}),
+    "scaling type a list": gguf_llama(**{"llama.rope.scaling.type": [1]}),
+}
+
+
+def long_path(*argv: Any) -> Case:
+    def case(place: Place) -> list[Any]:
+        given = dict(zip(argv[::2], argv[1::2], strict=True))
+        usual = {"--model_name_or_path": place / "m", "--data_path": place / "d.json", "--output_dir": place / "o"}
+        named = [x for pair in {**usual, **given}.items() for x in pair]
+        return ["train", *named, "--use_cpu", True, "--explain", "json"]
+
+    return case
+
+
+_LONG = "/tmp/" + "a" * 5000
+_LONG_PARTS = "/tmp/" + "a/" * 5000
+PATHS: dict[str, Case] = {
+    **{
+        f"{flag} {name}": long_path(flag, path)
+        for flag in ("--model_name_or_path", "--data_path", "--tokenizer_name", "--config", "--eval_data_path")
+        for name, path in (("long", _LONG), ("of long parts", _LONG_PARTS))
+    },
+    "--model_name_or_path of nobody": long_path("--model_name_or_path", "~nobody-of-this-name/m"),
+    "--data_path of nobody": long_path("--data_path", "~nobody-of-this-name/m"),
+    "--output_dir": lambda place: [*converted(place)[:3], "--output_dir", _LONG],
+}
+
+
+def link(name: str, command: Callable[[Place], list[Any]]) -> Case:
+    def case(place: Place) -> list[Any]:
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).unlink(missing_ok=True)
+        (place / name).symlink_to(place.parent / "outside" / "secret.json")
+        return command(place)
+
+    return case
+
+
+LINKS: dict[str, Case] = {
+    name: link(name, command)
+    for name, command in {
+        "m/config.json": explained,
+        "m/generation_config.json": converted,
+        "m/tokenizer.json": opened,
+        "m/tokenizer_config.json": opened,
+        "m/special_tokens_map.json": opened,
+        "m/added_tokens.json": opened,
+        "m/vocab.json": opened,
+        "m/merges.txt": opened,
+        "m/chat_template.jinja": opened,
+        "m/tokenizer.model": opened,
+        "m/additional_chat_templates/x.jinja": opened,
+        "a/adapter_config.json": merging,
+    }.items()
+}
+
+KINDS: dict[str, dict[str, Case]] = {
+    "file": FILES,
+    "config": NUMBERS,
+    "tokenizer": TOKENIZERS,
+    "template": TEMPLATES,
+    "yaml": YAMLS,
+    "data": RECORDS,
+    "weights": WEIGHTS,
+    "gguf": GGUFS,
+    "path": PATHS,
+    "link": LINKS,
+}
+CASES = {f"{kind}: {name}": case for kind, cases in KINDS.items() for name, case in cases.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hostile_file_is_refused_in_one_line(strangers: Strangers, place: Place, usual: int, name: str) -> None:
+    command, *argv = CASES[name](place)
+    ended = strangers.run(command, *argv, canary=place.parent / "outside")
+    print(ended.seconds, ended.peak - usual, ended.err[-600:])
+    check(ended, usual)
+    exported = place / "out"
+    assert not exported.is_dir() or not any(SECRET in p.read_text() for p in exported.rglob("*.json"))
