@@ -1,11 +1,16 @@
 """Files of strangers: broken, hostile and endless ones are refused in one line, soon, in little memory, and nothing
 outside of their folder is read."""
 
+import ast
 import json
 import os
+import random
+import re
 import shutil
 import socket
+import stat
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
 from strangers import Ended, Strangers
-from tiny import ALPACA, CONFIG, write_json, write_model, write_tokenizer
+from tiny import ALPACA, CONFIG, drawn_cases, make_arrays, write_json, write_model, write_tokenizer
+
+from llama_jax.base.errors import InputError
+from llama_jax.data.tokenizer import copy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5
@@ -638,3 +648,377 @@ def test_a_hostile_file_is_refused_in_one_line(strangers: Strangers, place: Plac
     check(ended, usual)
     exported = place / "out"
     assert not exported.is_dir() or not any(SECRET in p.read_text() for p in exported.rglob("*.json"))
+
+
+# -- The export -------------------------------------------------------------------------------------------------------
+
+
+def test_the_export_is_written_anew(model: Path, tmp_path: Path) -> None:
+    """Links within the folder become files, of the umask's mode, and JSON is parsed; the source's modes do not count."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(model, source)
+    target.mkdir()
+    (source / "tokenizer.json").rename(source / "real.json")
+    (source / "tokenizer.json").symlink_to("real.json")
+    (source / "chat_template.jinja").write_bytes(b"{{ 'a' }}\r\n")
+    (source / "merges.txt").write_text("a b\n")
+    (source / "tokenizer_config.json").chmod(0o600)
+    outside = write_json(tmp_path / "mine.json", {"a": 1})
+    (target / "special_tokens_map.json").symlink_to(outside)  # a link there is not written through
+    write_json(source / "special_tokens_map.json", {"eos_token": "\ud800"})
+    old = os.umask(0o027)
+    try:
+        copy_tokenizer(source, target)
+    finally:
+        os.umask(old)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        written = target / name
+        assert not written.is_symlink()
+        assert stat.S_IMODE(written.stat().st_mode) == 0o640
+        assert json.loads(written.read_text()) == json.loads((source / name).read_text())
+    assert (target / "chat_template.jinja").read_bytes() == b"{{ 'a' }}\r\n"
+    assert json.loads(outside.read_text()) == {"a": 1}
+    write_json(tmp_path / "secret.json", {"secret": SECRET})
+    (source / "vocab.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(InputError, match=r"vocab\.json: is a link to .*secret\.json"):
+        copy_tokenizer(source, target)
+
+
+# -- The code ---------------------------------------------------------------------------------------------------------
+
+_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+_CALLS = {"eval", "exec", "compile", "__import__"}
+_UNSAFE_YAML = re.compile(r"yaml\.(load|load_all|full_load\w*|unsafe_load\w*|Loader|FullLoader|UnsafeLoader|CLoader)")
+
+
+def dangers(source: str) -> list[str]:
+    """Return what runs code out of data in a file of Python."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.partition(".")[0] in _MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found += [name for name in names if name.partition(".")[0] in _MODULES or _UNSAFE_YAML.fullmatch(name)]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _CALLS:
+            found.append(node.func.id)
+        elif (
+            isinstance(node, ast.Attribute)
+            and (name := ast.unparse(node))
+            and (name in ("torch.load", "np.load", "numpy.load", "torch.jit.load") or _UNSAFE_YAML.fullmatch(name))
+        ):
+            found.append(name)
+        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "trust_remote_code"):
+            given = ast.unparse(node.value)
+            found += [f"{node.arg}={given}"] if given not in ("False", "allow_pickle") else []
+    return found
+
+
+def test_no_data_runs_as_code() -> None:
+    """`torch.load` is behind `--allow_pickle` alone, and reads weights only."""
+    files = [*ROOT.glob("*.py"), *(ROOT / "llama_jax").rglob("*.py")]
+    found = {path.relative_to(ROOT).as_posix(): dangers(path.read_text()) for path in files}
+    assert {name: some for name, some in found.items() if some} == {"llama_jax/hf/readers.py": ["torch.load"]}
+    loading = next(
+        node
+        for node in ast.walk(ast.parse((ROOT / "llama_jax/hf/readers.py").read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    )
+    assert "weights_only=True" in map(ast.unparse, loading.keywords)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "from pickle import loads", "eval('1')", "exec('')", "torch.load(f)", "yaml.load(f, Loader)"]
+    + ["yaml.unsafe_load(f)", "from yaml import load", "np.load(f, allow_pickle=True)", "x(trust_remote_code=True)"],
+)
+def test_dangers_are_found(line: str) -> None:
+    assert dangers(line)
+
+
+# -- Mutations --------------------------------------------------------------------------------------------------------
+
+SEED = int(os.environ.get("STRANGERS_SEED", random.SystemRandom().randrange(2**32)))
+_CANARY = "../outside/secret.json"
+
+
+class Raw(str):
+    """JSON text that `json.dumps` would not write."""
+
+
+def hostile(outside: str) -> list[Any]:
+    """Values of every type in the place of another."""
+    return [
+        *(None, True, -1, 0, 1, 2**31, 2**63, 10**30, -(10**30), 10**400, 1e308, 0.5, "", "x", "x" * 20_000, "2", "\0"),
+        *("\ud800", "²", outside, _CANARY, "/etc/passwd", "/dev/zero", [], {}, [[]], [1] * 1000, ["a", "a"], {"a": {}}),
+        *(Raw("Infinity"), Raw("NaN"), Raw("1e999"), Raw("1" * 5000), Raw("[" * 5000 + "]" * 5000)),
+        *(Raw('{"a": 1, "a": 2}'), {"content": "<x>", "special": 1}, [["a", "b"]], {"type": "Replace"}),
+    ]
+
+
+def dumped(value: Any) -> str:
+    """Return JSON with the `Raw` texts as they are."""
+    raws: list[str] = []
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, Raw):
+            raws.append(str(value))
+            return f"@raw{len(raws) - 1}@"
+        if isinstance(value, dict):
+            return {key: mark(part) for key, part in value.items()}
+        return [mark(part) for part in value] if isinstance(value, list) else value
+
+    return re.sub(r'"@raw(\d+)@"', lambda found: raws[int(found[1])], json.dumps(mark(value)))
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all parts of a JSON value, of long lists and objects the first ones."""
+    found = [path] if path else []
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in [*parts][:40]:
+        found += places(part, (*path, key))
+    return found
+
+
+def mutate_json(draw: Callable[[Any], Any], text: bytes, outside: str) -> bytes:
+    """Replace, remove or repeat parts of a JSON text."""
+    value = json.loads(text)
+    for _ in range(draw(st.integers(1, 3))):
+        if not (paths := places(value)):
+            break
+        *above, key = draw(st.sampled_from(paths))
+        parent = value
+        for step in above:
+            parent = parent[step]
+        if draw(st.integers(0, 4)) == 0:
+            del parent[key]
+        elif draw(st.integers(0, 6)) == 0 and isinstance(parent, dict):
+            parent[
+                draw(st.sampled_from(["x", "", "quantization_config", "auto_map", "vocab_file", "chat_template"]))
+            ] = parent[key]
+        else:
+            parent[key] = draw(st.sampled_from(hostile(outside)))
+    return dumped(value).encode("utf-8", "surrogatepass")
+
+
+def mutate_bytes(draw: Callable[[Any], Any], data: bytes, outside: str, early: int = 1 << 30) -> bytes:
+    """Flip, cut, insert or overwrite bytes, among the first `early` ones."""
+    changed = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, min(len(changed), early) - 1)))
+        kind = draw(st.integers(0, 4))
+        if kind == 0:
+            changed[at : at + 1] = bytes([draw(st.integers(0, 255))])
+        elif kind == 1:
+            del changed[at:]
+        elif kind == 2:
+            changed[at:at] = draw(
+                st.sampled_from([b"\0", b"\xff\xfe", b"[" * 3000, b'"', b"{", b"\n", b"-", b"9" * 5000])
+            )
+        elif kind == 3:
+            changed[at : at + 8] = struct.pack(
+                "<Q", draw(st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1]))
+            )
+        else:
+            changed[at : at + draw(st.integers(1, 200))] = b""
+    return bytes(changed)
+
+
+_WORDS = (
+    "{{", "}}", "{%", "%}", " for ", "endfor", "if", " else ", "range(99999)", " * ",
+    "messages", "'a'", "99999999999", "|",
+    "join", "center", "(", ")", "[0]", ".content", "~", "**", "set x = ", "macro m(a)", "endmacro", "m(1)",
+    "include '/etc/passwd'",
+    "raise_exception('no')", "tojson", "'%99999999d' % 1", "generation", "namespace(a=1)", "cycler",
+    "strftime_now('%Y')",
+)  # fmt: skip
+
+
+def mutate_template(draw: Callable[[Any], Any], text: bytes, outside: str) -> bytes:
+    """Insert words of the template's language, or change bytes."""
+    changed = text.decode()
+    for _ in range(draw(st.integers(1, 5))):
+        at = draw(st.integers(0, len(changed)))
+        end = at + draw(st.sampled_from([0, 0, 1, 5]))
+        changed = changed[:at] + draw(st.sampled_from(_WORDS)) + changed[end:]
+    return changed.encode()
+
+
+def mutate_yaml(draw: Callable[[Any], Any], text: bytes, outside: str) -> bytes:
+    """Replace values and insert YAML's own signs."""
+    lines = text.decode().splitlines()
+    signs = [
+        "&a [*a]",
+        "*a",
+        "!!python/name:os.system",
+        "{a: [b, {c: d}]}",
+        "- x",
+        "|",
+        ">-",
+        "? a",
+        "0x" + "f" * 9000,
+        "[" * 900,
+    ]
+    signs += [".inf", "1e999", "2024-99-99", "1:60:60", "'", "<<: {seed: 1}", "\t", "yes", "~", "\0", outside]
+    for _ in range(draw(st.integers(1, 3))):
+        i = draw(st.integers(0, len(lines) - 1))
+        key, _, value = lines[i].partition(":")
+        lines[i] = f"{key}: {draw(st.sampled_from([*signs, value]))}"
+        if draw(st.booleans()):
+            lines.insert(i, draw(st.sampled_from(signs)))
+    return "\n".join(lines).encode()
+
+
+def mutate_header(draw: Callable[[Any], Any], data: bytes, outside: str) -> bytes:
+    """Change the JSON in front of a safetensors file, and its length."""
+    size = int.from_bytes(data[:8], "little")
+    header = mutate_json(draw, data[8 : 8 + size], outside)
+    told = draw(st.sampled_from([len(header)] * 4 + [0, len(header) + 1, 2**40]))
+    return struct.pack("<Q", told) + header + data[8 + size :]
+
+
+def either(first: Callable[..., bytes], second: Callable[..., bytes]) -> Callable[..., bytes]:
+    return lambda draw, data, outside: (first if draw(st.integers(0, 2)) else second)(draw, data, outside)
+
+
+def write_gguf(path: Path) -> None:
+    """A tiny GGUF model with a vocabulary of bytes."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_context_length(512)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([2, 3, 3, *[6] * 256])
+    writer.add_chat_template(TEMPLATE)
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        **{f"self_attn.{a}_proj": f"attn_{b}" for a, b in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))},
+        **{f"mlp.{a}_proj": f"ffn_{a}" for a in ("gate", "up", "down")},
+    }
+    for name, array in make_arrays({**CONFIG, "num_hidden_layers": 1}).items():
+        own = name.removesuffix(".weight")
+        layer, last = ("blk.0.", own.removeprefix("model.layers.0.")) if "layers" in own else ("", own)
+        writer.add_tensor(f"{layer}{names[last]}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_bytes(draw: Callable[[Any], Any], data: bytes, outside: str) -> bytes:
+    return mutate_bytes(draw, data, outside, early=10_000)  # behind lie the weights
+
+
+def of_sharded(place: Place) -> list[Any]:
+    return ["train", *flags(place / "sharded", place / "d.json")]
+
+
+def of_lines(place: Place) -> list[Any]:
+    return explained(place, data="d.jsonl")
+
+
+def of_table(place: Place) -> list[Any]:
+    return explained(place, data="d.parquet")
+
+
+MUTATED: dict[str, tuple[str, Callable[..., bytes], list[Callable[[Place], list[Any]]]]] = {
+    "config": ("m/config.json", either(mutate_json, mutate_bytes), [explained, converted]),
+    "index": ("sharded/model.safetensors.index.json", either(mutate_json, mutate_bytes), [of_sharded]),
+    "safetensors": ("m/model.safetensors", either(mutate_header, mutate_bytes), [explained]),
+    "gguf": ("model.gguf", gguf_bytes, [of_gguf]),
+    "tokenizer": ("m/tokenizer.json", either(mutate_json, mutate_bytes), [opened, explained, tokenizing_5]),
+    "tokenizer_config": (
+        "m/tokenizer_config.json",
+        either(mutate_json, mutate_bytes),
+        [opened, with_template, tokenizing_5],
+    ),
+    "template": ("m/chat_template.jinja", mutate_template, [with_template]),
+    "json": ("d.json", either(mutate_json, mutate_bytes), [explained]),
+    "chats": ("c.json", either(mutate_json, mutate_bytes), [with_template]),
+    "jsonl": ("d.jsonl", mutate_bytes, [of_lines]),
+    "yaml": ("run.yaml", either(mutate_yaml, mutate_bytes), [with_config]),
+    "parquet": ("d.parquet", mutate_bytes, [of_table]),
+}
+
+
+@pytest.fixture(scope="module")
+def good(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A folder with a good file of each kind."""
+    place = tmp_path_factory.mktemp("good") / "place"
+    shutil.copytree(model, place / "m")
+    (place / "m" / "chat_template.jinja").write_text(TEMPLATE)
+    write_json(
+        place / "m" / "tokenizer_config.json",
+        {
+            **json.loads((model / "tokenizer_config.json").read_text()),
+            "added_tokens_decoder": {"256": token("<s>"), "257": token("</s>"), "258": token("<unk>")},
+            "additional_special_tokens": ["<s>"],
+            "clean_up_tokenization_spaces": False,
+            "legacy": True,
+            "model_max_length": 512,
+            "add_bos_token": True,
+        },
+    )
+    write_model(place / "sharded", shards=2)
+    write_tokenizer(place / "sharded")
+    write_json(place / "d.json", ALPACA)
+    write_json(place / "c.json", CHATS)
+    (place / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ALPACA))
+    pq.write_table(pa.Table.from_pylist(ALPACA), place / "d.parquet")
+    lines = {"learning_rate": "2e-5", "seed": 7, "per_device_train_batch_size": 2, "report_to": "none", "bf16": "false"}
+    (place / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    write_gguf(place / "model.gguf")
+    (place.parent / "outside").mkdir()
+    write_json(place.parent / "outside" / "secret.json", {"secret": SECRET})
+    return place
+
+
+@pytest.mark.parametrize("kind", MUTATED)
+def test_good_files_are_read(strangers: Strangers, good: Place, kind: str) -> None:
+    """Else the mutations would prove nothing."""
+    for command in MUTATED[kind][2]:
+        name, *argv = command(good)
+        ended = strangers.run(name, *argv)
+        assert ended.code == 0, ended.err[-2000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MUTATED)
+def test_mutated_files_end_in_a_line(strangers: Strangers, good: Place, usual: int, kind: str) -> None:
+    """500 mutations in all: exit code 0 or 2 within 5 s, no traceback, no file opened outside."""
+    print(f"STRANGERS_SEED={SEED}")
+    file, mutate, commands = MUTATED[kind]
+
+    @seed(SEED)
+    @settings(max_examples=drawn_cases(-(-500 // len(MUTATED))), derandomize=False, database=None)
+    @given(st.data())
+    def holds(data: st.DataObject) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "place"
+            shutil.copytree(good, place, ignore=shutil.ignore_patterns("o", "out"))
+            outside = Path(folder) / "outside"
+            shutil.copytree(good.parent / "outside", outside)
+            content = mutate(data.draw, (place / file).read_bytes(), str(outside / "secret.json"))
+            (place / file).write_bytes(content)
+            command, *argv = data.draw(st.sampled_from(commands))(place)
+            ended = strangers.run(command, *argv, canary=outside)
+            about = f"{ended.code} {ended.seconds:.1f} s {ended.err[-3000:]}\n{content[:2000]!r}"
+            assert "Traceback" not in ended.err and ended.code in (0, 2), about
+            assert ended.seconds < SECONDS and ended.peak < usual + MEMORY and not ended.opened, about
+            if ended.code == 2:
+                assert len(re.findall("^error: ", ended.err, re.M)) == 1, about
+
+    holds()
