@@ -5,8 +5,8 @@ transformers renders the template in its sandbox: texts and ids equal those of i
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.base.files import parse_json, read_json_object
 from llama_jax.data import origins
 from llama_jax.data.records import Record, answers, messages, tools
-from llama_jax.data.rendering import Endless, LimitedEnvironment, limited
+from llama_jax.data.rendering import Endless, LimitedEnvironment, watching, within_limits
 from llama_jax.data.tokenizer import TEMPLATES, Tokenizer, read_text
 
 Turn = dict[str, Any]
@@ -64,7 +64,8 @@ class Chat:
         A token is trained if any of its characters is in the assistant's text, except in turns that their flags switch
         off.
         """
-        rendered = [self._render(record, f"{source}: record {n}") for n, record in enumerate(records, first)]
+        with watching():
+            rendered = [self._render(record, f"{source}: record {n}") for n, record in enumerate(records, first)]
         encoded = self._tokenizer.encode_with_offsets([text for text, _ in rendered])
         for n, ((_, spans), (ids, offsets)) in enumerate(zip(rendered, encoded, strict=True), first):
             if not ids:
@@ -149,8 +150,8 @@ class _Template:
         render: Any = chat_template_utils.render_jinja_template  # its annotation is wrong about the result
         # The class that it makes the template's environment of.
         chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment  # type: ignore[attr-defined]
-        with _rendering(where):
-            texts, spans = render([turns], chat_template=self._source, **self._variables, **options)
+        named = {"chat_template": self._source, **self._variables, **options}
+        texts, spans = _rendered(where, render, [turns], **named)
         return texts[0], spans[0] if spans else []
 
     def trace(self, turns: list[Turn], where: str, add_generation_prompt: bool = False, **options: Any) -> str:
@@ -161,8 +162,11 @@ class _Template:
                 turn.setdefault("thinking", thoughts)
                 turn["reasoning_content"] = thoughts
         more = {"tools": None, "documents": None, **self._variables, **options}
-        with _rendering(where):
-            return self._tracing.render(messages=traced, add_generation_prompt=add_generation_prompt, **more)
+        more |= {"messages": traced, "add_generation_prompt": add_generation_prompt}
+        return _rendered(where, self._render_traced, more)
+
+    def _render_traced(self, variables: dict[str, Any]) -> str:
+        return self._tracing.render(variables)
 
     def locate(self, turns: list[Turn], where: str, **options: Any) -> tuple[str, dict[int, tuple[int, int]]]:
         """Return the text by transformers, and the spans of answers by turn, found in the same text traced."""
@@ -325,14 +329,12 @@ def _parse_arguments(call: Any, where: str) -> Any:
         raise InputError(f"{where} the arguments {arguments[:40]!r} of a tool call, which are not JSON") from None
 
 
-@contextmanager
-def _rendering(where: str) -> Iterator[None]:
-    """Limit the rendering within, and turn a template's exceptions, of any class, into an InputError."""
+def _rendered(where: str, render: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Return `render(...)`, within limits; a template's exceptions, of any class, become an InputError."""
     from jinja2 import TemplateError
 
     try:
-        with limited(where):
-            yield
+        return within_limits(where, render, *args, **named)
     except InputError:
         raise
     except Exception as error:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Template
 from jinja2.exceptions import SecurityError
@@ -24,7 +24,8 @@ from llama_jax.base.errors import InputError
 SECONDS = 1.5  # of the processor for a chat; a millisecond is usual
 BYTES = 96 << 20  # that the process may grow by meanwhile
 LARGEST = 1 << 22  # characters that an operation may make at once
-_TICK = 0.02  # seconds between looks at the clock
+Result = TypeVar("Result")
+_TICK = 0.1  # seconds between looks at the clock
 _UNKNOWN = 1000  # values of an iterator, for an estimate
 _DIGITS = 4096  # bits of a number
 # The methods of strings, and the filters, whose result may be far longer than the values that they take.
@@ -105,32 +106,60 @@ def _size(value: Any) -> int:
     return _UNKNOWN if hasattr(value, "__next__") else 1
 
 
-@contextlib.contextmanager
-def limited(where: str) -> Iterator[None]:
-    """End the rendering within where it takes over SECONDS or BYTES: raise Endless. Without effect off the main thread.
+class _Watch:
+    """End a rendering that takes over SECONDS or BYTES: raise Endless. Without effect off the main thread.
 
-    Time counts on the processor, as a stopped or starved process makes no progress.
+    A timer looks at the renderings of many chats, as to set a timer takes longer than to render a chat. Time counts on
+    the processor, as a stopped or starved process makes no progress.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    started, size = time.thread_time(), 0
 
-    def look(*_: Any) -> None:
-        nonlocal size
-        size = size or _resident()
-        if time.thread_time() - started > SECONDS:
-            raise Endless(f"{where}: the chat template takes over {SECONDS:g} s for a chat; correct its loops")
-        if _resident() - size > BYTES:
-            raise Endless(f"{where}: the chat template takes over {BYTES:,} bytes for a chat; correct its loops")
+    def __init__(self) -> None:
+        self.armed = False
+        self._where, self._chat, self._seen = "", 0, -1
+        self._started, self._size = 0.0, 0
 
-    handler = signal.signal(signal.SIGALRM, look)
-    signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Set the timer for the renderings within."""
+        if self.armed or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handler = signal.signal(signal.SIGALRM, self._look)
+        self.armed = True
+        signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self.armed = False
+            signal.signal(signal.SIGALRM, handler)
+
+    def begin(self, where: str) -> None:
+        """Note that the rendering of another chat begins; `where` names the chat."""
+        self._where, self._chat = where, self._chat + 1
+
+    def _look(self, *_: Any) -> None:
+        now, size = time.thread_time(), _resident()
+        if self._seen != self._chat:
+            self._seen, self._started, self._size = self._chat, now, size
+        if now - self._started > SECONDS:
+            raise Endless(f"{self._where}: the chat template takes over {SECONDS:g} s for a chat; correct its loops")
+        if size - self._size > BYTES:
+            raise Endless(f"{self._where}: the chat template takes over {BYTES:,} bytes for a chat; correct its loops")
+
+
+_watch = _Watch()
+watching = _watch.watching
+
+
+def within_limits(where: str, render: Callable[..., Result], *args: Any, **named: Any) -> Result:
+    """Return `render(...)` of one chat, which `where` names; many are faster within `watching`. Raises Endless."""
+    if not _watch.armed:
+        with watching():
+            _watch.begin(where)
+            return render(*args, **named)
+    _watch.begin(where)
+    return render(*args, **named)
 
 
 def _resident() -> int:

@@ -218,7 +218,7 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
     if (folder / TEMPLATES).is_dir():
         remove_tree(folder / TEMPLATES)
     for path in _files(source) if source else ():
-        target = folder / path.relative_to(source)
+        target = folder / (path.name if path.parent == source else f"{TEMPLATES}/{path.name}")
         target.parent.mkdir(exist_ok=True)
         _write_anew(path, target)
     if (path := folder / "tokenizer_config.json").exists():

@@ -27,8 +27,7 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     # JAX takes 75% of a GPU's memory by default; a 7B model with float32 Adam needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
     # Orbax copies a GPU's state through pinned host memory, of which XLA allows 64 GB by default.
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(memory // 2**30))
+    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(host_memory() // 2**30))
     if use_cpu:
         jax.config.update("jax_platforms", "cpu")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -65,6 +64,11 @@ def peak_memory() -> int | None:
     """Return the peak of bytes in use on the first device, or None where the platform does not count."""
     stats = jax.local_devices()[0].memory_stats()
     return stats.get("peak_bytes_in_use") if stats else None
+
+
+def host_memory() -> int:
+    """Return the bytes of this host's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def memory_limit() -> int | None:

@@ -25,6 +25,7 @@ from llama_jax.base.files import cache_folder, write_json
 from llama_jax.data.batches import ROW_MULTIPLE, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import host_memory
 from llama_jax.hf import peft
 from llama_jax.hf.names import check_names, name_table
 from llama_jax.model.attention import Kernel, choose_kernel
@@ -286,6 +287,15 @@ class Planner:
         """Raise InputError where arithmetic alone shows that nothing fits: before weights are read."""
         option = self.options(limit)[0]
         self._check_room(option, self.least_bytes(option), limit)
+        if limit is None and self._platform == "cpu" and self.kernel == "xla":
+            # A CPU gives no limit; the system would kill the process.
+            scores = 4 * self.job.config.num_attention_heads * self._longest**2
+            if (needed := self.held_bytes(option) + scores) > (memory := host_memory()):
+                raise InputError(
+                    f"the run needs over {needed / 2**30:.3g} GiB, and this host has {memory / 2**30:.3g} GiB: its "
+                    f"longest example has {self._longest:,} tokens, of which attention on a CPU holds every pair; leave "
+                    "such records out, or give --model_max_length where they are text"
+                )
 
     def _check_room(self, option: Option, needed: float, limit: int | None) -> None:
         if limit is not None and needed > limit:
