@@ -124,7 +124,8 @@ def _run(request: dict[str, Any], out: Path, err: Path, opened: Path) -> None:
         log = os.open(opened, os.O_WRONLY | os.O_APPEND)
 
         def watch(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == "open" and request["canary"] in str(arguments[0]):
+            name = arguments[0] if event == "open" else None
+            if isinstance(name, str) and os.path.realpath(name).startswith(request["canary"]):
                 os.write(log, f"{arguments[0]}\n".encode())
 
         if request["canary"]:

@@ -149,7 +149,7 @@ class _Template:
 
         render: Any = chat_template_utils.render_jinja_template  # its annotation is wrong about the result
         # The class that it makes the template's environment of.
-        chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment  # type: ignore[attr-defined]
+        chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment  # type: ignore[misc]
         named = {"chat_template": self._source, **self._variables, **options}
         texts, spans = _rendered(where, render, [turns], **named)
         return texts[0], spans[0] if spans else []

@@ -12,7 +12,7 @@ from typing import Any
 
 from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import check_regular, refuse_holes
+from llama_jax.base.files import check_regular, read_json_object, refuse_holes
 from llama_jax.data.readers import (
     COMPRESSED,
     KINDS,
@@ -97,6 +97,7 @@ def _file(path: Path) -> Source:
 
 def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
     """Return the data of a folder: of save_to_disk, or files by the rules of `load_dataset`. Raises InputError."""
+    _check_folder(path)
     datasets = import_datasets()
     saved = [(path / name).is_file() for name in ("dataset_dict.json", "state.json")]
     try:
@@ -119,6 +120,23 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
         if source.table is None and suffix_of(source.files[0]) not in SUFFIXES:
             raise InputError(f"{source.name}: not {KINDS}; name the data file of its folder")
     return splits[name]
+
+
+def _check_folder(path: Path) -> None:
+    """Check the files beside the data that `datasets` reads: its description and its JSON. Raises InputError."""
+    for file in sorted([*path.iterdir(), *path.glob("*/*.json")]):
+        if not file.is_dir():
+            check_regular(file)
+    for file in sorted([*path.glob("state.json"), *path.glob("*/state.json")]):
+        listed = read_json_object(file).get("_data_files")
+        names = [about.get("filename") if isinstance(about, dict) else about for about in _as_list(listed)]
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise InputError(f"{file}: names the data file {str(name)[:60]!r}, should be a plain file name")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _hub(name: str, split: str | None, config: str | None) -> Source:

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from llama_jax.base.bucket import is_remote, local_file
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import read_json_object, write_text
+from llama_jax.base.files import read_json_object, refuse_foreign_link, write_text
 from llama_jax.hf import names
 from llama_jax.hf.load import equal, place_arrays
 from llama_jax.hf.names import Path as Place
@@ -449,6 +449,7 @@ def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Adapter, dict[str, 
         raise InputError(f"{folder}: an adapter is read from a local folder; copy it here")
     if not (folder / CONFIG).exists():
         raise InputError(f"{folder}: no {CONFIG} in this folder; give a folder that PEFT's save_pretrained wrote")
+    refuse_foreign_link(folder, folder / CONFIG)
     values = read_json_object(folder / CONFIG)
     if "peft_type" not in values:
         raise InputError(f"{folder / CONFIG}: key 'peft_type' is missing, so this is not PEFT's; LORA is supported")

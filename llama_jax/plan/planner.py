@@ -293,8 +293,8 @@ class Planner:
             if (needed := self.held_bytes(option) + scores) > (memory := host_memory()):
                 raise InputError(
                     f"the run needs over {needed / 2**30:.3g} GiB, and this host has {memory / 2**30:.3g} GiB: its "
-                    f"longest example has {self._longest:,} tokens, of which attention on a CPU holds every pair; leave "
-                    "such records out, or give --model_max_length where they are text"
+                    f"longest example has {self._longest:,} tokens, of which attention on a CPU holds every pair; "
+                    "leave such records out, or give --model_max_length where they are text"
                 )
 
     def _check_room(self, option: Option, needed: float, limit: int | None) -> None:

@@ -609,8 +609,7 @@ def _parse_yaml(data: bytes, where: str) -> Any:
         depth = 0
         for event in yaml.parse(data, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                line = event.start_mark.line + 1
-                raise InputError(f"{where}: line {line}: aliases (*{event.anchor}) are not read; write the value out")
+                raise InputError(f"{where}: aliases (*{event.anchor}) are not read; write the value out")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _YAML_DEPTH:
                 raise InputError(f"{where}: nests over {_YAML_DEPTH} levels; should map flags to values")
