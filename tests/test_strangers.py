@@ -628,26 +628,19 @@ LINKS: dict[str, Case] = {
 
 
 def saved_to_disk(place: Place) -> list[Any]:
-    """A folder of `save_to_disk` whose state names a file outside."""
+    """A folder of `save_to_disk` whose state names a file outside, of the same format."""
     from datasets import Dataset
 
-    Dataset.from_list(ALPACA).save_to_disk(str(place / "saved"))
+    for folder in (place / "saved", place.parent / "outside" / "saved"):
+        Dataset.from_list(ALPACA).save_to_disk(str(folder))
     state = json.loads((place / "saved" / "state.json").read_text())
-    state["_data_files"] = [{"filename": "../../outside/secret.json"}]
+    (part,) = state["_data_files"]
+    state["_data_files"] = [{"filename": f"../../outside/saved/{part['filename']}"}]
     write_json(place / "saved" / "state.json", state)
     return explained(place, data="saved")
 
 
 LINKS["a saved dataset's state"] = saved_to_disk
-FILES["README.md beside data, fifo"] = in_the_place_of("folder/README.md", fifo, lambda p: in_folder(p))
-FILES["state.json beside data, fifo"] = in_the_place_of("folder/state.json", fifo, lambda p: in_folder(p))
-
-
-def in_folder(place: Place) -> list[Any]:
-    shutil.copy(place / "d.json", place / "folder" / "train.json")
-    return explained(place, data="folder")
-
-
 KINDS: dict[str, dict[str, Case]] = {
     "file": FILES,
     "config": NUMBERS,

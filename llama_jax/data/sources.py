@@ -123,10 +123,7 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
 
 
 def _check_folder(path: Path) -> None:
-    """Check the files beside the data that `datasets` reads: its description and its JSON. Raises InputError."""
-    for file in sorted([*path.iterdir(), *path.glob("*/*.json")]):
-        if not file.is_dir():
-            check_regular(file)
+    """Check that a folder of save_to_disk names no file outside of itself. Raises InputError."""
     for file in sorted([*path.glob("state.json"), *path.glob("*/state.json")]):
         listed = read_json_object(file).get("_data_files")
         names = [about.get("filename") if isinstance(about, dict) else about for about in _as_list(listed)]
