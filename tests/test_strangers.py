@@ -979,6 +979,7 @@ MUTATED: dict[str, tuple[str, Callable[..., bytes], list[Callable[[Place], list[
     "jsonl": ("d.jsonl", mutate_bytes, [of_lines]),
     "yaml": ("run.yaml", either(mutate_yaml, mutate_bytes), [with_config]),
     "parquet": ("d.parquet", mutate_bytes, [of_table]),
+    "arrow": ("d.arrow", mutate_bytes, [lambda place: explained(place, data="d.arrow")]),
 }
 
 
@@ -1006,6 +1007,9 @@ def good(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     write_json(place / "c.json", CHATS)
     (place / "d.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ALPACA))
     pq.write_table(pa.Table.from_pylist(ALPACA), place / "d.parquet")
+    table = pa.Table.from_pylist(ALPACA)
+    with pa.OSFile(str(place / "d.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
     lines = {"learning_rate": "2e-5", "seed": 7, "per_device_train_batch_size": 2, "report_to": "none", "bf16": "false"}
     (place / "run.yaml").write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
     write_gguf(place / "model.gguf")

@@ -206,7 +206,7 @@ class _Rows(Reader):
         try:
             with parquet.ParquetFile(self._path) as file:
                 yield file
-        except (OSError, pyarrow.ArrowException) as e:
+        except (OSError, pyarrow.ArrowException, ValueError) as e:  # a text that is not UTF-8 is a ValueError
             raise InputError(f"{self._name}: cannot be read as a parquet file ({one_line(e)})") from None
 
 
@@ -362,6 +362,7 @@ def _arrow(name: str, path: Path) -> Any:
             table = pyarrow.ipc.open_stream(source).read_all()
         except pyarrow.ArrowInvalid:
             table = pyarrow.ipc.open_file(source).read_all()
+        table.validate(full=True)  # else a wrong offset would read other memory
         return import_datasets().Dataset(import_datasets().table.InMemoryTable(table))
     except (OSError, pyarrow.ArrowException, NotImplementedError) as e:
         raise InputError(f"{name}: cannot be read as an Arrow file ({one_line(e)})") from None

@@ -104,6 +104,8 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
         if any(saved):
             found = datasets.load_from_disk(str(path))
             parts = found if saved[0] else {"train": found}
+            for part in parts.values():
+                part.data.table.validate(full=True)  # else a wrong offset would read other memory
             splits = {name: [_table(str(path) + f":{name}" * saved[0], part)] for name, part in parts.items()}
         else:
             files = datasets.load_dataset_builder(str(path), config).config.data_files or {}
