@@ -428,6 +428,12 @@ def _same(text: str, rows: int) -> pa.Table:
     return pa.table({"instruction": column, "output": column})
 
 
+def _arrow(place: Place, table: pa.Table) -> list[Any]:
+    with pa.OSFile(str(place / "d.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return explained(place, data="d.arrow")
+
+
 def _sparse_json(place: Place) -> list[Any]:
     (place / "d.json").write_text('[{"instruction": "a", "output": "b"}, ')
     giant(place / "d.json")
@@ -449,6 +455,7 @@ RECORDS: dict[str, Case] = {
     "parquet of one row": of_parquet(lambda: pa.table({"text": ["a" * 300_000_000]}), compression="zstd"),
     "parquet of one long text": of_parquet(lambda: _same("a long text, " * 80_000, 10**6), compression="none"),
     "parquet of very many rows": of_parquet(lambda: _same("a", 5 * 10**6), compression="zstd"),
+    "arrow of one long text": lambda place: _arrow(place, _same("a long text, " * 80_000, 10**6)),
     "zeros behind a good start": _sparse_json,
     "a zip bomb": data("d.json.gz", b""),
     "zero bytes": data("d.json", bytes(10**6)),

@@ -27,9 +27,9 @@ KINDS = "a JSON array, JSONL (an object a line), parquet, .arrow, .csv or .txt"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt")
 
-_AT_ONCE = 64 << 20  # bytes of a dictionary's values to hold
+_AT_ONCE = 32 << 20  # bytes of a dictionary's values to hold
+_DICTIONARY_PAGE = 2  # the type's number
 _FEW = 100_000  # rows that any file may have
-_EXPANSION = 20  # times that a page of text may be compressed
 _BLANK = b" \t\r\n"  # JSON's white space; Python's has more
 _BOM = b"\xef\xbb\xbf"
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
@@ -190,12 +190,10 @@ class _Rows(Reader):
             )
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             for column in map(group.column, range(group.num_columns)):
-                whole, stored = column.total_uncompressed_size, column.total_compressed_size
-                _Growth(self._name, self._path).add(whole)
-                if (start := column.dictionary_page_offset) is not None:
-                    dictionary = max(0, min(column.data_page_offset - start, size))
-                    longest = whole if whole > _EXPANSION * stored else min(whole, _EXPANSION * dictionary)
-                    most = min(most, _AT_ONCE // max(1, longest))
+                _Growth(self._name, self._path).add(column.total_uncompressed_size)
+                starts = [column.data_page_offset, column.dictionary_page_offset]
+                longest = _dictionary_size(self._path, min(start for start in starts if start is not None))
+                most = min(most, _AT_ONCE // max(1, longest))
         return max(1, most)
 
     @contextmanager
@@ -208,6 +206,25 @@ class _Rows(Reader):
                 yield file
         except (OSError, pyarrow.ArrowException, ValueError) as e:  # a text that is not UTF-8 is a ValueError
             raise InputError(f"{self._name}: cannot be read as a parquet file ({one_line(e)})") from None
+
+
+def _dictionary_size(path: Path, start: int) -> int:
+    """Return the bytes of the dictionary page of a parquet column that begins at `start`; 0 where the page is another.
+
+    A page begins with its type and its size, i32 of Thrift's compact protocol: 0x15 and a zigzag number. A header that
+    is written otherwise counts as LONGEST.
+    """
+    with path.open("rb") as file:
+        file.seek(max(0, start))
+        numbers, header = [], file.read(16)
+    for _ in range(2):
+        if header[:1] != b"\x15":
+            return LONGEST
+        end = next((at for at, byte in enumerate(header[1:], start=2) if byte < 0x80), len(header))
+        numbers.append(sum((byte & 0x7F) << 7 * i for i, byte in enumerate(header[1:end])) >> 1)
+        header = header[end:]
+    kind, size = numbers
+    return size if kind == _DICTIONARY_PAGE else 0
 
 
 def _decoded(batch: Any) -> Any:
@@ -355,6 +372,7 @@ def _decompressed(name: str, path: Path) -> Path:
 def _arrow(name: str, path: Path) -> Any:
     """Open an Arrow file, of the stream format as save_to_disk writes it, or of the file format, as Feather."""
     import pyarrow
+    from pyarrow import compute
 
     try:
         source = pyarrow.memory_map(str(path))
@@ -363,6 +381,11 @@ def _arrow(name: str, path: Path) -> Any:
         except pyarrow.ArrowInvalid:
             table = pyarrow.ipc.open_file(source).read_all()
         table.validate(full=True)  # else a wrong offset would read other memory
+        growth = _Growth(name, path)
+        for chunk in (chunk for column in table.columns for chunk in column.chunks):
+            if pyarrow.types.is_dictionary(chunk.type) and pyarrow.types.is_string(chunk.type.value_type):
+                lengths = compute.binary_length(chunk.dictionary)
+                growth.add(compute.sum(lengths.take(chunk.indices)).as_py() or 0)
         return import_datasets().Dataset(import_datasets().table.InMemoryTable(table))
     except (OSError, pyarrow.ArrowException, NotImplementedError) as e:
         raise InputError(f"{name}: cannot be read as an Arrow file ({one_line(e)})") from None

@@ -183,7 +183,7 @@ def check_tokenizer_files(folder: Path) -> None:
 def _files(folder: Path) -> list[Path]:
     """Return the tokenizer files in a folder, named templates included."""
     named = [folder / name for name in FILES]
-    return [path for path in (*named, *sorted((folder / TEMPLATES).glob("*.jinja"))) if os.path.lexists(path)]
+    return [path for path in (*named, *sorted((folder / TEMPLATES).glob("*.jinja"))) if os.path.exists(path)]
 
 
 def read_text(path: Path, limit: int = SMALL_BYTES) -> str:

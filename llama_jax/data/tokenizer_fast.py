@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,9 @@ _CLASSES = {
 }
 GROWTH = 64  # times that the normalizer may lengthen a text; 18 are Unicode's own
 LONGEST = 256  # characters that it may put in front of a text
-SECONDS, SPEED = 3.0, 300_000  # of the processor, and characters a second more: a tenth of a slow core's speed
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack")
+SECONDS, SPEED = 3.0, 30_000  # of the processor, and characters a second more: a hundredth of a core's usual speed
+IDLE = 0.05  # seconds more for each core, whose thread waits in a loop for a while
+_READ_BY_5 = (".json", ".model", ".txt", ".jinja", ".tiktoken")  # suffixes; it looks for more names than FILES has
 Result = TypeVar("Result")
 # The class by config.json's model_type, where no file names the class.
 _CLASS_OF_MODEL = {"llama": "LlamaTokenizer", "mistral": "LlamaTokenizer", "qwen2": "Qwen2Tokenizer"}
@@ -81,8 +83,8 @@ class FastTokenizer(Tokenizer):
         from transformers import AutoTokenizer
 
         named = named_tokens(folder, config)
-        for path in sorted(folder.iterdir()):  # transformers looks for more names than those of FILES
-            if not path.is_dir() and path.suffix not in _WEIGHTS:
+        for path in sorted(folder.iterdir()):
+            if not path.is_dir() and path.suffix in _READ_BY_5 and path.exists():
                 refuse_foreign_link(folder, path)
                 check_regular(path)
         path = folder / ("tokenizer.json" if (folder / "tokenizer.json").exists() else "tokenizer.model")
@@ -143,7 +145,8 @@ class FastTokenizer(Tokenizer):
                 errors.append(e)
 
         thread = threading.Thread(target=work, daemon=True)
-        started, allowed = time.process_time(), SECONDS + sum(map(len, texts)) / SPEED
+        started = time.process_time()
+        allowed = SECONDS + sum(map(len, texts)) / SPEED + IDLE * (os.cpu_count() or 1)
         thread.start()
         path = self.folder / "tokenizer.json"
         while thread.is_alive():

@@ -69,7 +69,7 @@ def check_small_files(folder: Path) -> None:
     folder, as these files are exported. Raises InputError."""
     check_tokenizer_files(folder)
     for path in (folder / name for name in SMALL):
-        if os.path.lexists(path):
+        if os.path.exists(path):  # a link to nothing is no file
             refuse_foreign_link(folder, path)
             check_regular(path, SMALL_BYTES)
 
