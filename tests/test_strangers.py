@@ -129,8 +129,13 @@ def folder(path: Path) -> None:
 
 def listening(path: Path) -> None:
     path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(os.path.relpath(path))
+    here = os.getcwd()
+    try:
+        os.chdir(path.parent)  # a socket's path has at most 107 bytes
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(here)
 
 
 def in_the_place_of(name: str, kind: Callable[[Path], None], command: Callable[[Place], list[Any]]) -> Case:
