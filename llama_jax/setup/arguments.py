@@ -213,7 +213,7 @@ class Arguments:
     save_total_limit: int | None = _flag(
         None, "number of checkpoints to keep, by default all; the oldest go first, the best stays"
     )
-    overwrite_output_dir: bool = _flag(False, "remove the checkpoints in output_dir and start anew")
+    overwrite_output_dir: bool = _flag(False, "remove the checkpoints of output_dir, replace its model")
     resume_from_checkpoint: str | None = _flag(
         None, "True for the last checkpoint, auto for the last if any, or a path; both look in output_dir"
     )
