@@ -102,7 +102,6 @@ def train_peer(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from llama_jax.base.files import read_json
     from llama_jax.data.examples import alpaca_prompt
 
     cuda = torch.cuda.is_available()
@@ -123,7 +122,7 @@ def train_peer(args: argparse.Namespace) -> None:
         return tokenizer(text, return_tensors="pt", padding="longest", max_length=512, truncation=True).input_ids[0]
 
     data = []
-    for record in read_json(args.data_path):
+    for record in json.loads(args.data_path.read_bytes()):
         prompt = alpaca_prompt(record)
         ids = encode(prompt + record["output"] + tokenizer.eos_token)
         labels = ids.clone()

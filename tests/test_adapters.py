@@ -175,7 +175,8 @@ def test_drawn_runs(bench: Bench, job: tuple[Flags, Flags, int]) -> None:
     compare(bench, *job)
 
 
-@pytest.mark.parametrize("quantization", [slow_unless(name == "nested nf4", name) for name in QUANTIZATIONS])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.slow
 def test_quantized_base(bench: Bench, quantization: str) -> None:
     """The curve of the Trainer with PEFT over bitsandbytes' layers."""
     adapter = {"lora_r": 4, "lora_alpha": 16, "lora_dropout": 0.0, "use_dora": quantization == "nested nf4"}

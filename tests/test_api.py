@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_parity import GRAD_RTOL, LOGITS_ATOL, LOSS_RTOL, assert_within, watch_rounding
-from tiny import CONFIG, ROOT, environment, slow_unless, write_json, write_model, write_tokenizer
+from tiny import CONFIG, ROOT, environment, write_json, write_model, write_tokenizer
 
 import llama_jax
 from llama_jax.base.errors import InputError
@@ -174,7 +174,8 @@ def test_a_changed_parameter_changes_the_logits(tmp_path: Path) -> None:
     assert np.abs(np.asarray(model.logits([[1, 2, 3]]) - before)).max() > 0.1
 
 
-@pytest.mark.parametrize("scan_layers", [slow_unless(False, False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_model_without_a_mesh(scan_layers: bool) -> None:
     """Constructed, called and differentiated, eagerly and compiled, with no mesh set."""
     config = LlamaConfig.from_hf(CONFIG)

@@ -282,7 +282,7 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "weight_decay -1": (lambda c: c.flags.update(weight_decay=-1), ["--weight_decay"]),
     "label smoothing 1": (lambda c: c.flags.update(label_smoothing_factor=1), ["--label_smoothing_factor"]),
     "config file missing": (lambda c: c.flags.update(config=c.folder / "no.yaml"), ["--config", "no.yaml", "no such"]),
-    "config file is a folder": (lambda c: c.flags.update(config=c.folder), ["--config", "directory"]),
+    "config file is a folder": (lambda c: c.flags.update(config=c.folder), ["--config", "is a folder"]),
     "config file is not text": (lambda c: c.flags.update(config=c.model / "model.safetensors"), ["--config"]),
     "config file is a list": (lambda c: c.yaml("- bf16\n"), ["run.yaml", "map flags to values"]),
     "config file is empty": (lambda c: c.yaml(""), ["run.yaml", "map flags to values"]),

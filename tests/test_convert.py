@@ -481,6 +481,7 @@ def test_tokens_are_drawn_from_transformers_distribution(seed: int, settings_: d
     np.testing.assert_allclose(ours[both], theirs[both], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_answers_follow_generation_config(tmp_path: Path) -> None:
     """A greedy answer with a penalty is transformers'; a drawn one is said; --temperature 0 is greedy all the same."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

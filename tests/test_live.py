@@ -58,6 +58,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         server.close()
 
 
+@pytest.mark.slow
 def test_the_references_are_of_both_versions(bench: Bench) -> None:
     versions = {compat: server.versions for compat, server in bench.servers.items()}
     assert (versions["4.37"]["transformers"], versions["4.37"]["accelerate"]) == ("4.37.2", "0.27.2")

@@ -42,6 +42,7 @@ import train_jax
 from llama_jax.command import generate
 from llama_jax.data.batches import Batch, Batches
 from llama_jax.distributed import sharding
+from llama_jax.distributed.digest import sums
 from llama_jax.distributed.storage import tree_bytes
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
@@ -50,7 +51,6 @@ from llama_jax.model.lora import _drawn
 from llama_jax.model.matmul import weight_gradient
 from llama_jax.model.roles import EmbeddingTable, MatmulWeight
 from llama_jax.reporting.run_log import RunLog
-from llama_jax.run.checkpoint import digests
 from llama_jax.training.fit import put_batch
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.state import TrainState, abstract_state
@@ -438,7 +438,7 @@ def tell_many() -> None:
     _, outputs = steps.update(state, [block] * 100, sharding.put_scalar(mesh, np.float32(0)), mesh)
     assert jax.device_get(outputs[-1]["loss"]) > 0
     rows = jax.device_put(np.ones((64, 64), np.float32), sharding.row_sharding(mesh))
-    assert len({*digests([rows] * 200).values()}) == 1
+    assert len({*sums([rows] * 200).values()}) == 1
 
 
 @pytest.mark.slow

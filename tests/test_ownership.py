@@ -180,7 +180,8 @@ DAMAGES: dict[str, Callable[[Path, float, int], Any]] = {
 }
 
 
-@settings(max_examples=drawn_cases(300, 4))
+@pytest.mark.slow
+@settings(max_examples=drawn_cases(300, 12))
 @given(
     damage=st.sampled_from([*DAMAGES, "rename", "swap", "link"]),
     where=st.floats(0, 1, exclude_max=True),

@@ -181,6 +181,7 @@ def test_too_large_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(re.search(r" \(0\.0\d+ GiB", way) for way in ways)
 
 
+@pytest.mark.slow
 def test_ways_out_are_the_planners_own_figures(tmp_path: Path) -> None:
     """Each is the least that the planner of those flags, or of that many devices, estimates."""
 

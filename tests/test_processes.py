@@ -277,7 +277,8 @@ def test_a_mistake_is_said_once(changes: list[dict[str, Any]], said: str, tmp_pa
     assert second.err == [] and first.out == second.out == ""
 
 
-@pytest.mark.parametrize("what", ["examples", slow_unless(False, "a flag"), slow_unless(False, "folders")])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["examples", "a flag", "folders"])
 def test_what_is_not_the_same_everywhere(what: str, tmp_path: Path) -> None:
     """Each process would train on its own, or fail at the end: both hear of it before anything compiles."""
     job = Job(tmp_path)
@@ -327,6 +328,7 @@ def test_a_mistake_under_torchrun(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_nobody_comes(tmp_path: Path) -> None:
     """Without the others, or with its port in use, a process ends with one line instead of waiting or aborting."""
     job, port = Job(tmp_path), free_port()

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from strangers import Ended, Strangers
-from tiny import ALPACA, CONFIG, drawn_cases, make_arrays, write_json, write_model, write_tokenizer
+from tiny import ALPACA, CONFIG, drawn_cases, make_arrays, slow_unless, write_json, write_model, write_tokenizer
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import copy_tokenizer
@@ -668,7 +668,11 @@ KINDS: dict[str, dict[str, Case]] = {
 CASES = {f"{kind}: {name}": case for kind, cases in KINDS.items() for name, case in cases.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of each kind of file one case is quick, with all other cases than those of kinds.
+QUICK = {f"file: {name}" for name in FILES if name.startswith(("m/config.json", "index"))}
+
+
+@pytest.mark.parametrize("name", [slow_unless(not name.startswith("file:") or name in QUICK, name) for name in CASES])
 def test_a_hostile_file_is_refused_in_one_line(strangers: Strangers, place: Place, usual: int, name: str) -> None:
     command, *argv = CASES[name](place)
     ended = strangers.run(command, *argv, canary=place.parent / "outside")

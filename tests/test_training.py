@@ -718,6 +718,7 @@ def stopped_by_sigterm(job: Job, out: str, after: int) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(command, process.returncode, "".join(lines) + rest, err)
 
 
+@pytest.mark.slow
 def test_sigterm(tmp_path: Path) -> None:
     # Some 10 ms an update: the signal comes with nearly all of the updates to go.
     job = Job(tmp_path, max_steps=150, save_steps=1000)
@@ -785,23 +786,6 @@ def as_of_43d5f8a(out: Path) -> Path:
     assert left == list(ACTIONS[len(ACTIONS) - len(left) :]) and any(name.endswith("/evaluate") for name in left)
     write_json(path, {**saved, "done": len(ACTIONS) - len(left)})
     return out
-
-
-def test_sigterm_before_the_first_update_is_done(tmp_path: Path) -> None:
-    """The first update is finished and saved."""
-    job = Job(tmp_path)
-    original = llama_jax.run.trainer.fit
-
-    def fit(*args: Any, **options: Any) -> Any:
-        signal.raise_signal(signal.SIGTERM)
-        return original(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_jax.run.trainer, "fit", fit)
-        out = job.train("out", code=143)
-    assert checkpoints(out) == ["checkpoint-1"]
-    job.train("out", resume_from_checkpoint=True)
-    assert_same_run(job.train("whole"), out)
 
 
 # -- The folder that comes out ----------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from llama_jax.base.bucket import absolute, remove_tree
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import processes
 from llama_jax.distributed.digest import sums
+from llama_jax.distributed.platform import host_memory
 from llama_jax.distributed.storage import handler, restore_args, tree_bytes
 from llama_jax.run.ownership import Ledger
 from llama_jax.setup.job import kept_steps
@@ -174,8 +174,7 @@ def restore_state(checkpoint: Path, abstract: Any) -> Any:
 
 def _is_large(abstract: Any) -> bool:
     """Return whether a state does not fit this host's memory twice."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return tree_bytes(abstract) > memory // 2
+    return tree_bytes(abstract) > host_memory() // 2
 
 
 class Checkpoints:

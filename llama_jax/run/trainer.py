@@ -110,9 +110,9 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
 
     Raises InputError.
     """
-    platform = join(args)
+    platform, mesh = join(args)
     with owned(args) as output_dir:
-        prepared, run, checkpoints, state = begin(args, platform)
+        prepared, run, checkpoints, state = begin(args, platform, mesh)
         job, facts = prepared.job, prepared.facts
         if state.frozen:
             base = digest(state.frozen, prepared.mesh)
@@ -159,10 +159,10 @@ def owned(args: Arguments) -> Iterator[Path]:
         yield output_dir
 
 
-def begin(args: Arguments, platform: str) -> tuple[Prepared, Run, Checkpoints, TrainState]:
+def begin(args: Arguments, platform: str, mesh: Mesh) -> tuple[Prepared, Run, Checkpoints, TrainState]:
     """Prepare the run, compile its programs and get its first state, from the newest checkpoint that is whole."""
     while True:
-        prepared = prepare(args, platform)
+        prepared = prepare(args, platform, mesh)
         limit = processes.least(memory_limit())
         say_header(prepared)
         prepared.planner.check_room(limit)
@@ -188,7 +188,7 @@ def read_best(run: Run, best: int) -> Params:
 
 def print_explanation(args: Arguments) -> int:
     """Print `--explain`'s description of the run, and return the exit code. Nothing compiles. Raises InputError."""
-    prepared = prepare(args, join(args))
+    prepared = prepare(args, *join(args))
     planner = prepared.planner
     plan = planner.make(planner.options(processes.least(memory_limit()))[0])
     described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype)
@@ -199,21 +199,22 @@ def print_explanation(args: Arguments) -> int:
 # -- Prepare ----------------------------------------------------------------------------------------------------------
 
 
-def join(args: Arguments) -> str:
-    """Join the other processes and return the platform of the devices."""
+def join(args: Arguments) -> tuple[str, Mesh]:
+    """Join the other processes and return the platform and the mesh of the devices. Raises InputError."""
     processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
     if not processes.is_first():
         silence()
     for note in args.notes(platform):
         say(note)
-    return platform
+    with processes.agreed():
+        return platform, sharding.make_mesh(spec=args.mesh)
 
 
-def prepare(args: Arguments, platform: str) -> Prepared:
+def prepare(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
     """Settle the run; all processes raise the same InputError."""
     with processes.agreed():
-        prepared = _prepared_alone(args, platform)
+        prepared = _prepared_alone(args, platform, mesh)
     facts = dataclasses.asdict(prepared.facts)
     processes.same({"--output_dir's last checkpoint": prepared.resume_step, **args.decisive, **facts})
     if not args.explain:
@@ -224,9 +225,8 @@ def prepare(args: Arguments, platform: str) -> Prepared:
     return prepared
 
 
-def _prepared_alone(args: Arguments, platform: str) -> Prepared:
-    """Settle the run as this process sees it: mesh, model, data, checkpoint to resume, planner. Raises InputError."""
-    mesh = sharding.make_mesh(spec=args.mesh)
+def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
+    """Settle the run as this process sees it: model, data, checkpoint to resume, planner. Raises InputError."""
     output_dir, saved = as_path(args.output_dir), None
     resume_from = None if args.explain else choose_checkpoint(args, output_dir)
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
