@@ -26,6 +26,7 @@ from tiny import (
 from llama_jax.base.bucket import as_path
 from llama_jax.command import convert, train
 from llama_jax.hf.source import Source
+from llama_jax.run.ownership import LEDGER
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +57,18 @@ def names(bucket: fake_gcs.Bucket, folder: str, ends: str = "") -> list[str]:
     return [name for name in inside if name.endswith(ends)]
 
 
+# The log has times, the ledger the identity of its run.
+CHANGING = {"trainer_state.json", LEDGER}
+
+
 def exported(bucket: fake_gcs.Bucket, folder: str) -> dict[str, str]:
     """SHA-256 of each file of an HF folder, by name."""
     files = {name: bucket.objects[f"{folder}/{name}"][0] for name in names(bucket, folder) if "/" not in name}
-    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != "trainer_state.json"}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name not in CHANGING}
 
 
 def on_disk(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.iterdir() if path.is_file() and path.name != "trainer_state.json"]
+    files = [path for path in folder.iterdir() if path.is_file() and path.name not in CHANGING]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
