@@ -11,7 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_speed_beside_a_peer(tmp_path: Path) -> None:
     """Time a tiny shape: a run ends when its time is over, all tokens of whole sequences count, and Alpaca updates have
     the same number of examples in each run."""

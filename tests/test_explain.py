@@ -57,9 +57,8 @@ def test_the_seeds_command(compat: str, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "compat", [pytest.param("4.37", marks=pytest.mark.proof), pytest.param("5", marks=pytest.mark.slow)]
-)
+@pytest.mark.proof
+@pytest.mark.parametrize("compat", ["4.37", "5"])
 def test_the_seeds_command_on_alpaca(compat: str, shared: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", {**CONFIG, "vocab_size": 32000})
     for file in (shared / "data" / "llama-tokenizer").iterdir():
