@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.errors import JaxRuntimeError
 
-from llama_jax.base.bucket import absolute, remove_tree
+from llama_jax.base.bucket import absolute, is_remote, remove_tree
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import processes
 from llama_jax.distributed.digest import sums
@@ -187,7 +187,7 @@ class Checkpoints:
 
     def __init__(self, output_dir: Path, limit: int | None, abstract: Any, *, first: int, run: str):
         self._ledger, self._run = Ledger(output_dir) if jax.process_index() == 0 else None, run
-        self._rotation = _Rotation(limit, self._ledger)
+        self._folder, self._rotation = output_dir, _Rotation(limit, self._ledger)
         if self._ledger:
             remove_steps(output_dir, [])
             self._ledger.begin(run)
@@ -209,6 +209,8 @@ class Checkpoints:
         """
         self._rotation.best = best
         self._saving = True
+        if self._ledger and is_remote(self._folder):  # a bucket shows a checkpoint before it is whole
+            self._ledger.remove([step])
         self._delete(self._past)
         self._past = []
         # As JSON reads it back.

@@ -70,7 +70,8 @@ class Ledger:
         self.removing = {step for step in removing if isinstance(step, int)} if isinstance(removing, list) else set()
 
     def remove(self, steps: Iterable[int]) -> None:
-        """Write down that the checkpoints of these steps are being removed, before their removal."""
+        """Write down that the checkpoints of these steps are being removed, before their removal. A part of them is no
+        checkpoint."""
         if not self.removing.issuperset(steps := set(steps)):
             self.removing |= steps
             self._write()
