@@ -215,7 +215,7 @@ class Arguments:
     )
     overwrite_output_dir: bool = _flag(False, "remove the checkpoints of output_dir, replace its model")
     resume_from_checkpoint: str | None = _flag(
-        None, "True for the last checkpoint, auto for the last if any, or a path; both look in output_dir"
+        None, "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's"
     )
     eval_strategy: str = _flag("no", "when to evaluate: no, steps or epoch", **_STRATEGIES)
     eval_data_path: list[str] | None = _flag(  # noqa: RUF009 - makes a field
