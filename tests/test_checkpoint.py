@@ -13,7 +13,7 @@ from tiny import run, slow_unless, write_json
 
 import train_jax
 from llama_jax.distributed.digest import sums
-from llama_jax.run.ownership import Ledger
+from llama_jax.run.ownership import LEDGER, Ledger
 
 TYPES = (np.float32, jnp.bfloat16, np.int16, np.int32)
 
@@ -57,10 +57,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def copied(job: Job, name: str) -> Path:
-    """The finished run's folder, without what it exported."""
+    """Copy the checkpoints and the ledger of the whole run, without what it exported."""
     out = job.folder / name
+    shutil.rmtree(out, ignore_errors=True)
     for saved in checkpoints(job.folder / "whole"):
         shutil.copytree(job.folder / "whole" / saved, out / saved)
+    shutil.copy(job.folder / "whole" / LEDGER, out)
     return out
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_checkpoint import copied
 from test_training import Job, assert_same_run, checkpoints
 from tiny import drawn_cases, environment, run
 
 import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.run.checkpoint import Damaged
-from llama_jax.run.ownership import LEDGER, LOCK, locked
+from llama_jax.run.ownership import LOCK, locked
 from llama_jax.run.resume import SavedRun
 
 
@@ -29,16 +30,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     job = Job(tmp_path_factory.mktemp("job"))
     job.train("whole")
     return job
-
-
-def copied(job: Job, name: str) -> Path:
-    """Copy the checkpoints and the ledger of the whole run."""
-    out = job.folder / name
-    shutil.rmtree(out, ignore_errors=True)
-    for saved in checkpoints(job.folder / "whole"):
-        shutil.copytree(job.folder / "whole" / saved, out / saved)
-    shutil.copy(job.folder / "whole" / LEDGER, out)
-    return out
 
 
 def content(folder: Path) -> dict[str, bytes]:
