@@ -24,6 +24,8 @@ class InputError(Exception):
     Of several processes the first prints; each does where the mistake may be that of one process, `everywhere`.
     """
 
+    code = 2
+
     def __init__(self, message: str, everywhere: bool = False):
         message = re.sub(r"\s*[\r\n]\s*", " ", message)
         message = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", message)  # a file's text could steer the terminal
@@ -31,6 +33,12 @@ class InputError(Exception):
             message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class RunError(InputError):
+    """Report a run that cannot go on, or an export that is refused, in one line. Commands exit with 1."""
+
+    code = 1
 
 
 class FailedAlone(Exception):
@@ -51,8 +59,8 @@ class Parser(argparse.ArgumentParser):
 def run_command(main: Callable[[list[str]], int]) -> int:
     """Run `main` on the command line and return the exit code.
 
-    An InputError becomes one line and exit code 2, a full or failing disk one line and 1, Ctrl-C one line and 130. Any
-    other exception is a bug and is raised.
+    An InputError becomes one line and exit code 2, a RunError, a full or failing disk one line and 1, Ctrl-C one line
+    and 130. Any other exception is a bug and is raised.
     """
     try:
         return main(sys.argv[1:])
@@ -61,7 +69,7 @@ def run_command(main: Callable[[list[str]], int]) -> int:
             print(f"error: {e}", file=sys.stderr)
         elif rank_of():
             time.sleep(FIRST_PRINTS)
-        return 2
+        return e.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
     refuse_several("convert_torch_to_flax.py")
     set_up_jax(use_cpu=True)
     dtype = numpy_dtype(args.dtype) if args.dtype else None
-    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
+    bad = args.allow_nonfinite
+    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name, allow_nonfinite=bad)
     for note in source.notes:
         say(note)
     if args.merge_adapter and (args.to_hf or source.is_flax):
@@ -35,14 +36,14 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
     if args.merge_adapter and args.verify:
         raise InputError("--verify: compares tensors that are only copied; leave it out with --merge_adapter")
-    adapter = read_adapter(as_path(args.merge_adapter), source.config) if args.merge_adapter else None
+    adapter = read_adapter(as_path(args.merge_adapter), source.config, bad) if args.merge_adapter else None
     refuse_other_kind(folder, flax=not (args.to_hf or args.merge_adapter))
     make_output_dir(folder)
     if adapter:
-        merge_adapter(source, *adapter, folder, dtype)
+        merge_adapter(source, *adapter, folder, dtype, allow_nonfinite=bad)
         say(f"done: {args.model_name_or_path} with {args.merge_adapter} -> {folder}")
         return 0
-    different = (to_hf if args.to_hf else to_flax)(source, folder, dtype, args.verify)
+    different = (to_hf if args.to_hf else to_flax)(source, folder, dtype, args.verify, allow_nonfinite=bad)
     if different:
         say(f"error: {len(different)} tensors differ after writing: {', '.join(different[:4])}")
         return 1
@@ -63,4 +64,5 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 digests")
     parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
+    parser.add_argument("--allow_nonfinite", action="store_true", help="read and write weights with NaN or Inf")
     return parser.parse_args(argv)

@@ -11,6 +11,7 @@ from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import copy_tokenizer
 from llama_jax.distributed import sharding, storage
 from llama_jax.hf import peft
+from llama_jax.hf.finite import check_written
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import FLAX_JSON, Source, compare_digests, dtype_summary, numpy_dtype
 from llama_jax.hf.tensor import Tensor
@@ -23,12 +24,16 @@ from llama_jax.reporting.progress import byte_bar, say
 Tensors = Iterable[tuple[str, np.ndarray]]
 
 
-def to_flax(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
+def to_flax(
+    source: Source, folder: Path, dtype: np.dtype | None, verify: bool, allow_nonfinite: bool = False
+) -> list[str]:
     """Write a Flax folder; return the names of tensors that differ from the source's, found only if `verify`."""
     mesh, run = sharding.make_mesh(), RunOptions(param_dtype=dtype or np.dtype(np.float32))
     tokenizer = source.tokenizer_to_copy()
     with byte_bar("reading weights", source.bytes) as bar:
         params = source.load(run, mesh, bar.update)
+    if not allow_nonfinite:  # a number of float32 may be Inf in float16
+        check_written(params, name_table(source.config), folder)
     (folder / FLAX_JSON).unlink(missing_ok=True)  # written last: without it this is no Flax folder
     storage.save_params(folder, params)
     del params
@@ -43,25 +48,32 @@ def to_flax(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) 
     return compare(source, read, lambda name: run.param_dtype, hf_tensors(saved, source.config))
 
 
-def to_hf(source: Source, folder: Path, dtype: np.dtype | None, verify: bool) -> list[str]:
+def to_hf(
+    source: Source, folder: Path, dtype: np.dtype | None, verify: bool, allow_nonfinite: bool = False
+) -> list[str]:
     """Write an HF folder, each tensor in `dtype` or the type of its original file; return the names of tensors that
     differ on disk, found only if `verify`."""
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
     params = source.load(RunOptions(param_dtype=source.stored_dtype), sharding.make_mesh())
     size = sum(math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(source.config).items())
     with byte_bar("writing weights", size) as bar:
-        write_weights(folder, params, source.config, dtypes, bar.update)
+        write_weights(folder, params, source.config, dtypes, bar.update, allow_nonfinite=allow_nonfinite)
     write_config(folder, source.raw, source.generation, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
     copy_tokenizer(source.tokenizer_to_copy(), folder)
     if not verify:
         return []
-    written = Source(folder).tensors
+    written = Source(folder, allow_nonfinite=allow_nonfinite).tensors
     actual = ((name, written[name].read(())) for name in dtypes)
     return compare(source, hf_tensors(params, source.config), dtypes.__getitem__, actual)
 
 
 def merge_adapter(
-    source: Source, adapter: peft.Adapter, tensors: dict[str, Tensor], folder: Path, dtype: np.dtype | None
+    source: Source,
+    adapter: peft.Adapter,
+    tensors: dict[str, Tensor],
+    folder: Path,
+    dtype: np.dtype | None,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write the HF folder of a model whose weights have an adapter's products added, in float32 and rounded once to
     `dtype` or to the type of the model's file; `tensors` are the adapter's. Raises InputError."""
@@ -72,7 +84,7 @@ def merge_adapter(
     with jax.set_mesh(mesh):
         params = merged(params, adapter.lora)
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
-    write_weights(folder, params, config, dtypes)
+    write_weights(folder, params, config, dtypes, allow_nonfinite=allow_nonfinite)
     write_config(folder, source.raw, source.generation, config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
     copy_tokenizer(source.tokenizer_to_copy(), folder)
 

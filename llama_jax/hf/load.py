@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
+from llama_jax.hf.finite import checked
 from llama_jax.hf.names import Path, name_table, without_layer
 from llama_jax.hf.tensor import Index, Tensor
 from llama_jax.model.config import LlamaConfig
@@ -27,14 +28,17 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 READERS = 4  # threads: copying out of the page cache takes several to keep up with a device's bus
 
 
-def check_tensors(tensors: dict[str, Tensor], config: LlamaConfig, source: str) -> dict[str, Tensor]:
+def check_tensors(
+    tensors: dict[str, Tensor], config: LlamaConfig, source: str, allow_nonfinite: bool = False
+) -> dict[str, Tensor]:
     """Return the model's tensors, by the names of `name_table`. Raises InputError for unknown, missing and wrongly
-    shaped tensors, by name.
+    shaped tensors, by name. Reading a NaN or Inf raises InputError too, unless `allow_nonfinite`.
 
     As in transformers, names may lack the prefix `model.` (of a saved LlamaModel), and a tied model may hold
     lm_head.weight alone.
     """
     table = name_table(config)
+    tensors = tensors if allow_nonfinite else checked(tensors, source)
     bare = {name for name in tensors if name not in table and f"model.{name}" in table.keys() - tensors.keys()}
     tensors = {f"model.{name}" if name in bare else name: t for name, t in tensors.items()}
     if config.tie_word_embeddings and _HEAD in tensors:

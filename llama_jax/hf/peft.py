@@ -20,6 +20,7 @@ from llama_jax.base.bucket import is_remote, local_file
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object, refuse_foreign_link, write_text
 from llama_jax.hf import names
+from llama_jax.hf.finite import checked
 from llama_jax.hf.load import equal, place_arrays
 from llama_jax.hf.names import Path as Place
 from llama_jax.hf.readers import open_safetensors
@@ -439,11 +440,12 @@ def name_table(lora: Lora, config: LlamaConfig) -> dict[str, tuple[Place, tuple[
     return table
 
 
-def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Adapter, dict[str, Tensor]]:
+def read_adapter(folder: Path, config: LlamaConfig, allow_nonfinite: bool = False) -> tuple[Adapter, dict[str, Tensor]]:
     """Read a PEFT folder for a model: its settings, and its tensors by the names of `name_table`.
 
     An embedding and a head may be there beside these names: PEFT adds them, frozen, to an adapter of a resized
-    vocabulary. Raises InputError for missing, unexpected and wrongly shaped tensors, by name.
+    vocabulary. Raises InputError for missing, unexpected and wrongly shaped tensors, by name. Reading a NaN or Inf
+    raises InputError too, unless `allow_nonfinite`.
     """
     if is_remote(folder):
         raise InputError(f"{folder}: an adapter is read from a local folder; copy it here")
@@ -462,6 +464,7 @@ def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Adapter, dict[str, 
             )
         raise InputError(f"{folder}: no {WEIGHTS} in this folder; copy or download it again")
     tensors = open_safetensors(folder / WEIGHTS)
+    tensors = tensors if allow_nonfinite else checked(tensors, str(folder))
     adapter = dataclasses.replace(adapter, vocab_size=_resized(tensors, config, folder))
     config = dataclasses.replace(config, vocab_size=adapter.vocab_size or config.vocab_size)
     everything = dataclasses.replace(adapter.lora, saved=SAVED)

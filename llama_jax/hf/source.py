@@ -17,6 +17,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
 from llama_jax.hf import generation
+from llama_jax.hf.finite import check_read
 from llama_jax.hf.hub import find_folder
 from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
@@ -42,13 +43,19 @@ def refuse_other_kind(folder: Path, flax: bool) -> None:
 
 class Source:
     """Open a model: `raw` is its config.json, `config` the architecture. Weights are read by `load`; without `weights`
-    the folder may have none. `tokenizer` is a folder that replaces the model's own. Both may be names of the hub."""
+    the folder may have none. `tokenizer` is a folder that replaces the model's own. Both may be names of the hub.
+    Reading a NaN or Inf raises InputError with the tensor's name, unless `allow_nonfinite`."""
 
     def __init__(
-        self, name: str | Path, allow_pickle: bool = False, weights: bool = True, tokenizer: str | Path | None = None
+        self,
+        name: str | Path,
+        allow_pickle: bool = False,
+        weights: bool = True,
+        tokenizer: str | Path | None = None,
+        allow_nonfinite: bool = False,
     ):
         path, self._params = self._find(name, weights, allow_pickle)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._allow_nonfinite = tokenizer, allow_nonfinite
         self.is_flax = (path / FLAX_JSON).is_file()
         if self.is_flax or (not weights and (path / "config.json").is_file()):
             check_small_files(path)
@@ -59,7 +66,8 @@ class Source:
         self.config = LlamaConfig.from_hf(self.raw, str(self._checkpoint.gguf or self.folder / "config.json"))
         self.tensors = {}
         if self._checkpoint.tensors or (weights and not self.is_flax):
-            self.tensors = check_tensors(self._checkpoint.tensors, self.config, str(self.folder))
+            tensors = self._checkpoint.tensors
+            self.tensors = check_tensors(tensors, self.config, str(self.folder), allow_nonfinite)
 
     @staticmethod
     def _find(name: str | Path, weights: bool, allow_pickle: bool = False) -> tuple[Path, Path]:
@@ -147,6 +155,8 @@ class Source:
         self._check_shapes()
         unstacked = define(self.config, RunOptions(param_dtype=run.param_dtype), mesh).params
         params = storage.load_params(self._params, unstacked)
+        if not self._allow_nonfinite:
+            check_read(params, name_table(self.config), str(self.folder))
         with jax.set_mesh(mesh):
             params = stack_layers(params) if run.scan_layers else params
             return jax.tree.map(lambda x, target: x.astype(target.dtype), pick(params, wanted), wanted)

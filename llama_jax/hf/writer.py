@@ -16,6 +16,7 @@ from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.distributed.processes import exchange, is_first
+from llama_jax.hf.finite import check_written
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.config import FAMILIES, LlamaConfig
 from llama_jax.model.roles import Params, is_stacked
@@ -60,12 +61,16 @@ def write_weights(
     dtypes: dict[str, np.dtype],
     progress: Callable[[int], None] = lambda bytes_written: None,
     shard_bytes: int = SHARD_BYTES,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Write `model.safetensors`, or shards of at most `shard_bytes` with an index; `dtypes` by name.
 
     Files get their names when all are complete; other files of an earlier export are removed. Processes deal the shards
-    among themselves, and each holds one at a time.
+    among themselves, and each holds one at a time. Raises RunError before the first file for a NaN or Inf, unless
+    `allow_nonfinite`.
     """
+    if not allow_nonfinite:
+        check_written(params, name_table(config), folder, dtypes)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(config).items()}
     files = plan_shards(sizes, shard_bytes)
     try:

@@ -38,6 +38,7 @@ from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, N
 from llama_jax.plan.chips import Named
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
+from llama_jax.training.guard import Guard, abstract_losses
 from llama_jax.training.loss import CHUNK
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.optimizer_names import OPTIMIZERS
@@ -117,7 +118,8 @@ class Planner:
         )
         self.definition = define(job.config, self.run, mesh, trainable)
         check_names(self.definition.base, job.config)
-        self.state = abstract_state(self._optimizer(), self.definition, mesh)
+        losses = abstract_losses(mesh) if args.skip_loss_spikes else None
+        self.state = abstract_state(self._optimizer(), self.definition, mesh)._replace(losses=losses)
         self.saved = abstract_saved(self.state, mesh)
 
     def make(self, option: Option) -> Plan:
@@ -132,14 +134,22 @@ class Planner:
         tx = self._optimizer(blocks if several and args.accumulation == "multisteps" else None)
         definition = define(job.config, run, self.mesh, self._trainable)
         sums = several and args.accumulation == "sum"
-        steps = Steps(definition, tx, job.config.vocab_size, args.label_smoothing_factor, sums, args.seed)
+        steps = Steps(
+            definition,
+            tx,
+            job.config.vocab_size,
+            label_smoothing=args.label_smoothing_factor,
+            sums=sums,
+            seed=args.seed,
+            guard=Guard(nonfinite=args.on_nonfinite == "skip", sigma=args.skip_loss_spikes),
+        )
         return Plan(
             option=option,
             batches=batches,
             run=run,
             tx=tx,
             definition=definition,
-            abstract=abstract_state(tx, definition, self.mesh),
+            abstract=abstract_state(tx, definition, self.mesh)._replace(losses=self.state.losses),
             steps=steps,
         )
 

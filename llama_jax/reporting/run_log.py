@@ -17,7 +17,7 @@ class UpdateMetrics(NamedTuple):
 
     `step` counts from 1, `grad_norm` is taken before clipping, `made_in` is the host's seconds to make the blocks.
     `micro_losses()` reads from the devices the part of each micro-batch and rank in the loss, float64
-    [micro-batches, ranks].
+    [micro-batches, ranks]. `skipped` is whether the update changed nothing.
     """
 
     step: int
@@ -26,6 +26,12 @@ class UpdateMetrics(NamedTuple):
     tokens: int
     made_in: float
     micro_losses: Callable[[], np.ndarray]
+    skipped: bool = False
+
+    @property
+    def finite(self) -> bool:
+        """Return whether loss and gradient norm are finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Speed(NamedTuple):
@@ -69,6 +75,8 @@ class RunLog:
         self._flos = float(state.values["total_flos"])
         window = window or {"loss": 0.0, "updates": 0, "now": {}, "logged_ahead": 0, "tokens_ahead": 0}
         self._window_loss, self._window = window["loss"], window["updates"]
+        self.skipped, self._window_skipped = window.get("skipped", 0), window.get("window_skipped", 0)
+        self._skipped_before = self.skipped
         self._total_loss = -self._window_loss  # the summary covers the updates of this process alone
         self._now: dict[str, float] = window["now"]  # the last update's entries of a line beside the loss
         # Micro-batches and tokens of the next update that an epoch's end has counted already.
@@ -80,7 +88,8 @@ class RunLog:
     def window(self) -> dict[str, Any]:
         """Return the sums since the last line as JSON values: resumed with them, a run writes the same next line."""
         ahead = {"logged_ahead": self._logged_ahead, "tokens_ahead": self._tokens_ahead}
-        return {"loss": self._window_loss, "updates": self._window, "now": dict(self._now), **ahead}
+        skipped = {"skipped": self.skipped, "window_skipped": self._window_skipped}
+        return {"loss": self._window_loss, "updates": self._window, "now": dict(self._now), **ahead, **skipped}
 
     def on_update(self, metrics: UpdateMetrics) -> None:
         """Count an update that is done, show it on the bar, and write a line if due."""
@@ -89,8 +98,13 @@ class RunLog:
         self._flos += self.flops_per_token * padded
         if self.tokens_seen != "no":
             self._tokens += padded if self.tokens_seen == "all" else metrics.tokens
-        self._window_loss = self._filtered(metrics)
-        self._window += 1
+        if metrics.skipped:  # a loss of no update: the Trainer's filter would count 0
+            self._logged_ahead = self._tokens_ahead = 0
+            self.skipped += 1
+            self._window_skipped += 1
+        else:
+            self._window_loss = self._filtered(metrics)
+            self._window += 1
         self.state.at(step, order.epoch_at(step), flos=self._flos, tokens_seen=self._tokens)
         self._done_at.append((time.monotonic(), metrics.tokens))
         self._made_in.append(metrics.made_in)
@@ -116,23 +130,24 @@ class RunLog:
             self._tokens_ahead = self.batches.padded_tokens(step, tail)
         elif tail:
             self._tokens_ahead = self.batches.tokens(step, tail)
-        if micro_losses is not None and self._window:
+        if micro_losses is not None and self._window + self._window_skipped:
             nan = self.batches.is_nan(step)[:tail] if tail else np.zeros_like(micro_losses, bool)
             self._window_loss = self._running(np.where(nan, np.nan, micro_losses))
             self._write()
             self._logged_ahead = tail
 
     def _write(self) -> None:
-        """Write a line with the window's mean loss and start a new window."""
+        """Write a line with the mean loss of the window's updates, skipped ones left out; start a new window."""
         more = self._seen()
         if more and self.state.compat == "5":
             seconds = time.monotonic() - self.started
             speed = (self._tokens - self._first_tokens) / seconds
             more |= {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(speed, 3)}
-        show(str(self.state.log({"loss": self._window_loss / self._window, **self._now}, more)))
+        mean = self._window_loss / self._window if self._window else math.nan  # all updates were skipped
+        show(str(self.state.log({"loss": mean, **self._now}, more)))
         self._total_loss += self._window_loss
         self._window_loss -= self._window_loss  # as the Trainer resets it: NaN stays NaN
-        self._window = 0
+        self._window = self._window_skipped = 0
 
     def _filtered(self, metrics: UpdateMetrics) -> float:
         """Return the window's loss plus this update's, without micro-batches that an earlier line counted."""
@@ -153,6 +168,10 @@ class RunLog:
             replaced = running / (1 + self._window) if self.nan_filter else np.nan
             running = running + np.where(np.isfinite(part), part, replaced)
         return float(running.sum())
+
+    def on_skipped(self, records: list[int]) -> None:
+        """Log that the last update was skipped: the count so far, and the numbers of its examples' records."""
+        self.state.log({"skipped_updates": self.skipped}, {"skipped_records": records})
 
     def on_evaluation(self, metrics: dict[str, float]) -> None:
         """Log and print the metrics of an evaluation after the last update."""
@@ -180,7 +199,7 @@ class RunLog:
         """Log and print the final entry as the HF Trainer computes it.
 
         Examples and updates are those of the whole run in 4.37, of this process in 5. The loss sums this process'
-        updates, divided by all updates in 4.37 and by this process' in 5.
+        updates, divided by all updates in 4.37 and by this process' in 5, skipped ones left out.
         """
         order, seconds = self.batches.order, time.monotonic() - self.started
         if order.max_steps > 0:
@@ -189,12 +208,13 @@ class RunLog:
             samples = order.examples * order.epochs
         step = self.state.values["global_step"]
         updates = step - self.first_step if order.compat == "5" else order.updates
+        made = updates - self.skipped + self._skipped_before if order.compat == "5" else step - self.skipped
         values = {
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(samples * updates / order.updates / seconds, 3),
             "train_steps_per_second": round(updates / seconds, 3),
             "total_flos": self._flos,
-            "train_loss": (self._total_loss + self._window_loss) / max(updates if order.compat == "5" else step, 1),
+            "train_loss": (self._total_loss + self._window_loss) / max(made, 1),
         }
         entry = self.state.log(values, self._seen())
         show(str({k: v for k, v in entry.items() if k != "total_flos"}))

@@ -61,7 +61,7 @@ class TrainerState:
         now = {"global_step": step, "epoch": epoch, "total_flos": flos, "num_input_tokens_seen": tokens_seen}
         self.values |= now
 
-    def log(self, values: dict[str, float], more: dict[str, float] | None = None) -> dict[str, Any]:
+    def log(self, values: dict[str, float], more: dict[str, Any] | None = None) -> dict[str, Any]:
         """Append an entry to the log and return its printed form; `more` follows the epoch."""
         entry = {**values, "epoch": self.values["epoch"], **(more or {})}
         if self.compat == "4.37":

@@ -202,12 +202,14 @@ class Checkpoints:
         self._saving = False
         self._past = [step for step in self._manager.all_steps() if step > first]
 
-    def save(self, step: int, state: Any, run: dict[str, Any], best: int | None = None) -> None:
+    def save(
+        self, step: int, state: Any, run: dict[str, Any], best: int | None = None, finite: int | None = None
+    ) -> None:
         """Write `state` (a pytree of arrays) and `run` (JSON) as `checkpoint-<step>`; the state may be donated after.
 
-        Rotation keeps the checkpoint of step `best`.
+        Rotation keeps the checkpoint of step `best`, and beyond the limit that of `finite`.
         """
-        self._rotation.best = best
+        self._rotation.best, self._rotation.finite = best, finite
         self._saving = True
         if self._ledger and is_remote(self._folder):  # a bucket shows a checkpoint before it is whole
             self._ledger.remove([step])
@@ -228,9 +230,10 @@ class Checkpoints:
         return self._saving or self._manager.is_saving_in_progress()
 
     def keep_only(self, step: int) -> None:
-        """Remove all checkpoints except a step's."""
+        """Remove all checkpoints except a step's, and the last finite one where later ones are not."""
         self.wait()
-        self._delete([other for other in self._manager.all_steps() if other != step])
+        kept = (step, self._rotation.finite)
+        self._delete([other for other in self._manager.all_steps() if other not in kept])
 
     def _delete(self, steps: list[int]) -> None:
         if self._ledger:
@@ -248,14 +251,15 @@ class Checkpoints:
 
 
 class _Rotation(ocp.checkpoint_managers.PreservationPolicy):
-    """Keep the steps of `kept_steps`, and write the others into the ledger before orbax removes them."""
+    """Keep the steps of `kept_steps` and the last finite one, and write the others into the ledger before orbax."""
 
     def __init__(self, limit: int | None, ledger: Ledger | None):
         self.limit, self._ledger = limit, ledger
         self.best: int | None = None
+        self.finite: int | None = None
 
     def should_preserve(self, checkpoints, *, context):
-        kept = kept_steps([c.step for c in checkpoints], self.limit, self.best)
+        kept = {*kept_steps([c.step for c in checkpoints], self.limit, self.best), self.finite}
         if self._ledger:
             self._ledger.remove(c.step for c in checkpoints if c.step not in kept)
         return [c.step in kept for c in checkpoints]

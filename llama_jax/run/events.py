@@ -1,15 +1,19 @@
 """Perform the actions due after an update, in the HF Trainer's order: epoch line, evaluation, checkpoint."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax.base.errors import RunError
 from llama_jax.distributed import processes, sharding
+from llama_jax.hf.finite import all_finite
 from llama_jax.reporting.run_log import RunLog
+from llama_jax.run.bad_updates import BadUpdates
 from llama_jax.run.checkpoint import Checkpoints
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.resume import ACTIONS, Facts, SavedRun
@@ -32,7 +36,8 @@ class Milestones:
 
     `first` is the step of the checkpoint that the run resumes, 0 for none; `left` names the actions still due there.
     `goes_on` is whether that checkpoint lies in `output_dir`. A stop does not wait for an evaluation: the state is
-    saved, the resumed run makes the evaluation, and `unfinished` is true.
+    saved, the resumed run makes the evaluation, and `unfinished` is true. `bad` watches the updates; `finite` is the
+    step of the last checkpoint without NaN and Inf, None for none.
     """
 
     _: KW_ONLY
@@ -48,6 +53,8 @@ class Milestones:
     first: int
     left: Sequence[str]
     goes_on: bool
+    bad: BadUpdates
+    finite: int | None
     unfinished: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +111,8 @@ class Milestones:
         # Times differ from process to process; the first process' metric decides for all.
         metric = float(processes.exchange(repr(metrics[args.best_metric_key]))[0])
         self.job.schedule.observe(metric)
+        if not math.isfinite(metric) and args.on_nonfinite == "skip":  # 4.37 would take a first NaN for the best
+            return Evaluated(None, False)
         return Evaluated(metric, self._log.evaluated(metric, args.save_strategy != "no"))
 
     def _save(self, step: int, state: TrainState, *, metric: float | None, left: Sequence[str]) -> None:
@@ -111,14 +120,37 @@ class Milestones:
         self._log.saved(self.output_dir, metric)
         if step not in self._saved_steps:
             self._saved_steps.add(step)
+            finite = self._is_finite(step, state)
             saved = SavedRun(
                 facts=self.facts,
                 trainer_state=self._log.values,
                 left=tuple(left),
                 schedule=self.job.schedule.state(),
                 log_window=self.run_log.window,
+                guard=self.guard_values(state),
             )
-            self.checkpoints.save(step, state.saved, saved.to_json(), self._log.best_step)
+            best, kept = self._log.best_step, None if finite else self.finite
+            self.checkpoints.save(step, state.saved, saved.to_json(), best=best, finite=kept)
+
+    def guard_values(self, state: TrainState) -> dict[str, Any]:
+        """Return what a resumed run needs of bad updates beside the log, as JSON values."""
+        losses = state.losses and [float(x) for x in sharding.read(state.losses)]
+        return {"in_a_row": self.bad.in_a_row, "finite": self.finite, "losses": losses}
+
+    def _is_finite(self, step: int, state: TrainState) -> bool:
+        """Return whether the trained parameters are finite or need not be, and note the step. Raises RunError where an
+        update of finite loss and gradient made NaN or Inf, which `training.guard` does not see."""
+        if self.job.args.allow_nonfinite or all_finite(state.trainable):
+            self.finite = step
+            return True
+        if self.job.args.on_nonfinite == "skip":
+            last = self.bad.last_checkpoint()
+            raise RunError(
+                f"after update {step} the parameters hold NaN or Inf, though every loss and gradient norm was finite; "
+                "not saved. Lower --learning_rate, and "
+                + (f"go on from {last} with --resume_from_checkpoint True" if last else "start anew")
+            )
+        return False
 
     def _tail_losses(self, step: int, state: TrainState) -> np.ndarray:
         """Return the next update's losses by micro-batch, [micro-batches, ranks], up to the epoch's end."""

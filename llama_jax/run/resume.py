@@ -21,7 +21,7 @@ Json = dict[str, Any]
 UPDATE = (
     *("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("average_tokens_across_devices", "bf16", "tf32"),
+    *("average_tokens_across_devices", "bf16", "tf32", "on_nonfinite", "skip_loss_spikes"),
 )
 
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant")
@@ -77,8 +77,9 @@ class SavedRun:
     """Hold the JSON of a checkpoint.
 
     `left` names the actions of `ACTIONS` that are still due at the checkpoint's update. `schedule` is
-    `Schedule.state()`; `log_window` is `RunLog.window`, None in checkpoints written before 2026-11-26. `run` is the
-    identity of the run, set by `Checkpoints` and "" before 2026-11-29.
+    `Schedule.state()`; `log_window` is `RunLog.window`, None in checkpoints written before 2026-11-26. `guard` is
+    `Milestones.guard_values`, None before 2026-11-29. `run` is the identity of the run, set by `Checkpoints` and ""
+    before 2026-11-29.
     """
 
     facts: Facts
@@ -86,6 +87,7 @@ class SavedRun:
     left: tuple[str, ...]
     schedule: Json
     log_window: Json | None = None
+    guard: Json | None = None
     run: str = ""
 
     @classmethod
@@ -99,6 +101,7 @@ class SavedRun:
             left=tuple(left),
             schedule=values["schedule"],
             log_window=values.get("log_window"),
+            guard=values.get("guard"),
             run=values.get("run", ""),
         )
 

@@ -23,6 +23,7 @@ from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.digest import digest
 from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
 from llama_jax.hf import peft
+from llama_jax.hf.finite import check_written
 from llama_jax.hf.load import place_arrays, resize_vocabulary
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
@@ -35,6 +36,7 @@ from llama_jax.plan.planner import Plan, Planner, choose_scan
 from llama_jax.reporting.progress import byte_bar, say, show, silence, update_bar
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
+from llama_jax.run.bad_updates import BadUpdates
 from llama_jax.run.checkpoint import Checkpoints, Damaged, find_steps, number, remove_steps, restore_state
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.events import Milestones
@@ -52,6 +54,7 @@ from llama_jax.run.signals import catch_stop
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
 from llama_jax.training.fit import fit
+from llama_jax.training.guard import place_losses
 from llama_jax.training.state import SavedState, TrainState, complete, init_state
 from llama_jax.training.step import LossStep, make_loss_step
 
@@ -229,7 +232,12 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
     """Settle the run as this process sees it: model, data, checkpoint to resume, planner. Raises InputError."""
     output_dir, saved = as_path(args.output_dir), None
     resume_from = None if args.explain else choose_checkpoint(args, output_dir)
-    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
+    source = Source(
+        args.model_name_or_path,
+        args.allow_pickle,
+        tokenizer=args.tokenizer_name,
+        allow_nonfinite=args.allow_nonfinite,
+    )
     if source.folder.resolve() == output_dir.resolve():
         raise InputError(f"output_dir {output_dir} is the folder of the model that is trained; choose another")
     for note in source.notes:
@@ -283,6 +291,8 @@ def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Tr
     run.log.resume(saved.trainer_state, prepared.output_dir)
     prepared.job.schedule.load(saved.schedule)
     state = complete(restored, frozen, plan.tx, plan.definition, prepared.mesh)
+    if prepared.job.args.skip_loss_spikes:
+        state = state._replace(losses=place_losses(prepared.mesh, (saved.guard or {}).get("losses")))
     say(f"resumed from {checkpoint}")
     return run, checkpoints, state
 
@@ -293,7 +303,10 @@ def load(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Train
     run = make_run(prepared, plan)
     remove_earlier(prepared.output_dir)
     checkpoints = open_checkpoints(prepared)
-    return run, checkpoints, init_state(params, plan.tx, plan.definition, prepared.mesh)
+    state = init_state(params, plan.tx, plan.definition, prepared.mesh)
+    if prepared.job.args.skip_loss_spikes:
+        state = state._replace(losses=place_losses(prepared.mesh, None))
+    return run, checkpoints, state
 
 
 def first_params(prepared: Prepared) -> Params:
@@ -423,10 +436,20 @@ def make_updates(
             window=prepared.saved.log_window if prepared.saved else None,
         )
 
+        guard = (prepared.saved and prepared.saved.guard) or {}
+
+        def last_checkpoint() -> str | None:
+            checkpoints.wait()
+            done = [s for s in find_steps(prepared.output_dir) if s <= run.log.values["global_step"]]
+            return f"{prepared.output_dir}/checkpoint-{done[-1]}" if done else None
+
+        bad = BadUpdates(job=job, run_log=run_log, last_checkpoint=last_checkpoint, in_a_row=guard.get("in_a_row", 0))
+
         def on_update(metrics: UpdateMetrics) -> None:
             if metrics.step == first + 1:
                 say(f"first update done {time.monotonic() - started:.1f} s after the start")
             run_log.on_update(metrics)
+            bad.on_update(metrics)
 
         milestones = Milestones(
             job=job,
@@ -441,6 +464,8 @@ def make_updates(
             first=first,
             left=prepared.saved.left if prepared.saved else (),
             goes_on=prepared.goes_on,
+            bad=bad,
+            finite=guard.get("finite", first or None),
         )
         stopped = milestones.begin(state)
         state = fit(
@@ -478,13 +503,23 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype) -> None:
         lora = job.adapter.lora
         if job.config.vocab_size != source.config.vocab_size:  # as PEFT: a base that is loaded again lacks the rows
             lora = dataclasses.replace(lora, saved=peft.SAVED[: 1 if job.config.tie_word_embeddings else 2])
-        tensors = list(host_arrays(params, peft.name_table(lora, job.config)))
+        table = peft.name_table(lora, job.config)
+        if not job.args.allow_nonfinite:
+            check_written(params, table, output_dir)
+        tensors = list(host_arrays(params, table))
         if processes.is_first():
             peft.write_adapter(output_dir, tensors, job.adapter)
             export_tokenizer(prepared)
         return
     with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, prepared.quiet) as bar:
-        write_weights(output_dir, params, job.config, dict.fromkeys(name_table(job.config), dtype), bar.update)
+        write_weights(
+            output_dir,
+            params,
+            job.config,
+            dict.fromkeys(name_table(job.config), dtype),
+            bar.update,
+            allow_nonfinite=job.args.allow_nonfinite,
+        )
     if not processes.is_first():
         return
     raw, generation = source.raw, source.generation

@@ -30,7 +30,7 @@ def choose_adapter(args: Arguments, config: LlamaConfig) -> tuple[Adapter | None
     Without `--adapter_name_or_path` there are no tensors. Raises InputError.
     """
     if args.adapter_name_or_path:
-        adapter, tensors = read_adapter(as_path(args.adapter_name_or_path), config)
+        adapter, tensors = read_adapter(as_path(args.adapter_name_or_path), config, args.allow_nonfinite)
         if adapter.vocab_size:
             raise InputError(
                 f"--adapter_name_or_path {args.adapter_name_or_path}: its embedding has {adapter.vocab_size} rows, the "

@@ -90,6 +90,7 @@ class Arguments:
         512, "longest example in tokens, bos included; longer examples are cut, except records of input_ids"
     )
     allow_pickle: bool = _flag(False, "read pytorch_model*.bin by unpickling; needs torch >= 2.10")
+    allow_nonfinite: bool = _flag(False, "read and write weights with NaN or Inf")
     cache_dir: str | None = _flag(None, "folder for tokenized data; by default ~/.cache/llama_jax/data")
 
     num_train_epochs: float = _flag(3.0, "number of epochs; fractions are allowed")
@@ -111,8 +112,11 @@ class Arguments:
     weight_decay: float = _flag(0.0, "decay of the matrices; biases and norms do not decay")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
-    adam_epsilon: float = _flag(1e-8, "constant added to the square root of the second moment")
-    max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less does not clip")
+    adam_epsilon: float = _flag(1e-8, "constant added to the root of the second moment")
+    max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less: no clip")
+    on_nonfinite: str = _flag("skip", "NaN or Inf in loss or gradient: skip or continue", choices=["skip", "continue"])
+    max_bad_updates: int = _flag(3, "end the run after so many skipped in a row; 0: never")
+    skip_loss_spikes: float | None = _flag(None, "skip a loss above the mean by this many deviations")
     label_smoothing_factor: float = _flag(0.0, "label smoothing")
     train_sampling_strategy: str = _flag(
         "random",
@@ -189,7 +193,7 @@ class Arguments:
     scan_layers: bool | None = _flag(
         None, "stack the layers under one lax.scan; by default for over 8 layers, on a GPU for over 48"
     )
-    full_determinism: bool = _flag(False, "give the same bits on every run; some kernels are slower")
+    full_determinism: bool = _flag(False, "give the same bits on every run; somewhat slower")
     coordinator_address: str | None = _flag(
         None,
         "HOST:PORT of the first of several processes; torchrun, accelerate launch, deepspeed, mpirun, srun and TPU "
@@ -346,9 +350,11 @@ class Arguments:
                 in_bucket = ", or to a bucket of gs://" if f.name in _IN_BUCKETS else ""
                 if scheme[1] != "gs" or not in_bucket:
                     raise InputError(f"--{f.name} {value}: is not reached from here; copy the files here{in_bucket}")
-        for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"):
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps", "max_bad_updates"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name} {getattr(self, name)}: should not be below 0")
+        if self.skip_loss_spikes is not None and self.skip_loss_spikes <= 0:
+            raise InputError(f"--skip_loss_spikes {self.skip_loss_spikes:g}: should be above 0, as 6")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: should be at least 0 and below 1")

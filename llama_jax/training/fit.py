@@ -94,9 +94,16 @@ def fit(
 
 
 def _read(batches: Batches, k: int, outputs: list[dict[str, jax.Array]], made_in: float) -> UpdateMetrics:
-    of_blocks, norm = sharding.read(([o["loss"] for o in outputs], outputs[-1]["grad_norm"]))
+    last = outputs[-1]
+    of_blocks, norm, skipped = sharding.read(([o["loss"] for o in outputs], last["grad_norm"], last["skipped"]))
     loss, norm = sum(map(float, of_blocks)), float(norm)
     losses = [o["losses"] for o in outputs]
     return UpdateMetrics(
-        k + 1, loss, norm, batches.tokens(k), made_in, lambda: batches.micro_losses(k, sharding.read(losses))
+        step=k + 1,
+        loss=loss,
+        grad_norm=norm,
+        tokens=batches.tokens(k),
+        made_in=made_in,
+        micro_losses=lambda: batches.micro_losses(k, sharding.read(losses)),
+        skipped=bool(skipped),
     )

@@ -28,11 +28,20 @@ class SavedState(NamedTuple):
     lower: None = None
 
 
+class LossWindow(NamedTuple):
+    """Hold the weighted mean and variance of the losses of good updates, and their number: float32 scalars."""
+
+    mean: Any
+    variance: Any
+    count: Any
+
+
 class TrainState(NamedTuple):
-    """Hold the state after `step` updates.
+    """Hold the state after `step` updates, skipped ones (`training.guard`) counted.
 
     The optimizer, gradients and checkpoints see `trainable` alone; gradients have its types. `frozen` is read by the
     model and never written. `lower` holds the lower halves of float32 weights (`training.halves`), None without halves.
+    `losses` is None without `--skip_loss_spikes`; a checkpoint keeps the values in its JSON.
     """
 
     step: Any
@@ -40,6 +49,7 @@ class TrainState(NamedTuple):
     frozen: Params
     opt_state: Any
     lower: Params | None = None
+    losses: LossWindow | None = None
 
     @property
     def params(self) -> Params:

@@ -17,6 +17,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import compiler_options
 from llama_jax.model.definition import Definition, merge
 from llama_jax.model.roles import Params, is_stacked
+from llama_jax.training.guard import Guard
 from llama_jax.training.halves import halve, join
 from llama_jax.training.loss import weighted_cross_entropy
 from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
@@ -44,7 +45,8 @@ class Steps:
     Where every update is one block, a single program computes gradients, optimizer and halves. With `optax.MultiSteps`
     as the optimizer, this program is called once a block. Otherwise (`sums`) a program adds a block's gradient to the
     update's sum, in the whole parameters' types, and another applies the optimizer to the sum. `seed` draws the dropout
-    of adapters, by the numbers of the update and of its block.
+    of adapters, by the numbers of the update and of its block. `guard` skips bad updates. Each program gets the loss of
+    the update's earlier blocks, so that the guard sees the loss of all.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Steps:
         label_smoothing: float = 0.0,
         sums: bool = False,
         seed: int = 0,
+        guard: Guard = Guard(),
     ):
         self._drops = definition.run.lora is not None and definition.run.lora.dropout > 0
 
@@ -70,7 +73,7 @@ class Steps:
             (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
             return grads, {"loss": loss, "losses": losses}
 
-        def optimize(state: TrainState, grads: Any, learning_rate: jax.Array):
+        def optimize(state: TrainState, grads: Any, learning_rate: jax.Array, loss: jax.Array):
             params = join(state.trainable, state.lower)
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
             updates, opt_state = tx.update(grads, state.opt_state, params, learning_rate=learning_rate)
@@ -78,22 +81,28 @@ class Steps:
             multi_steps = isinstance(opt_state, optax.MultiStepsState)
             done = opt_state.gradient_step if multi_steps else state.step + 1
             norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
-            return TrainState(done, trainable, state.frozen, opt_state, lower), norm
+            after = TrainState(done, trainable, state.frozen, opt_state, lower, state.losses)
+            after, skipped = guard(after, state, loss, norm)
+            return after, {"grad_norm": norm, "skipped": skipped}
 
-        def update(state: TrainState, batch: Batch, number: jax.Array | None, learning_rate: jax.Array):
+        def update(
+            state: TrainState, batch: Batch, number: jax.Array | None, earlier: jax.Array, learning_rate: jax.Array
+        ):
             grads, out = gradients(state, batch, number)
-            state, norm = optimize(state, grads, learning_rate)
-            return state, out | {"grad_norm": norm}
+            loss = earlier + out["loss"]
+            state, decided = optimize(state, grads, learning_rate, loss)
+            return state, loss, out | decided
 
-        def add(sums: Any, state: TrainState, batch: Batch, number: jax.Array | None):
+        def add(sums: Any, state: TrainState, batch: Batch, number: jax.Array | None, earlier: jax.Array):
             grads, out = gradients(state, batch, number)
-            return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), out
+            sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
+            return sums, earlier + out["loss"], out
 
-        def apply(state: TrainState, sums: Any, learning_rate: jax.Array):
-            state, norm = optimize(state, sums, learning_rate)
-            return state, jax.tree.map(jnp.zeros_like, sums), norm
+        def apply(state: TrainState, sums: Any, loss: jax.Array, learning_rate: jax.Array):
+            state, decided = optimize(state, sums, learning_rate, loss)
+            return state, jax.tree.map(jnp.zeros_like, sums), decided
 
-        self._sums, self._summing = None, sums
+        self._sums, self._summing, self._no_loss = None, sums, None  # type: Any, bool, jax.Array | None
         self._zeros = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, join(state.trainable, state.lower)))
         self._apply = jax.jit(apply, donate_argnums=(0, 1))
         self._of_block = jax.jit(add if sums else update, donate_argnums=0)
@@ -102,7 +111,7 @@ class Steps:
     def compile(self, state: TrainState, shape: Shape, mesh: Mesh) -> int:
         """Compile the programs of a block of this shape for a state of these types; return the bytes that a device
         needs, the state included. Raises jax's error where the compiler finds that a program does not fit."""
-        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
+        rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))  # of the earlier loss, too
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)) if self._drops else None
         programs: dict[Any, Any] = {}
@@ -111,11 +120,11 @@ class Steps:
             if self._summing:
                 sums = abstract_saved(state, mesh).params
                 held += sharding.bytes_on_device(sums)
-                programs[shape] = self._of_block.lower(sums, state, block, number).compile(options)
+                programs[shape] = self._of_block.lower(sums, state, block, number, rate).compile(options)
                 if "apply" not in self._compiled:
-                    programs["apply"] = self._apply.lower(state, sums, rate).compile(options)
+                    programs["apply"] = self._apply.lower(state, sums, rate, rate).compile(options)
             else:
-                programs[shape] = self._of_block.lower(state, block, number, rate).compile(options)
+                programs[shape] = self._of_block.lower(state, block, number, rate, rate).compile(options)
         self._compiled |= programs
         platform = mesh.devices.flat[0].platform
         return max(saving_bytes(state) + held, *(_bytes_needed(p, held, platform) for p in programs.values()))
@@ -127,8 +136,12 @@ class Steps:
 
     def update(self, state: TrainState, blocks: list[Batch], rate: jax.Array, mesh: Mesh):
         """Return the state after an update by these blocks, and each block's outputs; the given state is donated.
-        Outputs are "loss", the weighted sum, and "losses", its parts by token [B, T]; the last has "grad_norm" too."""
+        Outputs are "loss", the weighted sum, and "losses", its parts by token [B, T]. The last block's have "grad_norm"
+        and "skipped" too."""
         outputs = []
+        if self._no_loss is None:  # placed once: a transfer waits for the programs dispatched before it
+            self._no_loss = sharding.put_scalar(mesh, np.float32(0))
+        loss = self._no_loss
         with jax.set_mesh(mesh):
             for i, batch in enumerate(blocks):
                 program = self._compiled[batch.input_ids.shape]
@@ -136,14 +149,14 @@ class Steps:
                 if self._summing:
                     if self._sums is None:
                         self._sums = self._zeros(state)
-                    self._sums, out = program(self._sums, state, batch, number)
+                    self._sums, loss, out = program(self._sums, state, batch, number, loss)
                 else:
-                    state, out = program(state, batch, number, rate)
+                    state, loss, out = program(state, batch, number, loss, rate)
                 outputs.append(out)
                 sharding.keep_pace(outputs)
             if self._summing:
-                state, self._sums, norm = self._compiled["apply"](state, self._sums, rate)
-                outputs[-1]["grad_norm"] = norm
+                state, self._sums, decided = self._compiled["apply"](state, self._sums, loss, rate)
+                outputs[-1] |= decided
         return state, outputs
 
 
