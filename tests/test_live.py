@@ -23,6 +23,7 @@ from tiny import (
     CONFIG,
     SISTERS,
     drawn_cases,
+    make_arrays,
     make_records,
     run,
     slow_unless,
@@ -234,6 +235,32 @@ def same_value(key: str, actual: Any, expected: Any, compat: str, where: str) ->
     bounds = {"loss": 1e-5, "eval_loss": 1e-5, "train_loss": 1e-5, "best_metric": 1e-5, "grad_norm": 1e-4}
     digit = 1e-4 * (1 + 1e-9) if compat == "4.37" and key == "loss" else 1e-19
     np.testing.assert_allclose(actual, expected, rtol=bounds.get(key, 1e-12), atol=digit, err_msg=where)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+def test_a_nan_is_trained_on(compat: str, bench: Bench) -> None:
+    """A record with a token whose embedding is NaN: under `continue`, every line and count is the Trainer's, whose
+    losses are 0.0 from there on."""
+    arrays, records = make_arrays(CONFIG), records_of(10, masked=())
+    arrays["model.embed_tokens.weight"][5] = np.nan
+    for i, record in enumerate(records):
+        ids = [5 if i == 3 and at == 0 else x + (x == 5) for at, x in enumerate(record["input_ids"])]
+        records[i] = {"input_ids": ids, "labels": [x + (x == 5) for x in record["labels"]]}
+    with tempfile.TemporaryDirectory(dir=bench.folder) as directory:
+        folder = Path(directory)
+        model, data = write_model(folder / "model", arrays=arrays), write_json(folder / "data.json", records)
+        argv = spelled(compat, {"per_device_train_batch_size": 1, "num_train_epochs": 2, "seed": 1, "logging_steps": 2})
+        spec = {"argv": argv, "model": str(model), "data": str(data), "output_dir": str(folder / "hf")}
+        hf, out = bench.servers[compat].train(spec), folder / "ours"
+        assert "error" not in hf, hf
+        flags = ["--on_nonfinite", "continue", "--allow_nonfinite", "--use_cpu", "True", "--hf_compat", compat]
+        given = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(out)]
+        ours = train_ours([*given, *flags, *argv], out)
+    bad = next(k for k, examples in enumerate(hf["order"]) if examples == [[3]])
+    assert 1 <= bad < 10 and np.isfinite(ours.losses[:bad]).all()
+    assert np.isnan(ours.grad_norms[bad:]).all() and np.isnan(hf["grad_norms"][bad:]).all()
+    same_log(ours, hf, compat)
+    assert [e["loss"] for e in ours.state["log_history"] if "loss" in e][-1] == 0.0
 
 
 # -- Drawn ------------------------------------------------------------------------------------------------------------
