@@ -15,6 +15,18 @@ LENGTH = 100  # updates: the weight of a loss falls by the factor 1 - 1 / LENGTH
 LEAST = 20  # losses in the window before a loss can be a spike
 
 
+class Decision(NamedTuple):
+    """Hold a guard's verdict: whether the update is made, None where every update is, and the state to go on with.
+
+    `skipped` is false before the last block of an update.
+    """
+
+    made: jax.Array | None
+    skipped: jax.Array
+    opt_state: Any
+    losses: LossWindow | None
+
+
 class Guard(NamedTuple):
     """Skip updates: with `nonfinite` where loss or gradient norm is NaN or Inf, with `sigma` at spikes of the loss.
 
@@ -24,38 +36,36 @@ class Guard(NamedTuple):
     nonfinite: bool = True
     sigma: float | None = None
 
-    def __call__(
-        self, after: TrainState, before: TrainState, loss: jax.Array, norm: jax.Array
-    ) -> tuple[TrainState, jax.Array]:
-        """Return the state to go on with, and whether the update is skipped.
+    def __call__(self, opt_state: Any, before: TrainState, loss: jax.Array, norm: jax.Array) -> Decision:
+        """Decide on an update after which the optimizer's state would be `opt_state`.
 
         A skipped update counts as done and leaves every other bit of the state as before. `loss` is the sum over the
-        blocks so far; before the last block of `optax.MultiSteps`, only the sum of gradients changes. The selection is
-        part of the optimizer's own pass over the state, where a branch would copy it.
+        blocks so far; before the last block of `optax.MultiSteps`, only the sum of gradients changes. Selections are
+        part of the optimizer's own pass over the state; a branch would wait for the host on a GPU.
         """
         if not self.nonfinite and self.sigma is None:
-            return after, jnp.zeros((), bool)
-        multi_steps = isinstance(after.opt_state, optax.MultiStepsState)
-        last = after.opt_state.mini_step == 0 if multi_steps else jnp.ones((), bool)
+            return Decision(None, jnp.zeros((), bool), opt_state, before.losses)
+        multi_steps = isinstance(opt_state, optax.MultiStepsState)
+        last = opt_state.mini_step == 0 if multi_steps else jnp.ones((), bool)
         finite, losses = jnp.isfinite(loss) & jnp.isfinite(norm), before.losses
         bad = ~finite if self.nonfinite else jnp.zeros((), bool)
         if self.sigma is not None:
             assert losses is not None
             bad |= _is_spike(losses, loss, self.sigma)
-            losses = _select(last & finite & ~bad, _followed_by(losses, loss), losses)
-        made, opt_state = last & ~bad, after.opt_state
+            losses = select(last & finite & ~bad, _followed_by(losses, loss), losses)
+        made = last & ~bad
         if multi_steps:  # optax multiplies by 0, which keeps a NaN
             zeros = jax.tree.map(jnp.zeros_like, opt_state.acc_grads)
-            inner = _select(made, opt_state.inner_opt_state, before.opt_state.inner_opt_state)
-            sums = _select(last, zeros, opt_state.acc_grads)
+            inner = select(made, opt_state.inner_opt_state, before.opt_state.inner_opt_state)
+            sums = select(last, zeros, opt_state.acc_grads)
             opt_state = opt_state._replace(inner_opt_state=inner, acc_grads=sums)
         else:
-            opt_state = _select(made, opt_state, before.opt_state)
-        trainable, lower = _select(made, (after.trainable, after.lower), (before.trainable, before.lower))
-        return TrainState(after.step, trainable, after.frozen, opt_state, lower, losses), last & bad
+            opt_state = select(made, opt_state, before.opt_state)
+        return Decision(made, last & bad, opt_state, losses)
 
 
-def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
+def select(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """Return one of two trees of arrays."""
     return jax.tree.map(lambda a, b: jax.lax.select(condition, a, b), yes, no)
 
 

@@ -17,7 +17,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import compiler_options
 from llama_jax.model.definition import Definition, merge
 from llama_jax.model.roles import Params, is_stacked
-from llama_jax.training.guard import Guard
+from llama_jax.training.guard import Guard, select
 from llama_jax.training.halves import halve, join
 from llama_jax.training.loss import weighted_cross_entropy
 from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
@@ -77,12 +77,13 @@ class Steps:
             params = join(state.trainable, state.lower)
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
             updates, opt_state = tx.update(grads, state.opt_state, params, learning_rate=learning_rate)
-            trainable, lower = halve(optax.apply_updates(params, updates), definition.halved)
             multi_steps = isinstance(opt_state, optax.MultiStepsState)
             done = opt_state.gradient_step if multi_steps else state.step + 1
             norm = optax.tree_utils.tree_get(opt_state, "grad_norm")
-            after = TrainState(done, trainable, state.frozen, opt_state, lower, state.losses)
-            after, skipped = guard(after, state, loss, norm)
+            made, skipped, opt_state, losses = guard(opt_state, state, loss, norm)
+            whole = optax.apply_updates(params, updates)
+            trainable, lower = halve(whole if made is None else select(made, whole, params), definition.halved)
+            after = TrainState(done, trainable, state.frozen, opt_state, lower, losses)
             return after, {"grad_norm": norm, "skipped": skipped}
 
         def update(
