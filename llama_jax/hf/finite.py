@@ -22,7 +22,8 @@ Table = Mapping[str, tuple[Path, tuple[int, ...]]]
 def is_finite(x: np.ndarray) -> bool:
     """Return whether a host array of any floating type has neither NaN nor Inf.
 
-    The bits are compared as integers, whose maxima are vectorized: NaN and Inf are the largest of either sign. This takes 0.15 s a GB on a core.
+    The bits are compared as integers, whose maxima are vectorized: NaN and Inf are the largest of either sign.
+    This takes 0.15 s a GB on a core.
     """
     bits = x.reshape(-1).view(f"u{x.itemsize}")
     plus, minus = (np.asarray(sign * np.inf, x.dtype).view(f"u{x.itemsize}") for sign in (1, -1))
