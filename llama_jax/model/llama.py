@@ -8,7 +8,7 @@ padded so that the mesh divides them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -376,6 +376,13 @@ _in_order.defvjp(
 
 
 def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None):
+    return _block_function(graphdef, remat)(params, x, tokens, cache)
+
+
+@lru_cache
+def _block_function(graphdef, remat: str) -> Any:
+    """Return a layer as a function, the same for layers of equal definition: jax traces it once, forward and back."""
+
     def run(params, x, tokens, cache):
         y, cache = nnx.merge(graphdef, params)(x, tokens, cache)
         return y.astype(x.dtype), cache
@@ -386,7 +393,7 @@ def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache |
     elif kept is not None:
         named = jax.checkpoint_policies.save_only_these_names(*kept)
         run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel))
-    return run(params, x, tokens, cache)
+    return jax.jit(run)
 
 
 def _stack(blocks: list[Block]) -> Block:
