@@ -255,11 +255,16 @@ class Planner:
         return gathered + whole_head * head + dequantized + summed
 
     def choose(
-        self, limit: int | None, report: Callable[[str], None] = lambda line: None, remember: bool = True
+        self,
+        limit: int | None,
+        report: Callable[[str], None] = lambda line: None,
+        remember: bool = True,
+        smaller: bool = False,
     ) -> tuple[Plan, float]:
         """Return the first option that fits `limit` bytes a device (None: the first), or the last, and the bytes that
-        it needs. Its largest block's program is compiled; bytes are infinite where the compiler refuses it. With
-        `remember`, a fit is stored for the next such run: pass False where the compiler's effort is not the run's."""
+        it needs. Its largest block's program is compiled, and with `smaller` the others at the same time, as the first
+        option mostly fits; bytes are infinite where the compiler refuses the largest. With `remember`, a fit is stored
+        for the next such run: pass False where the compiler's effort is not the run's."""
         options = self.options(limit)
         found_before = self._found_before(limit)
         with contextlib.suppress(OSError, ValueError, TypeError):  # also where the stored option is no longer offered
@@ -267,13 +272,22 @@ class Planner:
         for option in options:
             plan = self.make(option)
             rows, length = plan.largest_block
-            report(f"compiling an update in blocks of {rows:,} x {length:,} tokens, --remat {option.remat}")
-            try:
-                needed: float = plan.compile(plan.largest_block, self.mesh)
-            except JaxRuntimeError as e:
-                if "RESOURCE_EXHAUSTED" not in str(e):
-                    raise
-                needed = math.inf
+            others = [shape for shape in plan.batches.shapes if shape != plan.largest_block] if smaller else []
+            more = f", and {len(others)} smaller block(s)" if others else ""
+            report(f"compiling an update in blocks of {rows:,} x {length:,} tokens, --remat {option.remat}{more}")
+            with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
+                largest, *rest = [pool.submit(plan.compile, shape, self.mesh) for shape in (plan.largest_block, *others)]
+                try:
+                    needed: float = largest.result()
+                except JaxRuntimeError as e:
+                    if "RESOURCE_EXHAUSTED" not in str(e):
+                        raise
+                    needed = math.inf
+                if needed <= (limit or math.inf):
+                    for future in rest:
+                        future.result()
+                for future in rest:
+                    future.cancel()
             if limit is None or needed <= limit:
                 break
         if remember and limit is not None and needed <= limit:
@@ -284,13 +298,8 @@ class Planner:
 
     def settle(self, limit: int | None, report: Callable[[str], None] = lambda line: None) -> Plan:
         """Return the plan that `choose` finds, with all programs compiled. Raises InputError where none fits."""
-        plan, needed = self.choose(limit, report)
+        plan, needed = self.choose(limit, report, smaller=True)
         self._check_room(plan.option, needed, limit)
-        others = [shape for shape in plan.batches.shapes if shape != plan.largest_block]
-        if others:
-            report(f"compiling {len(others)} smaller block(s)")
-        with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda shape: plan.compile(shape, self.mesh), others))
         return plan
 
     def check_room(self, limit: int | None) -> None:

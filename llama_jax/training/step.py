@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import jax
@@ -108,6 +109,7 @@ class Steps:
         self._apply = jax.jit(apply, donate_argnums=(0, 1))
         self._of_block = jax.jit(add if sums else update, donate_argnums=0)
         self._compiled: dict[Any, Any] = {}
+        self._applying = Lock()
 
     def compile(self, state: TrainState, shape: Shape, mesh: Mesh) -> int:
         """Compile the programs of a block of this shape for a state of these types; return the bytes that a device
@@ -122,8 +124,10 @@ class Steps:
                 sums = abstract_saved(state, mesh).params
                 held += sharding.bytes_on_device(sums)
                 programs[shape] = self._of_block.lower(sums, state, block, number, rate).compile(options)
-                if "apply" not in self._compiled:
-                    programs["apply"] = self._apply.lower(state, sums, rate, rate).compile(options)
+                with self._applying:  # blocks are compiled in threads
+                    if "apply" not in self._compiled:
+                        self._compiled["apply"] = self._apply.lower(state, sums, rate, rate).compile(options)
+                programs["apply"] = self._compiled["apply"]
             else:
                 programs[shape] = self._of_block.lower(state, block, number, rate, rate).compile(options)
         self._compiled |= programs
