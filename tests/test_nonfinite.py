@@ -423,7 +423,9 @@ def test_nothing_bad_is_exported(compat: str, tmp_path: Path) -> None:
     last = outcome.err.splitlines()[-1]
     assert "no model is written, since tensor 'model.embed_tokens.weight' holds NaN or Inf" in last
     assert "--allow_nonfinite" in last and sum("trained on" in line for line in outcome.err.splitlines()) == 1
-    assert not [p for p in out.iterdir() if not p.name.startswith(".") and p.suffix in (".json", ".safetensors", ".tmp")]
+    assert not [
+        p for p in out.iterdir() if not p.name.startswith(".") and p.suffix in (".json", ".safetensors", ".tmp")
+    ]
     kept = sorted(int(p.name.removeprefix("checkpoint-")) for p in out.glob("checkpoint-*"))
     assert kept[1:] == [7, 8]
     outcome, again = job.train(max_steps=kept[0], resume_from_checkpoint=out / f"checkpoint-{kept[0]}", **flags)

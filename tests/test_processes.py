@@ -157,7 +157,10 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def assert_same_run(a: Path, b: Path) -> None:
     """The same files; in them the same numbers, but for the order in which the devices' shares are summed. Bounds as in
     test_training.py, derived at test_any_run_is_torchs for this epsilon."""
-    files = [{p.name: p for p in folder.iterdir() if p.name not in ("trainer_state.json", LEDGER)} for folder in (a, b)]
+    files = [
+        {p.name: p for p in folder.iterdir() if p.name not in ("trainer_state.json", "run.log", LEDGER)}
+        for folder in (a, b)
+    ]
     assert files[0].keys() == files[1].keys()
     for name, path in files[0].items():
         if path.suffix == ".safetensors":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llama_jax.base.launcher import rank_of
+from llama_jax.base.output import kept_output
 
 LONGEST = 1500  # characters of a line; a file's names and values may be of any length
 FIRST_PRINTS = 5  # seconds: once one process has ended, its launcher ends all, the first too
@@ -62,6 +63,11 @@ def run_command(main: Callable[[list[str]], int]) -> int:
     An InputError becomes one line and exit code 2, a RunError, a full or failing disk one line and 1, Ctrl-C one line
     and 130. Any other exception is a bug and is raised.
     """
+    with kept_output():
+        return _run_command(main)
+
+
+def _run_command(main: Callable[[list[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
     except InputError as e:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from llama_jax.base import output
+
 # SLURM's notices are SIGUSR1 and SIGUSR2 as its user chooses, SIGXCPU is that of a CPU limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 STOPPED = 143  # exit code of a run that a signal stopped, after saving
@@ -91,6 +93,7 @@ class Stopping:
 
     def _end(self, line: str, interrupted: bool) -> None:
         """End the process now: threads of a compile or a save would be waited for otherwise."""
+        output.note(line)
         with contextlib.suppress(OSError):
             os.write(2, f"{line}\n".encode())
         os._exit(INTERRUPTED if interrupted else STOPPED)

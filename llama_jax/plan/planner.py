@@ -276,7 +276,9 @@ class Planner:
             more = f", and {len(others)} smaller block(s)" if others else ""
             report(f"compiling an update in blocks of {rows:,} x {length:,} tokens, --remat {option.remat}{more}")
             with ThreadPoolExecutor(max_workers=min(len(others) + 1, os.cpu_count() or 1)) as pool:
-                largest, *rest = [pool.submit(plan.compile, shape, self.mesh) for shape in (plan.largest_block, *others)]
+                largest, *rest = [
+                    pool.submit(plan.compile, shape, self.mesh) for shape in (plan.largest_block, *others)
+                ]
                 try:
                     needed: float = largest.result()
                 except JaxRuntimeError as e:

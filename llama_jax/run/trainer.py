@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llama_jax.base.bucket import as_path
+from llama_jax.base import output
+from llama_jax.base.bucket import as_path, is_remote
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import make_output_dir
 from llama_jax.base.stopping import STOPPED, Stopping
@@ -113,6 +114,7 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
 
     Raises InputError.
     """
+    output.survive()
     platform, mesh = join(args)
     with owned(args) as output_dir:
         prepared, run, checkpoints, state = begin(args, platform, mesh)
@@ -162,6 +164,17 @@ def owned(args: Arguments) -> Iterator[Path]:
         yield output_dir
 
 
+def keep_log(output_dir: Path) -> None:
+    """Append the output to `run.log` too, except on a bucket, where nothing is appended. Raises InputError."""
+    if is_remote(output_dir) or not processes.is_first():
+        return
+    try:
+        output.keep(output_dir / output.FILE)
+    except OSError as e:
+        advice = "remove it, or choose another --output_dir"
+        raise InputError(f"{e.filename}: the log cannot be written: {e.strerror}; {advice}") from None
+
+
 def begin(args: Arguments, platform: str, mesh: Mesh) -> tuple[Prepared, Run, Checkpoints, TrainState]:
     """Prepare the run, compile its programs and get its first state, from the newest checkpoint that is whole."""
     while True:
@@ -169,6 +182,8 @@ def begin(args: Arguments, platform: str, mesh: Mesh) -> tuple[Prepared, Run, Ch
         limit = processes.least(memory_limit())
         say_header(prepared)
         prepared.planner.check_room(limit)
+        with processes.agreed():
+            keep_log(prepared.output_dir)
         try:
             return prepared, *(restore if prepared.saved else load)(prepared, limit)
         except Damaged as e:
