@@ -238,22 +238,23 @@ def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool, scores: Sco
     return jax.vmap(row)(q_BTNH, k_BTKH, v_BTKH, segment_ids)
 
 
-def _with_precision(precision: str, f: Any) -> Any:
-    """Trace `f` and its gradient under a matmul precision. Mosaic refuses bfloat16 operands under the "highest" of the
-    process, a setting without effect on bfloat16."""
+def _with_precision(precision: str, kernel: Any) -> Any:
+    """Trace a kernel, a pytree of its tables, and its gradient under a matmul precision. Mosaic refuses bfloat16
+    operands under the "highest" of the process, a setting without effect on bfloat16."""
+    tables, treedef = jax.tree.flatten(kernel)
 
-    @jax.custom_vjp
-    def traced(*args):
+    def call(tables, *args):
         with jax.default_matmul_precision(precision):
-            return f(*args)
+            return treedef.unflatten(tables)(*args)
 
-    def forward(*args):
+    def forward(tables, *args):
         with jax.default_matmul_precision(precision):
-            return jax.vjp(f, *args)
+            return jax.vjp(partial(call, tables), *args)
 
     def backward(pull, d_out):
         with jax.default_matmul_precision(precision):
-            return pull(d_out)
+            return None, *pull(d_out)
 
+    traced = jax.custom_vjp(call)
     traced.defvjp(forward, backward)
-    return traced
+    return partial(traced, tables)  # arguments: a custom gradient must not hold arrays of a trace
