@@ -88,6 +88,11 @@ def test_sister_models(name: str, tmp_path: Path) -> None:
     assert f"model: {sum(math.prod(shape) for shape in hf_shapes(raw).values()):,} parameters" in outcome.out
 
 
+def test_the_kernel_under_determinism(tmp_path: Path) -> None:
+    outcome = dry_run(tmp_path, {**CONFIG, "head_dim": 64}, "--dry_run", "h200:1", "--full_determinism", "True")
+    assert outcome.code == 0 and "attention kernel: xla (cudnn's packed gradient does not run" in outcome.err
+
+
 def test_operations_of_a_window() -> None:
     """Attention counts the keys that a mask shows, but for half of the diagonal."""
     L, width = CONFIG["num_hidden_layers"], CONFIG["hidden_size"]

@@ -43,10 +43,14 @@ XLA = Kernel()
 PLAIN = Scores()
 
 
-def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, dtype: str) -> tuple[str, str]:
+def choose_kernel(
+    wanted: str, platform: str, device_kind: str, head_dim: int, dtype: str, deterministic: bool = False
+) -> tuple[str, str]:
     """Return the kernel for `--attention wanted` ("auto" or a name) and the reason.
 
     `device_kind` is jax's name of the device, `dtype` the matmuls' type. Raises InputError where the kernel cannot run.
+    Under XLA's deterministic operations the packed gradient of cuDNN ends with an IndexError when it runs (jax 0.11.2
+    on an H200, 2026-11-29).
     """
     reasons = dict.fromkeys(KERNELS, "")
     if platform != "gpu":
@@ -55,6 +59,8 @@ def choose_kernel(wanted: str, platform: str, device_kind: str, head_dim: int, d
         reasons["cudnn"] = f"cudnn packs on Hopper and later, this is {device_kind}"
     elif dtype not in ("bfloat16", "float16"):
         reasons["cudnn"] = f"cudnn needs 16-bit matmuls (--bf16 True), these are {dtype}"
+    elif deterministic:
+        reasons["cudnn"] = "cudnn's packed gradient does not run under --full_determinism"
     elif head_dim % 8 or head_dim > 128:
         reasons["cudnn"] = f"cudnn takes head dims that 8 divides, up to 128, this is {head_dim}"
     if platform != "tpu":

@@ -101,7 +101,8 @@ class Planner:
         args, self.device_kind = job.args, mesh.devices.flat[0].device_kind
         compute = jnp.bfloat16 if args.bf16 else None
         kind = "bfloat16" if args.bf16 else dtype
-        self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, job.config.head_dim, kind)
+        head_dim, fixed = job.config.head_dim, args.full_determinism
+        self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, head_dim, kind, fixed)
         self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else "")
         self._row_ways = sharding.row_ways(mesh)
         self._largest_update = math.ceil(_largest_update(job) / self._row_ways)
