@@ -265,6 +265,6 @@ def test_no_kernel_that_fails_under_determinism() -> None:
     """cuDNN's packed gradient ends with an IndexError there, seen on an H200; Splash is deterministic."""
     name, why = choose_kernel("auto", "gpu", H200, 128, "bfloat16", deterministic=True)
     assert name == "xla" and "--full_determinism" in why
-    with pytest.raises(InputError, match="--attention cudnn: .*--full_determinism.*; use auto or xla"):
+    with pytest.raises(InputError, match=r"--attention cudnn: .*--full_determinism.*; use auto or xla"):
         choose_kernel("cudnn", "gpu", H200, 128, "bfloat16", deterministic=True)
     assert choose_kernel("auto", "tpu", V5E, 128, "bfloat16", deterministic=True)[0] == "splash"

@@ -756,8 +756,8 @@ def test_deepspeeds_files(tmp_path: Path) -> None:
         "as stage 3 does",
     ]
     for text, said in (
-        (None, "zero.json: neither a JSON object nor a file that holds it: No such file or directory"),
-        ("{'a': 1}", "zero.json: not valid JSON: Expecting property name"),
+        (None, "zero.json: no such file; give a JSON object, or a file that holds it"),
+        ("{'a': 1}", "zero.json: not valid JSON at line 1, column 2: Expecting property name"),
         ("[1]", "zero.json: should be a JSON object"),
     ):
         if text:

@@ -155,6 +155,10 @@ def with_config(place: Place) -> list[Any]:
     return explained(place, "--config", place / "run.yaml")
 
 
+def with_deepspeed(place: Place) -> list[Any]:
+    return explained(place, "--deepspeed", place / "zero.json")
+
+
 def of_gguf(place: Place) -> list[Any]:
     return converted(place, "model.gguf")
 
@@ -187,6 +191,7 @@ for _kind in (fifo, device, giant, folder, listening):
         "model.gguf": of_gguf,
         "d.json": explained,
         "a/adapter_config.json": merging,
+        "zero.json": with_deepspeed,
     }.items():
         if (_kind, _name) != (folder, "d.json"):  # a folder is a source of data, too
             FILES[f"{_name} {_kind.__name__}"] = in_the_place_of(_name, _kind, _command)

@@ -5,12 +5,13 @@ flag raises InputError with the reason and the fix. A flag with the Trainer's ow
 """
 
 import dataclasses
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_jax.base.errors import InputError
+from llama_jax.base.files import parse_json, read_small
 from llama_jax.training.optimizer_names import OPTIMIZERS as IMPLEMENTED_OPTIMIZERS
 
 BOTH, OLD, NEW, ALPACA, SCRIPTS, HERE = "both", "4.37", "5", "alpaca", "scripts", "here"
@@ -395,13 +396,11 @@ def read_json(name: str, text: str) -> dict[str, Any]:
     """Read the JSON object in a flag, or in the file that the flag names. Raises InputError."""
     where = f"--{name}" if text.startswith("{") else f"--{name} {text}"
     try:
-        if not text.startswith("{"):
-            text = Path(text).expanduser().read_text(encoding="utf-8")
-        value = json.loads(text)
-    except OSError as e:
-        raise InputError(f"{where}: neither a JSON object nor a file that holds it: {e.strerror}") from None
-    except ValueError as e:
-        raise InputError(f"{where}: not valid JSON: {e}") from None
+        data = text.encode() if text.startswith("{") else read_small(Path(os.path.expanduser(text)))
+        value = parse_json(data, where)
+    except InputError as e:
+        given = str(e) if str(e).startswith(where) else f"{where}: {e}"
+        raise InputError(f"{given}; give a JSON object, or a file that holds it") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: should be a JSON object, as {{}}")
     return value
