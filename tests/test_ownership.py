@@ -19,7 +19,7 @@ from tiny import drawn_cases, environment, run
 
 import train_jax
 from llama_jax.base.errors import InputError
-from llama_jax.run.checkpoint import Damaged
+from llama_jax.hf.checkpoint import Damaged
 from llama_jax.run.ownership import LOCK, locked
 from llama_jax.run.resume import SavedRun
 

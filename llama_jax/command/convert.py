@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     if args.to_hf and not source.is_flax:
         raise InputError(f"{source.folder}: --to_hf takes a folder made by this program; this one is HF's already")
     if source.is_flax and not args.to_hf:
-        raise InputError(f"{source.folder}: is a Flax folder already; --to_hf makes an HF folder of it")
+        raise InputError(f"{source.folder}: is in this program's format already; --to_hf makes an HF folder of it")
     folder = as_path(args.output_dir)
     if folder.resolve() in (source.folder.resolve(), as_path(args.model_name_or_path).resolve()):
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
@@ -55,11 +55,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Return the flags of a command line. Raises InputError."""
     parser = Parser(prog="convert_torch_to_flax.py", description=__doc__)
     parser.add_argument(
-        "--model_name_or_path", required=True, help="HF folder, hub name or .gguf file; with --to_hf a Flax folder"
+        "--model_name_or_path",
+        required=True,
+        help="HF folder, hub name or .gguf file; with --to_hf a Flax folder or a run's checkpoint-N",
     )
     parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
     parser.add_argument("--output_dir", required=True, help="folder to write")
-    parser.add_argument("--to_hf", action="store_true", help="write an HF folder from a Flax one")
+    parser.add_argument("--to_hf", action="store_true", help="write an HF folder from a Flax one or a checkpoint")
     parser.add_argument("--merge_adapter", help="write an HF folder that has this PEFT folder's adapter in its weights")
     parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 digests")

@@ -32,11 +32,10 @@ def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def restore_args(abstract: Any) -> ocp.args.PyTreeRestore:
-    """Return orbax's arguments to restore a tree into the types and placements of `abstract`."""
-    return ocp.args.PyTreeRestore(
-        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract, strict=False)
-    )
+def restore_args(abstract: Any, part: bool = False) -> ocp.args.PyTreeRestore:
+    """Return orbax's arguments to restore a tree into the types and placements of `abstract`, perhaps a part of it."""
+    to_abstract = ocp.checkpoint_utils.construct_restore_args(abstract, strict=False)
+    return ocp.args.PyTreeRestore(abstract, restore_args=to_abstract, partial_restore=part)
 
 
 def save_params(folder: Path, params: Any) -> None:

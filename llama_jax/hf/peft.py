@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from llama_jax.base.bucket import is_remote, local_file
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object, refuse_foreign_link, write_text
-from llama_jax.hf import names
+from llama_jax.hf import checkpoint, names
 from llama_jax.hf.finite import checked
 from llama_jax.hf.load import equal, place_arrays
 from llama_jax.hf.names import Path as Place
@@ -445,7 +445,7 @@ def read_adapter(folder: Path, config: LlamaConfig, allow_nonfinite: bool = Fals
 
     An embedding and a head may be there beside these names: PEFT adds them, frozen, to an adapter of a resized
     vocabulary. Raises InputError for missing, unexpected and wrongly shaped tensors, by name. Reading a NaN or Inf
-    raises InputError too, unless `allow_nonfinite`.
+    raises InputError too, unless `allow_nonfinite`. A run's checkpoint of an adapter is read too.
     """
     if is_remote(folder):
         raise InputError(f"{folder}: an adapter is read from a local folder; copy it here")
@@ -456,14 +456,15 @@ def read_adapter(folder: Path, config: LlamaConfig, allow_nonfinite: bool = Fals
     if "peft_type" not in values:
         raise InputError(f"{folder / CONFIG}: key 'peft_type' is missing, so this is not PEFT's; LORA is supported")
     adapter = read_settings(values, config, str(folder / CONFIG))
-    if not (folder / WEIGHTS).exists():
+    is_saved = checkpoint.is_checkpoint(folder)
+    if not is_saved and not (folder / WEIGHTS).exists():
         if (folder / "adapter_model.bin").exists():
             raise InputError(
                 f"{folder}: holds only pickled weights, adapter_model.bin; load the adapter with "
                 f"PeftModel.from_pretrained and save it with save_pretrained, which writes {WEIGHTS}"
             )
         raise InputError(f"{folder}: no {WEIGHTS} in this folder; copy or download it again")
-    tensors = open_safetensors(folder / WEIGHTS)
+    tensors = _saved_tensors(folder, adapter, config) if is_saved else open_safetensors(folder / WEIGHTS)
     tensors = tensors if allow_nonfinite else checked(tensors, str(folder))
     adapter = dataclasses.replace(adapter, vocab_size=_resized(tensors, config, folder))
     config = dataclasses.replace(config, vocab_size=adapter.vocab_size or config.vocab_size)
@@ -489,6 +490,19 @@ def read_adapter(folder: Path, config: LlamaConfig, allow_nonfinite: bool = Fals
             "ensure_weight_tying true"
         )
     return adapter, tensors
+
+
+def _saved_tensors(folder: Path, adapter: Adapter, config: LlamaConfig) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint of a run that trains an adapter. Raises InputError where the run resized the
+    vocabulary: the rows of new tokens are frozen, and so not in the checkpoint."""
+    checkpoint.check_files(folder, folder)
+    rows = checkpoint.read_sealed(folder)["model"]["vocab_size"]
+    if rows != config.vocab_size:
+        raise InputError(
+            f"{folder}: was made with a vocabulary of {rows} rows, and the base model has {config.vocab_size}: the "
+            "checkpoint lacks the new rows; make a PEFT folder of it with the run's flags and --export_only True"
+        )
+    return checkpoint.host_tensors(folder, name_table(adapter.lora, config))
 
 
 def _resized(tensors: Mapping[str, Tensor], config: LlamaConfig, folder: Path) -> int | None:
@@ -526,4 +540,9 @@ def write_adapter(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], adapt
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    write_config(folder, adapter)
+
+
+def write_config(folder: Path, adapter: Adapter) -> None:
+    """Write `adapter_config.json`."""
     write_text(folder / CONFIG, json.dumps(adapter.values, indent=2, sort_keys=True))

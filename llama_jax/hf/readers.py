@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import SMALL_BYTES, check_regular, parse_json, read_json, refuse_foreign_link
 from llama_jax.data.tokenizer import check_tokenizer_files
+from llama_jax.hf.checkpoint import is_checkpoint
 from llama_jax.hf.hub import SMALL
 from llama_jax.hf.names import IGNORED
 from llama_jax.hf.tensor import Index, Tensor
@@ -58,6 +59,10 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
 
 def _elsewhere(folder: Path) -> str:
     """Return where the model of a folder without config.json is, "" where nothing tells."""
+    if is_checkpoint(folder):
+        if (folder / "adapter_config.json").exists():
+            return "; it is a run's checkpoint of an adapter: give the base model, and this folder as its adapter"
+        return "; it is a run's checkpoint of before 2026-11-29, without the model's files: resume the run to save anew"
     if (folder / "adapter_config.json").exists():
         return "; it holds a PEFT adapter: merge it into its base model (merge_and_unload) and save that"
     inside = [p.parent for pattern in ("*", "snapshots/*") for p in sorted(folder.glob(f"{pattern}/config.json"))]

@@ -1,4 +1,4 @@
-"""Open a folder that holds a model: HF's, GGUF, or the Flax folder of the converter."""
+"""Open a folder that holds a model: HF's, GGUF, the Flax folder of the converter, or a checkpoint of a run."""
 
 import hashlib
 import tempfile
@@ -16,7 +16,7 @@ from llama_jax.base.bucket import as_path, is_remote, reaching
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
-from llama_jax.hf import generation
+from llama_jax.hf import checkpoint, generation
 from llama_jax.hf.finite import check_read
 from llama_jax.hf.hub import find_folder
 from llama_jax.hf.load import check_tensors, load_params
@@ -26,8 +26,8 @@ from llama_jax.hf.remote import FLAX_JSON, copy_model
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, pick
 from llama_jax.model.generate import Sampling
-from llama_jax.model.llama import RunOptions, stack_layers
-from llama_jax.model.roles import Params
+from llama_jax.model.llama import RunOptions, stack_layers, unstack_layers
+from llama_jax.model.roles import Params, is_stacked
 from llama_jax.reporting.progress import say
 
 
@@ -44,7 +44,8 @@ def refuse_other_kind(folder: Path, flax: bool) -> None:
 class Source:
     """Open a model: `raw` is its config.json, `config` the architecture. Weights are read by `load`; without `weights`
     the folder may have none. `tokenizer` is a folder that replaces the model's own. Both may be names of the hub.
-    Reading a NaN or Inf raises InputError with the tensor's name, unless `allow_nonfinite`."""
+    Reading a NaN or Inf raises InputError with the tensor's name, unless `allow_nonfinite`. `is_flax` is whether the
+    weights are in this program's own format, of a Flax folder or a run's checkpoint."""
 
     def __init__(
         self,
@@ -56,9 +57,12 @@ class Source:
     ):
         path, self._params = self._find(name, weights, allow_pickle)
         self._tokenizer, self._allow_nonfinite = tokenizer, allow_nonfinite
-        self.is_flax = (path / FLAX_JSON).is_file()
+        self.is_flax = all((path / file).is_file() for file in (FLAX_JSON, "config.json"))
+        self._is_saved = self.is_flax and checkpoint.is_checkpoint(self._params)
         if self.is_flax or (not weights and (path / "config.json").is_file()):
             check_small_files(path)
+            if self._is_saved:
+                checkpoint.check_files(self._params, path)
             self._checkpoint = Checkpoint(path, read_json_object(path / "config.json"), {})
         else:
             self._checkpoint = open_checkpoint(path, allow_pickle)
@@ -148,17 +152,21 @@ class Source:
         if not self.is_flax:
             return load_params(self.tensors, self.config, run, wanted, mesh, progress)
         if run.quantization:
-            raise InputError(
-                f"{self.folder}: is a Flax folder; projections are quantized while an HF folder is read: give the HF "
-                "folder that it was converted from"
-            )
-        self._check_shapes()
-        unstacked = define(self.config, RunOptions(param_dtype=run.param_dtype), mesh).params
-        params = storage.load_params(self._params, unstacked)
+            kind, fix = "a Flax folder", "give the HF folder that it was converted from"
+            if self._is_saved:
+                kind, fix = "a checkpoint", "make an HF folder of it by convert_torch_to_flax.py --to_hf"
+            raise InputError(f"{self.folder}: is {kind}; projections are quantized while an HF folder is read: {fix}")
+        if self._is_saved:
+            params = checkpoint.load_params(self._params, self.config, self.stored_dtype, mesh)
+        else:
+            self._check_shapes()
+            unstacked = define(self.config, RunOptions(param_dtype=run.param_dtype), mesh).params
+            params = storage.load_params(self._params, unstacked)
         if not self._allow_nonfinite:
             check_read(params, name_table(self.config), str(self.folder))
         with jax.set_mesh(mesh):
-            params = stack_layers(params) if run.scan_layers else params
+            if run.scan_layers != is_stacked(params):
+                params = stack_layers(params) if run.scan_layers else unstack_layers(params)
             return jax.tree.map(lambda x, target: x.astype(target.dtype), pick(params, wanted), wanted)
 
     @cached_property

@@ -419,6 +419,17 @@ def stack_layers(params: Params) -> Params:
     return {**params, "layers": jax.tree.unflatten(treedef[0], stacked)}
 
 
+def unstack_layers(params: Params) -> Params:
+    """Return stacked layers as a list of layers, one tensor after another. The input is used up."""
+    leaves, treedef = jax.tree.flatten(params.pop("layers"))
+    layers: list[list[Any]] = [[] for _ in range(len(leaves[0]))]
+    while leaves:
+        leaf = leaves.pop(0)
+        for i, layer in enumerate(layers):
+            layer.append(leaf[i])
+    return {**params, "layers": {i: jax.tree.unflatten(treedef, layer) for i, layer in enumerate(layers)}}
+
+
 def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> Any:
     """Return empty keys and values for `slots` positions of each row."""
     shape = (rows, slots, sharding.padded(config.num_key_value_heads, "tensor"), config.head_dim)

@@ -8,9 +8,11 @@ from typing import Any
 
 from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
+from llama_jax.hf.checkpoint import Damaged
+from llama_jax.hf.remote import FLAX_JSON
 from llama_jax.model.config import LlamaConfig
 from llama_jax.reporting.progress import say
-from llama_jax.run.checkpoint import Damaged, find_foreign, find_steps, number, read_run, set_aside
+from llama_jax.run.checkpoint import find_foreign, find_steps, number, read_run, set_aside
 from llama_jax.run.ownership import Ledger, find_model
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
@@ -209,7 +211,7 @@ def pass_over(args: Arguments, checkpoint: Path, damage: Damaged) -> None:
 
 def _as_model(path: Path) -> str:
     """Return the proposal to start from the weights of an HF Trainer's checkpoint, "" where `path` is no HF model."""
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() or (path / FLAX_JSON).is_file():  # the latter: a part of our own
         return ""
     return f"; it is the HF Trainer's: train on from its weights, with a new optimizer, by --model_name_or_path {path}"
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,16 +18,18 @@ from jax.sharding import Mesh
 from llama_jax.base import output
 from llama_jax.base.bucket import as_path, is_remote
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import make_output_dir
+from llama_jax.base.files import make_output_dir, write_json
 from llama_jax.base.stopping import STOPPED, Stopping
 from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.digest import digest
 from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
 from llama_jax.hf import peft
+from llama_jax.hf.checkpoint import Damaged
 from llama_jax.hf.finite import check_written
 from llama_jax.hf.load import place_arrays, resize_vocabulary
 from llama_jax.hf.names import name_table
+from llama_jax.hf.remote import FLAX_JSON
 from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
 from llama_jax.hf.writer import align_special_tokens, host_arrays, write_config, write_weights
 from llama_jax.model.definition import merge
@@ -38,7 +41,7 @@ from llama_jax.reporting.progress import byte_bar, say, show, silence, update_ba
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 from llama_jax.run.bad_updates import BadUpdates
-from llama_jax.run.checkpoint import Checkpoints, Damaged, find_steps, number, remove_steps, restore_state
+from llama_jax.run.checkpoint import Checkpoints, find_steps, number, remove_steps, restore_state
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.events import Milestones
 from llama_jax.run.ownership import locked, new_identity
@@ -382,6 +385,7 @@ def open_checkpoints(prepared: Prepared) -> Checkpoints:
         prepared.planner.saved,
         first=prepared.resume_step,
         run=known or processes.exchange(new_identity())[0],
+        files=model_files(prepared) if processes.is_first() else {},
     )
 
 
@@ -524,7 +528,7 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype) -> None:
         tensors = list(host_arrays(params, table))
         if processes.is_first():
             peft.write_adapter(output_dir, tensors, job.adapter)
-            export_tokenizer(prepared)
+            write_tokenizer(prepared, output_dir)
         return
     with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, prepared.quiet) as bar:
         write_weights(
@@ -535,21 +539,40 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype) -> None:
             bar.update,
             allow_nonfinite=job.args.allow_nonfinite,
         )
-    if not processes.is_first():
-        return
-    raw, generation = source.raw, source.generation
+    if processes.is_first():
+        write_model_config(prepared, output_dir)
+        write_tokenizer(prepared, output_dir)
+
+
+def write_model_config(prepared: Prepared, folder: Path) -> None:
+    """Write the trained model's `config.json` and `generation_config.json`."""
+    job, raw, generation = prepared.job, prepared.source.raw, prepared.source.generation
     if job.args.hf_compat == "5" and (tokenizer := job.tokenizer or copied_tokenizer(prepared.tokenizer_folder)):
         raw, generation = align_special_tokens(raw, generation, tokenizer)
-    write_config(output_dir, raw, generation, job.config, dtype)
-    export_tokenizer(prepared)
+    write_config(folder, raw, generation, job.config, np.dtype(prepared.planner.run.param_dtype))
 
 
-def export_tokenizer(prepared: Prepared) -> None:
+def write_tokenizer(prepared: Prepared, folder: Path) -> None:
     """Write the job's tokenizer, or the files of the tokenizer's folder."""
     if prepared.job.tokenizer is not None:
-        prepared.job.tokenizer.save(prepared.output_dir)
+        prepared.job.tokenizer.save(folder)
     else:
-        copy_tokenizer(prepared.tokenizer_folder, prepared.output_dir)
+        copy_tokenizer(prepared.tokenizer_folder, folder)
+
+
+def model_files(prepared: Prepared) -> dict[str, bytes]:
+    """Return the small files of the model or adapter to export, by name: a checkpoint with them is a model too."""
+    with tempfile.TemporaryDirectory(prefix="llama_jax-") as name:
+        folder = Path(name)
+        if prepared.job.adapter is not None:
+            peft.write_config(folder, prepared.job.adapter)
+        else:
+            write_model_config(prepared, folder)
+            dtype = np.dtype(prepared.planner.run.param_dtype).name
+            write_json(folder / FLAX_JSON, {"stored_dtype": dtype, "dtype": dtype, "dtypes": {}})
+        write_tokenizer(prepared, folder)
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def copied_tokenizer(folder: Path | None) -> Tokenizer | None:
