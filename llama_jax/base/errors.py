@@ -80,21 +80,24 @@ def _run_command(main: Callable[[list[str]], int]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except FailedAlone as e:
-        assert e.__cause__ is not None
-        problem = _disk_problem(e.__cause__)
-        print(f"error: {problem}" if problem else "".join(traceback.format_exception(e.__cause__)), file=sys.stderr)
+        cause: BaseException = e
+        while isinstance(cause, FailedAlone):
+            assert cause.__cause__ is not None
+            cause = cause.__cause__
+        problem = str(cause) if isinstance(cause, InputError) else disk_problem(cause)
+        print(f"error: {problem}" if problem else "".join(traceback.format_exception(cause)), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
     except Exception as e:
-        if not (problem := _disk_problem(e)):
+        if not (problem := disk_problem(e)):
             raise
         print(f"error: {problem}", file=sys.stderr)
         warnings.simplefilter("ignore")  # orbax warns of the writes that did not begin
         return 1
 
 
-def _disk_problem(e: BaseException) -> str | None:
+def disk_problem(e: BaseException) -> str | None:
     """Return a line for an error of the disk, else None. safetensors and tensorstore give its number in their text."""
     number, file = (e.errno, e.filename) if isinstance(e, OSError) else (None, None)
     if found := re.search(r"\(os error (\d+)\)|os_error_code='(\d+)'", str(e)):

@@ -24,4 +24,6 @@ def run(args: Arguments, stopping: Stopping, started: float) -> int:
     from llama_jax.run import trainer
 
     with processes.failing_alone():
-        return trainer.print_explanation(args) if args.explain else trainer.train(args, stopping, started)
+        if args.explain:
+            return trainer.print_explanation(args)
+        return trainer.export_only(args, stopping) if args.export_only else trainer.train(args, stopping, started)

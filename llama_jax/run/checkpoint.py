@@ -1,9 +1,10 @@
 """Save and restore the `checkpoint-N` folders of a run, by orbax."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llama_jax.base.bucket import absolute, is_remote, remove_tree
+from llama_jax.base.errors import FailedAlone, InputError, RunError, disk_problem
 from llama_jax.distributed.digest import sums
 from llama_jax.distributed.storage import handler
 from llama_jax.hf.checkpoint import FORMAT, is_checkpoint, is_large, read_sealed, restore, restoring, seal
@@ -139,7 +141,7 @@ class Checkpoints:
         self._files = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         handlers = {"state": handler(abstract, self._piecewise), "run": _BesideModel(files)}
         self._manager = ocp.CheckpointManager(absolute(output_dir), options=options, item_handlers=handlers)
-        self._saving = False
+        self._saving = self._writing = False
         self._past = [step for step in self._manager.all_steps() if step > first]
 
     def save(
@@ -160,10 +162,19 @@ class Checkpoints:
         run = json.loads(json.dumps({**run, **more}))
         saved = _BesideModelArgs({**run, "seal": seal(run)})
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=saved)
-        self._manager.save(step, args=args, force=True)
+        self.wait()  # orbax would, and raise the last write's exception as this one's
+        self._step, self._writing = step, True
+        with self._reporting():
+            self._manager.save(step, args=args, force=True)
         if self._piecewise:
             self.wait()
         self._saving = False
+
+    def check(self) -> None:
+        """Raise RunError where a write in the background has failed. Meant for each update: returns at once."""
+        if self._writing and not self._manager.is_saving_in_progress():
+            self.wait()
+            self._writing = False
 
     @property
     def saving(self) -> bool:
@@ -183,8 +194,25 @@ class Checkpoints:
             self._manager.delete(step)
 
     def wait(self) -> None:
-        """Block until every checkpoint is on disk. Raises the exceptions of the writes."""
-        self._manager.wait_until_finished()
+        """Block until every checkpoint is on disk. Raises RunError where a write has failed."""
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Turn an exception of a write into a RunError that names the checkpoint to go on from."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as e:
+            reason = disk_problem(e) or f"writing failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+            steps = find_steps(self._folder)
+            on = f"go on from checkpoint-{steps[-1]} with --resume_from_checkpoint True" if steps else "start anew"
+            error = RunError(f"{reason}; checkpoint-{self._step} is not saved: repair the disk or make room, and {on}")
+            if jax.process_count() > 1:
+                raise FailedAlone from error
+            raise error from None
 
     def close(self) -> None:
         """Close the orbax manager."""

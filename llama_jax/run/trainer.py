@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import sys
 import tempfile
 import time
@@ -17,22 +18,23 @@ from jax.sharding import Mesh
 
 from llama_jax.base import output
 from llama_jax.base.bucket import as_path, is_remote
-from llama_jax.base.errors import InputError
-from llama_jax.base.files import make_output_dir, write_json
+from llama_jax.base.errors import FailedAlone, InputError, RunError, disk_problem
+from llama_jax.base.files import make_output_dir, read_json_object, write_json
 from llama_jax.base.stopping import STOPPED, Stopping
 from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.digest import digest
 from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
+from llama_jax.distributed.storage import tree_bytes
 from llama_jax.hf import peft
-from llama_jax.hf.checkpoint import Damaged
+from llama_jax.hf.checkpoint import Damaged, restore_params
 from llama_jax.hf.finite import check_written
 from llama_jax.hf.load import place_arrays, resize_vocabulary
 from llama_jax.hf.names import name_table
 from llama_jax.hf.remote import FLAX_JSON
 from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
 from llama_jax.hf.writer import align_special_tokens, host_arrays, write_config, write_weights
-from llama_jax.model.definition import merge
+from llama_jax.model.definition import merge, only
 from llama_jax.model.lora import magnitudes
 from llama_jax.model.roles import Params
 from llama_jax.plan import explain
@@ -41,7 +43,8 @@ from llama_jax.reporting.progress import byte_bar, say, show, silence, update_ba
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 from llama_jax.run.bad_updates import BadUpdates
-from llama_jax.run.checkpoint import Checkpoints, find_steps, number, remove_steps, restore_state
+from llama_jax.run.checkpoint import Checkpoints, find_steps, number, read_run, remove_steps, restore_state
+from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.events import Milestones
 from llama_jax.run.ownership import locked, new_identity
@@ -139,17 +142,60 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
         params, frozen, best = state.whole_params, state.frozen, run.log.best_step
         if best and args.load_best_model_at_end and best != job.order.updates:
             del state, params  # frees the devices' memory for the restored state
-            params = merge(read_best(run, best), frozen)
+            params = merge(read_best(prepared, run.log, output_dir), frozen)
         if best and args.save_total_limit == 1:
             checkpoints.keep_only(best)
         checkpoints.close()
-        export(prepared, params, np.dtype(run.plan.run.param_dtype))
-        if processes.is_first():
-            run.log.save(output_dir)
+        with explaining(prepared, job.order.updates):
+            export(prepared, params)
+            if processes.is_first():
+                run.log.save(output_dir)
         processes.exchange("exported")
-        kind = "PEFT" if job.adapter else "Hugging Face"
-        say(f"done: the trained {'adapter' if job.adapter else 'model'} is in {output_dir} (a {kind} folder)")
+        say_done(prepared)
         return 0
+
+
+def export_only(args: Arguments, stopping: Stopping) -> int:
+    """Export the model of a checkpoint, by default the newest, without training; return the exit code.
+
+    Raises InputError.
+    """
+    platform, mesh = join(args)
+    with owned(args) as output_dir:
+        prepared, (log, params) = from_newest(args, platform, mesh, saved_model)
+        stopping.hold(lambda: True)
+        with explaining(prepared, prepared.resume_step):
+            export(prepared, params)
+            if processes.is_first() and saved_step(output_dir) != prepared.resume_step:  # else it has the summary too
+                log.save(output_dir)
+        processes.exchange("exported")
+        say_done(prepared)
+        return 0
+
+
+def saved_model(prepared: Prepared) -> tuple[TrainerState, Params]:
+    """Read the log and the parameters to export of a checkpoint. Raises InputError."""
+    args, job, definition = prepared.args, prepared.job, prepared.planner.definition
+    saved, checkpoint = prepared.saved, prepared.resume_from
+    assert saved is not None and checkpoint is not None
+    log = make_log(args, job)
+    log.resume(saved.trainer_state, checkpoint.parent)
+    if log.best_step and args.load_best_model_at_end and log.best_step != prepared.resume_step:
+        params = read_best(prepared, log, checkpoint.parent)
+    else:
+        say(f"exporting {checkpoint}, of {job.order.updates:,} updates")
+        params = restore_params(checkpoint, prepared.planner.saved.params, read_run(checkpoint))
+    if job.adapter is not None and job.config.vocab_size != prepared.source.config.vocab_size:
+        vocabulary = only(definition.frozen, {("embed_tokens", "weight"), ("lm_head", "weight")})
+        params = merge(params, read_weights(prepared, like=vocabulary) if vocabulary else {})
+    return log, params
+
+
+def saved_step(folder: Path) -> int | None:
+    """Return the number of updates in a folder's trainer_state.json, None without a readable file."""
+    with contextlib.suppress(InputError):
+        return read_json_object(folder / "trainer_state.json").get("global_step")
+    return None
 
 
 @contextlib.contextmanager
@@ -180,28 +226,38 @@ def keep_log(output_dir: Path) -> None:
 
 def begin(args: Arguments, platform: str, mesh: Mesh) -> tuple[Prepared, Run, Checkpoints, TrainState]:
     """Prepare the run, compile its programs and get its first state, from the newest checkpoint that is whole."""
-    while True:
-        prepared = prepare(args, platform, mesh)
+
+    def start(prepared: Prepared) -> tuple[Run, Checkpoints, TrainState]:
         limit = processes.least(memory_limit())
-        say_header(prepared)
         prepared.planner.check_room(limit)
+        check_disk(prepared)
         with processes.agreed():
             keep_log(prepared.output_dir)
+        return (restore if prepared.saved else load)(prepared, limit)
+
+    prepared, started = from_newest(args, platform, mesh, start)
+    return prepared, *started
+
+
+def from_newest(args: Arguments, platform: str, mesh: Mesh, read: Callable[[Prepared], T]) -> tuple[Prepared, T]:
+    """Prepare the run and return the result of `read`, which gets the newest checkpoint that is whole."""
+    while True:
+        prepared = prepare(args, platform, mesh)
+        say_header(prepared)
         try:
-            return prepared, *(restore if prepared.saved else load)(prepared, limit)
+            return prepared, read(prepared)
         except Damaged as e:
             with processes.agreed():
                 if processes.is_first() and prepared.resume_from:
                     pass_over(args, prepared.resume_from, e)
 
 
-def read_best(run: Run, best: int) -> Params:
-    """Read the trained parameters of the best checkpoint. Raises InputError."""
-    args, output_dir = run.prepared.args, run.prepared.output_dir
-    metric = f"{args.best_metric_key} {run.log.values['best_metric']:.6g}"
-    say(f"the exported model is the best one, checkpoint-{best}: {metric}")
+def read_best(prepared: Prepared, log: TrainerState, folder: Path) -> Params:
+    """Read the trained parameters of the best checkpoint in a folder. Raises InputError."""
+    checkpoint, metric = folder / f"checkpoint-{log.best_step}", log.values["best_metric"]
+    say(f"the exported model is the best one, {checkpoint.name}: {prepared.args.best_metric_key} {metric:.6g}")
     try:
-        return restore_state(output_dir / f"checkpoint-{best}", run.prepared.planner.saved).params
+        return restore_params(checkpoint, prepared.planner.saved.params, read_run(checkpoint))
     except Damaged as e:
         instead = "--resume_from_checkpoint True --load_best_model_at_end False"
         raise InputError(f"{e}; export the last state in its place: {instead}") from None
@@ -368,6 +424,34 @@ def compile_while(read: Callable[[], T], planner: Planner, limit: int | None) ->
     return plan, result
 
 
+def check_disk(prepared: Prepared) -> None:
+    """Compare the bytes that the run writes with the room in the output folder. All processes raise the same
+    InputError."""
+    args, job, output_dir, first = prepared.args, prepared.job, prepared.output_dir, prepared.resume_step
+    with processes.agreed():
+        if not processes.is_first() or is_remote(output_dir):
+            return
+        steps = find_steps(output_dir)
+        kept = [step for step in steps if step <= first] if prepared.goes_on else []
+        saves = job.steps(job.eval_at if args.save_strategy == "best" else job.save_at)
+        if job.adapter is None:
+            export = job.config.num_parameters * np.dtype(prepared.planner.run.param_dtype).itemsize
+        else:
+            export = tree_bytes(prepared.planner.saved.params)
+        warning = check_space(
+            output_dir,
+            free=shutil.disk_usage(output_dir).free
+            + sum(folder_bytes(output_dir / f"checkpoint-{step}") for step in {*steps} - {*kept}),  # they are removed
+            checkpoint=tree_bytes(prepared.planner.saved),
+            export=export,
+            saves=sum(step > first for step in saves),
+            kept=len(kept),
+            limit=args.save_total_limit,
+        )
+        if warning:
+            say(f"warning: {warning}")
+
+
 def remove_earlier(output_dir: Path) -> None:
     """Remove the checkpoints of an earlier run, as --overwrite_output_dir asks."""
     if processes.is_first() and (steps := find_steps(output_dir)):
@@ -397,7 +481,12 @@ def make_run(prepared: Prepared, plan: Plan) -> Run:
     say(f"examples are packed: at most {most} block(s) an update, of {shapes} tokens; --remat {plan.run.remat}")
     loss_step = make_loss_step(plan.definition.graphdef, job.config.vocab_size, args.label_smoothing_factor)
     evaluation = make_evaluation(prepared, loss_step, plan.option.max_tokens)
-    log = TrainerState(
+    return Run(prepared=prepared, plan=plan, loss_step=loss_step, evaluation=evaluation, log=make_log(args, job))
+
+
+def make_log(args: Arguments, job: Job) -> TrainerState:
+    """Return the log of a run without entries."""
+    return TrainerState(
         args.hf_compat,
         max_steps=job.order.updates,
         num_train_epochs=job.num_train_epochs,
@@ -407,7 +496,6 @@ def make_run(prepared: Prepared, plan: Plan) -> Run:
         save_steps=args.every("save", job.order.updates),
         greater_is_better=bool(args.greater_is_better),
     )
-    return Run(prepared=prepared, plan=plan, loss_step=loss_step, evaluation=evaluation, log=log)
 
 
 def make_evaluation(prepared: Prepared, loss_step: LossStep, max_tokens: int) -> Evaluation | None:
@@ -467,6 +555,7 @@ def make_updates(
         def on_update(metrics: UpdateMetrics) -> None:
             if metrics.step == first + 1:
                 say(f"first update done {time.monotonic() - started:.1f} s after the start")
+            checkpoints.check()
             run_log.on_update(metrics)
             bad.on_update(metrics)
 
@@ -513,11 +602,13 @@ def steps_to_log(job: Job) -> Callable[[int], bool]:
 # -- Export -----------------------------------------------------------------------------------------------------------
 
 
-def export(prepared: Prepared, params: Params, dtype: np.dtype) -> None:
-    """Write the HF folder: weights in `dtype`, config, and the job's tokenizer, or the files of the tokenizer's folder.
+def export(prepared: Prepared, params: Params) -> None:
+    """Write the HF folder: weights in the parameters' type, config, and the job's tokenizer, or the files of the
+    tokenizer's folder.
 
     Of a run that trains an adapter, write PEFT's folder."""
     job, source, output_dir = prepared.job, prepared.source, prepared.output_dir
+    dtype = np.dtype(prepared.planner.run.param_dtype)
     if job.adapter is not None:
         lora = job.adapter.lora
         if job.config.vocab_size != source.config.vocab_size:  # as PEFT: a base that is loaded again lacks the rows
@@ -542,6 +633,33 @@ def export(prepared: Prepared, params: Params, dtype: np.dtype) -> None:
     if processes.is_first():
         write_model_config(prepared, output_dir)
         write_tokenizer(prepared, output_dir)
+
+
+@contextlib.contextmanager
+def explaining(prepared: Prepared, step: int) -> Iterator[None]:
+    """Turn an error of the disk while update `step` is exported into a RunError that names the way to go on."""
+    try:
+        yield
+    except Exception as e:
+        problem = disk_problem(e)
+        if isinstance(e, OSError) and not problem:
+            problem = f"writing failed: {e.strerror}: {e.filename}"
+        if not problem:
+            raise
+        steps = find_steps(prepared.output_dir)
+        if step in steps:
+            on = f"checkpoint-{step} holds the trained state: make room, and repeat the command with --export_only True"
+        elif steps:
+            on = (
+                f"make room, and go on from checkpoint-{steps[-1]} with --resume_from_checkpoint True, or export it as "
+                "it is with --export_only True"
+            )
+        else:
+            on = "no checkpoint is saved: make room, and start anew"
+        error = RunError(f"the export failed: {problem}; {on}")
+        if jax.process_count() > 1:
+            raise FailedAlone from error
+        raise error from None
 
 
 def write_model_config(prepared: Prepared, folder: Path) -> None:
@@ -617,6 +735,12 @@ def end_warnings(source: Source, job: Job) -> list[str]:
         f"tokenizer's {job.tokenizer.eos_token!r} ({eos}), so that programs that read these files will not stop; add "
         f"{eos} to eos_token_id there, or give --hf_compat 5, which does"
     ]
+
+
+def say_done(prepared: Prepared) -> None:
+    """Report the exported folder."""
+    what, kind = ("adapter", "PEFT") if prepared.job.adapter else ("model", "Hugging Face")
+    say(f"done: the trained {what} is in {prepared.output_dir} (a {kind} folder)")
 
 
 def say_speed(run_log: RunLog) -> None:

@@ -73,8 +73,8 @@ class Arguments:
 
     model_name_or_path: str = _flag(
         "",
-        "HF folder, hub name (org/model), .gguf file or Flax folder (required); a named model is read from the hub's "
-        "cache, or downloaded into it; convert_torch_to_flax.py makes Flax folders",
+        "HF folder, hub name (org/model), .gguf file, Flax folder or checkpoint-N (required); a named model is read from "
+        "the hub's cache, or downloaded into it; convert_torch_to_flax.py makes Flax folders",
     )
     tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer than the model's own")
     data_path: list[str] | None = _flag(  # noqa: RUF009 - makes a field
@@ -221,9 +221,10 @@ class Arguments:
     resume_from_checkpoint: str | None = _flag(
         None, "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's"
     )
+    export_only: bool = _flag(False, "export the last checkpoint, without training")
     eval_strategy: str = _flag("no", "when to evaluate: no, steps or epoch", **_STRATEGIES)
     eval_data_path: list[str] | None = _flag(  # noqa: RUF009 - makes a field
-        None, "evaluation data; named as for --data_path, DATA:validation for a split"
+        None, "evaluation data; as for --data_path, DATA:validation for a split"
     )
     validation_split_percentage: float = _flag(0, "percentage of data_path to hold out for evaluation")
     eval_steps: float | None = _flag(
@@ -303,6 +304,8 @@ class Arguments:
         for name in _DATA:
             if given := getattr(self, name):
                 setattr(self, name, _data_names([given] if isinstance(given, str) else given))
+        if self.export_only and not self.resume_from_checkpoint:
+            self.resume_from_checkpoint = "True"
         if self.gradient_checkpointing and self.remat == "auto":
             self.remat = "full"
         if self.eval_strategy == "steps" and not self.eval_steps:
