@@ -1,18 +1,36 @@
 """What is on the disk is what was saved, or it is said; and what lies beside it does no harm."""
 
+import collections
+import contextlib
+import errno
+import json
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
+from test_adapters import tensors, trained
 from test_training import Job, assert_same_run, checkpoints
-from tiny import run, slow_unless, write_json
+from tiny import ALPACA, run, slow_unless, write_json, write_model, write_tokenizer
 
+import convert_torch_to_flax
+import llama_jax.hf.peft
+import llama_jax.hf.writer
+import llama_jax.run.checkpoint
 import train_jax
+from llama_jax.base.errors import InputError
+from llama_jax.command import generate
 from llama_jax.distributed.digest import sums
+from llama_jax.reporting.run_log import RunLog, UpdateMetrics
+from llama_jax.run.checkpoint import find_steps
+from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.ownership import LEDGER, Ledger
 
 TYPES = (np.float32, jnp.bfloat16, np.int16, np.int32)
@@ -147,3 +165,358 @@ def test_the_trainers_checkpoint(flags: dict, job: Job) -> None:
     assert outcome.code == 2 and outcome.compiled == 0, outcome.err
     assert f"{folder}: is not a checkpoint of this program" in outcome.err
     assert (folder / "trainer_state.json").exists()
+
+
+# -- A checkpoint is a model ------------------------------------------------------------------------------------------
+
+RUNS_OWN = {"trainer_state.json", LEDGER}  # the log has times
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The files of an exported folder, by name. Spaces at the end of JSON are left out."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in RUNS_OWN}
+    return {name: data.rstrip() if name.endswith(".json") else data for name, data in found.items()}
+
+
+def tokenised(folder: Path, pad_token: str | None = "<unk>", **flags: Any) -> Job:
+    """A job whose tokenizer is exported with the model."""
+    job = Job(folder, data_path=folder / "alpaca.json", **flags)
+    write_json(folder / "alpaca.json", ALPACA * 5)
+    write_tokenizer(folder / "model", pad_token)
+    return job
+
+
+def to_hf(checkpoint: Path, out: Path, *flags: Any) -> Path:
+    outcome = run(
+        convert_torch_to_flax.main, "--to_hf", "--model_name_or_path", checkpoint, "--output_dir", out, *flags
+    )
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"hf_compat": "5", "scan_layers": True},
+        slow_unless(False, {"bf16": True}),  # halves
+        slow_unless(False, {"scan_layers": True, "dtype": "bfloat16"}),
+    ],
+)
+def test_a_checkpoint_is_a_model(flags: dict[str, Any], tmp_path: Path) -> None:
+    """The last checkpoint converts to every byte of the export; its answers are the export's. An earlier checkpoint's
+    logits are transformers' of the converted folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import llama_jax
+
+    out = tokenised(tmp_path, pad_token=None, **flags).train("out")  # the vocabulary grows
+    assert files(to_hf(out / "checkpoint-6", tmp_path / "last", "--verify")) == files(out)
+    said = []
+    for folder in (out / "checkpoint-6", out):
+        argv = ("--model_name_or_path", folder, "--use_cpu", "--instruction", "Name a fish.", "--max_new_tokens", 9)
+        outcome = run(generate.main, *argv)
+        assert outcome.code == 0, outcome.err
+        said.append(outcome.out)
+    assert said[0] == said[1] != ""
+    earlier = to_hf(out / "checkpoint-4", tmp_path / "earlier")
+    ids = np.arange(3, 43).reshape(2, 20)
+    model = AutoModelForCausalLM.from_pretrained(earlier, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor(ids)).logits.numpy()
+    # As in `test_merged` of test_adapters: 320 roundings.
+    atol = 320 * 2**-24 * np.abs(expected).max()
+    np.testing.assert_allclose(llama_jax.load(out / "checkpoint-4").logits(ids), expected, atol=atol)
+
+
+def test_a_run_starts_from_a_checkpoint(tmp_path: Path, job: Job) -> None:
+    """As from the HF folder of the same weights, also where one of the two stacks its layers."""
+    checkpoint = job.folder / "whole" / "checkpoint-4"
+    hf = to_hf(checkpoint, tmp_path / "hf")
+    flags = {"max_steps": 2, "save_strategy": "no", "scan_layers": True}
+    ours = job.train("from-checkpoint", model_name_or_path=checkpoint, **flags)
+    assert_same_run(ours, job.train("from-hf", model_name_or_path=hf, **flags))
+
+
+def test_a_checkpoint_of_an_adapter(tmp_path: Path) -> None:
+    """It is the adapter that was exported at the same update. Its base is a folder of its own."""
+    out = trained(tmp_path, "out", lora_modules_to_save=["lm_head"], use_dora=True, scan_layers=True)
+    write_tokenizer(tmp_path / "model")
+    base, last = tmp_path / "model", out / "checkpoint-6"
+    merged = []
+    for adapter in (last, out):
+        argv = ["--model_name_or_path", base, "--merge_adapter", adapter, "--output_dir", tmp_path / "m"]
+        outcome = run(convert_torch_to_flax.main, *argv)
+        assert outcome.code == 0, outcome.err
+        merged.append(files(tmp_path / "m"))
+    assert merged[0] == merged[1]
+    further = {"adapter_name_or_path": last, "use_peft": None, "lora_r": None, "lora_alpha": None, "max_steps": 1}
+    found = tensors(trained(tmp_path, "a", **further))
+    expected = tensors(trained(tmp_path, "b", **{**further, "adapter_name_or_path": out}))
+    assert found.keys() == expected.keys()
+    assert [name for name, array in expected.items() if not np.array_equal(found[name], array)] == []
+    outcome = run(generate.main, "--model_name_or_path", last, "--use_cpu", "--instruction", "x")
+    assert outcome.code == 2 and "it is a run's checkpoint of an adapter: give the base model" in outcome.err
+
+
+def test_a_resized_adapters_checkpoint_is_refused(tmp_path: Path) -> None:
+    """It lacks the new rows, which are frozen. --export_only makes the folder."""
+    write_tokenizer(write_model(tmp_path / "model"), pad_token=None)
+    data = write_json(tmp_path / "alpaca.json", ALPACA * 2)
+    out = trained(tmp_path, "out", data_path=data)
+    argv = ("--model_name_or_path", tmp_path / "model", "--merge_adapter", out / "checkpoint-6")
+    outcome = run(convert_torch_to_flax.main, *argv, "--output_dir", tmp_path / "m")
+    assert outcome.code == 2 and "that resized the vocabulary" in outcome.err and "--export_only True" in outcome.err
+    expected = files(out)
+    for path in out.iterdir():
+        if path.is_file() and path.name != LEDGER:
+            path.unlink()
+    trained(tmp_path, "out", data_path=data, export_only=True)
+    assert files(out) == expected
+
+
+@pytest.mark.parametrize("damage", ["state", "config.json", "file gone", "run", "link"])
+def test_a_damaged_checkpoint_is_no_model(damage: str, tmp_path: Path, job: Job) -> None:
+    checkpoint = shutil.copytree(job.folder / "whole" / "checkpoint-6", tmp_path / "checkpoint-6")
+    path = checkpoint / ("run/metadata" if damage == "run" else "config.json")
+    if damage == "state":
+        shutil.rmtree(checkpoint / "state")
+        shutil.copytree(job.folder / "whole" / "checkpoint-4" / "state", checkpoint / "state")
+    elif damage == "file gone":
+        (checkpoint / "generation_config.json").unlink()
+    elif damage == "link":
+        path.symlink_to(path.rename(tmp_path / "config.json"))
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 3] ^= 1
+        path.write_bytes(content)
+    argv = ("--to_hf", "--model_name_or_path", checkpoint, "--output_dir", tmp_path / "out")
+    outcome = run(convert_torch_to_flax.main, *argv)
+    assert outcome.code == 2 and "Traceback" not in outcome.err, outcome.err
+    assert "checkpoint-6" in outcome.err and ("is damaged" in outcome.err or "is a link" in outcome.err), outcome.err
+
+
+def test_a_changed_small_file_does_not_stop_a_resume(job: Job) -> None:
+    """The model's files are no part of the state."""
+    out = copied(job, "small")
+    (out / "checkpoint-6" / "config.json").write_text("{}")
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "checkpoint-2" / "generation_config.json").unlink()
+    outcome = run(train_jax.main, *job.argv("small", resume_from_checkpoint=True))
+    assert outcome.code == 0 and f"resumed from {out}/checkpoint-6" in outcome.err, outcome.err
+
+
+def test_a_checkpoint_of_before(tmp_path: Path, job: Job) -> None:
+    """Without the model's files, as older versions wrote it: named as such."""
+    checkpoint = shutil.copytree(job.folder / "whole" / "checkpoint-6", tmp_path / "checkpoint-6")
+    for path in checkpoint.glob("*.json"):
+        path.unlink()
+    outcome = run(generate.main, "--model_name_or_path", checkpoint, "--use_cpu", "--instruction", "x")
+    assert outcome.code == 2 and "it is a run's checkpoint of before 2026-11-29" in outcome.err
+
+
+# -- Export only ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_while_exporting() -> Iterator[None]:
+    """The disk takes no weights file."""
+
+    def refuse(tensors: Any, path: Path, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (llama_jax.hf.writer, llama_jax.hf.peft):
+            patch.setattr(module, "save_file", refuse)
+        yield
+
+
+BEST = {
+    "validation_split_percentage": 25,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "learning_rate": 1.0,  # too much: the first checkpoint is the best
+}
+
+
+@pytest.mark.parametrize("flags", [{"hf_compat": "5"}, slow_unless(False, BEST)])
+def test_an_export_that_failed_is_made_later(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Every byte of the folder is that of the run whose export had room."""
+    job = tokenised(tmp_path, **flags)
+    whole = job.train("whole")
+    with full_while_exporting():
+        outcome = run(train_jax.main, *job.argv("failed"))
+    assert outcome.code == 1 and "Traceback" not in outcome.err, outcome.err
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert "the export failed: writing failed: No space left on device" in line
+    assert "checkpoint-6 holds the trained state: make room" in line and "--export_only True" in line
+    failed = tmp_path / "failed"
+    assert not list(failed.glob("*.safetensors*"))
+    outcome = run(train_jax.main, *job.argv("failed", export_only=True))
+    assert outcome.code == 0 and outcome.out == "", outcome.err
+    assert files(failed) == files(whole)
+    if flags is BEST:
+        assert "the exported model is the best one, checkpoint-2" in outcome.err
+    logs = [json.loads((out / "trainer_state.json").read_text())["log_history"] for out in (whole, failed)]
+    assert [e.get("loss") for e in logs[1]] == [e.get("loss") for e in logs[0]][: len(logs[1])] and len(logs[1]) >= 6
+
+
+def test_exporting_an_earlier_checkpoint(tmp_path: Path, job: Job) -> None:
+    """Of another run, into a folder of its own: the tensors that --to_hf writes."""
+    checkpoint = job.folder / "whole" / "checkpoint-4"
+    expected = load_file(to_hf(checkpoint, tmp_path / "hf") / "model.safetensors")
+    outcome = run(train_jax.main, *job.argv("earlier", export_only=True, resume_from_checkpoint=checkpoint))
+    assert outcome.code == 0 and outcome.compiled <= len(expected) + 20, outcome
+    found = load_file(job.folder / "earlier" / "model.safetensors")
+    assert [name for name, array in expected.items() if found[name].tobytes() != array.tobytes()] == []
+    assert checkpoints(job.folder / "earlier") == []
+
+
+def test_nothing_to_export(job: Job) -> None:
+    outcome = run(train_jax.main, *job.argv("empty", export_only=True))
+    assert outcome.code == 2 and "no checkpoint in" in outcome.err
+
+
+def test_a_failed_export_of_a_newer_state(tmp_path: Path) -> None:
+    """The last checkpoint is of an earlier update: both ways on are named."""
+    job = Job(tmp_path, max_steps=3)
+    with full_while_exporting():
+        outcome = run(train_jax.main, *job.argv("out"))
+    assert outcome.code == 1 and "go on from checkpoint-2 with --resume_from_checkpoint True" in outcome.err
+
+
+# -- Room on the disk -------------------------------------------------------------------------------------------------
+
+
+def peak(checkpoint: int, export: int, saves: int, kept: int, limit: int | None) -> int:
+    """The most bytes beyond those of the start, by writing and removing one file after the other."""
+    held = collections.deque([checkpoint] * kept)
+    start = most = sum(held)
+    for _ in range(saves):
+        held.append(checkpoint)
+        most = max(most, sum(held))
+        while limit and len(held) > limit:
+            held.popleft()
+    return max(most, sum(held) + export) - start
+
+
+@given(
+    checkpoint=st.integers(1, 50),
+    export=st.integers(0, 50),
+    saves=st.integers(0, 9),
+    kept=st.integers(0, 6),
+    limit=st.sampled_from([None, 0, 1, 2, 3, 5]),
+    free=st.integers(0, 400),
+)
+def test_room(checkpoint: int, export: int, saves: int, kept: int, limit: int | None, free: int) -> None:
+    """No run that comes to need more than is free starts without a line, and none with room for its checkpoints and an
+    export beside them is refused."""
+    sizes = {"checkpoint": checkpoint, "export": export, "saves": saves, "kept": kept, "limit": limit}
+    try:
+        silent, refused = check_space(Path("out"), free=free, **sizes) == "", False
+    except InputError:
+        silent, refused = False, True
+    needed = peak(**sizes)
+    assert not (silent and needed > free)
+    if free >= max(needed, 0) + export:
+        assert not refused
+    if limit and needed > free:
+        assert refused
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_disk_without_room_is_refused(resume: bool, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything compiles; checkpoints of the run that is resumed take no further room."""
+    name = "no-room"
+    out = copied(job, name)
+    if not resume:
+        shutil.rmtree(out)
+        out.mkdir()
+    one, export = folder_bytes(job.folder / "whole" / "checkpoint-6"), 10**5
+
+    def has(free: float) -> None:
+        usage = shutil.disk_usage(job.folder)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=int(free)))
+
+    flags: dict[str, Any] = (
+        {"save_total_limit": 2, "resume_from_checkpoint": True} if resume else {"save_total_limit": 2}
+    )
+    if resume:
+        for step in (2, 4):
+            shutil.rmtree(out / f"checkpoint-{step}")
+        flags |= {"max_steps": 20}
+    has(one)
+    outcome = run(train_jax.main, *job.argv(name, **flags))
+    assert outcome.code == 2 and outcome.compiled == 0, outcome.err
+    count = 2 if resume else 3
+    assert f"output_dir {out}: {count} checkpoint(s) of " in outcome.err
+    assert "MiB are free: make room, lower --save_total_limit 2, or choose another --output_dir" in outcome.err
+    has(count * one + 2 * export)
+    flags |= {"max_steps": 7} if resume else {}
+    outcome = run(train_jax.main, *job.argv(name, **flags))
+    assert outcome.code == 0 and "checkpoint(s) of" not in outcome.err, outcome.err
+
+
+def test_without_a_limit_a_small_disk_is_a_warning(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = folder_bytes(job.folder / "whole" / "checkpoint-6")
+    usage = shutil.disk_usage(job.folder)._replace(free=4 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    outcome = run(train_jax.main, *job.argv("many", save_steps=1))
+    assert outcome.code == 0, outcome.err
+    assert f"warning: output_dir {job.folder}/many: 6 checkpoint(s) of " in outcome.err
+    assert "give --save_total_limit 1" in outcome.err
+
+
+def test_the_size_of_a_checkpoint_is_known(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes that are compared are those on the disk, but for what is written about the arrays."""
+    sizes: dict[str, int] = {}
+
+    def record(output_dir: Path, **given: Any) -> str:
+        sizes.update(given)
+        return ""
+
+    monkeypatch.setattr(llama_jax.run.trainer, "check_space", record)
+    out = job.train("sizes", max_steps=2)
+    arrays = sum(folder_bytes(path) for path in (out / "checkpoint-2" / "state").rglob("d"))
+    assert 0 <= arrays - sizes["checkpoint"] < 0.1 * arrays, (arrays, sizes)
+    assert 0 <= (out / "model.safetensors").stat().st_size - sizes["export"] < 0.05 * sizes["export"]
+    assert sizes["saves"] == 1 and sizes["kept"] == 0
+
+
+# -- Writes in the background -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/d/x"), ValueError("a bug")])
+def test_a_write_that_fails_ends_the_run_at_once(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not an interval later. The checkpoint before is whole, and the resumed run ends as one without the failure."""
+    write, updates = llama_jax.run.checkpoint._BesideModel.finalize, []
+    original = RunLog.on_update
+
+    def finalize(self: Any, directory: Any) -> None:
+        if "checkpoint-20" in str(directory) and not updates_allowed:
+            raise error
+        write(self, directory)
+
+    def on_update(self: RunLog, metrics: UpdateMetrics) -> None:
+        time.sleep(0.05)  # for the write
+        updates.append(metrics.step)
+        original(self, metrics)
+
+    updates_allowed: list[bool] = []
+    monkeypatch.setattr(llama_jax.run.checkpoint._BesideModel, "finalize", finalize)
+    monkeypatch.setattr(RunLog, "on_update", on_update)
+    job = Job(tmp_path, save_steps=10, max_steps=32)
+    outcome = run(train_jax.main, *job.argv("out"))
+    assert outcome.code == 1 and "Traceback" not in outcome.err, outcome.err
+    reason = "No space left on device: /d/x" if isinstance(error, OSError) else "ValueError: a bug"
+    assert f"error: writing failed: {reason}; checkpoint-20 is not saved" in outcome.err
+    assert "go on from checkpoint-10 with --resume_from_checkpoint True" in outcome.err
+    assert 20 <= max(updates) < 29
+    assert find_steps(tmp_path / "out") == [10]
+    updates_allowed.append(True)
+    job.train("out", resume_from_checkpoint=True)
+    monkeypatch.undo()
+    assert_same_run(job.train("whole"), tmp_path / "out")

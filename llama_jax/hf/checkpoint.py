@@ -186,9 +186,13 @@ def host_tensors(checkpoint: Path, table: Mapping[str, tuple[Place, tuple[int, .
         leaf = _at(params, without_layer(path) if stacked else path)
         array = leaf[path[1]] if stacked and path[0] == "layers" else leaf
         inside = tuple(map(slice, shape)) if len(found) == len(shape) else ()  # a mesh pads
-        array = array[inside]
-        tensors[name] = Tensor(array.shape, array.dtype, STATE, lambda index, array=array: np.array(array[index]))
+        tensors[name] = _in_memory(array[inside])
     return tensors
+
+
+def _in_memory(array: np.ndarray) -> Tensor:
+    """Describe an array of the host as a tensor of a file."""
+    return Tensor(array.shape, array.dtype, STATE, lambda index: array[index].copy())
 
 
 def check_files(checkpoint: Path, folder: Path) -> None:

@@ -449,6 +449,12 @@ def read_adapter(folder: Path, config: LlamaConfig, allow_nonfinite: bool = Fals
     """
     if is_remote(folder):
         raise InputError(f"{folder}: an adapter is read from a local folder; copy it here")
+    is_saved = checkpoint.is_checkpoint(folder)
+    if is_saved and not (folder / CONFIG).exists():
+        raise InputError(
+            f"{folder}: is a run's checkpoint without {CONFIG}: of all parameters, of a run that resized the "
+            "vocabulary, or of before 2026-11-29; make a folder of it with the run's flags and --export_only True"
+        )
     if not (folder / CONFIG).exists():
         raise InputError(f"{folder}: no {CONFIG} in this folder; give a folder that PEFT's save_pretrained wrote")
     refuse_foreign_link(folder, folder / CONFIG)
@@ -456,7 +462,6 @@ def read_adapter(folder: Path, config: LlamaConfig, allow_nonfinite: bool = Fals
     if "peft_type" not in values:
         raise InputError(f"{folder / CONFIG}: key 'peft_type' is missing, so this is not PEFT's; LORA is supported")
     adapter = read_settings(values, config, str(folder / CONFIG))
-    is_saved = checkpoint.is_checkpoint(folder)
     if not is_saved and not (folder / WEIGHTS).exists():
         if (folder / "adapter_model.bin").exists():
             raise InputError(
@@ -493,15 +498,8 @@ def read_adapter(folder: Path, config: LlamaConfig, allow_nonfinite: bool = Fals
 
 
 def _saved_tensors(folder: Path, adapter: Adapter, config: LlamaConfig) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint of a run that trains an adapter. Raises InputError where the run resized the
-    vocabulary: the rows of new tokens are frozen, and so not in the checkpoint."""
+    """Return the tensors of a checkpoint of a run that trains an adapter. Raises InputError."""
     checkpoint.check_files(folder, folder)
-    rows = checkpoint.read_sealed(folder)["model"]["vocab_size"]
-    if rows != config.vocab_size:
-        raise InputError(
-            f"{folder}: was made with a vocabulary of {rows} rows, and the base model has {config.vocab_size}: the "
-            "checkpoint lacks the new rows; make a PEFT folder of it with the run's flags and --export_only True"
-        )
     return checkpoint.host_tensors(folder, name_table(adapter.lora, config))
 
 

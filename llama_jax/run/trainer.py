@@ -682,12 +682,12 @@ def model_files(prepared: Prepared) -> dict[str, bytes]:
     """Return the small files of the model or adapter to export, by name: a checkpoint with them is a model too."""
     with tempfile.TemporaryDirectory(prefix="llama_jax-") as name:
         folder = Path(name)
-        if prepared.job.adapter is not None:
-            peft.write_config(folder, prepared.job.adapter)
-        else:
+        if prepared.job.adapter is None:
             write_model_config(prepared, folder)
             dtype = np.dtype(prepared.planner.run.param_dtype).name
             write_json(folder / FLAX_JSON, {"stored_dtype": dtype, "dtype": dtype, "dtypes": {}})
+        elif prepared.job.config.vocab_size == prepared.source.config.vocab_size:  # else new rows, frozen, are missing
+            peft.write_config(folder, prepared.job.adapter)
         write_tokenizer(prepared, folder)
         paths = [path for path in folder.rglob("*") if path.is_file()]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}

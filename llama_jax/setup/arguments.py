@@ -73,8 +73,8 @@ class Arguments:
 
     model_name_or_path: str = _flag(
         "",
-        "HF folder, hub name (org/model), .gguf file, Flax folder or checkpoint-N (required); a named model is read from "
-        "the hub's cache, or downloaded into it; convert_torch_to_flax.py makes Flax folders",
+        "HF folder, hub name (org/model), .gguf file, Flax folder or checkpoint-N (required); a named model is read "
+        "from the hub's cache, or downloaded into it; convert_torch_to_flax.py makes Flax folders",
     )
     tokenizer_name: str | None = _flag(None, "folder or hub name of another tokenizer than the model's own")
     data_path: list[str] | None = _flag(  # noqa: RUF009 - makes a field
@@ -94,7 +94,7 @@ class Arguments:
     cache_dir: str | None = _flag(None, "folder for tokenized data; by default ~/.cache/llama_jax/data")
 
     num_train_epochs: float = _flag(3.0, "number of epochs; fractions are allowed")
-    max_steps: int = _flag(-1, "number of updates; a value above 0 overrides the epochs")
+    max_steps: int = _flag(-1, "number of updates; above 0 it overrides the epochs")
     per_device_train_batch_size: int = _flag(8, "examples of a micro-batch on each device")
     gradient_accumulation_steps: int = _flag(1, "micro-batches of an update")
     learning_rate: float = _flag(5e-5, "peak learning rate")
