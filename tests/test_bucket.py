@@ -112,6 +112,12 @@ def test_a_run_is_the_disks(bucket: fake_gcs.Bucket, tmp_path: Path) -> None:
     assert again.code == 2
     assert "gs://bucket/out already holds checkpoint-3: go on with --resume_from_checkpoint True" in again.err
 
+    hf = ("--to_hf", "--model_name_or_path", "gs://bucket/out/checkpoint-3", "--output_dir", tmp_path / "converted")
+    done = run(convert.main, *hf)
+    assert done.code == 0, done.err
+    name = "model.safetensors"
+    assert (tmp_path / "converted" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
     del bucket.objects["out/checkpoint-3/commit_success.txt"]  # written last
     del bucket.objects["out/model.safetensors"]
     named = "gs://bucket/out/checkpoint-2"

@@ -5,6 +5,8 @@ import contextlib
 import errno
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_adapters import tensors, trained
+from test_processes import free_port
 from test_training import Job, assert_same_run, checkpoints
-from tiny import ALPACA, run, slow_unless, write_json, write_model, write_tokenizer
+from tiny import ALPACA, ROOT, environment, of_devices, run, slow_unless, write_json, write_model, write_tokenizer
 
 import convert_torch_to_flax
 import llama_jax.hf.peft
@@ -26,6 +29,7 @@ import llama_jax.hf.writer
 import llama_jax.run.checkpoint
 import train_jax
 from llama_jax.base.errors import InputError
+from llama_jax.base.output import FILE
 from llama_jax.command import generate
 from llama_jax.distributed.digest import sums
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
@@ -169,7 +173,7 @@ def test_the_trainers_checkpoint(flags: dict, job: Job) -> None:
 
 # -- A checkpoint is a model ------------------------------------------------------------------------------------------
 
-RUNS_OWN = {"trainer_state.json", LEDGER}  # the log has times
+RUNS_OWN = {"trainer_state.json", LEDGER, FILE}  # the logs have times
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -269,7 +273,7 @@ def test_a_resized_adapters_checkpoint_is_refused(tmp_path: Path) -> None:
     assert outcome.code == 2 and "that resized the vocabulary" in outcome.err and "--export_only True" in outcome.err
     expected = files(out)
     for path in out.iterdir():
-        if path.is_file() and path.name != LEDGER:
+        if path.is_file() and path.name != LEDGER and path.name != FILE:
             path.unlink()
     trained(tmp_path, "out", data_path=data, export_only=True)
     assert files(out) == expected
@@ -520,3 +524,48 @@ def test_a_write_that_fails_ends_the_run_at_once(
     job.train("out", resume_from_checkpoint=True)
     monkeypatch.undo()
     assert_same_run(job.train("whole"), tmp_path / "out")
+
+
+# Process 1 writes no arrays of the second checkpoint.
+BROKEN = """
+import itertools, sys, time
+sys.path.insert(0, {root!r})
+import orbax.checkpoint as ocp
+from llama_jax.base.errors import run_command
+from llama_jax.reporting.run_log import RunLog
+import train_jax
+class Broken:
+    def result(self, timeout=None):
+        raise OSError(28, "No space left on device", "/d/x")
+counter, write, log = itertools.count(1), ocp.PyTreeCheckpointHandler.async_save, RunLog.on_update
+async def async_save(self, *args, **options):
+    writes = await write(self, *args, **options)
+    return [Broken()] if next(counter) == 2 and sys.argv[-1] == "1" else writes
+def on_update(self, metrics):
+    time.sleep(0.05)
+    print("update", metrics.step, flush=True)
+    log(self, metrics)
+ocp.PyTreeCheckpointHandler.async_save, RunLog.on_update = async_save, on_update
+sys.exit(run_command(train_jax.main))
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_fails_to_write(tmp_path: Path) -> None:
+    """It ends at the next update, although orbax's own threads wait for the other process."""
+    argv = [*Job(tmp_path, save_steps=10, max_steps=2000).argv("out"), "--num_processes", "2"]
+    argv += ["--coordinator_address", f"localhost:{free_port()}", "--process_id"]
+    command = [sys.executable, "-c", BROKEN.format(root=str(ROOT)), *argv]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, str(i)], env=environment() | of_devices(1), **pipes) for i in (0, 1)]
+    try:
+        out, err = both[1].communicate(timeout=200)
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
+    assert both[1].returncode == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: writing failed: No space left on device: /d/x; checkpoint-20 is not saved"), line
+    assert "go on from checkpoint-10 with --resume_from_checkpoint True" in line and "Traceback" not in err
+    assert 20 <= len([line for line in out.splitlines() if line.startswith("update")]) < 29

@@ -16,8 +16,8 @@ from llama_jax.distributed.compat import piecewise_transfer
 PARAMS_DIR = "params"  # of a Flax folder
 
 
-def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
-    """Return orbax's handler for a tree of arrays. `piecewise` moves arrays to the host a few gigabytes at a time."""
+def handler(state: Any, piecewise: bool = True, kind: Any = ocp.PyTreeCheckpointHandler) -> Any:
+    """Return orbax's handler, of a kind, for a tree of arrays. `piecewise` moves it to the host in pieces."""
     # The limit of host memory beside the arrays. Orbax refuses an array that is larger.
     largest = max(tree_bytes(x) for x in jax.tree.leaves(state))
     gigabytes = math.ceil(max(4e9, 2 * largest) / 1e9)
@@ -27,9 +27,7 @@ def handler(state: Any, piecewise: bool = True) -> ocp.PyTreeCheckpointHandler:
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         options = {"save_device_host_concurrent_gb": gigabytes, "type_handler_registry": registry}
     # Trained float32 does not compress, and trying costs seven times the time of writing.
-    return ocp.PyTreeCheckpointHandler(
-        use_compression=False, save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes, **options
-    )
+    return kind(use_compression=False, save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes, **options)
 
 
 def restore_args(abstract: Any, part: bool = False) -> ocp.args.PyTreeRestore:

@@ -94,6 +94,36 @@ def restore_state(checkpoint: Path, abstract: Any) -> Any:
     return restore(checkpoint, abstract, read_run(checkpoint))
 
 
+class _Noted:
+    """Wrap the write of an orbax handler and append its exception to a list."""
+
+    def __init__(self, write: Any, failures: list[BaseException]):
+        self._write, self._failures = write, failures
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Block until the write is done. Raises its exception."""
+        try:
+            return self._write.result(timeout)
+        except BaseException as e:
+            self._failures.append(e)
+            raise
+
+    def cancel(self) -> bool | None:
+        """Cancel the write."""
+        return self._write.cancel()
+
+
+class _Noting(ocp.PyTreeCheckpointHandler):
+    """Save arrays, and keep the exceptions of writes in `failures`: among several processes, orbax raises them only
+    once the others have met, which wait for this one."""
+
+    failures: list[BaseException]
+
+    async def async_save(self, *args: Any, **options: Any) -> Any:
+        """Start the writes."""
+        return [_Noted(write, self.failures) for write in await super().async_save(*args, **options) or ()]
+
+
 class _BesideModel(ocp.JsonCheckpointHandler):
     """Save JSON, and beside its folder the small files of a model, by name, before the checkpoint gets its own name."""
 
@@ -102,11 +132,17 @@ class _BesideModel(ocp.JsonCheckpointHandler):
         self._files = files
 
     def finalize(self, directory: epath.Path) -> None:
-        """Write the files. Orbax calls this once for all processes, when all arrays are written."""
+        """Write the files. Orbax calls this once for all processes, when all of them have written their arrays."""
         for name, content in self._files.items():
             path = directory.parent / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+
+
+@ocp.args.register_with_handler(_Noting, for_save=True, for_restore=True)
+@dataclass
+class _NotingArgs(ocp.args.PyTreeSave):
+    """Hold the arrays to save by `_Noting`."""
 
 
 @ocp.args.register_with_handler(_BesideModel, for_save=True, for_restore=True)
@@ -139,7 +175,10 @@ class Checkpoints:
         )
         self._piecewise = is_large(abstract)
         self._files = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        handlers = {"state": handler(abstract, self._piecewise), "run": _BesideModel(files)}
+        arrays = handler(abstract, self._piecewise, _Noting)
+        self._failures: list[BaseException] = []
+        arrays.failures = self._failures
+        handlers = {"state": arrays, "run": _BesideModel(files)}
         self._manager = ocp.CheckpointManager(absolute(output_dir), options=options, item_handlers=handlers)
         self._saving = self._writing = False
         self._past = [step for step in self._manager.all_steps() if step > first]
@@ -161,7 +200,7 @@ class Checkpoints:
         more = {"run": self._run, "format": FORMAT, "digests": sums(state), "files": self._files}
         run = json.loads(json.dumps({**run, **more}))
         saved = _BesideModelArgs({**run, "seal": seal(run)})
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), run=saved)
+        args = ocp.args.Composite(state=_NotingArgs(state), run=saved)
         self.wait()  # orbax would, and raise the last write's exception as this one's
         self._step, self._writing = step, True
         with self._reporting():
@@ -172,6 +211,9 @@ class Checkpoints:
 
     def check(self) -> None:
         """Raise RunError where a write in the background has failed. Meant for each update: returns at once."""
+        if self._failures:
+            with self._reporting():
+                raise self._failures[0]
         if self._writing and not self._manager.is_saving_in_progress():
             self.wait()
             self._writing = False
