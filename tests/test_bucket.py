@@ -24,6 +24,7 @@ from tiny import (
 )
 
 from llama_jax.base.bucket import as_path
+from llama_jax.base.output import FILE
 from llama_jax.command import convert, train
 from llama_jax.hf.source import Source
 from llama_jax.run.ownership import LEDGER
@@ -57,8 +58,8 @@ def names(bucket: fake_gcs.Bucket, folder: str, ends: str = "") -> list[str]:
     return [name for name in inside if name.endswith(ends)]
 
 
-# The log has times, the ledger the identity of its run.
-CHANGING = {"trainer_state.json", LEDGER}
+# The logs have times, the ledger the identity of its run.
+CHANGING = {"trainer_state.json", LEDGER, FILE}
 
 
 def exported(bucket: fake_gcs.Bucket, folder: str) -> dict[str, str]:

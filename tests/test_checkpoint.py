@@ -456,7 +456,11 @@ def test_a_disk_without_room_is_refused(resume: bool, job: Job, monkeypatch: pyt
     count = 2 if resume else 3
     assert f"output_dir {out}: {count} checkpoint(s) of " in outcome.err
     assert "MiB are free: make room, lower --save_total_limit 2, or choose another --output_dir" in outcome.err
-    has(count * one + 2 * export)
+    # The rest of an interrupted write is removed first.
+    rest = out / "checkpoint-7.orbax-checkpoint-tmp"
+    rest.mkdir()
+    (rest / "rest").write_bytes(bytes(one))
+    has((count - 1) * one + 2 * export)
     flags |= {"max_steps": 7} if resume else {}
     outcome = run(train_jax.main, *job.argv(name, **flags))
     assert outcome.code == 0 and "checkpoint(s) of" not in outcome.err, outcome.err
@@ -524,6 +528,40 @@ def test_a_write_that_fails_ends_the_run_at_once(
     job.train("out", resume_from_checkpoint=True)
     monkeypatch.undo()
     assert_same_run(job.train("whole"), tmp_path / "out")
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real one, which another program fills while the run goes on. With room again, the resumed run ends as one on a
+    disk that was never full."""
+    job = Job(tmp_path, max_steps=12, save_total_limit=1)
+    whole = job.train("whole")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        original = RunLog.on_update
+
+        def on_update(self: RunLog, metrics: UpdateMetrics) -> None:
+            if metrics.step == 5:
+                while find_steps(disk / "out") != [4]:
+                    time.sleep(0.01)
+                with contextlib.suppress(OSError), (disk / "other").open("wb") as file:
+                    file.write(bytes(4 << 20))
+            original(self, metrics)
+
+        monkeypatch.setattr(RunLog, "on_update", on_update)
+        outcome = run(train_jax.main, *job.argv("", output_dir=disk / "out"))
+        assert outcome.code == 1 and "Traceback" not in outcome.err, outcome.err
+        assert "error: writing failed: No space left on device" in outcome.err
+        assert "checkpoint-6 is not saved" in outcome.err and "go on from checkpoint-4 with" in outcome.err
+        monkeypatch.undo()
+        (disk / "other").unlink()
+        outcome = run(train_jax.main, *job.argv("", output_dir=disk / "out", resume_from_checkpoint=True))
+        assert outcome.code == 0, outcome.err
+        assert_same_run(whole, disk / "out")
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 # Process 1 writes no arrays of the second checkpoint.

@@ -72,6 +72,14 @@ def remove_steps(output_dir: Path, steps: list[int]) -> None:
             remove_tree(path)
 
 
+def find_removable(output_dir: Path, kept: list[int]) -> list[Path]:
+    """Return the folders that a run removes before or while it saves, of a folder without foreign checkpoints: those of
+    other steps than `kept`, and the rests of interrupted writes."""
+    names = {_HFNames().build_name(step) for step in kept}
+    ours = (path for path in output_dir.glob("checkpoint-*") if _STEP.fullmatch(path.name.partition(".orbax-")[0]))
+    return [path for path in ours if path.name not in names]
+
+
 def set_aside(output_dir: Path, step: int) -> Path:
     """Rename a damaged checkpoint, so that no later step finds it, and return its path. Nothing is removed."""
     path = output_dir / _HFNames().build_name(step)

@@ -43,7 +43,15 @@ from llama_jax.reporting.progress import byte_bar, say, show, silence, update_ba
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 from llama_jax.run.bad_updates import BadUpdates
-from llama_jax.run.checkpoint import Checkpoints, find_steps, number, read_run, remove_steps, restore_state
+from llama_jax.run.checkpoint import (
+    Checkpoints,
+    find_removable,
+    find_steps,
+    number,
+    read_run,
+    remove_steps,
+    restore_state,
+)
 from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.events import Milestones
@@ -431,8 +439,7 @@ def check_disk(prepared: Prepared) -> None:
     with processes.agreed():
         if not processes.is_first() or is_remote(output_dir):
             return
-        steps = find_steps(output_dir)
-        kept = [step for step in steps if step <= first] if prepared.goes_on else []
+        kept = [step for step in find_steps(output_dir) if prepared.goes_on and step <= first]
         saves = job.steps(job.eval_at if args.save_strategy == "best" else job.save_at)
         if job.adapter is None:
             export = job.config.num_parameters * np.dtype(prepared.planner.run.param_dtype).itemsize
@@ -440,8 +447,7 @@ def check_disk(prepared: Prepared) -> None:
             export = tree_bytes(prepared.planner.saved.params)
         warning = check_space(
             output_dir,
-            free=shutil.disk_usage(output_dir).free
-            + sum(folder_bytes(output_dir / f"checkpoint-{step}") for step in {*steps} - {*kept}),  # they are removed
+            free=shutil.disk_usage(output_dir).free + sum(map(folder_bytes, find_removable(output_dir, kept))),
             checkpoint=tree_bytes(prepared.planner.saved),
             export=export,
             saves=sum(step > first for step in saves),
