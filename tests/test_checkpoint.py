@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.base.output import FILE
 from llama_jax.command import generate
 from llama_jax.distributed.digest import sums
+from llama_jax.hf.checkpoint import seal
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.disk import check_space, folder_bytes
@@ -279,7 +281,7 @@ def test_a_resized_adapters_checkpoint_is_refused(tmp_path: Path) -> None:
     assert files(out) == expected
 
 
-@pytest.mark.parametrize("damage", ["state", "config.json", "file gone", "run", "link"])
+@pytest.mark.parametrize("damage", ["state", "config.json", "file gone", "run", "link", "a file outside"])
 def test_a_damaged_checkpoint_is_no_model(damage: str, tmp_path: Path, job: Job) -> None:
     checkpoint = shutil.copytree(job.folder / "whole" / "checkpoint-6", tmp_path / "checkpoint-6")
     path = checkpoint / ("run/metadata" if damage == "run" else "config.json")
@@ -288,6 +290,11 @@ def test_a_damaged_checkpoint_is_no_model(damage: str, tmp_path: Path, job: Job)
         shutil.copytree(job.folder / "whole" / "checkpoint-4" / "state", checkpoint / "state")
     elif damage == "file gone":
         (checkpoint / "generation_config.json").unlink()
+    elif damage == "a file outside":  # named in JSON that is sealed anew
+        (tmp_path / "secret").write_text("secret")
+        values = json.loads((checkpoint / "run" / "metadata").read_text())
+        values["files"]["../secret"] = hashlib.sha256(b"secret").hexdigest()
+        (checkpoint / "run" / "metadata").write_text(json.dumps({**values, "seal": seal(values)}))
     elif damage == "link":
         path.symlink_to(path.rename(tmp_path / "config.json"))
     else:
