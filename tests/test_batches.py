@@ -610,7 +610,7 @@ def test_the_gradient_of_several_ranks_is_ddps(tmp_path, average, ranks, batch, 
     }
     arguments = parse_arguments([str(x) for name, value in flags.items() for x in (f"--{name}", value)])
     job = make_job(arguments, LlamaConfig.from_hf(CONFIG), lambda: tmp_path, ranks, True)
-    batches = job.batches(128, 128)
+    batches = job.batches(128, 128, ranks)
     table = np.random.default_rng(0).normal(0, 1, CONFIG["vocab_size"])
     for k in range(job.order.updates):
         micros = job.order.update(k)

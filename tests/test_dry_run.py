@@ -131,7 +131,7 @@ def test_ways_out_and_little_to_spare(tmp_path: Path, monkeypatch: pytest.Monkey
     section = outcome.out.split("by arithmetic, a device needs of its 76.93 GiB, with one change:\n")[1]
     ways = re.findall(r"^ +([\d.]+)  (.*?) \((fits|not enough alone)(.*)\)$", section, re.M)
     told = {text: (float(size), verdict, note) for size, text, verdict, note in ways}
-    assert told["2 devices"][1:] == ("fits", ", the same updates with --gradient_accumulation_steps 4")
+    assert told["2 devices"][1:] == ("fits", ", the same updates with --world_size 1")
     assert told["--dtype bfloat16"][2] == "; steps of --learning_rate 2e-05 do not move parameters above 0.01"
     assert [told[f"--optim {name}"][1] for name in ("sgd", "adafactor")] == ["fits"] * 2
     assert told["--optim lion_32bit"] > told["--optim sgd"]
@@ -161,7 +161,7 @@ def test_another_mesh_keeps_the_batch(tmp_path: Path) -> None:
     outcome = dry_run(tmp_path, raw, "--dry_run", "h100:8", "--mesh", "data=8")
     assert outcome.code == 3 and "64 examples" in outcome.out
     change = re.search(r"an update: (.*)", outcome.out)
-    assert change and "--mesh fsdp=8 --gradient_accumulation_steps 8" in change[1], outcome.out
+    assert change and change[1].endswith("--mesh fsdp=8"), outcome.out
     changed = dry_run(tmp_path, raw, "--dry_run", "h100:8", *shlex.split(change[1]))
     assert changed.code == 0 and "64 examples" in changed.out
 

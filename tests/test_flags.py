@@ -722,7 +722,7 @@ def test_deepspeeds_file_is_compared_as_the_trainer_does(
         patch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", raising=False)
         args = parse_arguments([*NEEDED, *words.split(), "--deepspeed", json.dumps(settings)])
     real = RealDeepSpeed(json.loads(json.dumps(settings)))
-    theirs = SimpleNamespace(**vars(args), world_size=1, fp16=False, fp16_full_eval=False, bf16_full_eval=False)
+    theirs = SimpleNamespace(**vars(args) | {"world_size": 1}, fp16=False, fp16_full_eval=False, bf16_full_eval=False)
     theirs.save_on_each_node = False
     real.trainer_config_process(theirs)
     expected = {line.split()[2].partition("=")[0] for line in real.mismatches}
@@ -751,7 +751,7 @@ def test_deepspeeds_files(tmp_path: Path) -> None:
         "--deepspeed: scheduler.type WarmupDecayLR warms up by the logarithm of the update unless warmup_type is "
         "linear; here the learning rate rises linearly",
         "--deepspeed: train_batch_size is 64 there, which is 2 device(s) of --per_device_train_batch_size 8 x "
-        "--gradient_accumulation_steps 4; here the devices of data x fsdp in --mesh count",
+        "--gradient_accumulation_steps 4; here --world_size counts, by default the devices of data x fsdp in --mesh",
         "--deepspeed: zero_optimization.stage 2 changes memory, not the updates; --mesh auto divides all of the state, "
         "as stage 3 does",
     ]

@@ -37,10 +37,9 @@ from tiny import (
 )
 
 import convert_torch_to_flax
-import llama_jax.setup.job
 import train_jax
 from llama_jax.command import generate
-from llama_jax.data.batches import Batch, Batches
+from llama_jax.data.batches import Batch
 from llama_jax.distributed import sharding
 from llama_jax.distributed.digest import sums
 from llama_jax.distributed.storage import tree_bytes
@@ -63,11 +62,11 @@ MESHES = ["fsdp=2", "tensor=2", "data=2", "fsdp=4", "tensor=4", "data=2,tensor=2
           "context=2,tensor=4", "fsdp=2,context=2,tensor=2"]  # fmt: skip
 
 
-def on_eight_devices(call: str, *xla_flags: str) -> None:
-    """Call a function of this file in a process with eight devices, and print what it prints."""
+def on_eight_devices(call: str, *xla_flags: str, module: str = "test_meshes") -> None:
+    """Call a function of this file, or of another module, in a process with eight devices, and print what it prints."""
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     env = environment() | of_devices(8, *xla_flags) | {"PYTHONPATH": paths}
-    command = [sys.executable, "-c", f"import test_meshes; test_meshes.{call}"]
+    command = [sys.executable, "-c", f"import {module}; {module}.{call}"]
     result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     print(result.stdout)
@@ -75,20 +74,13 @@ def on_eight_devices(call: str, *xla_flags: str) -> None:
 
 @contextlib.contextmanager
 def laid_out(spec: str) -> Iterator[list[tuple[float, float]]]:
-    """Commands run on as many devices as the mesh has. They count as one of the Trainer's, so that an update keeps its
-    examples: only their rows are divided. Yields each update's loss and norm."""
+    """Commands run on as many devices as the mesh has. Yields each update's loss and norm."""
     seen: list[tuple[float, float]] = []
     sizes = [int(part.partition("=")[2]) for part in spec.split(",")]
     mesh = sharding.make_mesh(jax.devices()[: int(np.prod(sizes))], spec)
-    ways, original = sharding.batch_ways(mesh), RunLog.on_update
-
-    def divided(examples: Any, order: Any, normalise: Any, _: int, *rest: Any, **options: Any) -> Batches:
-        return Batches(examples, order, normalise, ways, *rest, **options)
-
+    original = RunLog.on_update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", lambda spec: mesh)
-        patch.setattr(sharding, "batch_ways", lambda mesh: 1)
-        patch.setattr(llama_jax.setup.job, "Batches", divided)
         patch.setattr(RunLog, "on_update", lambda self, m: (seen.append((m.loss, m.grad_norm)), original(self, m))[1])
         yield seen
 
@@ -100,7 +92,7 @@ def differences(argv: list[str], meshes: list[str], out: Path) -> Iterator[tuple
     for spec in [ONE, *meshes]:
         folder = out / spec
         with laid_out(spec) as seen:
-            outcome = run(train_jax.main, *argv, "--output_dir", folder)
+            outcome = run(train_jax.main, *argv, "--output_dir", folder, "--world_size", "1")
         assert outcome.code == 0, outcome.err
         assert f"mesh {spec}\n" in outcome.err
         results.append((np.asarray(seen), load_file(next(folder.glob("*model.safetensors")))))

@@ -196,13 +196,11 @@ def test_ways_out_are_the_planners_own_figures(tmp_path: Path) -> None:
     args = parse_arguments(argv(tmp_path, **fixed))
     bfloat16 = Planner(make_job(args, config, lambda: tmp_path, 1, True), now.mesh, "cpu", "bfloat16", False)
     (devices,) = (int(text.split()[0]) for text in ways if text.endswith("devices"))
-    args = parse_arguments(argv(tmp_path, **{**fixed, "gradient_accumulation_steps": max(1, 4 // devices)}))
+    args = parse_arguments(argv(tmp_path, **fixed))
     mesh = sharding.make_mesh([Named(i, "gpu", now.device_kind) for i in range(devices)])
     expected = {
         "--remat auto --max_tokens_per_device auto": planner(tmp_path, raw, gradient_accumulation_steps=4),
-        f"{devices} devices": Planner(
-            make_job(args, config, lambda: tmp_path, devices, True), mesh, "cpu", "float32", False
-        ),
+        f"{devices} devices": Planner(make_job(args, config, lambda: tmp_path, 1, True), mesh, "cpu", "float32", False),
         "--dtype bfloat16": bfloat16,
         **{
             f"--optim {name}": planner(tmp_path, raw, **fixed, optim=name)
@@ -250,12 +248,13 @@ LENGTHS = st.lists(st.integers(2, 150), min_size=1, max_size=40)
     lengths=LENGTHS,
     eval_lengths=LENGTHS,
     devices=st.sampled_from([1, 2, 8]),
+    ranks=st.sampled_from([1, 2, 3, 8]),
     batch=st.integers(1, 8),
     accumulation=st.integers(1, 4),
     compat=st.sampled_from(["4.37", "5"]),
 )
 def test_no_row_has_more_segments_than_the_kernel_is_told(
-    lengths: list[int], eval_lengths: list[int], devices: int, batch: int, accumulation: int, compat: str
+    lengths: list[int], eval_lengths: list[int], devices: int, ranks: int, batch: int, accumulation: int, compat: str
 ) -> None:
     """Those beyond would be garbage. By a count of every row; few examples are dealt to many ranks several times."""
     with tempfile.TemporaryDirectory() as directory:
@@ -268,7 +267,7 @@ def test_no_row_has_more_segments_than_the_kernel_is_told(
         flags |= {**paths, "eval_data_path": folder / "eval.json", "eval_strategy": "epoch", "bf16": True}
         args = parse_arguments([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
         mesh = sharding.make_mesh(find_topology(f"h100:{devices}").devices())
-        job = make_job(args, LlamaConfig.from_hf({**CONFIG, "head_dim": 64}), lambda: folder, devices, True)
+        job = make_job(args, LlamaConfig.from_hf({**CONFIG, "head_dim": 64}), lambda: folder, ranks, True)
         plans = Planner(job, mesh, "gpu", "float32", False)
         assert plans.kernel == "cudnn"
         plan = plans.make(plans.options(2**36)[0])
@@ -277,6 +276,7 @@ def test_no_row_has_more_segments_than_the_kernel_is_told(
             None,
             mesh,
             compat=compat,
+            ranks=ranks,
             batch_size=batch,
             drop_last=False,
             nan_filter=True,

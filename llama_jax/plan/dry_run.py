@@ -85,8 +85,8 @@ def make_planner(
 ) -> Planner:
     """Return the planner of the flags' run on the devices, as training makes it. Raises InputError."""
     mesh, quiet = sharding.make_mesh(devices, args.mesh), args.disable_tqdm or None
-    ways = sharding.batch_ways(mesh)
-    job = make_job(args, source.config, lambda: source.tokenizer_folder, ways, disable_bars=quiet, say=say)
+    ranks = args.world_size or sharding.batch_ways(mesh)
+    job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet, say=say)
     dtype, platform = args.dtype or training_dtype(source, args.hf_compat), topology.chip.platform
     return Planner(job, mesh, platform, dtype=dtype, scan_layers=choose_scan(job, platform))
 
@@ -319,39 +319,38 @@ def _nearest(
             told = " ".join(f"--{name} {value}" for name, value in flags.items())
             return f"what fits, with the same examples in an update: {told}"
     for larger in (t for t in topology.larger if whole < limit * t.count):
-        changed = _same_batch(args, planner, larger)
+        changed = _same_batch(args, planner)
         try:
             other = make_planner(changed, source, larger, larger.devices())
         except InputError:
             continue
         if other.least_bytes(other.options(limit)[0]) <= limit:
             return (
-                "no --remat, --max_tokens_per_device or --mesh fits; by arithmetic, the smallest that has room is "
-                f"{larger.name}"
+                "no --remat, --max_tokens_per_device or --mesh fits; by arithmetic, the smallest that has room, for "
+                f"the same updates by --world_size {planner.job.order.ranks}, is {larger.name}"
             )
     return f"no --remat, --max_tokens_per_device or --mesh fits, nor any larger {topology.family}"
 
 
-def _same_batch(args: Arguments, planner: Planner, larger: Topology) -> Arguments:
-    """Return the flags on more devices, with the same examples in an update where divisible."""
+def _same_batch(args: Arguments, planner: Planner) -> Arguments:
+    """Return the flags for more devices, with the same examples in an update."""
     changed = copy.copy(args)
-    batches = args.gradient_accumulation_steps * sharding.batch_ways(planner.mesh)
     changed.mesh, changed.remat, changed.max_tokens_per_device = "auto", "auto", "auto"
-    changed.gradient_accumulation_steps = max(1, batches // larger.count)
+    changed.world_size = planner.job.order.ranks
     return changed
 
 
 def _changes(args: Arguments, planner: Planner) -> Iterator[dict[str, str | int]]:
-    """Yield flags to change, the nearest first. A mesh with fewer parts for rows gets more micro-batches instead."""
+    """Yield flags to change, the nearest first. A mesh with fewer parts for rows keeps the Trainer's ranks."""
     free: dict[str, str | int] = {"remat": "auto", "max_tokens_per_device": "auto"}
     if (args.remat, args.max_tokens_per_device) != ("auto", "auto"):
         yield free
-    ways, size = sharding.batch_ways(planner.mesh), planner.mesh.size
+    ranks, size = planner.job.order.ranks, planner.mesh.size
     for together in (1, 2, 4, 8):
-        batches = args.gradient_accumulation_steps * ways * together
-        if batches % size or size % together:
+        if size % together:
             continue
+        same: dict[str, str | int] = {} if size // together == ranks else {"world_size": ranks}
         for axis in ("tensor", "context")[:together]:
             mesh = f"fsdp={size // together}" + (f",{axis}={together}" if together > 1 else "")
             if mesh != sharding.describe_mesh(planner.mesh):
-                yield {**free, "mesh": mesh, "gradient_accumulation_steps": batches // size}
+                yield {**free, "mesh": mesh, **same}

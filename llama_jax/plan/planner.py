@@ -105,7 +105,7 @@ class Planner:
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, head_dim, kind, fixed)
         self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else "")
         self._row_ways = sharding.row_ways(mesh)
-        self._largest_update = math.ceil(_largest_update(job) / self._row_ways)
+        self._largest_update = math.ceil(_largest_update(job, sharding.batch_ways(mesh)) / self._row_ways)
         self._longest = math.ceil(int(job.examples.lengths.max()) / self._row_ways)
         self.run = RunOptions(
             param_dtype=jnp.dtype(dtype),
@@ -127,7 +127,8 @@ class Planner:
         """Pack the whole run and define its programs; nothing compiles."""
         args, job, max_tokens = self.job.args, self.job, option.max_tokens * self._row_ways
         # Attention costs the square of a row where a kernel does not skip other segments.
-        batches = job.batches(max_tokens, max_tokens if self.kernel == "cudnn" else ROW_LIMIT)
+        row_limit = max_tokens if self.kernel == "cudnn" else ROW_LIMIT
+        batches = job.batches(max_tokens, row_limit, sharding.batch_ways(self.mesh))
         kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens))
         run = replace(self.run, remat=option.remat, attention=kernel)
         blocks = batches.block_counts.astype(np.int32)
@@ -182,7 +183,8 @@ class Planner:
         # An eighth more, as rows are not always full; the compiled shapes come from the updates.
         sizes = {given} if given else {update * 9 // 8, *(size for size in SIZES if longest <= size < update)}
         if not args.packing:
-            sizes = {args.per_device_train_batch_size * longest}
+            rows = -(-args.per_device_train_batch_size * self.job.order.ranks // sharding.batch_ways(self.mesh))
+            sizes = {rows * longest}
         options = [Option(size, remat) for size, remat in product(sizes, remats)]
 
         def slowness(option: Option) -> tuple[float, int]:
@@ -363,23 +365,20 @@ class Planner:
         return [way for way in ways if way is not None and way.needed < now]
 
     def _way(self, text: str, limit: int, changes: dict[str, Any], times: int = 1, note: str = "") -> Way | None:
-        """Estimate the least bytes of a device with other flags, on `times` as many devices with the same updates where
-        the accumulation divides; None where such a run is refused."""
-        args, order = copy.copy(self.job.args), self.job.order
+        """Estimate the least bytes of a device with other flags, on `times` as many devices with the same updates; None
+        where such a run is refused."""
+        args = copy.copy(self.job.args)
         for name, value in changes.items():
             setattr(args, name, value)
         mesh, dtype = self.mesh, np.dtype(self.run.param_dtype).name
         try:
             if times > 1:
                 devices: list[Any] = [Named(i, "gpu", self.device_kind) for i in range(times * self.mesh.size)]
-                mesh, ranks = sharding.make_mesh(devices, args.mesh), times * self.mesh.size
-                accumulation = max(1, order.accumulation * order.ranks // ranks)
-                order = replace(order, ranks=ranks, accumulation=accumulation)
-                if accumulation * ranks == self.job.order.accumulation * self.job.order.ranks:
-                    note = f", the same updates with --gradient_accumulation_steps {accumulation}"
+                mesh = sharding.make_mesh(devices, args.mesh)
+                note = f", the same updates with --world_size {self.job.order.ranks}"
             adapter = self.job.adapter or choose_adapter(args, self.job.config)[0]
             quantization = choose_quantization(args)
-            job = replace(self.job, args=args, order=order, adapter=adapter, quantization=quantization)
+            job = replace(self.job, args=args, adapter=adapter, quantization=quantization)
             other = Planner(
                 job,
                 mesh,
@@ -419,11 +418,11 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
     return of_layers + (compute + 1) * dropped  # an input without the dropped elements, and their mask
 
 
-def _largest_update(job: Job) -> int:
-    """Return the tokens that a rank gets of the largest update."""
+def _largest_update(job: Job, ways: int) -> int:
+    """Return the tokens that each of `ways` devices gets of the largest update."""
     lengths, order = job.examples.lengths, job.order
     most = order.reduce(np.add, lengths, order.bounds).max()
-    return max(math.ceil(most / order.ranks), int(lengths.max()))
+    return max(math.ceil(most / ways), int(lengths.max()))
 
 
 def _most_segments(job: Job, batches: Batches, max_tokens: int) -> int:

@@ -25,8 +25,9 @@ FILL = 0.9  # planned share of the tokens that a device takes at once, for a gro
 class Evaluation:
     """Evaluate parameters: a call returns the metrics by the Trainer's names.
 
-    A batch is `batch_size` examples on each rank. A group of batches with at most `max_tokens` tokens a device is
-    dispatched together. A batch without trained tokens makes the loss NaN; 5 with `nan_filter` leaves it out.
+    A batch is `batch_size` examples on each of `ranks`, the HF Trainer's. A group of batches with at most `max_tokens`
+    tokens a device is dispatched together. A batch without trained tokens makes the loss NaN; 5 with `nan_filter`
+    leaves it out.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Evaluation:
         mesh: Mesh,
         *,
         compat: str,
+        ranks: int,
         batch_size: int,
         drop_last: bool,
         nan_filter: bool,
@@ -43,9 +45,9 @@ class Evaluation:
         disable_bar: bool | None = None,
     ):
         self._step, self._mesh, self._disable_bar = loss_step, mesh, disable_bar
-        ranks, max_tokens = sharding.batch_ways(mesh), max_tokens * sharding.row_ways(mesh)
+        ways, max_tokens = sharding.batch_ways(mesh), max_tokens * sharding.row_ways(mesh)
         tokens_of_a_batch = float(examples.lengths.mean()) * batch_size * ranks
-        together = max(1, int(FILL * max_tokens * ranks / tokens_of_a_batch))
+        together = max(1, int(FILL * max_tokens * ways / tokens_of_a_batch))
         order = Order(
             len(examples),
             batch_size,
@@ -56,7 +58,7 @@ class Evaluation:
             drop_last=drop_last,
             sampling="sequential",
         )
-        self.batches = Batches(examples, order, evaluation_loss(order, compat), ranks, max_tokens)
+        self.batches = Batches(examples, order, evaluation_loss(order, compat), ways, max_tokens)
         nan = [self.batches.is_nan(k) for k in range(order.updates)]
         shares = [np.asarray(evaluation_shares(order, k)) for k in range(order.updates)]
         counted = sum(int(s[~n].sum()) for s, n in zip(shares, nan, strict=True))

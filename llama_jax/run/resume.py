@@ -92,6 +92,11 @@ class SavedRun:
     guard: Json | None = None
     run: str = ""
 
+    @property
+    def ranks(self) -> int | None:
+        """Return the HF Trainer's ranks of the run."""
+        return self.facts.order.get("ranks")
+
     @classmethod
     def from_json(cls, values: Json) -> "SavedRun":
         """Read the JSON of any checkpoint since the first release. Raises KeyError and TypeError."""
@@ -246,7 +251,8 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
         say(f"warning: {name} was made with other examples: other data, another tokenizer or --model_max_length")
     for key, value in facts.order.items():
         if then.order.get(key) != value:
-            say(f"warning: {name} was made with {key} {then.order.get(key)}, this run has {value}")
+            text = "--world_size" if key == "ranks" else key
+            say(f"warning: {name} was made with {text} {then.order.get(key)}, this run has {value}")
     for flag, was in then.update.items():
         if was != facts.update.get(flag):
             say(f"warning: {name} was made with --{flag} {was}, this run goes on with {facts.update.get(flag)}")

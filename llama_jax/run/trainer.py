@@ -324,14 +324,16 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
         raise InputError(f"output_dir {output_dir} is the folder of the model that is trained; choose another")
     for note in source.notes:
         say(note)
-    ways, quiet = sharding.batch_ways(mesh), args.disable_tqdm or None
-    job = make_job(args, source.config, lambda: source.tokenizer_folder, ways, disable_bars=quiet)
+    if resume_from:
+        saved = SavedRun.read(resume_from)
+    ranks = args.world_size or (saved and saved.ranks) or sharding.batch_ways(mesh)
+    quiet = args.disable_tqdm or None
+    job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet)
     for warning in end_warnings(source, job):
         say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)
     facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
-    if resume_from:
-        saved = SavedRun.read(resume_from)
+    if saved:
         compare_with_saved(facts, saved, str(resume_from))
         facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
     planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
@@ -518,6 +520,7 @@ def make_evaluation(prepared: Prepared, loss_step: LossStep, max_tokens: int) ->
         loss_step,
         prepared.mesh,
         compat=args.hf_compat,
+        ranks=job.order.ranks,
         batch_size=args.per_device_eval_batch_size,
         drop_last=args.dataloader_drop_last,
         nan_filter=args.logging_nan_inf_filter,
@@ -730,6 +733,8 @@ def say_header(prepared: Prepared) -> None:
         f"devices: {mesh.size} {prepared.platform} device(s) of {jax.process_count()} process(es), "
         f"mesh {sharding.describe_mesh(mesh)}"
     )
+    if (ranks := job.order.ranks) != (ways := sharding.batch_ways(mesh)):
+        say(f"--world_size {ranks}: the updates of {ranks} device(s) of the HF Trainer; {ways} here divide the rows")
     rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
     say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
 

@@ -166,7 +166,10 @@ class Arguments:
     mesh: str = _flag(
         "auto",
         "layout of the devices, as data=2,fsdp=4,tensor=2; auto puts all on fsdp; axes left out are 1, one axis may be "
-        "-1; each device of data x fsdp stands for a device of the Trainer; context=2 divides rows over 2 devices",
+        "-1; context=2 divides rows over 2 devices",
+    )
+    world_size: int | None = _flag(
+        None, "devices of the Trainer that the run stands for; by default the checkpoint's, else data x fsdp of --mesh"
     )
     max_tokens_per_device: str = _flag(
         "auto",
@@ -372,6 +375,8 @@ class Arguments:
         for name in (*positive, *intervals):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} {getattr(self, name)}: should be above 0")
+        if self.world_size is not None and self.world_size <= 0:
+            raise InputError(f"--world_size {self.world_size}: should be above 0, or left out")
         if self.max_tokens_per_device != "auto" and not re.fullmatch("0*[1-9][0-9]*", self.max_tokens_per_device):
             raise InputError(
                 f"--max_tokens_per_device {self.max_tokens_per_device}: should be auto or a number above 0"

@@ -62,7 +62,7 @@ def differences(settings: dict[str, Any], args: Any) -> Iterator[str]:
         yield (
             f"--deepspeed: train_batch_size is {json.dumps(whole)} there, {means} --per_device_train_batch_size "
             f"{args.per_device_train_batch_size} x --gradient_accumulation_steps {args.gradient_accumulation_steps}; "
-            "here the devices of data x fsdp in --mesh count"
+            "here --world_size counts, by default the devices of data x fsdp in --mesh"
         )
     if (stage := at("zero_optimization.stage")) is not None:
         here = "--mesh data=-1 does the same" if stage == 0 else "--mesh auto divides all of the state, as stage 3 does"

@@ -73,16 +73,16 @@ class Job:
         order = self.order
         return math.ceil(order.epochs if order.max_steps <= 0 else order.updates / order.updates_per_epoch)
 
-    def batches(self, max_tokens: int, row_limit: int) -> Batches:
-        """Return the blocks of every update: at most `max_tokens` tokens a device, in rows of at most `row_limit`, or
-        the longest example's. Planning their shapes packs the whole run."""
+    def batches(self, max_tokens: int, row_limit: int, ways: int) -> Batches:
+        """Return the blocks of every update for `ways` devices: at most `max_tokens` tokens a device, in rows of at
+        most `row_limit`, or the longest example's. Planning their shapes packs the whole run."""
         order, args = self.order, self.args
         with count_bar("planning blocks", 2 * order.updates, "update", args.disable_tqdm or None) as bar:
             return Batches(
                 self.examples,
                 order,
                 training_loss(order, args.average_tokens_across_devices),
-                order.ranks,
+                ways,
                 max_tokens,
                 row_limit,
                 packed=args.packing,
@@ -102,7 +102,10 @@ def make_job(
     disable_bars: bool | None = None,
     say: Say = say,
 ) -> Job:
-    """Read and tokenize the data; settle order, schedule and the actions after updates. Raises InputError."""
+    """Read and tokenize the data; settle order, schedule and the actions after updates. Raises InputError.
+
+    `ranks` are the HF Trainer's, whatever the number of devices.
+    """
     folder: Path | None = None
     with contextlib.suppress(InputError):  # raised again below, where the data is text
         folder = tokenizer_folder()
