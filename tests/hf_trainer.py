@@ -24,11 +24,12 @@ QUIET = ["--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True"]
 
 
 class Server:
-    """This file as a process. `compat` is "4.37" or "5"; `versions` maps the packages to what it imported."""
+    """This file as a process. `compat` is "4.37" or "5"; `versions` maps the packages to what it imported. `more` are
+    variables, as torchrun sets them for a rank."""
 
-    def __init__(self, compat: str):
+    def __init__(self, compat: str, more: dict[str, str] | None = None):
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
-        self._process = Process(__file__, environment(compat) | quiet)
+        self._process = Process(__file__, environment(compat) | quiet | (more or {}))
         self.close = self._process.close
 
     @functools.cached_property
@@ -77,8 +78,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     - `rates`: the learning rate that the optimizer used
     - `order`: the numbers of the examples of each of its micro-batches
 
-    and of the whole run `state` (trainer_state.json), `checkpoints` (the folders left), `printed` (the log's lines),
-    `weights` (the path of a safetensors file), `seconds` of `Trainer.train`.
+    and of the whole run `state` (trainer_state.json; of several ranks, the first's alone), `checkpoints` (the folders
+    left), `printed` (the log's lines), `weights` (the path of a safetensors file), `seconds` of `Trainer.train`.
     """
     printed = io.StringIO()
     said = io.StringIO()
@@ -104,6 +105,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     GradientState._reset_state()
     torch.set_num_threads(spec.get("threads", 1))
     output_dir = Path(spec["output_dir"])
+    output_dir.mkdir(exist_ok=True)
     parser = transformers.HfArgumentParser(transformers.TrainingArguments)
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(output_dir), *QUIET, *map(str, spec["argv"])])
     data = _Examples(spec["data"])
@@ -194,7 +196,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
         "grad_norms": norms,
         "rates": [u["rate"] for u in updates],
         "order": [u["order"] for u in updates],
-        "state": json.loads((output_dir / "trainer_state.json").read_text()),
+        "state": json.loads((output_dir / "trainer_state.json").read_text()) if args.process_index == 0 else None,
         "checkpoints": sorted(p.name for p in output_dir.glob("checkpoint-*")),
         "weights": str(weights),
         "seconds": seconds,

@@ -6,13 +6,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hf_trainer import Server
+from safetensors.numpy import load_file
+from test_live import same_log, same_run, train_ours
 from test_meshes import laid_out, on_eight_devices
+from test_processes import free_port
 from test_training import GOLDEN, golden_flags
 from tiny import CONFIG, make_records, run, write_json, write_model
 
@@ -46,8 +51,9 @@ def examples_of(blocks: list[Batch]) -> Examples:
 @contextmanager
 def watched() -> Iterator[dict[str, Any]]:
     """Commands note the digests of states saved and restored, and the examples given to the devices for an update, by
-    the number of updates before; those of all evaluations together by how often each was given."""
-    noted: dict[str, Any] = {"saved": {}, "restored": {}, "examples": {}, "evaluated": Counter()}
+    the number of updates before, with their micro-batches by rank; those of all evaluations by how often each was
+    given."""
+    noted: dict[str, Any] = {"saved": {}, "restored": {}, "examples": {}, "order": {}, "evaluated": Counter()}
     save, restore = Checkpoints.save, llama_jax.run.trainer.restore
     make_update = llama_jax.training.fit.make_update
 
@@ -65,7 +71,7 @@ def watched() -> Iterator[dict[str, Any]]:
         if batches.order.sampling == "sequential":
             noted["evaluated"] += examples_of(blocks)
         else:
-            noted["examples"][k] = examples_of(blocks)
+            noted["examples"][k], noted["order"][k] = examples_of(blocks), batches.order.update(k)
         return blocks
 
     with pytest.MonkeyPatch.context() as patch:
@@ -193,6 +199,40 @@ def test_planned_for_the_devices(devices: int, packing: bool, tmp_path: Path) ->
     plan = planner.make(option)
     assert all(rows % devices == 0 for rows, _ in plan.batches.shapes)
     np.testing.assert_array_equal(plan.batches.block_counts, 1 if packing else np.diff(order.bounds))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compat", ["4.37", "5"])
+def test_two_ranks_of_the_real_trainer(compat: str, tmp_path: Path) -> None:
+    """Two processes of the real Trainer, with DDP; ours on one device. A rank's micro-batch has nothing to learn."""
+    write_case(tmp_path)
+    argv = flags_of(tmp_path, compat, True)
+    theirs = "max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate adam_epsilon save_steps "
+    theirs += "lr_scheduler_type logging_steps eval_strategy eval_steps per_device_eval_batch_size"
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    spelled = [word for name in theirs.split() for word in (f"--{name}", given[f"--{name}"])]
+    if compat == "4.37":
+        spelled[spelled.index("--eval_strategy")] = "--evaluation_strategy"
+    spec = {"argv": [*spelled, "--save_strategy", "no"], "model": str(tmp_path / "model")}
+    spec |= {"data": str(tmp_path / "data.json"), "eval_data": str(tmp_path / "eval.json")}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Server(compat, place | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    with ThreadPoolExecutor(2) as pool:  # they wait for one another
+        asked = [pool.submit(s.train, spec | {"output_dir": str(tmp_path / f"hf{r}")}) for r, s in enumerate(ranks)]
+        answers = [answer.result() for answer in asked]
+    for server in ranks:
+        server.close()
+    assert not [a for a in answers if "error" in a], answers
+    more = ("--world_size", "2", "--save_strategy", "no")
+    with watched() as noted:
+        ours = train_ours([*argv, "--output_dir", str(tmp_path / "ours"), *more], tmp_path / "ours")
+    updates = zip(*(a["order"] for a in answers), strict=True)
+    order = [[[rank.tolist() for rank in micro] for micro in noted["order"][k]] for k in range(6)]
+    assert order == [[[*micro] for micro in zip(*update, strict=True)] for update in updates]
+    assert any(not np.isfinite(a["micro_losses"]).all() for a in answers) == (compat == "4.37")
+    hf = answers[0] | {"losses": np.mean([a["losses"] for a in answers], axis=0)}
+    same_run(ours, hf, load_file(hf["weights"]))
+    same_log(ours, hf, compat)
 
 
 def golden_on(folder: str, out: str) -> None:
