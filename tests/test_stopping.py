@@ -88,6 +88,7 @@ def test_an_export_is_finished(signum: signal.Signals, job: Job) -> None:
 
 PATCHED = """
 import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts a suite in the background without
 sys.path.insert(0, {root!r})
 from llama_jax.base import stopping
 stopping.PATIENCE = {patience}

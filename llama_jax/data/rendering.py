@@ -8,6 +8,7 @@ import contextlib
 import functools
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,14 +125,16 @@ class _Watch:
         if self.armed or threading.current_thread() is not threading.main_thread():
             yield
             return
-        handler = signal.signal(signal.SIGALRM, self._look)
+        handler, unraisable = signal.signal(signal.SIGALRM, self._look), sys.unraisablehook
         self.armed = True
+        # Python drops what is raised in a callback of its garbage collection; the next tick raises it again.
+        sys.unraisablehook = lambda lost: None if lost.exc_type is Endless else unraisable(lost)
         signal.setitimer(signal.ITIMER_REAL, _TICK, _TICK)
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self.armed = False
+            self.armed, sys.unraisablehook = False, unraisable
             signal.signal(signal.SIGALRM, handler)
 
     def begin(self, where: str) -> None:
