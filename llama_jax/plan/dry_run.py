@@ -326,8 +326,8 @@ def _nearest(
             continue
         if other.least_bytes(other.options(limit)[0]) <= limit:
             return (
-                "no --remat, --max_tokens_per_device or --mesh fits; by arithmetic, the smallest that has room, for "
-                f"the same updates by --world_size {planner.job.order.ranks}, is {larger.name}"
+                "no --remat, --max_tokens_per_device or --mesh fits; by arithmetic, with --world_size "
+                f"{planner.job.order.ranks} for the same updates, the smallest that has room is {larger.name}"
             )
     return f"no --remat, --max_tokens_per_device or --mesh fits, nor any larger {topology.family}"
 
