@@ -146,9 +146,15 @@ def write_case(folder: Path) -> None:
     write_json(folder / "eval.json", make_records(17, seed=1))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("compat", ["4.37", "5"])
+@pytest.mark.parametrize(
+    ("compat", "packing"),
+    [
+        pytest.param("4.37", True, marks=pytest.mark.slow),
+        pytest.param("5", False, marks=pytest.mark.slow),
+        pytest.param("4.37", False, marks=pytest.mark.proof),
+        pytest.param("5", True, marks=pytest.mark.proof),
+    ],
+)
 def test_another_number_of_devices(compat: str, packing: bool, tmp_path: Path) -> None:
     write_case(tmp_path)
     on_eight_devices(f"resumed_on({str(tmp_path)!r}, {compat!r}, {packing})", module="test_elastic")
