@@ -52,8 +52,8 @@ def saving(out: Path) -> bool:
 
 def kill(process: subprocess.Popen, out: Path, rng: random.Random, seconds: float, in_save: bool) -> str:
     """Kill a run and return a word for the moment, "" where it ended before."""
-    began, moment = time.monotonic(), f"{rng.uniform(0, seconds):.2f} s"
-    wait = float(moment.split()[0])
+    began, wait = time.monotonic(), rng.uniform(0, seconds)
+    moment = f"{wait:.2f} s"
     while process.poll() is None:
         if in_save and saving(out):
             time.sleep(rng.uniform(0, 0.05))

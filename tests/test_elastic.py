@@ -21,6 +21,7 @@ from test_processes import free_port
 from test_training import GOLDEN, golden_flags
 from tiny import CONFIG, make_records, run, write_json, write_model
 
+import llama_jax.distributed.sharding
 import llama_jax.run.trainer
 import llama_jax.training.fit
 import train_jax
@@ -84,7 +85,7 @@ def watched() -> Iterator[dict[str, Any]]:
 def trained(argv: list[str], out: Path, devices: int, *more: Any) -> tuple[dict[str, Any], np.ndarray, str]:
     """Train on so many devices. Returns what `watched` notes, losses and norms, and what was said."""
     with laid_out(f"fsdp={devices}") as seen, watched() as noted:
-        noted["mesh"] = llama_jax.run.trainer.sharding.make_mesh(spec="auto")
+        noted["mesh"] = llama_jax.distributed.sharding.make_mesh(spec="auto")
         outcome = run(train_jax.main, *argv, "--output_dir", out, *more)
     assert outcome.code == 0, outcome.err
     return noted, np.asarray(seen), outcome.err

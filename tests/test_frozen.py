@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from tiny import CONFIG, hf_shapes, make_records, run, write_json, write_model
 from transformers import AutoModelForCausalLM
 
-import llama_jax.run.trainer
+import llama_jax.run.prepare
 import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -58,7 +58,7 @@ def argv(folder: Path, out: str, **flags: Any) -> list[str]:
 
 
 def freeze(patch: pytest.MonkeyPatch, trainable: Any) -> None:
-    patch.setattr(llama_jax.run.trainer, "Planner", partial(Planner, trainable=trainable))
+    patch.setattr(llama_jax.run.prepare, "Planner", partial(Planner, trainable=trainable))
 
 
 def torch_run(folder: Path, frozen: str) -> tuple[dict[str, np.ndarray], list[tuple[float, float]]]:

@@ -114,7 +114,7 @@ def in_a_process(job: Job, out: str, module: str, place: str, action: str, patie
 FOREVER = "import ctypes; m = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(m) for _ in '12']"
 
 EARLY = {
-    "tokenising": ("llama_jax.run.trainer", "module.make_job"),
+    "tokenising": ("llama_jax.run.prepare", "module.make_job"),
     "compiling": ("llama_jax.plan.planner", "module.Planner.settle"),
     "reading": ("llama_jax.run.trainer", "module.read_weights"),
 }

@@ -1,10 +1,7 @@
 """Train by the flags in four phases: prepare, restore or load, make the updates, export."""
 
 import contextlib
-import dataclasses
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,98 +15,43 @@ from jax.sharding import Mesh
 
 from llama_jax.base import output
 from llama_jax.base.bucket import as_path, is_remote
-from llama_jax.base.errors import FailedAlone, InputError, RunError, disk_problem
-from llama_jax.base.files import make_output_dir, read_json_object, write_json
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import make_output_dir, read_json_object
 from llama_jax.base.stopping import STOPPED, Stopping
-from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
-from llama_jax.distributed import processes, sharding
+from llama_jax.distributed import processes
 from llama_jax.distributed.digest import digest
-from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
+from llama_jax.distributed.platform import memory_limit, peak_memory
 from llama_jax.distributed.storage import tree_bytes
 from llama_jax.hf import peft
 from llama_jax.hf.checkpoint import Damaged, restore_params
-from llama_jax.hf.finite import check_written
 from llama_jax.hf.load import place_arrays, resize_vocabulary
-from llama_jax.hf.names import name_table
-from llama_jax.hf.remote import FLAX_JSON
-from llama_jax.hf.source import Source, refuse_other_kind, training_dtype
-from llama_jax.hf.writer import align_special_tokens, host_arrays, write_config, write_weights
+from llama_jax.hf.source import refuse_other_kind
 from llama_jax.model.definition import merge, only
 from llama_jax.model.lora import magnitudes
 from llama_jax.model.roles import Params
 from llama_jax.plan import explain
-from llama_jax.plan.planner import Plan, Planner, choose_scan
-from llama_jax.reporting.progress import byte_bar, say, show, silence, update_bar
+from llama_jax.plan.planner import Plan
+from llama_jax.reporting.progress import byte_bar, say, show, update_bar
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.reporting.trainer_state import TrainerState
 from llama_jax.run.bad_updates import BadUpdates
-from llama_jax.run.checkpoint import (
-    Checkpoints,
-    find_removable,
-    find_steps,
-    number,
-    read_run,
-    remove_steps,
-    restore_state,
-)
+from llama_jax.run.checkpoint import Checkpoints, find_removable, find_steps, read_run, remove_steps, restore_state
 from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.events import Milestones
+from llama_jax.run.export import explaining, export, model_files, say_done
 from llama_jax.run.ownership import locked, new_identity
-from llama_jax.run.resume import (
-    Facts,
-    SavedRun,
-    choose_checkpoint,
-    compare_with_saved,
-    pass_over,
-    pass_over_damaged,
-    with_base,
-)
+from llama_jax.run.prepare import Prepared, join, prepare, say_header
+from llama_jax.run.resume import Facts, pass_over, pass_over_damaged, with_base
 from llama_jax.run.signals import catch_stop
 from llama_jax.setup.arguments import Arguments
-from llama_jax.setup.job import Job, make_job
+from llama_jax.setup.job import Job
 from llama_jax.training.fit import fit
 from llama_jax.training.guard import place_losses
 from llama_jax.training.state import SavedState, TrainState, complete, init_state
 from llama_jax.training.step import LossStep, make_loss_step
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Hold the parts of a run that are settled before weights are read.
-
-    `resume_from` is the checkpoint to resume and `saved` its JSON, None in a new run. `tokenizer_folder` holds files to
-    export in the place of the job's tokenizer, None where there is one.
-    """
-
-    args: Arguments
-    platform: str
-    output_dir: Path
-    mesh: Mesh
-    source: Source
-    job: Job
-    facts: Facts
-    planner: Planner
-    resume_from: Path | None
-    saved: SavedRun | None
-    tokenizer_folder: Path | None
-
-    @property
-    def resume_step(self) -> int:
-        """Return the number of updates before this start, 0 in a new run."""
-        return number(self.resume_from.name) if self.resume_from else 0
-
-    @property
-    def goes_on(self) -> bool:
-        """Return whether the run goes on in its own folder."""
-        return self.resume_from is not None and self.resume_from.parent == self.output_dir
-
-    @property
-    def quiet(self) -> bool | None:
-        """Return True where bars are switched off; None leaves the choice to tqdm."""
-        return self.args.disable_tqdm or None
 
 
 @dataclass(frozen=True)
@@ -279,80 +221,6 @@ def print_explanation(args: Arguments) -> int:
     described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype)
     show(explain.as_json(described) if args.explain == "json" else explain.as_text(described))
     return 0
-
-
-# -- Prepare ----------------------------------------------------------------------------------------------------------
-
-
-def join(args: Arguments) -> tuple[str, Mesh]:
-    """Join the other processes and return the platform and the mesh of the devices. Raises InputError."""
-    processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu)
-    platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
-    if not processes.is_first():
-        silence()
-    for note in args.notes(platform):
-        say(note)
-    with processes.agreed():
-        return platform, sharding.make_mesh(spec=args.mesh)
-
-
-def prepare(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
-    """Settle the run; all processes raise the same InputError."""
-    with processes.agreed():
-        prepared = _prepared_alone(args, platform, mesh)
-    facts = dataclasses.asdict(prepared.facts)
-    processes.same({"--output_dir's last checkpoint": prepared.resume_step, **args.decisive, **facts})
-    if not args.explain:
-        processes.check_shared(prepared.output_dir)
-    if args.show_examples and processes.is_first():
-        out = sys.stderr if args.explain == "json" else sys.stdout
-        print(explain.show_examples(prepared.job, args.show_examples, explain.wants_colour(out)), file=out)
-    return prepared
-
-
-def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
-    """Settle the run as this process sees it: model, data, checkpoint to resume, planner. Raises InputError."""
-    output_dir, saved = as_path(args.output_dir), None
-    resume_from = None if args.explain else choose_checkpoint(args, output_dir)
-    source = Source(
-        args.model_name_or_path,
-        args.allow_pickle,
-        tokenizer=args.tokenizer_name,
-        allow_nonfinite=args.allow_nonfinite,
-    )
-    if source.folder.resolve() == output_dir.resolve():
-        raise InputError(f"output_dir {output_dir} is the folder of the model that is trained; choose another")
-    for note in source.notes:
-        say(note)
-    if resume_from:
-        saved = SavedRun.read(resume_from)
-    ranks = args.world_size or (saved and saved.ranks) or sharding.batch_ways(mesh)
-    quiet = args.disable_tqdm or None
-    job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet)
-    for warning in end_warnings(source, job):
-        say(f"warning: {warning}")
-    dtype = args.dtype or training_dtype(source, args.hf_compat)
-    facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
-    if saved:
-        compare_with_saved(facts, saved, str(resume_from))
-        facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
-    planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
-    # Read now: a problem with the tokenizer is reported before the run, not after it.
-    tokenizer_folder = None if job.tokenizer or args.explain else source.tokenizer_to_copy()
-    say(planner.attention_line)
-    return Prepared(
-        args=args,
-        platform=platform,
-        output_dir=output_dir,
-        mesh=mesh,
-        source=source,
-        job=job,
-        facts=facts,
-        planner=planner,
-        resume_from=resume_from,
-        saved=saved,
-        tokenizer_folder=tokenizer_folder,
-    )
 
 
 # -- Restore or load --------------------------------------------------------------------------------------------------
@@ -612,150 +480,7 @@ def steps_to_log(job: Job) -> Callable[[int], bool]:
     return job.log_at
 
 
-# -- Export -----------------------------------------------------------------------------------------------------------
-
-
-def export(prepared: Prepared, params: Params) -> None:
-    """Write the HF folder: weights in the parameters' type, config, and the job's tokenizer, or the files of the
-    tokenizer's folder.
-
-    Of a run that trains an adapter, write PEFT's folder."""
-    job, source, output_dir = prepared.job, prepared.source, prepared.output_dir
-    dtype = np.dtype(prepared.planner.run.param_dtype)
-    if job.adapter is not None:
-        lora = job.adapter.lora
-        if job.config.vocab_size != source.config.vocab_size:  # as PEFT: a base that is loaded again lacks the rows
-            lora = dataclasses.replace(lora, saved=peft.SAVED[: 1 if job.config.tie_word_embeddings else 2])
-        table = peft.name_table(lora, job.config)
-        if not job.args.allow_nonfinite:
-            check_written(params, table, output_dir)
-        tensors = list(host_arrays(params, table))
-        if processes.is_first():
-            peft.write_adapter(output_dir, tensors, job.adapter)
-            write_tokenizer(prepared, output_dir)
-        return
-    with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, prepared.quiet) as bar:
-        write_weights(
-            output_dir,
-            params,
-            job.config,
-            dict.fromkeys(name_table(job.config), dtype),
-            bar.update,
-            allow_nonfinite=job.args.allow_nonfinite,
-        )
-    if processes.is_first():
-        write_model_config(prepared, output_dir)
-        write_tokenizer(prepared, output_dir)
-
-
-@contextlib.contextmanager
-def explaining(prepared: Prepared, step: int) -> Iterator[None]:
-    """Turn an error of the disk while update `step` is exported into a RunError that names the way to go on."""
-    try:
-        yield
-    except Exception as e:
-        problem = disk_problem(e)
-        if isinstance(e, OSError) and not problem:
-            problem = f"writing failed: {e.strerror}: {e.filename}"
-        if not problem:
-            raise
-        steps = find_steps(prepared.output_dir)
-        if step in steps:
-            on = f"checkpoint-{step} holds the trained state: make room, and repeat the command with --export_only True"
-        elif steps:
-            on = (
-                f"make room, and go on from checkpoint-{steps[-1]} with --resume_from_checkpoint True, or export it as "
-                "it is with --export_only True"
-            )
-        else:
-            on = "no checkpoint is saved: make room, and start anew"
-        error = RunError(f"the export failed: {problem}; {on}")
-        if jax.process_count() > 1:
-            raise FailedAlone from error
-        raise error from None
-
-
-def write_model_config(prepared: Prepared, folder: Path) -> None:
-    """Write the trained model's `config.json` and `generation_config.json`."""
-    job, raw, generation = prepared.job, prepared.source.raw, prepared.source.generation
-    if job.args.hf_compat == "5" and (tokenizer := job.tokenizer or copied_tokenizer(prepared.tokenizer_folder)):
-        raw, generation = align_special_tokens(raw, generation, tokenizer)
-    write_config(folder, raw, generation, job.config, np.dtype(prepared.planner.run.param_dtype))
-
-
-def write_tokenizer(prepared: Prepared, folder: Path) -> None:
-    """Write the job's tokenizer, or the files of the tokenizer's folder."""
-    if prepared.job.tokenizer is not None:
-        prepared.job.tokenizer.save(folder)
-    else:
-        copy_tokenizer(prepared.tokenizer_folder, folder)
-
-
-def model_files(prepared: Prepared) -> dict[str, bytes]:
-    """Return the small files of the model or adapter to export, by name: a checkpoint with them is a model too."""
-    with tempfile.TemporaryDirectory(prefix="llama_jax-") as name:
-        folder = Path(name)
-        if prepared.job.adapter is None:
-            write_model_config(prepared, folder)
-            dtype = np.dtype(prepared.planner.run.param_dtype).name
-            write_json(folder / FLAX_JSON, {"stored_dtype": dtype, "dtype": dtype, "dtypes": {}})
-        elif prepared.job.config.vocab_size == prepared.source.config.vocab_size:  # else new rows, frozen, are missing
-            peft.write_config(folder, prepared.job.adapter)
-        write_tokenizer(prepared, folder)
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
-def copied_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """Return the tokenizer whose files are exported as they are, None where the folder has none that opens."""
-    with contextlib.suppress(InputError):
-        return open_tokenizer(folder, hf_compat="5") if folder else None
-    return None
-
-
 # -- Lines for the user -----------------------------------------------------------------------------------------------
-
-
-def say_header(prepared: Prepared) -> None:
-    """Report the model, the devices and the length of the run."""
-    args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
-    computed = "bfloat16" if args.bf16 else dtype
-    held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
-    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}")
-    if job.adapter is not None:
-        lora, size = job.adapter.lora, job.adapter.size(job.config)
-        whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""
-        say(
-            f"adapters: {size:,} parameters in float32 ({size / (job.config.num_parameters + size):.2%}) at "
-            f"{len(lora.ranks)} projections are trained{whole}"
-        )
-    say(
-        f"devices: {mesh.size} {prepared.platform} device(s) of {jax.process_count()} process(es), "
-        f"mesh {sharding.describe_mesh(mesh)}"
-    )
-    if (ranks := job.order.ranks) != (ways := sharding.batch_ways(mesh)):
-        say(f"--world_size {ranks}: the updates of {ranks} device(s) of the HF Trainer; {ways} here divide the rows")
-    rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
-    say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
-
-
-def end_warnings(source: Source, job: Job) -> list[str]:
-    """Return a line where the exported model will not stop at its trained end token. Raises InputError."""
-    ends, eos = source.eos_token_ids(), job.tokenizer.eos_token_id if job.tokenizer else None
-    if eos is None or eos in ends or job.args.hf_compat == "5":
-        return []
-    assert job.tokenizer
-    return [
-        f"{source.folder}: generation ends at the tokens {ends} by generation_config.json or config.json, not at the "
-        f"tokenizer's {job.tokenizer.eos_token!r} ({eos}), so that programs that read these files will not stop; add "
-        f"{eos} to eos_token_id there, or give --hf_compat 5, which does"
-    ]
-
-
-def say_done(prepared: Prepared) -> None:
-    """Report the exported folder."""
-    what, kind = ("adapter", "PEFT") if prepared.job.adapter else ("model", "Hugging Face")
-    say(f"done: the trained {what} is in {prepared.output_dir} (a {kind} folder)")
 
 
 def say_speed(run_log: RunLog) -> None:

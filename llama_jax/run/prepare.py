@@ -1,0 +1,165 @@
+"""Settle a run before its weights are read: devices, model, data, checkpoint to resume, planner."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax.base.bucket import as_path
+from llama_jax.base.errors import InputError
+from llama_jax.distributed import processes, sharding
+from llama_jax.distributed.platform import set_up_jax
+from llama_jax.hf.source import Source, training_dtype
+from llama_jax.plan import explain
+from llama_jax.plan.planner import Planner, choose_scan
+from llama_jax.reporting.progress import say, silence
+from llama_jax.run.checkpoint import number
+from llama_jax.run.resume import Facts, SavedRun, choose_checkpoint, compare_with_saved
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job, make_job
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Hold the parts of a run that are settled before weights are read.
+
+    `resume_from` is the checkpoint to resume and `saved` its JSON, None in a new run. `tokenizer_folder` holds files to
+    export in the place of the job's tokenizer, None where there is one.
+    """
+
+    args: Arguments
+    platform: str
+    output_dir: Path
+    mesh: Mesh
+    source: Source
+    job: Job
+    facts: Facts
+    planner: Planner
+    resume_from: Path | None
+    saved: SavedRun | None
+    tokenizer_folder: Path | None
+
+    @property
+    def resume_step(self) -> int:
+        """Return the number of updates before this start, 0 in a new run."""
+        return number(self.resume_from.name) if self.resume_from else 0
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether the run goes on in its own folder."""
+        return self.resume_from is not None and self.resume_from.parent == self.output_dir
+
+    @property
+    def quiet(self) -> bool | None:
+        """Return True where bars are switched off; None leaves the choice to tqdm."""
+        return self.args.disable_tqdm or None
+
+
+def join(args: Arguments) -> tuple[str, Mesh]:
+    """Join the other processes and return the platform and the mesh of the devices. Raises InputError."""
+    processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu)
+    platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
+    if not processes.is_first():
+        silence()
+    for note in args.notes(platform):
+        say(note)
+    with processes.agreed():
+        return platform, sharding.make_mesh(spec=args.mesh)
+
+
+def prepare(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
+    """Settle the run; all processes raise the same InputError."""
+    with processes.agreed():
+        prepared = _prepared_alone(args, platform, mesh)
+    facts = dataclasses.asdict(prepared.facts)
+    processes.same({"--output_dir's last checkpoint": prepared.resume_step, **args.decisive, **facts})
+    if not args.explain:
+        processes.check_shared(prepared.output_dir)
+    if args.show_examples and processes.is_first():
+        out = sys.stderr if args.explain == "json" else sys.stdout
+        print(explain.show_examples(prepared.job, args.show_examples, explain.wants_colour(out)), file=out)
+    return prepared
+
+
+def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
+    """Settle the run as this process sees it: model, data, checkpoint to resume, planner. Raises InputError."""
+    output_dir, saved = as_path(args.output_dir), None
+    resume_from = None if args.explain else choose_checkpoint(args, output_dir)
+    source = Source(
+        args.model_name_or_path,
+        args.allow_pickle,
+        tokenizer=args.tokenizer_name,
+        allow_nonfinite=args.allow_nonfinite,
+    )
+    if source.folder.resolve() == output_dir.resolve():
+        raise InputError(f"output_dir {output_dir} is the folder of the model that is trained; choose another")
+    for note in source.notes:
+        say(note)
+    if resume_from:
+        saved = SavedRun.read(resume_from)
+    ranks = args.world_size or (saved and saved.ranks) or sharding.batch_ways(mesh)
+    quiet = args.disable_tqdm or None
+    job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet)
+    for warning in end_warnings(source, job):
+        say(f"warning: {warning}")
+    dtype = args.dtype or training_dtype(source, args.hf_compat)
+    facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
+    if saved:
+        compare_with_saved(facts, saved, str(resume_from))
+        facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
+    planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
+    # Read now: a problem with the tokenizer is reported before the run, not after it.
+    tokenizer_folder = None if job.tokenizer or args.explain else source.tokenizer_to_copy()
+    say(planner.attention_line)
+    return Prepared(
+        args=args,
+        platform=platform,
+        output_dir=output_dir,
+        mesh=mesh,
+        source=source,
+        job=job,
+        facts=facts,
+        planner=planner,
+        resume_from=resume_from,
+        saved=saved,
+        tokenizer_folder=tokenizer_folder,
+    )
+
+
+def say_header(prepared: Prepared) -> None:
+    """Report the model, the devices and the length of the run."""
+    args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
+    computed = "bfloat16" if args.bf16 else dtype
+    held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
+    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}")
+    if job.adapter is not None:
+        lora, size = job.adapter.lora, job.adapter.size(job.config)
+        whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""
+        say(
+            f"adapters: {size:,} parameters in float32 ({size / (job.config.num_parameters + size):.2%}) at "
+            f"{len(lora.ranks)} projections are trained{whole}"
+        )
+    say(
+        f"devices: {mesh.size} {prepared.platform} device(s) of {jax.process_count()} process(es), "
+        f"mesh {sharding.describe_mesh(mesh)}"
+    )
+    if (ranks := job.order.ranks) != (ways := sharding.batch_ways(mesh)):
+        say(f"--world_size {ranks}: the updates of {ranks} device(s) of the HF Trainer; {ways} here divide the rows")
+    rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
+    say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
+
+
+def end_warnings(source: Source, job: Job) -> list[str]:
+    """Return a line where the exported model will not stop at its trained end token. Raises InputError."""
+    ends, eos = source.eos_token_ids(), job.tokenizer.eos_token_id if job.tokenizer else None
+    if eos is None or eos in ends or job.args.hf_compat == "5":
+        return []
+    assert job.tokenizer
+    return [
+        f"{source.folder}: generation ends at the tokens {ends} by generation_config.json or config.json, not at the "
+        f"tokenizer's {job.tokenizer.eos_token!r} ({eos}), so that programs that read these files will not stop; add "
+        f"{eos} to eos_token_id there, or give --hf_compat 5, which does"
+    ]
