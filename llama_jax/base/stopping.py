@@ -93,7 +93,5 @@ class Stopping:
 
     def _end(self, line: str, interrupted: bool) -> None:
         """End the process now: threads of a compile or a save would be waited for otherwise."""
-        output.note(line)
-        with contextlib.suppress(OSError):
-            os.write(2, f"{line}\n".encode())
+        output.screen(line)
         os._exit(INTERRUPTED if interrupted else STOPPED)

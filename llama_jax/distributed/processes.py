@@ -19,19 +19,24 @@ import jax
 
 from llama_jax.base.errors import FailedAlone, InputError
 from llama_jax.base.launcher import DEFAULT_PORT, SLURM, TORCH, Place, PlaceError, find_place
+from llama_jax.distributed import watchdog
 from llama_jax.distributed.compat import find_cluster, key_value_store, multihost_utils, on_tpu_host, watch_sigterm
 
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
 JOIN_SECONDS = 300  # until all processes of a run have started
 WAIT = 24 * 3600 * 1000  # milliseconds: a host may tokenise for hours; the heartbeat detects a dead host
 _exchanges = itertools.count()
+_limit = 0  # seconds: --watchdog_seconds of this run
 
 
-def join(address: str | None, count: int | None, index: int | None, use_cpu: bool = False) -> None:
-    """Connect to the other processes, before jax looks for devices. Raises InputError.
+def join(
+    address: str | None, count: int | None, index: int | None, use_cpu: bool = False, watchdog_seconds: int = 30
+) -> None:
+    """Connect to the other processes, before jax looks for devices, and watch them. Raises InputError.
 
     A launcher's variables give process 0's address and the place of this process; `address`, `count` and `index` do so
-    without a launcher, and jax's detection on a TPU slice.
+    without a launcher, and jax's detection on a TPU slice. A process without heartbeats for `watchdog_seconds` ends the
+    others with a line.
     """
     if (count is None) != (index is None) or (count is not None and address is None):
         raise InputError("--num_processes, --process_id and --coordinator_address: give all three, or none")
@@ -52,12 +57,16 @@ def join(address: str | None, count: int | None, index: int | None, use_cpu: boo
             raise InputError(f"{several}; start one a host: python train_jax.py ... (docs/tpu.md)")
         address, count, index = address or _coordinator(place, cluster), place.size, place.rank
         devices = None if use_cpu else _own_gpus(place)
-        _connect(address, num_processes=count, process_id=index, local_device_ids=devices)
+        _connect(address, num_processes=count, process_id=index, local_device_ids=devices, limit=watchdog_seconds)
     elif count is not None and index is not None and address is not None:
-        _connect(address, num_processes=count, process_id=index)
+        _connect(address, num_processes=count, process_id=index, limit=watchdog_seconds)
     elif address or (cluster and cluster.get_process_count() > 1):
         _configure()
-        jax.distributed.initialize(address)
+        jax.distributed.initialize(address, heartbeat_timeout_seconds=watchdog.heartbeat(watchdog_seconds))
+    if jax.distributed.is_initialized():
+        global _limit
+        _limit = watchdog_seconds
+        watchdog.watch(exchange(socket.gethostname()), jax.process_index(), watchdog_seconds)
 
 
 def refuse_several(command: str) -> None:
@@ -121,7 +130,9 @@ def _own_gpus(place: Place) -> list[int] | None:
     return [place.local_rank]
 
 
-def _connect(address: str, *, num_processes: int, process_id: int, local_device_ids: list[int] | None = None) -> None:
+def _connect(
+    address: str, *, num_processes: int, process_id: int, limit: int, local_device_ids: list[int] | None = None
+) -> None:
     """Join the processes at `address` by their numbers, or end this process with a line after JOIN_SECONDS."""
     port = int(address.rpartition(":")[2])
     if process_id == 0 and not _is_free(port):  # a second service would share the port without an error
@@ -151,6 +162,7 @@ def _connect(address: str, *, num_processes: int, process_id: int, local_device_
         local_device_ids,
         cluster_detection_method="deactivate",
         initialization_timeout=2 * JOIN_SECONDS,
+        heartbeat_timeout_seconds=watchdog.heartbeat(limit),
     )
     timer.cancel()
 
@@ -242,6 +254,8 @@ def failing_alone() -> Iterator[None]:
     except Exception as e:
         if not jax.distributed.is_initialized():
             raise
+        if watchdog.lost_connection(e):  # the other process is named, if it ended
+            watchdog.wait_for_verdict(_limit)
         number = f"process {jax.process_index()} of {jax.process_count()}"
         e.add_note(f"({number}; where a connection failed, another process ended first: see its output)")
         raise FailedAlone from e

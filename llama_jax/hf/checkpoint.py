@@ -73,7 +73,11 @@ def read_sealed(checkpoint: Path) -> Json:
     with restoring(checkpoint):
         if not (checkpoint / RUN / "metadata").is_file():  # to open a FIFO blocks
             raise ValueError(f"{RUN}/metadata is no file")
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        # Any one process may read it: without this, orbax waits for all of them.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
             values = checkpointer.restore(absolute(checkpoint) / RUN)
         if not isinstance(values, dict):
             raise ValueError("its JSON holds no object")

@@ -60,7 +60,7 @@ class Prepared:
 
 def join(args: Arguments) -> tuple[str, Mesh]:
     """Join the other processes and return the platform and the mesh of the devices. Raises InputError."""
-    processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu)
+    processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu, args.watchdog_seconds)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
     if not processes.is_first():
         silence()

@@ -164,11 +164,15 @@ def owned(args: Arguments) -> Iterator[Path]:
 
 
 def keep_log(output_dir: Path) -> None:
-    """Append the output to `run.log` too, except on a bucket, where nothing is appended. Raises InputError."""
-    if is_remote(output_dir) or not processes.is_first():
+    """Append the output to `run.log` too, and the messages of C++ to `process-N.log` where there are several processes;
+    nothing on a bucket, which has no files to append to. Raises InputError."""
+    if is_remote(output_dir):
         return
     try:
-        output.keep(output_dir / output.FILE)
+        if processes.is_first():
+            output.keep(output_dir / output.FILE)
+        if jax.process_count() > 1:
+            output.divert(output_dir / f"process-{jax.process_index()}.log")
     except OSError as e:
         advice = "remove it, or choose another --output_dir"
         raise InputError(f"{e.filename}: the log cannot be written: {e.strerror}; {advice}") from None

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol, cast
 from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import parse_json, read_small
+from llama_jax.distributed import watchdog
 from llama_jax.model.kernels import KERNELS
 from llama_jax.model.remat import REMAT
 from llama_jax.reporting.metrics import EVALUATION_METRICS
@@ -203,9 +204,8 @@ class Arguments:
         "slices need no address",
     )
     num_processes: int | None = _flag(None, "number of processes; needed where only --coordinator_address is given")
-    process_id: int | None = _flag(
-        None, "number of this process, from 0; needed where only --coordinator_address is given"
-    )
+    process_id: int | None = _flag(None, "number of this process, from 0, as --num_processes")
+    watchdog_seconds: int = _flag(30, "seconds after which a process that died or got stuck ends the others")
 
     output_dir: str = _flag(
         "trainer_output",
@@ -218,7 +218,7 @@ class Arguments:
     )
     save_steps: float = _flag(500, "updates between two checkpoints; a value below 1 is a share of all updates")
     save_total_limit: int | None = _flag(
-        None, "number of checkpoints to keep, by default all; the oldest go first, the best stays"
+        None, "checkpoints to keep, by default all; the oldest go first, the best stays"
     )
     overwrite_output_dir: bool = _flag(False, "remove the checkpoints of output_dir, replace its model")
     resume_from_checkpoint: str | None = _flag(
@@ -375,6 +375,8 @@ class Arguments:
         for name in (*positive, *intervals):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} {getattr(self, name)}: should be above 0")
+        if self.watchdog_seconds < watchdog.LEAST:
+            raise InputError(f"--watchdog_seconds {self.watchdog_seconds}: should be at least {watchdog.LEAST}")
         if self.world_size is not None and self.world_size <= 0:
             raise InputError(f"--world_size {self.world_size}: should be above 0, or left out")
         if self.max_tokens_per_device != "auto" and not re.fullmatch("0*[1-9][0-9]*", self.max_tokens_per_device):
