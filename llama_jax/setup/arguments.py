@@ -205,7 +205,7 @@ class Arguments:
     )
     num_processes: int | None = _flag(None, "number of processes; needed where only --coordinator_address is given")
     process_id: int | None = _flag(None, "number of this process, from 0, as --num_processes")
-    watchdog_seconds: int = _flag(30, "seconds after which a process that died or got stuck ends the others")
+    watchdog_seconds: int = _flag(30, "seconds until a dead or stuck process ends the rest")
 
     output_dir: str = _flag(
         "trainer_output",
