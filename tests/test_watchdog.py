@@ -123,6 +123,24 @@ def test_messages_of_libraries_go_to_a_file(tmp_path: Path) -> None:
     assert path.read_text() == "of an earlier start\nearly message\nlate message\n"
 
 
+JOINED = """
+import sys
+sys.path.insert(0, {root!r})
+import jax
+from llama_jax.distributed import processes
+
+processes.join("localhost:{port}", 1, 0)
+jax.config.update("jax_num_cpu_devices", 3)  # refused once a backend has started
+assert jax.device_count() == 3
+"""
+
+
+def test_joining_starts_no_backend() -> None:
+    """The platform is chosen later: --use_cpu on a host with GPUs."""
+    script = JOINED.format(root=str(ROOT), port=free_port())
+    subprocess.run([sys.executable, "-c", script], env=environment(), check=True, timeout=120)
+
+
 # A main thread that is busy for longer than the limit: reading weights, say.
 BUSY = """
 import sys, time

@@ -10,8 +10,8 @@ import jax
 # Missing: whether this host has TPUs, before a backend starts.
 from jax._src import cloud_tpu_init as _cloud_tpu_init
 
-# Missing: the detection of a cluster without joining it; the key-value store and SIGTERM's handler of
-# `jax.distributed`.
+# Missing: the detection of a cluster without joining it; the key-value store, the place of a process and SIGTERM's
+# handler of `jax.distributed`.
 from jax._src import clusters as _clusters
 from jax._src import distributed as _distributed
 
@@ -39,6 +39,13 @@ def key_value_store() -> Any:
     store = _distributed.global_state.client
     assert store is not None
     return store
+
+
+def place_in_run() -> tuple[int, int]:
+    """Return the number of this process and of all, before a backend starts, which `jax.process_index` would do."""
+    state = _distributed.global_state
+    assert state.process_id is not None and state.num_processes is not None
+    return state.process_id, state.num_processes
 
 
 def watch_sigterm() -> None:

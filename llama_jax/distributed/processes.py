@@ -20,7 +20,14 @@ import jax
 from llama_jax.base.errors import FailedAlone, InputError
 from llama_jax.base.launcher import DEFAULT_PORT, SLURM, TORCH, Place, PlaceError, find_place
 from llama_jax.distributed import watchdog
-from llama_jax.distributed.compat import find_cluster, key_value_store, multihost_utils, on_tpu_host, watch_sigterm
+from llama_jax.distributed.compat import (
+    find_cluster,
+    key_value_store,
+    multihost_utils,
+    on_tpu_host,
+    place_in_run,
+    watch_sigterm,
+)
 
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
 JOIN_SECONDS = 300  # until all processes of a run have started
@@ -64,9 +71,7 @@ def join(
         _configure()
         jax.distributed.initialize(address, heartbeat_timeout_seconds=watchdog.heartbeat(watchdog_seconds))
     if jax.distributed.is_initialized():
-        global _limit
-        _limit = watchdog_seconds
-        watchdog.watch(exchange(socket.gethostname()), jax.process_index(), watchdog_seconds)
+        _watch(watchdog_seconds)
 
 
 def refuse_several(command: str) -> None:
@@ -165,6 +170,16 @@ def _connect(
         heartbeat_timeout_seconds=watchdog.heartbeat(limit),
     )
     timer.cancel()
+
+
+def _watch(seconds: int) -> None:
+    """Watch the other processes, before a backend starts."""
+    global _limit
+    _limit = seconds
+    (index, count), store, key = place_in_run(), key_value_store(), "llama_jax/host"
+    store.key_value_set(f"{key}/{index}", socket.gethostname())
+    hosts = [store.blocking_key_value_get(f"{key}/{i}", 1000 * JOIN_SECONDS) for i in range(count)]
+    watchdog.watch(hosts, index, seconds)
 
 
 def _configure() -> None:
