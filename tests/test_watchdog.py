@@ -78,6 +78,9 @@ def test_only_connections_are_waited_for() -> None:
         pass
 
     assert watchdog.lost_connection(JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"))
+    assert watchdog.lost_connection(
+        JaxRuntimeError("INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE")
+    )
     assert not watchdog.lost_connection(JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"))
     assert not watchdog.lost_connection(ValueError("connection"))
 

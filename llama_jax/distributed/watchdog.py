@@ -21,7 +21,8 @@ LEAST = 3  # seconds: heartbeats come every second or two
 _FATAL = "distributed service detected fatal errors"  # of jaxlib's client, before it aborts
 _SILENT = re.compile(r"^(?:/job:\S*/task:)?(\d+)$", re.MULTILINE)  # a line for each process without heartbeats
 _SERVICE = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|Socket closed|failed to connect", re.IGNORECASE)
-_CONNECTION = re.compile(r"gloo|nccl|connection|socket closed|coordination ?service", re.IGNORECASE)
+_CONNECTION = re.compile("gloo|nccl|coordination ?service|heartbeat timeout|barrier failed", re.IGNORECASE)
+_SOCKET = re.compile("connection|socket closed", re.IGNORECASE)
 
 
 class Verdict(NamedTuple):
@@ -87,7 +88,8 @@ def judge(messages: str, hosts: Sequence[str], index: int, seconds: int) -> Verd
 
 def lost_connection(e: Exception) -> bool:
     """Return whether an exception comes from a connection to another process, which may have ended."""
-    return type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and bool(_CONNECTION.search(str(e)))
+    of_jax = type(e).__name__ in ("JaxRuntimeError", "XlaRuntimeError")  # a background save wraps it
+    return bool(_CONNECTION.search(str(e)) or (of_jax and _SOCKET.search(str(e))))
 
 
 def wait_for_verdict(seconds: int) -> None:

@@ -17,6 +17,7 @@ from llama_jax.base.bucket import absolute, is_remote, remove_tree
 from llama_jax.base.errors import FailedAlone, InputError, RunError, disk_problem
 from llama_jax.distributed.digest import sums
 from llama_jax.distributed.storage import handler
+from llama_jax.distributed.watchdog import lost_connection
 from llama_jax.hf.checkpoint import FORMAT, is_checkpoint, is_large, read_sealed, restore, restoring, seal
 from llama_jax.run.ownership import Ledger
 from llama_jax.setup.job import kept_steps
@@ -256,6 +257,8 @@ class Checkpoints:
         except InputError:
             raise
         except Exception as e:
+            if jax.process_count() > 1 and lost_connection(e):  # no fault of the disk
+                raise
             reason = disk_problem(e) or f"writing failed: {type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
             steps = find_steps(self._folder)
             on = f"go on from checkpoint-{steps[-1]} with --resume_from_checkpoint True" if steps else "start anew"
