@@ -183,7 +183,11 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
         return
     temporary = path.with_name(f"{path.name}-{platform.node()}-{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+    except OSError:  # a full disk
+        temporary.unlink(missing_ok=True)
+        raise
     os.replace(temporary, path)
 
 

@@ -43,7 +43,8 @@ def locked(output_dir: Path) -> Iterator[None]:
                 break
         os.close(file)
     os.ftruncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
+        os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
     try:
         yield
     finally:
