@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_meshes import laid_out, on_eight_devices
@@ -158,9 +158,9 @@ def on_meshes(folder: str, count: int) -> None:
     write_model(Path(folder) / "model")
     numbers = iter(range(10**6))
 
-    @settings(
-        max_examples=count, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=[*HealthCheck]
-    )  # fmt: skip
+    import conftest  # noqa: F401  its settings, in this process too
+
+    @settings(max_examples=count)
     @given(cases())
     def holds(case: dict[str, Any]) -> None:
         number = next(numbers)

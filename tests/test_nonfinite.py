@@ -24,10 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_training import torch_windows
-from tiny import CONFIG, Outcome, make_arrays, make_records, run, slow_unless, write_json, write_model
+from tiny import CONFIG, Outcome, make_arrays, make_records, run, slow_unless, write_json, write_model, write_tokenizer
 
 import convert_torch_to_flax
 import train_jax
+from llama_jax.command import generate
 from llama_jax.data.batches import Batch, Batches
 from llama_jax.distributed import sharding
 from llama_jax.hf.finite import is_finite
@@ -511,6 +512,9 @@ def test_weights_of_nan_are_refused_by_name(tmp_path: Path) -> None:
         assert f"tensor '{name}' holds NaN or Inf" in outcome.err.splitlines()[-1], outcome.err
         assert f"{folder}/model" in outcome.err.splitlines()[-1]
         assert not list((tmp_path / f"{folder.name}-flax").iterdir())
+    outcome = run(generate.main, "--model_name_or_path", write_tokenizer(folder), "--use_cpu", "--instruction", "x")
+    assert outcome.code == 2 and f"tensor '{name}' holds NaN or Inf" in outcome.err.splitlines()[-1], outcome.err
+    assert "(train_jax.py and convert_torch_to_flax.py take it as it is with --allow_nonfinite)" in outcome.err
 
 
 def test_all_ways_of_reading(tmp_path: Path) -> None:

@@ -64,8 +64,8 @@ def check_written(params: Params, table: Table, folder: Any, dtypes: Mapping[str
 
 def _refusal(source: str, name: str) -> str:
     return (
-        f"{source}: tensor {name!r} holds NaN or Inf; copy or download it again, or give --allow_nonfinite to train "
-        "and convert it as it is"
+        f"{source}: tensor {name!r} holds NaN or Inf; copy or download it again (train_jax.py and "
+        "convert_torch_to_flax.py take it as it is with --allow_nonfinite)"
     )
 
 
