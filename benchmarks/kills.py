@@ -29,14 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--save_strategy steps --save_steps 2 --save_total_limit 2 --logging_steps 1 --report_to none "
 FLAGS += "--disable_tqdm True --resume_from_checkpoint auto"
 LEFT_OUT = ("runtime", "per_second", "time", "train_loss")
-PATIENCE = 150  # seconds for the processes that were not killed
+PATIENCE = 330  # seconds for the processes that were not killed; they wait 300 for one that has not come yet
 
 
 class Job:
     """Start the processes of a run, and kill one of them."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.slowest = args, 0.0
+        self.args, self.slowest, self.wrong = args, 0.0, 0
 
     def start(self, out: Path, log: Path) -> list[subprocess.Popen]:
         args, count = self.args, self.args.processes
@@ -64,7 +64,7 @@ class Job:
     def kill(self, out: Path, log: Path, rng: random.Random, seconds: float, in_save: bool) -> str:
         """Start a run, kill one process of it and return a word for the moment, "" where it ended before.
 
-        Raises RuntimeError where another process does not end with 1.
+        Another process that does not end with 1 is reported and counted in `wrong`.
         """
         processes = self.start(out, log)
         victim, began, wait = rng.choice(processes), time.monotonic(), rng.uniform(0, seconds)
@@ -89,7 +89,8 @@ class Job:
                 os.killpg(process.pid, signal.SIGKILL)
         self.slowest = max(self.slowest, time.monotonic() - began)
         if not {*codes} <= ({1} if killed and not (out / "trainer_state.json").exists() else {0, 1}):
-            raise RuntimeError(f"process {processes.index(victim)} was killed: {moment}; the other ended with {codes}")
+            self.wrong += 1
+            print(f"process {processes.index(victim)} was killed, {moment}; the others ended with {codes}", flush=True)
         return moment if killed else ""
 
 
@@ -131,31 +132,29 @@ def main() -> int:
         print(f"undisturbed: {seconds:.1f} s, {len(wanted[1])} lines", flush=True)
         while done < args.kills:
             rng = random.Random(f"{args.seed} {number}")
-            out, log, moments, same = folder / f"round-{number}", folder / f"log-{number}", list[str](), True
+            out, log, moments = folder / f"round-{number}", folder / f"log-{number}", list[str]()
             while len(moments) < args.per_round:
-                try:
-                    moment = job.kill(out, log, rng, seconds, (done + len(moments)) % 2 == 0)
-                except RuntimeError as e:
-                    same = False
-                    print(e)
-                    break
+                moment = job.kill(out, log, rng, seconds, (done + len(moments)) % 2 == 0)
                 if not moment:
                     break
                 moments.append(moment)
             # A run that ended while its killer waited is at its end already: another start would be refused.
             code = 0 if (out / "trainer_state.json").exists() else job.finish(out, log)
-            same = same and code == 0 and end_of(out) == wanted
+            same = code == 0 and end_of(out) == wanted
             done, number, wrong = done + len(moments), number + 1, wrong + (not same)
             for moment in moments:
                 counts["in a save" if moment == "in a save" else "at any moment"] += 1
-            print(f"round {number - 1}: {', '.join(moments)}: {'the same end' if same else 'DIFFERENT'}", flush=True)
+            print(
+                f"round {number - 1}: {', '.join(moments)}: {'the same end' if same else f'DIFFERENT, code {code}'}",
+                flush=True,
+            )
             if not same:
                 print(log.read_text()[-3000:])
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     if args.processes > 1:
-        print(f"the processes that were not killed ended within {job.slowest:.0f} s")
+        print(f"processes that were not killed ended within {job.slowest:.0f} s, {job.wrong} not with 1")
     print(f"{done} kills ({kinds}) in {number} rounds: {number - wrong} rounds have the same end, {wrong} have not")
-    return int(wrong > 0)
+    return int(wrong + job.wrong > 0)
 
 
 if __name__ == "__main__":
