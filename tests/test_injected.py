@@ -153,8 +153,8 @@ def check(folder: Path, number: int, case: dict[str, Any]) -> str:
 
 def on_meshes(folder: str, count: int) -> None:
     write_model(Path(folder) / "model")
-    for number in range(count):  # from 800 on, the first four have each form of accumulation, and adapters
-        case = drawn(random.Random(800 + number), [*MESHES][-number % len(MESHES)])
+    for number in range(count):  # from 4100 on, the first four have each form of accumulation, and adapters
+        case = drawn(random.Random(4100 + number), [*MESHES][-number % len(MESHES)])
         print(number, case["mesh"], case["flags"], case["bad"], check(Path(folder), number, case), flush=True)
 
 
