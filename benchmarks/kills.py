@@ -12,6 +12,7 @@ differs.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -66,11 +67,15 @@ class Job:
 
         Another process that does not end with 1 is reported and counted in `wrong`.
         """
+        earlier, at = log.stat().st_size if log.exists() else 0, time.time()
         processes = self.start(out, log)
-        victim, began, wait = rng.choice(processes), time.monotonic(), rng.uniform(0, seconds)
+        victim, wait = rng.choice(processes), rng.uniform(0, seconds)
+        while len(processes) > 1 and victim.poll() is None and "devices:" not in log.read_text()[earlier:]:
+            time.sleep(0.01)  # the others wait 300 s for a process that was never there: no fault
+        began = time.monotonic()
         moment = f"{wait:.2f} s"
         while victim.poll() is None:
-            if in_save and saving(out):
+            if in_save and saving(out, at):
                 time.sleep(rng.uniform(0, 0.05))
                 moment = "in a save"
                 break
@@ -102,9 +107,13 @@ def end_of(out: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     return sums, [{k: v for k, v in e.items() if not any(word in k for word in LEFT_OUT)} for e in history]
 
 
-def saving(out: Path) -> bool:
-    """Return whether a checkpoint is being written."""
-    return any("tmp" in path.name for path in out.glob("checkpoint-*"))
+def saving(out: Path, since: float) -> bool:
+    """Return whether a checkpoint is being written that was begun after a time; others are of a killed run."""
+    for path in out.glob("checkpoint-*tmp*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ctime > since:
+                return True
+    return False
 
 
 def main() -> int:
