@@ -101,6 +101,15 @@ def test_nothing_half_is_left(disk: Path) -> None:
     (disk / "other").unlink()
 
 
+def test_no_warning_follows_the_line() -> None:
+    """Orbax's coroutines of writes that did not begin warn when Python ends."""
+    code = "import sys, warnings; from llama_jax.base.errors import RunError, run_command\n"
+    code += "def main(argv): raise RunError('x')\n"
+    code += "code = run_command(main); warnings.warn('late', RuntimeWarning); sys.exit(code)"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (1, "error: x\n")
+
+
 @pytest.mark.slow
 @settings(max_examples=drawn_cases(40, 4))
 @given(

@@ -75,6 +75,8 @@ def _run_command(main: Callable[[list[str]], int]) -> int:
             print(f"error: {e}", file=sys.stderr)
         elif rank_of():
             time.sleep(FIRST_PRINTS)
+        if isinstance(e, RunError):
+            warnings.simplefilter("ignore")  # orbax warns of the writes that did not begin
         return e.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -93,7 +95,7 @@ def _run_command(main: Callable[[list[str]], int]) -> int:
         if not (problem := disk_problem(e)):
             raise
         print(f"error: {problem}", file=sys.stderr)
-        warnings.simplefilter("ignore")  # orbax warns of the writes that did not begin
+        warnings.simplefilter("ignore")  # as above
         return 1
 
 
