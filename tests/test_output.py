@@ -1,6 +1,5 @@
 """`run.log` holds what a run prints, and no closed terminal or pipe ends a run."""
 
-import asyncio
 import io
 import os
 import pty
@@ -18,7 +17,6 @@ from tiny import ROOT, environment, run
 
 import train_jax
 from llama_jax.base.output import Output, _Stream
-from llama_jax.distributed.platform import _ignore_rest_of_failure
 
 
 @pytest.fixture(scope="module")
@@ -124,26 +122,3 @@ def test_a_full_disk_ends_the_log_alone(job: Job, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("llama_jax.base.output._open", lambda path: os.open("/dev/full", os.O_WRONLY))
     outcome = run(train_jax.main, *job.argv("full", save_strategy="no"))
     assert outcome.code == 0 and outcome.err.count("run.log ends here: No space left on device") == 1
-
-
-CLOSED = """
-async def read():
-    try:
-        await asyncio.sleep(0)
-    finally:
-        raise Exception("cannot read on")
-
-coroutine = read()
-coroutine.send(None)
-del coroutine
-"""
-
-
-@pytest.mark.parametrize(("file", "lines"), [("/x/orbax/read.py", 0), ("/x/mine/read.py", 1)])
-def test_rests_of_a_failed_read_are_silent(
-    file: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Python prints what a coroutine raises when it is closed; orbax has raised its error before."""
-    monkeypatch.setattr(sys, "unraisablehook", _ignore_rest_of_failure)
-    exec(compile(CLOSED, file, "exec"), {"asyncio": asyncio})
-    assert capsys.readouterr().err.count("Traceback") == lines
