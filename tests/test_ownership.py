@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tiny import drawn_cases, environment, run
 
 import train_jax
 from llama_jax.base.errors import InputError
+from llama_jax.distributed.platform import _ignore_abandoned
 from llama_jax.hf.checkpoint import Damaged
 from llama_jax.run.ownership import LOCK, locked
 from llama_jax.run.resume import SavedRun
@@ -202,6 +204,29 @@ def test_any_damage_is_passed_over(damage: str, where: float, place: float, bit:
     if damage not in DAMAGES:
         assert "it holds update 4, under another name" in outcome.err
         assert (out / "damaged-checkpoint-6").exists()
+
+
+def test_a_read_that_is_given_up_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """After one array has failed: as orbax reads an array, the end of a coroutine becomes another exception."""
+
+    async def read() -> None:
+        try:
+            await types.coroutine(lambda: (yield))()
+        except BaseException as e:
+            raise Exception("while reading") from e
+
+    monkeypatch.setattr("sys.unraisablehook", _ignore_abandoned)
+    waiting = read()
+    waiting.send(None)
+    del waiting
+    assert capsys.readouterr().err == ""
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("a bug")
+
+    Broken()
+    assert "a bug" in capsys.readouterr().err
 
 
 @settings(max_examples=drawn_cases(200, 60))

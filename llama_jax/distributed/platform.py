@@ -23,7 +23,7 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     # Orbax warns of intended settings, and logs hundreds of lines for errors that it also raises.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _ignore_closed_loop
+    sys.unraisablehook = _ignore_abandoned
     # JAX takes 75% of a GPU's memory by default; a 7B model with float32 Adam needs more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
     # Orbax copies a GPU's state through pinned host memory, of which XLA allows 64 GB by default.
@@ -38,9 +38,11 @@ def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: b
     return platform
 
 
-def _ignore_closed_loop(problem: Any) -> None:
-    """Ignore tensorstore's callbacks to orbax's closed event loop, which follow a failed write."""
-    if str(problem.exc_value) != "Event loop is closed":
+def _ignore_abandoned(problem: Any) -> None:
+    """Ignore what follows a failed read or write: tensorstore's callbacks to orbax's closed event loop, and the
+    exception that orbax makes of the end of a read that still waits."""
+    closed = isinstance(getattr(problem.exc_value, "__cause__", None), GeneratorExit)
+    if not closed and str(problem.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(problem)
 
 
