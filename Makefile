@@ -24,6 +24,11 @@ $(VENV)/.test-installed: pyproject.toml $(VENV)/.installed
 # The TPU compiler, for dry runs, in a folder of its own: beside JAX, it would make every start look for a TPU.
 	libtpu=$$($(BIN)/python -c 'from llama_jax.plan.chips import libtpu_requirement as r; print(r())') && \
 		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/libtpu --upgrade "$$libtpu"
+# Clients of trackers, in a folder of their own: beside the rest, 4.37's default would report every test's run to them.
+# Those that this environment has are not installed again, nor moved to other versions.
+	$(BIN)/python -m pip freeze -q --exclude-editable > $(VENV)/versions.txt
+	$(BIN)/python -m pip install -q --no-warn-script-location --prefix $(VENV)/trackers -c $(VENV)/versions.txt \
+		'tensorboardX>=2.6,<3' 'wandb>=0.22,<0.32' 'trackio>=0.20,<0.44'
 # The real Trainer of 4.37, in a folder of its own: tests run it in a process beside that of 5 (tests/hf_trainer.py).
 	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/transformers-4.37 --upgrade transformers==4.37.2 \
 		accelerate==0.27.2 tokenizers==0.15.2 huggingface_hub==0.23.5

@@ -64,6 +64,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     - `model`: an HF folder; `data`, `eval_data` (may be absent): JSON files of records of `input_ids` and `labels`,
       perhaps with an `attention_mask`
     - `output_dir`
+    - `report_to`: platforms, of which 5's command line takes one alone
     - `new_tokens` (0): how many rows stanford_alpaca's resize adds to the vocabulary
     - `quantization`: keywords of BitsAndBytesConfig
     - `peft`: keywords of PEFT's LoraConfig; the adapter alone is trained, and drawn under the seed of `argv`; its
@@ -108,6 +109,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     output_dir.mkdir(exist_ok=True)
     parser = transformers.HfArgumentParser(transformers.TrainingArguments)
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(output_dir), *QUIET, *map(str, spec["argv"])])
+    args.report_to = spec.get("report_to", args.report_to)
     data = _Examples(spec["data"])
     eval_data = _Examples(spec["eval_data"]) if spec.get("eval_data") else None
     keywords = {}

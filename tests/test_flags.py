@@ -105,8 +105,8 @@ def another_value(name: str, flag: dict[str, Any]) -> str:
     if flag["choices"]:
         kept = [c for c in flag["choices"] if c not in (flag["default"], "best", "greedy", "batch_rebalance")]
         return {"optim": "sgd", "lr_scheduler_type": "cosine", "eval_strategy": "epoch"}.get(name, kept[0])
-    if name in ("metric_for_best_model", "include_num_input_tokens_seen"):
-        return {"metric_for_best_model": "runtime"}.get(name, "True")
+    if name in ("metric_for_best_model", "include_num_input_tokens_seen", "report_to"):
+        return {"metric_for_best_model": "runtime", "report_to": "wandb"}.get(name, "True")
     if name == "deepspeed":
         return '{"gradient_clipping": "auto"}'  # without the key, DeepSpeed does not clip
     if name.endswith(("_kwargs", "_config")):
@@ -133,7 +133,7 @@ def test_every_flag_does_what_the_table_says(live: dict[str, dict[str, Any]]) ->
             said = {line for line in said if not line.startswith("--eval_data_path: no effect")}
             if status == IMPLEMENTED:
                 kept = getattr(arguments, name)
-                expected = "all" if name == "include_num_input_tokens_seen" else value
+                expected = {"include_num_input_tokens_seen": "all", "report_to": "['wandb']"}.get(name, value)
                 assert str(kept) in (expected, f"{expected}.0"), (name, kept)
                 assert not said or (name, compat) == ("data_seed", OLD), said
             else:
@@ -176,7 +176,8 @@ def test_nothing_is_said_of_defaults(live: dict[str, dict[str, Any]]) -> None:
         ("--explain json", {"explain": "json"}),
         ("--lr_scheduler_kwargs {\"num_cycles\":2}", {"schedule_kwargs": {"num_cycles": 2}}),
         ("--metric_for_best_model loss", {"best_metric_key": "eval_loss", "greater_is_better": False}),
-        ("--report_to wandb tensorboard", {}),
+        ("--report_to wandb tensorboard", {"report_to": ["wandb", "tensorboard"]}),
+        ("--loggingdir ./log", {"logging_dir": "./log"}),
     ],
 )  # fmt: skip
 def test_meaning(words: str, meant: dict[str, Any]) -> None:
@@ -332,15 +333,17 @@ def write(path: Path, text: str) -> str:
 
 
 def test_files_of_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    yaml = write(tmp_path / "a.yaml", "model_name_or_path: m\ndata_path: d\nreport_to: [a, b]\nlearning_rate: 1e-3\n")
+    yaml = write(
+        tmp_path / "a.yaml", "model_name_or_path: m\ndata_path: d\nreport_to: [wandb, mlflow]\nlearning_rate: 1e-3\n"
+    )
     yml = write(tmp_path / "a.yml", Path(yaml).read_text())
-    values = {"model_name_or_path": "m", "data_path": "d", "report_to": ["a", "b"], "learning_rate": 1e-3}
+    values = {"model_name_or_path": "m", "data_path": "d", "report_to": ["wandb", "mlflow"], "learning_rate": 1e-3}
     values |= {"lr_scheduler_kwargs": {"num_cycles": 3}, "bf16": True, "max_steps": -1, "tf32": None}
     file = write(tmp_path / "a.json", json.dumps(values, indent="\t"))  # YAML takes no tabs
     for argv in ([yaml], [yml], ["--config", yaml], ["--conf", yaml], [file], ["--config", file]):
         arguments = parse_arguments(argv)
         assert (arguments.model_name_or_path, arguments.learning_rate) == ("m", 1e-3)
-        assert len(arguments.notes("cpu")) == 1  # --report_to
+        assert not arguments.notes("cpu") and arguments.report_to == ["wandb", "mlflow"]
         assert arguments.schedule_kwargs == ({"num_cycles": 3} if argv[-1] == file else {})
     assert arguments.bf16
     write(tmp_path / "bad.json", '{"bf16": tru}')

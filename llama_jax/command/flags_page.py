@@ -27,8 +27,9 @@ _ORIGIN = {
     name: origin
     for origin, names in {
         ALPACA: "model_name_or_path data_path model_max_length cache_dir",
-        OLD: "warmup_ratio overwrite_output_dir",
-        NEW: "average_tokens_across_devices train_sampling_strategy eval_strategy eval_on_start",
+        OLD: "warmup_ratio overwrite_output_dir logging_dir",
+        NEW: "average_tokens_across_devices train_sampling_strategy eval_strategy eval_on_start project "
+        "trackio_space_id trackio_bucket_id trackio_static_space_id",
         SCRIPTS: "tokenizer_name dataset_config_name",
         "PEFT": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora "
         "lora_bias init_lora_weights adapter_name_or_path load_in_4bit load_in_8bit bnb_4bit_quant_type "

@@ -1,5 +1,6 @@
 """Keep the log and write `trainer_state.json` in the HF Trainer's schema."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ from llama_jax.reporting.progress import say
 
 
 class TrainerState:
-    """Hold the HF Trainer's state of a run. `compat`, "4.37" or "5", selects that version's rounding and keys."""
+    """Hold the HF Trainer's state of a run. `compat`, "4.37" or "5", selects that version's rounding and keys.
+
+    `on_log` gets each entry of the log without its step, as the Trainer's `on_log` does.
+    """
 
     def __init__(
         self,
@@ -23,6 +27,7 @@ class TrainerState:
         greater_is_better: bool = False,
     ):
         self.compat, self.greater_is_better = compat, greater_is_better
+        self.on_log: Callable[[dict[str, Any]], None] = lambda entry: None
         self.values: dict[str, Any] = {
             "best_metric": None,
             "best_model_checkpoint": None,
@@ -68,6 +73,7 @@ class TrainerState:
             digits = {"loss": 4, "epoch": 2}
             entry = {key: round(v, digits[key]) if key in digits else v for key, v in entry.items()}
         self.values["log_history"].append({**entry, "step": self.values["global_step"]})
+        self.on_log(entry)
         if self.compat == "5":
             return {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in entry.items()}
         return entry

@@ -13,6 +13,7 @@ from llama_jax.base.errors import RunError
 from llama_jax.distributed import processes, sharding
 from llama_jax.hf.finite import all_finite
 from llama_jax.reporting.run_log import RunLog
+from llama_jax.reporting.trackers import Trackers
 from llama_jax.run.bad_updates import BadUpdates
 from llama_jax.run.checkpoint import Checkpoints
 from llama_jax.run.evaluation import Evaluation
@@ -55,6 +56,7 @@ class Milestones:
     goes_on: bool
     bad: BadUpdates
     finite: int | None
+    trackers: Trackers
     unfinished: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -131,6 +133,7 @@ class Milestones:
             )
             best, kept = self._log.best_step, None if finite else self.finite
             self.checkpoints.save(step, state.saved, saved.to_json(), best=best, finite=kept)
+            self.trackers.save(self.checkpoints.wait)
 
     def guard_values(self, state: TrainState) -> dict[str, Any]:
         """Return what a resumed run needs of bad updates beside the log, as JSON values."""

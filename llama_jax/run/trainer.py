@@ -33,6 +33,7 @@ from llama_jax.plan import explain
 from llama_jax.plan.planner import Plan
 from llama_jax.reporting.progress import byte_bar, say, show, update_bar
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
+from llama_jax.reporting.trackers import Trackers
 from llama_jax.reporting.trainer_state import TrainerState
 from llama_jax.run.bad_updates import BadUpdates
 from llama_jax.run.checkpoint import Checkpoints, find_removable, find_steps, read_run, remove_steps, restore_state
@@ -44,6 +45,7 @@ from llama_jax.run.ownership import locked, new_identity
 from llama_jax.run.prepare import Prepared, join, prepare, say_header
 from llama_jax.run.resume import Facts, pass_over, pass_over_damaged, with_base
 from llama_jax.run.signals import catch_stop
+from llama_jax.run.tracking import begin_reports, open_reports
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 from llama_jax.training.fit import fit
@@ -72,19 +74,21 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
     """
     output.survive()
     platform, mesh = join(args)
-    with owned(args) as output_dir:
+    with open_reports(args) as trackers, owned(args) as output_dir:
         prepared, run, checkpoints, state = begin(args, platform, mesh)
         job, facts = prepared.job, prepared.facts
         if state.frozen:
             base = digest(state.frozen, prepared.mesh)
             facts = with_base(facts, base, prepared.saved, str(prepared.resume_from))
 
-        state, run_log, finished = make_updates(run, checkpoints, state, facts, stopping, started)
+        begin_reports(trackers, prepared, run.log)
+        state, run_log, finished = make_updates(run, checkpoints, state, facts, stopping, started, trackers)
         stopping.hold(lambda: True)
         checkpoints.wait()
         say_speed(run_log)
         if not finished:
             checkpoints.close()
+            trackers.end(finished=False)
             say_stopped(run.log.values["global_step"])
             return STOPPED
         run_log.finish()
@@ -101,6 +105,7 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
             if processes.is_first():
                 run.log.save(output_dir)
         processes.exchange("exported")
+        trackers.end(finished=True)
         say_done(prepared)
         return 0
 
@@ -408,7 +413,13 @@ def make_evaluation(prepared: Prepared, loss_step: LossStep, max_tokens: int) ->
 
 
 def make_updates(
-    run: Run, checkpoints: Checkpoints, state: TrainState, facts: Facts, stopping: Stopping, started: float
+    run: Run,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    facts: Facts,
+    stopping: Stopping,
+    started: float,
+    trackers: Trackers,
 ) -> tuple[TrainState, RunLog, bool]:
     """Make the updates that are left; return the last state, the log, and whether the run is finished."""
     prepared, plan = run.prepared, run.plan
@@ -441,6 +452,7 @@ def make_updates(
             if metrics.step == first + 1:
                 say(f"first update done {time.monotonic() - started:.1f} s after the start")
             checkpoints.check()
+            trackers.update(metrics.step, job.order.epoch_at(metrics.step))
             run_log.on_update(metrics)
             bad.on_update(metrics)
 
@@ -459,6 +471,7 @@ def make_updates(
             goes_on=prepared.goes_on,
             bad=bad,
             finite=guard.get("finite", first or None),
+            trackers=trackers,
         )
         stopped = milestones.begin(state)
         state = fit(

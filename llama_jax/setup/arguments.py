@@ -18,6 +18,7 @@ from llama_jax.distributed import watchdog
 from llama_jax.model.kernels import KERNELS
 from llama_jax.model.remat import REMAT
 from llama_jax.reporting.metrics import EVALUATION_METRICS
+from llama_jax.reporting.platforms import check_names
 from llama_jax.setup.deepspeed import differences
 from llama_jax.setup.flags import OtherFlags, overridden, read_json, read_others, resolve_optimizer, suggest_flag
 from llama_jax.setup.help import help_page
@@ -86,7 +87,7 @@ class Arguments:
         "records are Alpaca, chat, text, or input_ids and labels",
     )
     dataset_config_name: str | None = _flag(None, "configuration of the dataset that --data_path names")
-    skip_bad_records: bool = _flag(False, "leave bad records out, with a warning that names the first ones")
+    skip_bad_records: bool = _flag(False, "leave bad records out, with a warning of the first ones")
     model_max_length: int = _flag(
         512, "longest example in tokens, bos included; longer examples are cut, except records of input_ids"
     )
@@ -110,7 +111,7 @@ class Arguments:
         f"optimizer; implemented: {', '.join(OPTIMIZERS)}; docs/flags.md lists further accepted names; "
         "5's default: adamw_torch_fused, which is the same here",
     )
-    weight_decay: float = _flag(0.0, "decay of the matrices; biases and norms do not decay")
+    weight_decay: float = _flag(0.0, "decay of the matrices; biases and norms have none")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_epsilon: float = _flag(1e-8, "constant added to the root of the second moment")
@@ -137,7 +138,7 @@ class Arguments:
     )
     lora_r: int = _flag(16, "rank of the adapters")
     lora_alpha: int = _flag(32, "scale of the adapters: their product is multiplied by lora_alpha / lora_r")
-    lora_dropout: float = _flag(0.05, "probability with which an element of an adapter's input is dropped")
+    lora_dropout: float = _flag(0.05, "chance that an element of an adapter's input is dropped")
     lora_target_modules: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None,
         "projections that get adapters: names (q_proj v_proj), all-linear, or a regular expression of whole names; by "
@@ -147,7 +148,7 @@ class Arguments:
         None, "modules to train whole beside the adapters: embed_tokens lm_head"
     )
     use_rslora: bool = _flag(False, "multiply by lora_alpha / sqrt(lora_r) instead")
-    use_dora: bool = _flag(False, "train the lengths of the weights' rows too (DoRA)")
+    use_dora: bool = _flag(False, "train the lengths of the weights' rows (DoRA)")
     lora_bias: str = _flag("none", "biases of the base model to train; none are", choices=["none", "all", "lora_only"])
     init_lora_weights: str = _flag("True", "first values of the adapters; values: True (PEFT's), gaussian, False")
     adapter_name_or_path: str | None = _flag(None, "PEFT folder whose adapter is trained further")
@@ -203,7 +204,7 @@ class Arguments:
         "HOST:PORT of the first of several processes; torchrun, accelerate launch, deepspeed, mpirun, srun and TPU "
         "slices need no address",
     )
-    num_processes: int | None = _flag(None, "number of processes; needed where only --coordinator_address is given")
+    num_processes: int | None = _flag(None, "number of processes; needed beside --coordinator_address alone")
     process_id: int | None = _flag(None, "number of this process, from 0, as --num_processes")
     watchdog_seconds: int = _flag(30, "seconds until a dead or stuck process ends the rest")
 
@@ -220,7 +221,7 @@ class Arguments:
     save_total_limit: int | None = _flag(
         None, "checkpoints to keep, by default all; the oldest go first, the best stays"
     )
-    overwrite_output_dir: bool = _flag(False, "remove the checkpoints of output_dir, replace its model")
+    overwrite_output_dir: bool = _flag(False, "remove output_dir's checkpoints, replace its model")
     resume_from_checkpoint: str | None = _flag(
         None, "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's"
     )
@@ -250,6 +251,18 @@ class Arguments:
         const="all",
     )
     disable_tqdm: bool | None = _flag(None, "show no progress bar")
+    report_to: list[str] | None = _flag(  # noqa: RUF009 - makes a field
+        None,
+        "trackers, as wandb mlflow; all: those installed, 4.37's default; 5's default: none; docs/trackers.md lists "
+        "them",
+    )
+    run_name: str | None = _flag(None, "name of the run for trackers; MLflow: output_dir under 4.37")
+    logging_dir: str | None = _flag(None, "TensorBoard's folder; by default under OUTPUT_DIR/runs")
+    project: str = _flag("huggingface", "trackio's project; wandb: WANDB_PROJECT")
+    trackio_space_id: str | None = _flag(None, "Space on the hub that trackio writes to")
+    trackio_bucket_id: str | None = _flag(None, "bucket of that Space")
+    trackio_static_space_id: str | None = _flag(None, "Space of a static copy of it")
+    hub_private_repo: bool | None = _flag(None, "make that Space private; 4.37's default: False", nargs="?", const=True)
 
     config: str | None = _flag(
         None,
@@ -258,7 +271,7 @@ class Arguments:
     )
     explain: str | None = _flag(
         None,
-        "print the effect of the flags on this data, and end; as text or json",
+        "print the flags' effect on this data, and end; text or json",
         nargs="?",
         const="text",
         choices=["text", "json"],
@@ -278,6 +291,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self.read_as: list[str] = []  # one line for each alias and each flag without meaning
+        self.without_meaning: dict[str, Any] = {}  # given flags of the Trainer that are not fields
 
     @property
     def max_tokens(self) -> int | None:
@@ -324,6 +338,11 @@ class Arguments:
     def decisive(self) -> dict[str, Any]:
         """Return the flags that must be equal in all processes of a run: neither paths nor the process's own number."""
         return {f"--{f.name}": getattr(self, f.name) for f in fields(self) if f.name not in _OWN}
+
+    @property
+    def of_trainer(self) -> dict[str, Any]:
+        """Return the values of all flags of the Trainer for trackers, those without meaning here as they are given."""
+        return {**self.without_meaning, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
     def notes(self, platform: str) -> list[str]:
         """Return a line for each given flag that is an alias, or has no meaning or no effect here."""
@@ -397,6 +416,7 @@ class Arguments:
                 "group_by_length"
             )
         self.schedule_kwargs  # noqa: B018  # raises
+        check_names(self.report_to or ())
         self._check_evaluation()
 
     def _check_evaluation(self) -> None:
@@ -531,6 +551,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if unknown:
         raise InputError(_unknown_argument(unknown[0]))
     meant, arguments.read_as = read_others(others)
+    arguments.without_meaning = {k: v for k, v in vars(others).items() if v != getattr(OtherFlags(), k)}
     for name, value in meant.items():
         setattr(arguments, name, value)
     arguments.read_as += _of_accelerate(arguments)

@@ -45,8 +45,6 @@ _RANK = "the place of a process comes from its launcher's variables, as RANK and
 _LOADER = "there is no DataLoader; batches are planned ahead"
 _METRICS = "an evaluation computes the loss alone and keeps no outputs"
 _HUB = "nothing is uploaded; OUTPUT_DIR holds the HF folder"
-_TRACKERS = "there are no trackers; the log is in trainer_state.json"
-_BOARD = "there is no TensorBoard; the log is in trainer_state.json"
 _COMPILE = "XLA compiles every step"
 _APEX = "belongs to --fp16; there is no loss scaling here"
 _LOG = "no log of transformers or torch is printed"
@@ -116,13 +114,12 @@ FLAGS = (
     Flag("half_precision_backend", OLD, str, "auto", NO_MEANING, _APEX, options=_HALF),
     Flag("hub_always_push", BOTH, bool, False, NO_MEANING, _HUB),
     Flag("hub_model_id", BOTH, str | None, None, NO_MEANING, _HUB),
-    Flag("hub_private_repo", BOTH, bool, False, NO_MEANING, _HUB, differs="5's default: None"),
     Flag("hub_revision", NEW, str | None, None, NO_MEANING, _HUB),
     Flag("hub_strategy", BOTH, str, "every_save", NO_MEANING, _HUB,
          options={"choices": ["end", "every_save", "checkpoint", "all_checkpoints"]}),
     Flag("hub_token", BOTH, str | None, None, NO_MEANING, _HUB),
     Flag("ignore_data_skip", BOTH, bool, False, REFUSED,
-         "a resumed run always continues with the next examples; leave it out"),
+         "a resumed run goes on with the next examples; leave it out"),
     Flag("include_for_metrics", NEW, list[str], [], NO_MEANING, _METRICS),
     Flag("include_inputs_for_metrics", OLD, bool, False, NO_MEANING, _METRICS),
     Flag("include_tokens_per_second", OLD, bool, False, REFUSED,
@@ -137,8 +134,7 @@ FLAGS = (
     Flag("log_level", BOTH, str, "passive", NO_MEANING, _LOG, options=_LEVELS),
     Flag("log_level_replica", BOTH, str, "warning", NO_MEANING, _LOG, options=_LEVELS),
     Flag("log_on_each_node", BOTH, bool, True, NO_MEANING, _LOG),
-    Flag("logging_dir", OLD, str | None, None, NO_MEANING, _BOARD),
-    Flag("loggingdir", HERE, str | None, None, ALIAS, f"logging_dir, which has no meaning here: {_BOARD}"),
+    Flag("loggingdir", HERE, str | None, None, ALIAS, "logging_dir"),
     Flag("mp_parameters", OLD, str, "", NO_MEANING, "a setting of SageMaker's launcher"),
     Flag("neftune_noise_alpha", BOTH, float | None, None, REFUSED,
          "noise on the embeddings is not there; leave it out"),
@@ -154,7 +150,6 @@ FLAGS = (
     Flag("per_gpu_eval_batch_size", OLD, int | None, None, ALIAS, "per_device_eval_batch_size"),
     Flag("per_gpu_train_batch_size", OLD, int | None, None, ALIAS, "per_device_train_batch_size"),
     Flag("prediction_loss_only", BOTH, bool, False, NO_MEANING, _METRICS),
-    Flag("project", NEW, str, "huggingface", NO_MEANING, _TRACKERS),
     Flag("push_to_hub", BOTH, bool, False, REFUSED,
          "nothing is uploaded; leave it out and upload OUTPUT_DIR when the run is done"),
     Flag("push_to_hub_model_id", OLD, str | None, None, NO_MEANING, _HUB),
@@ -162,10 +157,7 @@ FLAGS = (
     Flag("push_to_hub_token", OLD, str | None, None, NO_MEANING, _HUB),
     Flag("ray_scope", OLD, str, "last", NO_MEANING, "there is no hyperparameter search"),
     Flag("remove_unused_columns", BOTH, bool, True, NO_MEANING, "other keys of the records are never used"),
-    Flag("report_to", BOTH, list[str], "none", NO_MEANING,
-         _TRACKERS, also=("None",), differs="4.37's default: None, which means all installed trackers"),
     Flag("restore_callback_states_from_checkpoint", NEW, bool, False, NO_MEANING, "there are no callbacks"),
-    Flag("run_name", BOTH, str | None, None, NO_MEANING, _TRACKERS),
     Flag("save_on_each_node", BOTH, bool, False, NO_MEANING, "each host writes its own share of a checkpoint"),
     Flag("save_only_model", BOTH, bool, False, REFUSED,
          "a checkpoint always holds the optimizer state too, for resuming; leave it out, and give --save_strategy no "
@@ -180,9 +172,6 @@ FLAGS = (
     Flag("torchdynamo", OLD, str | None, None, NO_MEANING, _COMPILE),
     Flag("tpu_metrics_debug", OLD, bool, False, REFUSED, _DEBUG),
     Flag("tpu_num_cores", OLD, int | None, None, NO_MEANING, _MESH),
-    Flag("trackio_bucket_id", NEW, str | None, None, NO_MEANING, _TRACKERS),
-    Flag("trackio_space_id", NEW, str | None, None, NO_MEANING, _TRACKERS),
-    Flag("trackio_static_space_id", NEW, str | None, None, NO_MEANING, _TRACKERS),
     Flag("train_file", SCRIPTS, str | None, None, ALIAS, "data_path"),
     Flag("use_cache", NEW, bool, False, NO_MEANING, "training keeps no cache, and config.json keeps its own use_cache"),
     Flag("use_ipex", OLD, bool, False, NO_MEANING, _COMPILE),
@@ -250,7 +239,8 @@ _PLAIN_NAMES = {
     "--load_in_4bit True or --load_in_8bit True, with --use_peft True": "quantization quantize bits qlora "
     "quantization_bit use_qlora",
     "--use_peft True, with --lora_r and --lora_alpha": "lora adapter peft use_lora adapters lora_rank",
-    "trainer_state.json for the log: there are no trackers": "wandb use_wandb wandb_project tensorboard",
+    "--report_to wandb, and the variable WANDB_PROJECT": "wandb use_wandb wandb_project",
+    "--report_to": "tensorboard tracker trackers tracking log_with logger loggers",
 }
 _MEANT = {name: advice for advice, names in _PLAIN_NAMES.items() for name in names.split()}
 
@@ -269,7 +259,10 @@ DIFFERENCES = (
     "`--logging_steps`, `--eval_steps` and `--save_steps` below 0, `--save_steps 0`, a `--warmup_steps` above 1 that "
     "is not whole, and numbers that are not finite are refused. The Trainer accepts them, with unintended effects.",
     "`--save_strategy best` without `--eval_strategy` is refused: no checkpoint would ever be saved.",
-    "`--report_to` without a value means none under 4.37 too, where the Trainer means all installed trackers.",
+    "Under `--hf_compat 4.37`, trackers get 4.37's log lines through the callbacks of the installed transformers 5. So "
+    "wandb keeps the last line's entries as a summary, and settings have the names of 5.",
+    "4.37's default of `--report_to`, all installed trackers, leaves out those that would ask for a login. A tracker "
+    "that fails is left out with a line, where the Trainer stops. `skipped_updates` is reported too.",
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
     "`--weight_decay` under 4.37 applies to the norms of Mistral, Qwen and other sister models too, as in its Trainer, "
@@ -309,7 +302,7 @@ DIFFERENCES = (
 ALIASES = {
     flag.name: (target, fixed)
     for flag in FLAGS
-    if flag.status == ALIAS and flag.versions != HERE
+    if flag.status == ALIAS
     for target, _, fixed in [flag.text.partition(" ")]
 }
 
