@@ -37,6 +37,7 @@ from llama_jax.hf.checkpoint import seal
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.disk import check_space, folder_bytes
+from llama_jax.run.events import Milestones
 from llama_jax.run.ownership import LEDGER, Ledger
 
 TYPES = (np.float32, jnp.bfloat16, np.int16, np.int32)
@@ -389,11 +390,22 @@ def test_nothing_to_export(job: Job) -> None:
     assert outcome.code == 2 and "no checkpoint in" in outcome.err
 
 
-def test_a_failed_export_of_a_newer_state(tmp_path: Path) -> None:
-    """The last checkpoint is of an earlier update: both ways on are named."""
-    job = Job(tmp_path, max_steps=3)
+def test_a_failed_export_of_a_newer_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last state is saved then, so that no update is lost. Where that fails too, both ways on are named."""
+    job = tokenised(tmp_path, max_steps=3, save_steps=2)
+    whole = job.train("whole")
     with full_while_exporting():
         outcome = run(train_jax.main, *job.argv("out"))
+    assert outcome.code == 1 and "checkpoint-3 holds the trained state: make room" in outcome.err
+    outcome = run(train_jax.main, *job.argv("out", export_only=True))
+    assert outcome.code == 0 and files(tmp_path / "out") == files(whole)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Milestones, "save_last", refuse)
+    with full_while_exporting():
+        outcome = run(train_jax.main, *job.argv("other"))
     assert outcome.code == 1 and "go on from checkpoint-2 with --resume_from_checkpoint True" in outcome.err
 
 

@@ -117,6 +117,12 @@ class Milestones:
             return Evaluated(None, False)
         return Evaluated(metric, self._log.evaluated(metric, args.save_strategy != "no"))
 
+    def save_last(self, state: TrainState | None) -> None:
+        """Write a checkpoint of the last state, None where the run has given it up. Raises RunError."""
+        if state is not None:
+            self._save(self._log.values["global_step"], state, metric=None, left=())
+            self.checkpoints.wait()
+
     def _save(self, step: int, state: TrainState, *, metric: float | None, left: Sequence[str]) -> None:
         """Write a checkpoint with the names of the actions still due, unless the step has one."""
         self._log.saved(self.output_dir, metric)

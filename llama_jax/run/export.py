@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -58,8 +58,12 @@ def export(prepared: Prepared, params: Params) -> None:
 
 
 @contextlib.contextmanager
-def explaining(prepared: Prepared, step: int) -> Iterator[None]:
-    """Turn an error of the disk while update `step` is exported into a RunError that names the way to go on."""
+def explaining(prepared: Prepared, step: int, save: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Turn an error of the disk while update `step` is exported into a RunError that names the way to go on.
+
+    First, `save` tries to write a checkpoint of it: what ended the export may be gone, as a full disk. One of several
+    processes cannot save alone.
+    """
     try:
         yield
     except Exception as e:
@@ -68,6 +72,9 @@ def explaining(prepared: Prepared, step: int) -> Iterator[None]:
             problem = f"writing failed: {e.strerror}: {e.filename}"
         if not problem:
             raise
+        if jax.process_count() == 1:
+            with contextlib.suppress(Exception):  # the line below names the last checkpoint
+                save()
         steps = find_steps(prepared.output_dir)
         if step in steps:
             on = f"checkpoint-{step} holds the trained state: make room, and repeat the command with --export_only True"

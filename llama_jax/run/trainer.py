@@ -82,9 +82,10 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
             facts = with_base(facts, base, prepared.saved, str(prepared.resume_from))
 
         begin_reports(trackers, prepared, run.log)
-        state, run_log, finished = make_updates(run, checkpoints, state, facts, stopping, started, trackers)
+        state, milestones, finished = make_updates(run, checkpoints, state, facts, stopping, started, trackers)
         stopping.hold(lambda: True)
         checkpoints.wait()
+        run_log = milestones.run_log
         say_speed(run_log)
         if not finished:
             checkpoints.close()
@@ -93,17 +94,19 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
             return STOPPED
         run_log.finish()
 
+        last: TrainState | None = state
         params, frozen, best = state.whole_params, state.frozen, run.log.best_step
         if best and args.load_best_model_at_end and best != job.order.updates:
             del state, params  # frees the devices' memory for the restored state
+            last = None
             params = merge(read_best(prepared, run.log, output_dir), frozen)
         if best and args.save_total_limit == 1:
             checkpoints.keep_only(best)
-        checkpoints.close()
-        with explaining(prepared, job.order.updates):
+        with explaining(prepared, job.order.updates, lambda: milestones.save_last(last)):
             export(prepared, params)
             if processes.is_first():
                 run.log.save(output_dir)
+        checkpoints.close()
         processes.exchange("exported")
         trackers.end(finished=True)
         say_done(prepared)
@@ -420,8 +423,8 @@ def make_updates(
     stopping: Stopping,
     started: float,
     trackers: Trackers,
-) -> tuple[TrainState, RunLog, bool]:
-    """Make the updates that are left; return the last state, the log, and whether the run is finished."""
+) -> tuple[TrainState, Milestones, bool]:
+    """Make the updates that are left; return the last state, the milestones, and whether the run is finished."""
     prepared, plan = run.prepared, run.plan
     args, job, first = prepared.args, prepared.job, prepared.resume_step
     beside = job.adapter.parameters_beside(job.config) if job.adapter else 0
@@ -487,7 +490,7 @@ def make_updates(
             stop=stop,
         )
     finished = not milestones.unfinished and run.log.values["global_step"] == job.order.updates
-    return state, run_log, finished
+    return state, milestones, finished
 
 
 def steps_to_log(job: Job) -> Callable[[int], bool]:
