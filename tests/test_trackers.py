@@ -7,11 +7,13 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
+import tomllib
 import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -225,6 +227,22 @@ def test_other_processes_report_nothing(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tracking.processes, "is_first", lambda: False)
     args = parse_arguments([*NEEDED, "--report_to", "neptune"])  # it is not installed here, and need not be
     assert not tracking.open_reports(args).active
+
+
+def test_the_page_is_true(folder: Path, tmp_path: Path, recorders: dict[str, Recorder]):
+    """docs/trackers.md: its command is run, its table has each platform, its extras are in pyproject.toml."""
+    page = (ROOT / "docs" / "trackers.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python train_jax.py ((?:.*\\\n)*.*)$", page, re.M)
+    words = shlex.split(command.replace("\\\n", " "))
+    paths = {"HF_DIR": folder / "model", "my_data.jsonl": folder / "data.json", "my_model": tmp_path / "out"}
+    done = run(train_jax.main, *(paths.get(word, word) for word in words), *FLAGS[:2], "--max_steps", "2")
+    assert done.code == 0, done.err
+    assert {"wandb", "tensorboard"} <= {*words}
+    assert all(recorder.events[-1][0] == "on_train_end" for recorder in recorders.values())
+    rows = re.findall(r"^\| (\**)(\w+)\1 \|", page.split("## Platforms")[1], re.M)
+    assert {name for _, name in rows} - {"platform"} == PLATFORMS.keys()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for bold, name in rows if bold} == PLATFORMS.keys() & extras.keys()
 
 
 # -- What callbacks read ----------------------------------------------------------------------------------------------

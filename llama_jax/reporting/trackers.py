@@ -125,6 +125,7 @@ class Trackers:
             return
         self._events.put(("end", {}, {}))
         self._drain(patience)
+        self._callbacks.clear()  # where the thread still waits for one, no other is called
         self._thread = None
         sys.stdin.close()
         sys.stdin = self._stdin
