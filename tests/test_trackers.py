@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import reference
 from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, write_json, write_model
-from tracker_files import READERS, Written
+from tracker_files import Written
 from transformers.integrations import integration_utils
 
 import train_jax
@@ -309,11 +309,10 @@ def both(folder: Path, at: Path, names: list[str], compat: str, more: list[str])
     spec |= {"data": str(folder / "data.json"), "eval_data": str(folder / "eval.json")}
     ours = [sys.executable, str(ROOT / "train_jax.py"), *argv(folder, Path("out"), *more, "--hf_compat", compat)]
     ours += ["--report_to", *names]
-    paths = [str(ROOT), str(CLIENTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     for side, command, text, process in (
-        ("ours", ours, "", environment() | {"PYTHONPATH": os.pathsep.join(paths)}),
+        ("ours", ours, "", environment() | {"PYTHONPATH": os.pathsep.join(paths())}),
         ("hf", [sys.executable, str(ROOT / "tests" / "hf_trainer.py")], json.dumps(spec) + "\n",
-         reference.environment(compat, *map(Path, paths))),
+         reference.environment(compat, *map(Path, paths()))),
     ):  # fmt: skip
         (at / side / "me").mkdir(parents=True)  # of DagsHub's user, in the store's path
         done = subprocess.run(command, cwd=at / side, env=process | env, input=text, capture_output=True, text=True)
@@ -321,6 +320,21 @@ def both(folder: Path, at: Path, names: list[str], compat: str, more: list[str])
         assert "--report_to" not in done.stderr, done.stderr
         (at / side / "stdout").write_text(done.stdout if side == "ours" else done.stdout + done.stderr)
         yield at / side
+
+
+def paths() -> list[str]:
+    """Where modules are found in processes that have the clients."""
+    return [str(ROOT), str(CLIENTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+
+
+def read(name: str, at: Path) -> Written:
+    """Read what a client wrote, in a process that has it."""
+    command = [sys.executable, str(ROOT / "tests" / "tracker_files.py"), name, str(at)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths())}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values, settings, run_name = json.loads(done.stdout.splitlines()[-1])
+    return Written({(key, step): value for key, step, value in values}, settings, run_name)
 
 
 def spelled(compat: str, flags: list[str]) -> list[str]:
@@ -367,7 +381,7 @@ def test_clients_get_what_the_trainer_gives(
             pytest.skip(f"{name}: pip install {PLATFORMS[name].package}")
     ours, theirs = both(folder, tmp_path, names, compat, more)
     for name in names:
-        written = [READERS[name](at) for at in (ours, theirs)]
+        written = [read(name, at) for at in (ours, theirs)]
         if compat == "4.37":  # the args are those of 5
             written = [w._replace(settings={}) for w in written]
             assert (ours / "board").is_dir()

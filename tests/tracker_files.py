@@ -1,10 +1,14 @@
-"""Read what clients of trackers wrote in their offline or local mode: values by key and step, and settings by name."""
+"""Read what clients of trackers wrote in their offline or local mode: values by key and step, and settings by name.
+
+As a script, print it in JSON: two readers need modules of the clients, which no other test should find.
+"""
 
 import csv
 import json
 import re
 import sqlite3
 import struct
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -201,3 +205,9 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
             yield path, value
 
     return dict(walk(settings, prefix))
+
+
+if __name__ == "__main__":
+    found = READERS[sys.argv[1]](Path(sys.argv[2]))
+    values = [[key, step, value] for (key, step), value in found.values.items()]
+    print(json.dumps([values, found.settings, found.name]))
