@@ -89,6 +89,15 @@ print(json.dumps(answers))
     assert choose(None, "5") == choose(["none"], "4.37") == ([], True)
 
 
+def test_nothing_is_reported_unasked(tmp_path: Path):
+    """4.37's default is for a command or a file that names 4.37."""
+    assert parse_arguments(NEEDED).report_to == ["none"]
+    assert parse_arguments([*NEEDED, "--hf_compat", "4.37"]).report_to is None
+    (tmp_path / "flags.yaml").write_text("hf_compat: '4.37'")
+    assert parse_arguments([*NEEDED, "--config", str(tmp_path / "flags.yaml")]).report_to is None
+    assert parse_arguments([*NEEDED, "--report_to", "wandb", "mlflow"]).report_to == ["wandb", "mlflow"]
+
+
 @pytest.mark.parametrize("words", ["wandbb", "wandb all", "none tensorboard"])
 def test_an_unknown_name_is_refused(words: str):
     with pytest.raises(InputError, match=r"--report_to \w+: is no tracker; use azure_ml, comet_ml, .* or all or none"):

@@ -253,8 +253,8 @@ class Arguments:
     disable_tqdm: bool | None = _flag(None, "show no progress bar")
     report_to: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None,
-        "trackers, as wandb mlflow; all: those installed, 4.37's default; 5's default: none; docs/trackers.md lists "
-        "them",
+        "trackers, as wandb mlflow; all: those installed, the default where --hf_compat 4.37 is given; 5's default: "
+        "none; docs/trackers.md lists them",
     )
     run_name: str | None = _flag(None, "name of the run for trackers; MLflow: output_dir under 4.37")
     logging_dir: str | None = _flag(None, "TensorBoard's folder; by default under OUTPUT_DIR/runs")
@@ -554,6 +554,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     arguments.without_meaning = {k: v for k, v in vars(others).items() if v != getattr(OtherFlags(), k)}
     for name, value in meant.items():
         setattr(arguments, name, value)
+    if arguments.report_to is None and "hf_compat" not in _given(parser, argv):
+        arguments.report_to = ["none"]  # 4.37's default, all, is for a command that asks for 4.37
     arguments.read_as += _of_accelerate(arguments)
     arguments.settle()
     if file := others.deepspeed or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none").removeprefix("none"):

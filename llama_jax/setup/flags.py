@@ -261,8 +261,9 @@ DIFFERENCES = (
     "`--save_strategy best` without `--eval_strategy` is refused: no checkpoint would ever be saved.",
     "Under `--hf_compat 4.37`, trackers get 4.37's log lines through the callbacks of the installed transformers 5. So "
     "wandb keeps the last line's entries as a summary, and settings have the names of 5.",
-    "4.37's default of `--report_to`, all installed trackers, leaves out those that would ask for a login. A tracker "
-    "that fails is left out with a line, where the Trainer stops. `skipped_updates` is reported too.",
+    "4.37's default of `--report_to`, all installed trackers, holds only where `--hf_compat 4.37` is given, and leaves "
+    "out those that would ask for a login. A tracker that fails is left out with a line, where the Trainer stops. "
+    "`skipped_updates` is reported too.",
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
     "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
     "`--weight_decay` under 4.37 applies to the norms of Mistral, Qwen and other sister models too, as in its Trainer, "
