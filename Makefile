@@ -24,7 +24,7 @@ $(VENV)/.test-installed: pyproject.toml $(VENV)/.installed
 # The TPU compiler, for dry runs, in a folder of its own: beside JAX, it would make every start look for a TPU.
 	libtpu=$$($(BIN)/python -c 'from llama_jax.plan.chips import libtpu_requirement as r; print(r())') && \
 		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/libtpu --upgrade "$$libtpu"
-# Clients of trackers, in a folder of their own: beside the rest, 4.37's default would report every test's run to them.
+# Clients of trackers, in a folder of their own: beside the rest, tests under --hf_compat 4.37 would report to them.
 # Those that this environment has are not installed again, nor moved to other versions.
 	$(BIN)/python -m pip freeze -q --exclude-editable > $(VENV)/versions.txt
 	$(BIN)/python -m pip install -q --no-warn-script-location --prefix $(VENV)/trackers -c $(VENV)/versions.txt \

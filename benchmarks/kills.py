@@ -70,7 +70,7 @@ class Job:
         earlier, at = log.stat().st_size if log.exists() else 0, time.time()
         processes = self.start(out, log)
         victim, wait = rng.choice(processes), rng.uniform(0, seconds)
-        while len(processes) > 1 and victim.poll() is None and "devices:" not in log.read_text()[earlier:]:
+        while len(processes) > 1 and victim.poll() is None and b"devices:" not in log.read_bytes()[earlier:]:
             time.sleep(0.01)  # the others wait 300 s for a process that was never there: no fault
         began = time.monotonic()
         moment = f"{wait:.2f} s"

@@ -33,7 +33,6 @@ MASTER = ("MASTER_ADDR", "MASTER_PORT")
 JOIN_SECONDS = 300  # until all processes of a run have started
 WAIT = 24 * 3600 * 1000  # milliseconds: a host may tokenise for hours; the heartbeat detects a dead host
 _exchanges = itertools.count()
-_limit = 0  # seconds: --watchdog_seconds of this run
 
 
 def join(
@@ -174,8 +173,6 @@ def _connect(
 
 def _watch(seconds: int) -> None:
     """Watch the other processes, before a backend starts."""
-    global _limit
-    _limit = seconds
     (index, count), store, key = place_in_run(), key_value_store(), "llama_jax/host"
     store.key_value_set(f"{key}/{index}", socket.gethostname())
     hosts = [store.blocking_key_value_get(f"{key}/{i}", 1000 * JOIN_SECONDS) for i in range(count)]
@@ -270,7 +267,7 @@ def failing_alone() -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         if watchdog.lost_connection(e):  # the other process is named, if it ended
-            watchdog.wait_for_verdict(_limit)
+            watchdog.wait_for_verdict()
         number = f"process {jax.process_index()} of {jax.process_count()}"
         e.add_note(f"({number}; where a connection failed, another process ended first: see its output)")
         raise FailedAlone from e

@@ -60,8 +60,8 @@ def watch(hosts: Sequence[str], index: int, seconds: int) -> None:
             os.write(2, f"{verdict.line}\n".encode())
         os._exit(1)
 
-    global _on_abort
-    _on_abort = _Handler(on_abort)
+    global _on_abort, _limit
+    _on_abort, _limit = _Handler(on_abort), seconds
     _signal(signal.SIGABRT, _on_abort)
 
 
@@ -92,14 +92,15 @@ def lost_connection(e: Exception) -> bool:
     return bool(_CONNECTION.search(str(e)) or (of_jax and _SOCKET.search(str(e))))
 
 
-def wait_for_verdict(seconds: int) -> None:
+def wait_for_verdict() -> None:
     """Wait until `watch` has ended this process; return where it has not, some time after its limit."""
     with contextlib.suppress(ValueError):  # outside the main thread
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of a launcher that ends all
-    time.sleep(seconds + 5)
+    time.sleep(_limit + 5)
 
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_limit = 0  # seconds, as given to `watch`
 _on_abort: Callable[[int], None] | None = None  # ctypes frees a callback that no name holds
 
 

@@ -551,7 +551,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if unknown:
         raise InputError(_unknown_argument(unknown[0]))
     meant, arguments.read_as = read_others(others)
-    arguments.without_meaning = {k: v for k, v in vars(others).items() if v != getattr(OtherFlags(), k)}
+    unset = OtherFlags()
+    arguments.without_meaning = {k: v for k, v in vars(others).items() if v != getattr(unset, k)}
     for name, value in meant.items():
         setattr(arguments, name, value)
     if arguments.report_to is None and "hf_compat" not in _given(parser, argv):
