@@ -33,6 +33,7 @@ from tiny import (
 
 import convert_torch_to_flax
 import llama_jax.command.generate
+import llama_jax.run.loaded
 import train_jax
 from llama_jax.base.errors import run_command
 from llama_jax.command import convert
@@ -724,8 +725,8 @@ def parse_generate(argv: list[str]) -> None:
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(llama_jax.command.generate, "Source", opened)
-        patch.setattr(llama_jax.command.generate, "set_up_jax", lambda *args: None)
+        patch.setattr(llama_jax.run.loaded, "Source", opened)
+        patch.setattr(llama_jax.run.loaded, "set_up_jax", lambda *args: None)
         llama_jax.command.generate.main(argv)
 
 

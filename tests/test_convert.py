@@ -39,6 +39,7 @@ from tqdm import tqdm
 import convert_torch_to_flax
 import llama_jax
 import llama_jax.command.generate
+import llama_jax.run.loaded
 import llama_jax.hf.convert
 import train_jax
 from llama_jax.data.examples import alpaca_prompt
@@ -431,7 +432,7 @@ def test_a_trained_model_tells_its_story(shared: Path) -> None:
     """stories260K, 60 tokens from its beginning token and from the middle of a sentence."""
     folder = shared / "data" / "stories260K"
     source, options = Source(folder), RunOptions()
-    tokenizer = llama_jax.command.generate.open_tokenizer(source.tokenizer_folder)
+    tokenizer = llama_jax.run.loaded.open_tokenizer(source.tokenizer_folder)
     prompts = [[1], *tokenizer.encode_batch(["Once upon a time, there was a little", "Tom and Lily"])]
     hf = [hf_greedy(folder, prompt, 60, [2]) for prompt in prompts]
     new = answering(source, options)(prompts, 60, [2])

@@ -1,0 +1,89 @@
+"""Open and load a model for a command that uses it: its weights, an adapter, its tokenizer."""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from llama_jax.base.bucket import as_path
+from llama_jax.base.errors import InputError
+from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import set_up_jax
+from llama_jax.distributed.processes import refuse_several
+from llama_jax.hf import peft
+from llama_jax.hf.source import Source
+from llama_jax.hf.tensor import Tensor
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define, merge
+from llama_jax.model.llama import Llama, RunOptions
+from llama_jax.reporting.progress import byte_bar, say
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `open_model` reads."""
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--adapter_name_or_path", help="PEFT folder of an adapter of this model")
+    parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
+    parser.add_argument("--mesh", help="the layout of all devices, as tensor=4; the default is one device")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Hold a model whose files are checked and whose weights are not read yet. `config` has the rows of the adapter."""
+
+    source: Source
+    tokenizer: Tokenizer
+    config: LlamaConfig
+    mesh: Mesh
+    run: RunOptions
+    adapter: dict[str, Tensor]
+
+    def load(self) -> Llama:
+        """Read the weights and return the model on the devices of the mesh. Raises InputError."""
+        definition = define(self.config, self.run, self.mesh)
+        trained, rest = (
+            peft.load_adapter(self.adapter, self.run.lora, self.config, definition.params)
+            if self.run.lora
+            else ({}, definition.params)
+        )
+        with byte_bar("reading weights", self.source.bytes) as bar:
+            params = merge(self.source.load(self.run, self.mesh, bar.update, rest), trained)
+        return nnx.merge(definition.graphdef, params)
+
+    def check_tokens(self, ids: list[int]) -> None:
+        """Raise InputError for a token that the embedding has no row for."""
+        if max(ids) >= self.source.config.vocab_size:
+            past = f"the tokenizer has tokens past the embedding's {self.source.config.vocab_size} rows"
+            raise InputError(f"{self.tokenizer.folder}: {past}; use the model's own tokenizer")
+
+
+def open_model(args: argparse.Namespace, command: str) -> Opened:
+    """Open the model of a command's flags, as `add_model_flags` adds them. Raises InputError."""
+    refuse_several(command)
+    set_up_jax(args.use_cpu)
+    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
+    for note in source.notes:
+        say(note)
+    tokenizer = open_tokenizer(source.tokenizer_folder)
+    mesh = sharding.make_mesh(None if args.mesh else jax.devices()[:1], args.mesh or "auto")
+    if sharding.batch_ways(mesh) * sharding.row_ways(mesh) > 1:
+        raise InputError(f"--mesh {args.mesh}: a prompt can be divided over tensor only; give --mesh tensor=-1")
+    lora, tensors, config = None, dict[str, Tensor](), source.config
+    if args.adapter_name_or_path:
+        adapter, tensors = peft.read_adapter(as_path(args.adapter_name_or_path), config)
+        lora, config = adapter.lora, adapter.resized(config)
+    layers = config.num_hidden_layers
+    run = RunOptions(
+        param_dtype=jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32),
+        scan_layers=layers > 8 and (lora is None or lora.uniform(layers)),
+        lora=lora,
+    )
+    return Opened(source, tokenizer, config, mesh, run, tensors)
