@@ -39,8 +39,8 @@ from tqdm import tqdm
 import convert_torch_to_flax
 import llama_jax
 import llama_jax.command.generate
-import llama_jax.run.loaded
 import llama_jax.hf.convert
+import llama_jax.run.loaded
 import train_jax
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.distributed import sharding
