@@ -76,6 +76,12 @@ class Chat:
                 trained |= (at[:, 1] > start) & (at[:, 0] < end)
             yield ids, trained
 
+    def text(self, turns: list[Turn], where: str, open_end: bool = True) -> str:
+        """Return the text of a chat, up to the start of the assistant's answer. Without `open_end` the last turn is an
+        answer that is to go on. Raises InputError."""
+        options = {"add_generation_prompt": open_end, "continue_final_message": not open_end}
+        return self._default.render(turns, where, **options)[0]
+
     def prompt(self, turns: list[Turn], where: str) -> list[int]:
         """Return the ids of a chat, up to the start of the assistant's answer. Raises InputError."""
         text, _ = self._default.render(turns, where, add_generation_prompt=True)

@@ -20,6 +20,7 @@ from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import Llama, RunOptions
+from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import byte_bar, say
 
 
@@ -47,6 +48,10 @@ class Opened:
 
     def load(self) -> Llama:
         """Read the weights and return the model on the devices of the mesh. Raises InputError."""
+        return nnx.merge(define(self.config, self.run, self.mesh).graphdef, self.load_params())
+
+    def load_params(self) -> Params:
+        """Read the weights and return the parameters on the devices of the mesh. Raises InputError."""
         definition = define(self.config, self.run, self.mesh)
         trained, rest = (
             peft.load_adapter(self.adapter, self.run.lora, self.config, definition.params)
@@ -54,8 +59,7 @@ class Opened:
             else ({}, definition.params)
         )
         with byte_bar("reading weights", self.source.bytes) as bar:
-            params = merge(self.source.load(self.run, self.mesh, bar.update, rest), trained)
-        return nnx.merge(definition.graphdef, params)
+            return merge(self.source.load(self.run, self.mesh, bar.update, rest), trained)
 
     def check_tokens(self, ids: list[int]) -> None:
         """Raise InputError for a token that the embedding has no row for."""
