@@ -34,8 +34,8 @@ _ORIGIN = {
         "PEFT": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora "
         "lora_bias init_lora_weights adapter_name_or_path load_in_4bit load_in_8bit bnb_4bit_quant_type "
         "use_bnb_nested_quant",
-        HERE: "eval_data_path validation_split_percentage skip_bad_records world_size allow_pickle allow_nonfinite "
-        "on_nonfinite max_bad_updates skip_loss_spikes export_only dtype hf_compat "
+        HERE: "eval_data_path eval_tasks eval_tasks_limit validation_split_percentage skip_bad_records world_size "
+        "allow_pickle allow_nonfinite on_nonfinite max_bad_updates skip_loss_spikes export_only dtype hf_compat "
         "max_tokens_per_device remat accumulation packing attention scan_layers mesh coordinator_address num_processes "
         "process_id watchdog_seconds explain dry_run dry_run_effort show_examples config",
     }.items()

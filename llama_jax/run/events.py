@@ -16,8 +16,8 @@ from llama_jax.reporting.run_log import RunLog
 from llama_jax.reporting.trackers import Trackers
 from llama_jax.run.bad_updates import BadUpdates
 from llama_jax.run.checkpoint import Checkpoints
-from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.resume import ACTIONS, Facts, SavedRun
+from llama_jax.run.tasks import Evaluate
 from llama_jax.setup.job import Job
 from llama_jax.training.fit import token_losses
 from llama_jax.training.state import TrainState
@@ -44,7 +44,7 @@ class Milestones:
     _: KW_ONLY
     job: Job
     loss_step: LossStep
-    evaluation: Evaluation | None
+    evaluation: Evaluate | None
     mesh: Mesh
     run_log: RunLog
     checkpoints: Checkpoints

@@ -10,14 +10,18 @@ from jax.sharding import Mesh
 
 from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
+from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.hf.source import Source, training_dtype
 from llama_jax.plan import explain
 from llama_jax.plan.planner import Planner, choose_scan
+from llama_jax.reporting.metrics import EVALUATION_METRICS
 from llama_jax.reporting.progress import say, silence
 from llama_jax.run.checkpoint import number
 from llama_jax.run.resume import Facts, SavedRun, choose_checkpoint, compare_with_saved
+from llama_jax.run.scoring import Scorer
+from llama_jax.run.tasks import TrainingTasks, check_installed
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
 
@@ -27,7 +31,7 @@ class Prepared:
     """Hold the parts of a run that are settled before weights are read.
 
     `resume_from` is the checkpoint to resume and `saved` its JSON, None in a new run. `tokenizer_folder` holds files to
-    export in the place of the job's tokenizer, None where there is one.
+    export in the place of the job's tokenizer, None where there is one. `tasks` are those of `--eval_tasks`.
     """
 
     args: Arguments
@@ -41,6 +45,7 @@ class Prepared:
     resume_from: Path | None
     saved: SavedRun | None
     tokenizer_folder: Path | None
+    tasks: TrainingTasks | None
 
     @property
     def resume_step(self) -> int:
@@ -126,7 +131,28 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
         resume_from=resume_from,
         saved=saved,
         tokenizer_folder=tokenizer_folder,
+        tasks=open_tasks(args, source, planner) if args.eval_tasks and job.order.evaluated else None,
     )
+
+
+def open_tasks(args: Arguments, source: Source, planner: Planner) -> TrainingTasks:
+    """Load the tasks of `--eval_tasks`, and check their requests and the metric of the best model. Raises InputError.
+
+    The programs that judge differ from the training's in the kernel's bound of segments alone.
+    """
+    check_installed("--eval_tasks")
+    if jax.process_count() > 1:
+        raise InputError("--eval_tasks: needs a single process; judge the checkpoints by python -m llama_jax.evaluate")
+    from llama_jax.run.judging import Judge  # needs lm-eval
+
+    job, mesh, quiet = planner.job, planner.mesh, args.disable_tqdm or None
+    tokenizer = job.tokenizer or open_tokenizer(source.tokenizer_folder, args.hf_compat)
+    scorer = Scorer(job.config, planner.run, mesh, planner.kernel, disable_bar=quiet)
+    judge = Judge(tokenizer, source, scorer, planner.run, mesh, disable_bar=quiet)
+    assert args.eval_tasks
+    tasks = TrainingTasks(judge, args.eval_tasks, args.eval_tasks_limit)
+    args.check_metric([*(EVALUATION_METRICS if job.eval_examples else ()), *tasks.names])
+    return tasks
 
 
 def say_header(prepared: Prepared) -> None:

@@ -131,7 +131,7 @@ class TrainingTasks:
     def __init__(self, judge: "Judge", words: Sequence[str], limit: float | None = None):
         from lm_eval.evaluator_utils import get_sample_size
 
-        self._judge = judge
+        self._judge, self._limit = judge, limit
         manager, items = load_tasks(split_names(words), "--eval_tasks")
         self._loaded = manager.load(items)
         for name, task in self._loaded["tasks"].items():
@@ -160,7 +160,9 @@ class TrainingTasks:
     def _metrics(self) -> dict[str, float]:
         from lm_eval.evaluator import evaluate
 
-        results = evaluate(lm=self._judge, task_dict=self._loaded, bootstrap_iters=0, log_samples=False)
+        results = evaluate(
+            lm=self._judge, task_dict=self._loaded, limit=self._limit, bootstrap_iters=0, log_samples=False
+        )
         return {
             f"eval_{task}_{metric}" + (f"_{filtered}" if filtered != "none" else ""): float(value)
             for task, values in results["results"].items()
@@ -181,11 +183,13 @@ class _Again:
             request.resps, request.filtered_resps = [], {}
 
 
-def together(evaluation: Evaluate | None, tasks: Evaluate) -> Evaluate:
-    """Return an evaluation that has the metrics of two; None where a stop came first."""
+def with_tasks(evaluation: Evaluate | None, tasks: TrainingTasks | None) -> Evaluate | None:
+    """Return an evaluation that has the metrics of both; a call returns None where a stop came first."""
+    if evaluation is None or tasks is None:
+        return evaluation or tasks
 
     def evaluate(params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
-        metrics = evaluation(params, stop) if evaluation else {}
+        metrics = evaluation(params, stop)
         more = None if metrics is None else tasks(params, stop)
         return None if metrics is None or more is None else {**metrics, **more}
 

@@ -45,6 +45,7 @@ from llama_jax.run.ownership import locked, new_identity
 from llama_jax.run.prepare import Prepared, join, prepare, say_header
 from llama_jax.run.resume import Facts, pass_over, pass_over_damaged, with_base
 from llama_jax.run.signals import catch_stop
+from llama_jax.run.tasks import Evaluate, with_tasks
 from llama_jax.run.tracking import begin_reports, open_reports
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
@@ -63,7 +64,7 @@ class Run:
     prepared: Prepared
     plan: Plan
     loss_step: LossStep
-    evaluation: Evaluation | None
+    evaluation: Evaluate | None
     log: TrainerState
 
 
@@ -372,7 +373,7 @@ def make_run(prepared: Prepared, plan: Plan) -> Run:
     most = plan.batches.block_counts.max()
     say(f"examples are packed: at most {most} block(s) an update, of {shapes} tokens; --remat {plan.run.remat}")
     loss_step = make_loss_step(plan.definition.graphdef, job.config.vocab_size, args.label_smoothing_factor)
-    evaluation = make_evaluation(prepared, loss_step, plan.option.max_tokens)
+    evaluation = with_tasks(make_evaluation(prepared, loss_step, plan.option.max_tokens), prepared.tasks)
     return Run(prepared=prepared, plan=plan, loss_step=loss_step, evaluation=evaluation, log=make_log(args, job))
 
 

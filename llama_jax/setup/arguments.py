@@ -5,7 +5,7 @@ import math
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -230,6 +230,10 @@ class Arguments:
     eval_data_path: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None, "evaluation data; as for --data_path, DATA:validation for a split"
     )
+    eval_tasks: list[str] | None = _flag(  # noqa: RUF009 - makes a field
+        None, "lm-eval's tasks or YAML files, judged at each evaluation"
+    )
+    eval_tasks_limit: float | None = _flag(None, "questions of each task; below 1 a share")
     validation_split_percentage: float = _flag(0, "percentage of data_path to hold out for evaluation")
     eval_steps: float | None = _flag(
         None, "updates between two evaluations; a value below 1 is a share; by default --logging_steps"
@@ -357,8 +361,9 @@ class Arguments:
             lines.append("--average_tokens_across_devices: no effect under --hf_compat 4.37")
         if self.max_tokens_per_device != "auto" and not self.packing:
             lines.append("--max_tokens_per_device: no effect with --packing False; blocks are micro-batches then")
-        if self.eval_data_path and self.eval_strategy == "no" and not self.eval_on_start:
-            lines.append("--eval_data_path: no effect, because --eval_strategy is no")
+        if self.eval_strategy == "no" and not self.eval_on_start:
+            given = [name for name in ("eval_data_path", "eval_tasks") if getattr(self, name)]
+            lines += [f"--{name}: no effect, because --eval_strategy is no" for name in given]
         return lines
 
     def check(self) -> None:
@@ -425,14 +430,16 @@ class Arguments:
             raise InputError(f"--validation_split_percentage {held_out:g}: should be at least 0 and below 100")
         if held_out and self.eval_data_path:
             raise InputError("--validation_split_percentage and --eval_data_path: give one of them")
-        if (self.eval_strategy != "no" or self.eval_on_start) and not (held_out or self.eval_data_path):
+        data = held_out or self.eval_data_path
+        if (self.eval_strategy != "no" or self.eval_on_start) and not (data or self.eval_tasks):
             name = "eval_on_start" if self.eval_strategy == "no" else f"eval_strategy {self.eval_strategy}"
             raise InputError(
-                f"--{name}: there is no evaluation data; give --eval_data_path or --validation_split_percentage"
+                f"--{name}: there is no evaluation data; give --eval_data_path, --validation_split_percentage or "
+                "--eval_tasks"
             )
-        if self.metric_for_best_model is not None and self.best_metric_key not in EVALUATION_METRICS:
-            known = ", ".join(EVALUATION_METRICS)
-            raise InputError(f"--metric_for_best_model {self.metric_for_best_model}: an evaluation has {known}")
+        self._check_tasks()
+        if self.metric_for_best_model is not None and not self.eval_tasks:
+            self.check_metric(EVALUATION_METRICS)
         if self.save_strategy == "best" and self.hf_compat == "4.37":
             raise InputError(
                 "--save_strategy best: not in transformers 4.37; use steps or epoch, or give --hf_compat 5"
@@ -463,6 +470,20 @@ class Arguments:
                     f"--load_best_model_at_end: --save_steps {self.save_steps:g} should be a multiple of --eval_steps "
                     f"{self.eval_steps:g}, both numbers of updates or both shares"
                 )
+
+    def _check_tasks(self) -> None:
+        limit = self.eval_tasks_limit
+        if limit is not None and not self.eval_tasks:
+            raise InputError("--eval_tasks_limit: is for --eval_tasks, which is not given")
+        if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
+            raise InputError(f"--eval_tasks_limit {limit:g}: should be a whole number, or a share below 1")
+
+    def check_metric(self, names: Iterable[str]) -> None:
+        """Raise InputError where `metric_for_best_model` is none of the names of an evaluation's metrics."""
+        if self.metric_for_best_model is not None and self.best_metric_key not in (known := [*names]):
+            raise InputError(
+                f"--metric_for_best_model {self.metric_for_best_model}: an evaluation has {', '.join(known)}"
+            )
 
     def warmup_updates(self, updates: int) -> int:
         """Return the number of updates that warm up, of all `updates`."""
