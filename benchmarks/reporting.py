@@ -61,7 +61,7 @@ def main() -> None:
         tiny.write_model(Path("model"), tiny.CONFIG | CONFIG)
         tiny.write_json(Path("data.json"), tiny.make_records(64, longest=60))
         speeds: list[float] = []
-        trainer.say_speed = lambda log: speeds.append(1000 * log.speed().update_seconds)  # type: ignore[union-attr,assignment]
+        trainer.say_summary = lambda prepared, plan, meter: speeds.append(1000 * meter.whole().update_seconds)
         words = f"--model_name_or_path model --data_path data.json {FLAGS} --report_to"
 
         def update(name: str, every: int, reports: list[str]) -> float:

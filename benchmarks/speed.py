@@ -46,7 +46,7 @@ def ours(args: argparse.Namespace) -> dict:
     from correctness import random_params
 
     from llama_jax.distributed import sharding
-    from llama_jax.distributed.platform import memory_limit, peak_memory, set_up_jax
+    from llama_jax.distributed.platform import memory_limit, memory_use, set_up_jax
     from llama_jax.model.config import LlamaConfig
     from llama_jax.plan.planner import Planner, choose_scan
     from llama_jax.setup.arguments import parse_arguments
@@ -92,7 +92,7 @@ def ours(args: argparse.Namespace) -> dict:
         )
 
     state = go(state, range(min(args.updates + 4, job.order.updates)))
-    timed, memory, spent = len(done), peak_memory() or 0, {}
+    timed, memory, spent = len(done), memory_use()[0], {}
     if args.profile:
         with tempfile.TemporaryDirectory() as folder:
             options = jax.profiler.ProfileOptions()

@@ -28,6 +28,7 @@ import convert_torch_to_flax
 import llama_jax.hf.peft
 import llama_jax.hf.writer
 import llama_jax.run.checkpoint
+import llama_jax.run.start
 import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.base.output import FILE
@@ -503,7 +504,7 @@ def test_the_size_of_a_checkpoint_is_known(job: Job, monkeypatch: pytest.MonkeyP
         sizes.update(given)
         return ""
 
-    monkeypatch.setattr(llama_jax.run.trainer, "check_space", record)
+    monkeypatch.setattr(llama_jax.run.start, "check_space", record)
     out = job.train("sizes", max_steps=2)
     arrays = sum(folder_bytes(path) for path in (out / "checkpoint-2" / "state").rglob("d"))
     assert 0 <= arrays - sizes["checkpoint"] < 0.1 * arrays, (arrays, sizes)

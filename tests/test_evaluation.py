@@ -19,6 +19,7 @@ from llama_jax.data.examples import IGNORE_INDEX, Examples
 from llama_jax.data.normalisation import evaluation_loss, evaluation_shares, training_loss
 from llama_jax.data.order import Order
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
+from llama_jax.reporting.speed import Speedometer
 from llama_jax.reporting.trainer_state import TrainerState
 from llama_jax.setup.job import kept_steps
 
@@ -118,6 +119,8 @@ def test_micro_losses_are_the_trainers(
 
 
 class NoBar:
+    disable = False
+
     def set_postfix_str(self, *_: Any, **__: Any) -> None: ...
 
     def update(self, n: int) -> None: ...
@@ -148,6 +151,7 @@ def test_nan_filter(nan_filter: bool, ranks: int, every: int) -> None:
         due=lambda step: step % every == 0,
         flops_per_token=0.0,
         bar=NoBar(),
+        speedometer=Speedometer(lambda: 0.0),
         nan_filter=nan_filter,
     )
     expected, running, last_logged = [], np.zeros(ranks), 0

@@ -116,7 +116,7 @@ FOREVER = "import ctypes; m = ctypes.create_string_buffer(64); [ctypes.CDLL(None
 EARLY = {
     "tokenising": ("llama_jax.run.prepare", "module.make_job"),
     "compiling": ("llama_jax.plan.planner", "module.Planner.settle"),
-    "reading": ("llama_jax.run.trainer", "module.read_weights"),
+    "reading": ("llama_jax.run.start", "module.read_weights"),
 }
 
 

@@ -231,11 +231,11 @@ def test_uploads_wait_for_the_checkpoint(recorders: dict[str, Recorder], monkeyp
 
 
 def test_other_processes_report_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    from llama_jax.run import tracking
+    from llama_jax.run import reports
 
-    monkeypatch.setattr(tracking.processes, "is_first", lambda: False)
+    monkeypatch.setattr(reports.processes, "is_first", lambda: False)
     args = parse_arguments([*NEEDED, "--report_to", "neptune"])  # it is not installed here, and need not be
-    assert not tracking.open_reports(args).active
+    assert not reports.open_reports(args).trackers.active
 
 
 def test_the_page_is_true(folder: Path, tmp_path: Path, recorders: dict[str, Recorder]):

@@ -150,15 +150,15 @@ import sys, time
 sys.path.insert(0, {root!r})
 import train_jax
 from llama_jax.base.errors import run_command
-from llama_jax.run import trainer
+from llama_jax.run import start
 
-read_weights = trainer.read_weights
+read_weights = start.read_weights
 
 def slowly(*args, **kw):
     time.sleep({seconds} if sys.argv[-1] == "1" else 0)
     return read_weights(*args, **kw)
 
-trainer.read_weights = slowly
+start.read_weights = slowly
 sys.exit(run_command(train_jax.main))
 """
 

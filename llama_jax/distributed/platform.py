@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import sys
 from typing import Any
 
@@ -62,10 +63,13 @@ def compiler_options(mesh: Mesh, scattered: int) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> int | None:
-    """Return the peak of bytes in use on the first device, or None where the platform does not count."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats.get("peak_bytes_in_use") if stats else None
+def memory_use() -> tuple[int, int]:
+    """Return the peak of bytes in use and the bytes there are: of the first device, or of this process and its host
+    where the platform does not count."""
+    if stats := jax.local_devices()[0].memory_stats():
+        return stats["peak_bytes_in_use"], stats["bytes_limit"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, host_memory()
 
 
 def host_memory() -> int:

@@ -67,6 +67,11 @@ KNOWN = (
 )
 
 
+def peak_flops(kind: str, devices: int) -> float | None:
+    """Return the peak bfloat16 operations a second of devices of jax's name `kind`, None of an unknown one."""
+    return next((devices * chip.flops for chip in CHIPS.values() if chip.kind == kind), None)
+
+
 @dataclass(frozen=True)
 class Named:
     """Stand in for a jax device, with the attributes that making a mesh reads."""

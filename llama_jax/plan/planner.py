@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -72,7 +73,10 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold a run with one choice of blocks: their shapes, the options, and the programs (compiled by `settle`)."""
+    """Hold a run with one choice of blocks: their shapes, the options, and the programs.
+
+    `settle` compiles them and sets `needed`, the bytes that a device needs, and the seconds that it took in all.
+    """
 
     option: Option
     batches: Batches
@@ -81,6 +85,8 @@ class Plan:
     definition: Definition
     abstract: TrainState
     steps: Steps
+    needed: float = math.nan
+    compiled_in: float = math.nan
 
     @property
     def largest_block(self) -> Shape:
@@ -303,9 +309,10 @@ class Planner:
 
     def settle(self, limit: int | None, report: Callable[[str], None] = lambda line: None) -> Plan:
         """Return the plan that `choose` finds, with all programs compiled. Raises InputError where none fits."""
+        started = time.monotonic()
         plan, needed = self.choose(limit, report, smaller=True)
         self._check_room(plan.option, needed, limit)
-        return plan
+        return replace(plan, needed=needed, compiled_in=time.monotonic() - started)
 
     def check_room(self, limit: int | None) -> None:
         """Raise InputError where arithmetic alone shows that nothing fits: before weights are read."""

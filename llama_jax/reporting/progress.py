@@ -1,6 +1,7 @@
 """Print lines and progress bars while a run goes on."""
 
 import contextlib
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-_silent = False
+WARNING = "warning: "
+_silent, _level = False, logging.INFO
 
 
 def silence() -> None:
@@ -17,9 +19,15 @@ def silence() -> None:
     _silent = True
 
 
+def set_level(level: int) -> None:
+    """Print lines of at least this level of `logging` alone from now on; bars and results are printed at any."""
+    global _level
+    _level = level
+
+
 def say(line: str) -> None:
-    """Print a line for the user on stderr, above any bar."""
-    if not _silent:
+    """Print a line for the user on stderr, above any bar: a warning where it begins with `WARNING`."""
+    if not _silent and _level <= (logging.WARNING if line.startswith(WARNING) else logging.INFO):
         tqdm.write(line, file=sys.stderr)
 
 

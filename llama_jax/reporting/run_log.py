@@ -6,10 +6,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from llama_jax.data.batches import Batches
-from llama_jax.reporting.progress import show
+from llama_jax.distributed.platform import memory_use
+from llama_jax.reporting.progress import say, show
+from llama_jax.reporting.speed import Speedometer
 from llama_jax.reporting.trainer_state import TrainerState
+
+SAID_EVERY = 10.0  # seconds between two lines of progress
 
 
 class UpdateMetrics(NamedTuple):
@@ -34,24 +39,12 @@ class UpdateMetrics(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-class Speed(NamedTuple):
-    """Hold the speed of a run after its first update, which compiles.
-
-    `update_seconds` is the median time of an update. `block_seconds` is the host's median time to make an update's
-    blocks; the devices compute the previous update meanwhile.
-    """
-
-    tokens_per_second: float
-    update_seconds: float
-    block_seconds: float
-
-
 class RunLog:
     """Write the HF Trainer's log lines to stdout and drive the bar, from each update's metrics.
 
-    `rate` maps updates done to the learning rate; `due` is whether a line is due after an update. `nan_filter` is
-    `logging_nan_inf_filter`. `tokens_seen` is `include_num_input_tokens_seen`: "no", "all" (with the Trainer's padding)
-    or "non_padding". `window` is the property's value in the run to resume.
+    `rate` maps updates done to the learning rate; `due` is whether a line is due after an update. `speedometer` counts
+    the updates. `nan_filter` is `logging_nan_inf_filter`. `tokens_seen` is `include_num_input_tokens_seen`: "no", "all"
+    (with the Trainer's padding) or "non_padding". `window` is the property's value in the run to resume.
     """
 
     def __init__(
@@ -63,13 +56,18 @@ class RunLog:
         due: Callable[[int], bool],
         flops_per_token: float,
         bar: Any,
+        speedometer: Speedometer,
         nan_filter: bool = True,
         tokens_seen: str = "no",
         window: dict[str, Any] | None = None,
     ):
         self.state, self.batches, self.rate, self.due, self.bar = state, batches, rate, due, bar
+        self.speedometer = speedometer
         self.flops_per_token, self.nan_filter, self.tokens_seen = flops_per_token, nan_filter, tokens_seen
         self.started = time.monotonic()
+        self._first_done: float | None = None
+        self._said = -math.inf  # when the last line of progress was printed
+        self._grad_norm = math.nan
         self.first_step = state.values["global_step"]
         self._first_tokens = self._tokens = int(state.values["num_input_tokens_seen"])
         self._flos = float(state.values["total_flos"])
@@ -81,8 +79,6 @@ class RunLog:
         self._now: dict[str, float] = window["now"]  # the last update's entries of a line beside the loss
         # Micro-batches and tokens of the next update that an epoch's end has counted already.
         self._logged_ahead, self._tokens_ahead = window["logged_ahead"], window["tokens_ahead"]
-        self._done_at: list[tuple[float, int]] = []  # time of completion and tokens, by update
-        self._made_in: list[float] = []
 
     @property
     def window(self) -> dict[str, Any]:
@@ -106,18 +102,42 @@ class RunLog:
             self._window_loss = self._filtered(metrics)
             self._window += 1
         self.state.at(step, order.epoch_at(step), flos=self._flos, tokens_seen=self._tokens)
-        self._done_at.append((time.monotonic(), metrics.tokens))
-        self._made_in.append(metrics.made_in)
+        self.speedometer.count(metrics.tokens, metrics.made_in)
+        self._first_done = self._first_done or time.monotonic()
         modern = order.compat == "5"
         lr = float(self.rate(step - 1 if modern else step))
-        speed = self._recent_speed()
-        postfix = f"loss {metrics.loss:.4f}, lr {lr:.2e}" + (f", {speed:,.0f} tok/s" if speed else "")
-        self.bar.set_postfix_str(postfix, refresh=False)
+        self.bar.set_postfix_str(self._postfix(metrics, lr), refresh=False)
         self.bar.update(1)
+        self._grad_norm = metrics.grad_norm
         self._now = {"grad_norm": metrics.grad_norm} if modern else {}
         self._now["learning_rate"] = lr
         if self.due(step):
             self._write()
+
+    def _postfix(self, metrics: UpdateMetrics, lr: float) -> str:
+        """Return the bar's figures after an update."""
+        figures = [f"loss {metrics.loss:.4f}", f"lr {lr:.2e}", f"grad norm {metrics.grad_norm:.3g}"]
+        return ", ".join(figures + self._figures())
+
+    def _figures(self) -> list[str]:
+        """Return the speed of the latest updates and the memory of a device, where known."""
+        figures = []
+        if speed := self.speedometer.recent():
+            figures.append(f"{speed:,.0f} tok/s")
+        if mfu := self.speedometer.mfu(speed):
+            figures.append(f"MFU {mfu:.1%}")
+        used, has = memory_use()
+        return [*figures, f"{used / 2**30:.1f}/{has / 2**30:.0f} GiB"]
+
+    def _progress(self) -> str:
+        """Return the line that stands for the bar where there is none."""
+        step, total = self.state.values["global_step"], self.batches.order.updates
+        made, passed = step - self.first_step, time.monotonic() - (self._first_done or 0.0)
+        left = [passed / (made - 1) * (total - step)] if made > 1 else []
+        times = [f"{tqdm.format_interval(seconds)} left" for seconds in left]
+        return ", ".join(
+            [f"update {step:,} of {total:,}", f"grad norm {self._grad_norm:.3g}", *self._figures(), *times]
+        )
 
     def on_epoch_end(self, tail: int, micro_losses: np.ndarray | None) -> None:
         """Count the end of an epoch; `tail` is the number of its micro-batches that belong to the next update.
@@ -145,6 +165,9 @@ class RunLog:
             more |= {"train_runtime": round(seconds, 4), "train_tokens_per_second": round(speed, 3)}
         mean = self._window_loss / self._window if self._window else math.nan  # all updates were skipped
         show(str(self.state.log({"loss": mean, **self._now}, more)))
+        if self.bar.disable and time.monotonic() - self._said > SAID_EVERY:
+            self._said = time.monotonic()
+            say(self._progress())
         self._total_loss += self._window_loss
         self._window_loss -= self._window_loss  # as the Trainer resets it: NaN stays NaN
         self._window = self._window_skipped = 0
@@ -179,21 +202,6 @@ class RunLog:
 
     def _seen(self) -> dict[str, float]:
         return {} if self.tokens_seen == "no" else {"num_input_tokens_seen": self._tokens + self._tokens_ahead}
-
-    def speed(self) -> Speed | None:
-        """Return the speed since the first update, which compiled; None after fewer than two updates."""
-        rate = self._recent_speed(len(self._done_at))
-        if rate is None:
-            return None
-        times = [t for t, _ in self._done_at]
-        return Speed(rate, float(np.median(np.diff(times))), float(np.median(self._made_in)))
-
-    def _recent_speed(self, updates: int = 50) -> float | None:
-        """Return real tokens a second over the latest updates, None where only one is done."""
-        recent = self._done_at[-updates:]
-        if len(recent) < 2:
-            return None
-        return sum(n for _, n in recent[1:]) / max(recent[-1][0] - recent[0][0], 1e-9)
 
     def finish(self) -> None:
         """Log and print the final entry as the HF Trainer computes it.

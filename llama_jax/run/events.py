@@ -13,9 +13,10 @@ from llama_jax.base.errors import RunError
 from llama_jax.distributed import processes, sharding
 from llama_jax.hf.finite import all_finite
 from llama_jax.reporting.run_log import RunLog
-from llama_jax.reporting.trackers import Trackers
+from llama_jax.reporting.stopwatch import Stopwatch
 from llama_jax.run.bad_updates import BadUpdates
 from llama_jax.run.checkpoint import Checkpoints
+from llama_jax.run.reports import Reports
 from llama_jax.run.resume import ACTIONS, Facts, SavedRun
 from llama_jax.run.tasks import Evaluate
 from llama_jax.setup.job import Job
@@ -56,7 +57,8 @@ class Milestones:
     goes_on: bool
     bad: BadUpdates
     finite: int | None
-    trackers: Trackers
+    reports: Reports
+    watch: Stopwatch
     unfinished: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +74,8 @@ class Milestones:
         if self.first:
             return self.reach(self.first, state, False, self.left)
         if self.evaluation is not None and self.job.args.eval_on_start:
-            metrics = self.evaluation(state.params, self.stop)
+            with self.watch.phase("evaluation"):
+                metrics = self.evaluation(state.params, self.stop)
             if metrics is None:
                 return True
             self.run_log.on_evaluation(metrics)
@@ -104,7 +107,9 @@ class Milestones:
     def _evaluate(self, state: TrainState) -> Evaluated | None:
         """Evaluate the state; return None where a stop came first."""
         assert self.evaluation is not None
-        args, metrics = self.job.args, self.evaluation(state.params, self.stop)
+        args = self.job.args
+        with self.watch.phase("evaluation"):
+            metrics = self.evaluation(state.params, self.stop)
         if metrics is None:
             return None
         self.run_log.on_evaluation(metrics)
@@ -126,7 +131,9 @@ class Milestones:
     def _save(self, step: int, state: TrainState, *, metric: float | None, left: Sequence[str]) -> None:
         """Write a checkpoint with the names of the actions still due, unless the step has one."""
         self._log.saved(self.output_dir, metric)
-        if step not in self._saved_steps:
+        if step in self._saved_steps:
+            return
+        with self.watch.phase("saving"):
             self._saved_steps.add(step)
             finite = self._is_finite(step, state)
             saved = SavedRun(
@@ -139,7 +146,7 @@ class Milestones:
             )
             best, kept = self._log.best_step, None if finite else self.finite
             self.checkpoints.save(step, state.saved, saved.to_json(), best=best, finite=kept)
-            self.trackers.save(self.checkpoints.wait)
+        self.reports.saved(step, self.checkpoints.wait)
 
     def guard_values(self, state: TrainState) -> dict[str, Any]:
         """Return what a resumed run needs of bad updates beside the log, as JSON values."""

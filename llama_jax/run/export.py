@@ -19,7 +19,7 @@ from llama_jax.hf.names import name_table
 from llama_jax.hf.remote import FLAX_JSON
 from llama_jax.hf.writer import align_special_tokens, host_arrays, write_config, write_weights
 from llama_jax.model.roles import Params
-from llama_jax.reporting.progress import byte_bar, say
+from llama_jax.reporting.progress import byte_bar
 from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.prepare import Prepared
 
@@ -127,9 +127,3 @@ def copied_tokenizer(folder: Path | None) -> Tokenizer | None:
     with contextlib.suppress(InputError):
         return open_tokenizer(folder, hf_compat="5") if folder else None
     return None
-
-
-def say_done(prepared: Prepared) -> None:
-    """Report the exported folder."""
-    what, kind = ("adapter", "PEFT") if prepared.job.adapter else ("model", "Hugging Face")
-    say(f"done: the trained {what} is in {prepared.output_dir} (a {kind} folder)")

@@ -61,7 +61,7 @@ class Judge(TemplateLM):
     ):
         super().__init__()
         self._tokenizer, self._source, self._scorer, self._mesh = tokenizer, source, scorer, mesh
-        self._graphdef, self._disable_bar, ways = define(scorer.config, run, mesh).graphdef, disable_bar, 0
+        self._graphdef, self._disable_bar = define(scorer.config, run, mesh).graphdef, disable_bar
         ways = sharding.batch_ways(mesh)
         self._rows, self._seed = -(-(rows or ROWS) // ways) * ways, 0
         self._ids: dict[tuple[str, bool], list[int]] = {}  # of texts, with and without special tokens
@@ -172,6 +172,8 @@ class Judge(TemplateLM):
         given = {key: options.pop(key) for key in SAMPLING if key in options}
         if unknown := [key for key, value in options.items() if value != _IDLE.get(key)]:
             raise InputError(f"{task}: its generation_kwargs have {', '.join(unknown)}, which is not there")
+        if sharding.row_ways(self._mesh) > 1:
+            raise InputError(f"{task}: generates text, which --mesh context={sharding.row_ways(self._mesh)} cannot do")
         if not 0 < most < self._scorer.max_length:
             fault = f"answers of {most:,} tokens leave no room for questions in {self._scorer.max_length:,} tokens"
             raise InputError(f"{task}: {fault}; set max_gen_toks in its generation_kwargs")

@@ -1,7 +1,9 @@
 """Settle a run before its weights are read: devices, model, data, checkpoint to resume, planner."""
 
 import dataclasses
+import logging
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,34 +12,36 @@ from jax.sharding import Mesh
 
 from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
-from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.hf.source import Source, training_dtype
 from llama_jax.plan import explain
 from llama_jax.plan.planner import Planner, choose_scan
-from llama_jax.reporting.metrics import EVALUATION_METRICS
-from llama_jax.reporting.progress import say, silence
+from llama_jax.reporting.progress import say, set_level, silence
+from llama_jax.reporting.stopwatch import Stopwatch
 from llama_jax.run.checkpoint import number
 from llama_jax.run.resume import Facts, SavedRun, choose_checkpoint, compare_with_saved
-from llama_jax.run.scoring import Scorer
-from llama_jax.run.tasks import TrainingTasks, check_installed
+from llama_jax.run.tasks import TrainingTasks, open_tasks
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
+
+LEVELS = {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL}  # of `--log_level`
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Hold the parts of a run that are settled before weights are read.
 
-    `resume_from` is the checkpoint to resume and `saved` its JSON, None in a new run. `tokenizer_folder` holds files to
-    export in the place of the job's tokenizer, None where there is one. `tasks` are those of `--eval_tasks`.
+    `watch` counts the time since the command's start. `resume_from` is the checkpoint to resume and `saved` its JSON,
+    None in a new run. `tokenizer_folder` holds files to export in the place of the job's tokenizer, None where there is
+    one. `tasks` are those of `--eval_tasks`, None for none.
     """
 
     args: Arguments
     platform: str
     output_dir: Path
     mesh: Mesh
+    watch: Stopwatch
     source: Source
     job: Job
     facts: Facts
@@ -65,6 +69,9 @@ class Prepared:
 
 def join(args: Arguments) -> tuple[str, Mesh]:
     """Join the other processes and return the platform and the mesh of the devices. Raises InputError."""
+    set_level(LEVELS.get(args.log_level, logging.INFO))
+    if args.log_level in ("debug", "detail"):
+        jax.config.update("jax_log_compiles", True)
     processes.join(args.coordinator_address, args.num_processes, args.process_id, args.use_cpu, args.watchdog_seconds)
     platform = set_up_jax(args.use_cpu, args.tf32, args.full_determinism)
     if not processes.is_first():
@@ -75,10 +82,12 @@ def join(args: Arguments) -> tuple[str, Mesh]:
         return platform, sharding.make_mesh(spec=args.mesh)
 
 
-def prepare(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
-    """Settle the run; all processes raise the same InputError."""
+def prepare(args: Arguments, platform: str, mesh: Mesh, started: float | None = None) -> Prepared:
+    """Settle the run; all processes raise the same InputError. `started` is `time.monotonic()` at the command's start,
+    by default now."""
+    watch = Stopwatch("start", time.monotonic() if started is None else started)
     with processes.agreed():
-        prepared = _prepared_alone(args, platform, mesh)
+        prepared = _prepared_alone(args, platform, mesh, watch)
     facts = dataclasses.asdict(prepared.facts)
     processes.same({"--output_dir's last checkpoint": prepared.resume_step, **args.decisive, **facts})
     if not args.explain:
@@ -89,7 +98,7 @@ def prepare(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
     return prepared
 
 
-def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
+def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch) -> Prepared:
     """Settle the run as this process sees it: model, data, checkpoint to resume, planner. Raises InputError."""
     output_dir, saved = as_path(args.output_dir), None
     resume_from = None if args.explain else choose_checkpoint(args, output_dir)
@@ -107,7 +116,8 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
         saved = SavedRun.read(resume_from)
     ranks = args.world_size or (saved and saved.ranks) or sharding.batch_ways(mesh)
     quiet = args.disable_tqdm or None
-    job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet)
+    with watch.phase("data"):
+        job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet)
     for warning in end_warnings(source, job):
         say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)
@@ -124,6 +134,7 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
         platform=platform,
         output_dir=output_dir,
         mesh=mesh,
+        watch=watch,
         source=source,
         job=job,
         facts=facts,
@@ -133,49 +144,6 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh) -> Prepared:
         tokenizer_folder=tokenizer_folder,
         tasks=open_tasks(args, source, planner) if args.eval_tasks and job.order.evaluated else None,
     )
-
-
-def open_tasks(args: Arguments, source: Source, planner: Planner) -> TrainingTasks:
-    """Load the tasks of `--eval_tasks`, and check their requests and the metric of the best model. Raises InputError.
-
-    The programs that judge differ from the training's in the kernel's bound of segments alone.
-    """
-    check_installed("--eval_tasks")
-    if jax.process_count() > 1:
-        raise InputError("--eval_tasks: needs a single process; judge the checkpoints by python -m llama_jax.evaluate")
-    from llama_jax.run.judging import Judge  # needs lm-eval
-
-    job, mesh, quiet = planner.job, planner.mesh, args.disable_tqdm or None
-    tokenizer = job.tokenizer or open_tokenizer(source.tokenizer_folder, args.hf_compat)
-    scorer = Scorer(job.config, planner.run, mesh, planner.kernel, disable_bar=quiet)
-    judge = Judge(tokenizer, source, scorer, planner.run, mesh, disable_bar=quiet)
-    assert args.eval_tasks
-    tasks = TrainingTasks(judge, args.eval_tasks, args.eval_tasks_limit)
-    args.check_metric([*(EVALUATION_METRICS if job.eval_examples else ()), *tasks.names])
-    return tasks
-
-
-def say_header(prepared: Prepared) -> None:
-    """Report the model, the devices and the length of the run."""
-    args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
-    computed = "bfloat16" if args.bf16 else dtype
-    held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
-    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}")
-    if job.adapter is not None:
-        lora, size = job.adapter.lora, job.adapter.size(job.config)
-        whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""
-        say(
-            f"adapters: {size:,} parameters in float32 ({size / (job.config.num_parameters + size):.2%}) at "
-            f"{len(lora.ranks)} projections are trained{whole}"
-        )
-    say(
-        f"devices: {mesh.size} {prepared.platform} device(s) of {jax.process_count()} process(es), "
-        f"mesh {sharding.describe_mesh(mesh)}"
-    )
-    if (ranks := job.order.ranks) != (ways := sharding.batch_ways(mesh)):
-        say(f"--world_size {ranks}: the updates of {ranks} device(s) of the HF Trainer; {ways} here divide the rows")
-    rising = f", the first {job.warmup_updates:,} with a rising learning rate (warm-up)" if job.warmup_updates else ""
-    say(f"training: {len(job.examples):,} examples, {job.order.updates:,} updates{rising}")
 
 
 def end_warnings(source: Source, job: Job) -> list[str]:

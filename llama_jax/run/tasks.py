@@ -11,9 +11,16 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from llama_jax.base.errors import InputError
+from llama_jax.data.tokenizer import open_tokenizer
+from llama_jax.hf.source import Source
 from llama_jax.model.roles import Params
-from llama_jax.run.scoring import Stopped
+from llama_jax.plan.planner import Planner
+from llama_jax.reporting.metrics import EVALUATION_METRICS
+from llama_jax.run.scoring import Scorer, Stopped
+from llama_jax.setup.arguments import Arguments
 
 if TYPE_CHECKING:
     from llama_jax.run.judging import Judge
@@ -181,6 +188,25 @@ class _Again:
     def __call__(self, **_: Any) -> None:
         for request in self._task.instances:
             request.resps, request.filtered_resps = [], {}
+
+
+def open_tasks(args: Arguments, source: Source, planner: Planner) -> TrainingTasks:
+    """Load the tasks of `--eval_tasks`, and check their requests and the metric of the best model. Raises InputError.
+
+    The programs that judge differ from the training's in the kernel's bound of segments alone.
+    """
+    check_installed("--eval_tasks")
+    if jax.process_count() > 1:
+        raise InputError("--eval_tasks: needs a single process; judge the checkpoints by python -m llama_jax.evaluate")
+    from llama_jax.run.judging import Judge  # needs lm-eval
+
+    job, mesh, quiet = planner.job, planner.mesh, args.disable_tqdm or None
+    tokenizer = job.tokenizer or open_tokenizer(source.tokenizer_folder, args.hf_compat)
+    scorer = Scorer(job.config, planner.run, mesh, planner.kernel, disable_bar=quiet)
+    judge = Judge(tokenizer, source, scorer, planner.run, mesh, disable_bar=quiet)
+    tasks = TrainingTasks(judge, args.eval_tasks or (), args.eval_tasks_limit)
+    args.check_metric([*(EVALUATION_METRICS if job.eval_examples else ()), *tasks.names])
+    return tasks
 
 
 def with_tasks(evaluation: Evaluate | None, tasks: TrainingTasks | None) -> Evaluate | None:

@@ -62,7 +62,7 @@ _OWN = (
         "cache_dir",
         "resume_from_checkpoint",
     ),
-    *("coordinator_address", "process_id", "disable_tqdm", "show_examples", "config"),
+    *("coordinator_address", "process_id", "disable_tqdm", "log_level", "show_examples", "config"),
 )
 
 
@@ -87,11 +87,11 @@ class Arguments:
         "records are Alpaca, chat, text, or input_ids and labels",
     )
     dataset_config_name: str | None = _flag(None, "configuration of the dataset that --data_path names")
-    skip_bad_records: bool = _flag(False, "leave bad records out, with a warning of the first ones")
+    skip_bad_records: bool = _flag(False, "leave bad records out, with a warning")
     model_max_length: int = _flag(
         512, "longest example in tokens, bos included; longer examples are cut, except records of input_ids"
     )
-    allow_pickle: bool = _flag(False, "read pytorch_model*.bin by unpickling; needs torch >= 2.10")
+    allow_pickle: bool = _flag(False, "unpickle pytorch_model*.bin; needs torch >= 2.10")
     allow_nonfinite: bool = _flag(False, "read and write weights with NaN or Inf")
     cache_dir: str | None = _flag(None, "folder for tokenized data; by default ~/.cache/llama_jax/data")
 
@@ -105,7 +105,7 @@ class Arguments:
         None, "keywords of the schedule: a JSON object, or a file that holds it; 4.37's default: {}, which is the same"
     )
     warmup_ratio: float = _flag(0.0, "share of the updates that warm up")
-    warmup_steps: float = _flag(0, "number of updates that warm up; a value below 1 is a share")
+    warmup_steps: float = _flag(0, "updates that warm up; a value below 1 is a share")
     optim: str = _flag(
         "adamw_torch",
         f"optimizer; implemented: {', '.join(OPTIMIZERS)}; docs/flags.md lists further accepted names; "
@@ -138,7 +138,7 @@ class Arguments:
     )
     lora_r: int = _flag(16, "rank of the adapters")
     lora_alpha: int = _flag(32, "scale of the adapters: their product is multiplied by lora_alpha / lora_r")
-    lora_dropout: float = _flag(0.05, "chance that an element of an adapter's input is dropped")
+    lora_dropout: float = _flag(0.05, "chance that an input element is dropped")
     lora_target_modules: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None,
         "projections that get adapters: names (q_proj v_proj), all-linear, or a regular expression of whole names; by "
@@ -150,11 +150,11 @@ class Arguments:
     use_rslora: bool = _flag(False, "multiply by lora_alpha / sqrt(lora_r) instead")
     use_dora: bool = _flag(False, "train the lengths of the weights' rows (DoRA)")
     lora_bias: str = _flag("none", "biases of the base model to train; none are", choices=["none", "all", "lora_only"])
-    init_lora_weights: str = _flag("True", "first values of the adapters; values: True (PEFT's), gaussian, False")
+    init_lora_weights: str = _flag("True", "True (PEFT's), gaussian, False")
     adapter_name_or_path: str | None = _flag(None, "PEFT folder whose adapter is trained further")
     load_in_4bit: bool = _flag(False, "keep the base's projections in 4 bits (QLoRA)")
     load_in_8bit: bool = _flag(False, "keep the base's projections in 8 bits")
-    bnb_4bit_quant_type: str = _flag("nf4", "format of --load_in_4bit; fp4 is refused", choices=["nf4", "fp4"])
+    bnb_4bit_quant_type: str = _flag("nf4", "of --load_in_4bit; fp4 is refused", choices=["nf4", "fp4"])
     use_bnb_nested_quant: bool = _flag(False, "keep the scales of 4 bits in 8 bits")
 
     bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
@@ -217,11 +217,11 @@ class Arguments:
         "when to save a checkpoint; best (--hf_compat 5) saves after each evaluation that is the best so far",
         choices=["no", "steps", "epoch", "best"],
     )
-    save_steps: float = _flag(500, "updates between two checkpoints; a value below 1 is a share of all updates")
+    save_steps: float = _flag(500, "updates between checkpoints; below 1 a share")
     save_total_limit: int | None = _flag(
         None, "checkpoints to keep, by default all; the oldest go first, the best stays"
     )
-    overwrite_output_dir: bool = _flag(False, "remove output_dir's checkpoints, replace its model")
+    overwrite_output_dir: bool = _flag(False, "replace output_dir's checkpoints and model")
     resume_from_checkpoint: str | None = _flag(
         None, "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's"
     )
@@ -245,9 +245,9 @@ class Arguments:
     metric_for_best_model: str | None = _flag(None, "metric that decides which checkpoint is best; by default loss")
     greater_is_better: bool | None = _flag(None, "take a larger metric for better; by default not for a loss")
     logging_strategy: str = _flag("steps", "when to log: no, steps or epoch", **_STRATEGIES)
-    logging_steps: float = _flag(500, "updates between two log lines; a value below 1 is a share of all updates")
+    logging_steps: float = _flag(500, "updates between log lines; below 1 a share")
     logging_first_step: bool = _flag(False, "log the first update too")
-    logging_nan_inf_filter: bool = _flag(True, "in the log, replace a loss that is not finite by the mean so far")
+    logging_nan_inf_filter: bool = _flag(True, "log the mean so far for a loss that is not finite")
     include_num_input_tokens_seen: str = _flag(
         "no",
         "count the tokens seen in every log; no, all (or true), or non_padding; 4.37's default: False, which is no",
@@ -255,6 +255,11 @@ class Arguments:
         const="all",
     )
     disable_tqdm: bool | None = _flag(None, "show no progress bar")
+    log_level: str = _flag(
+        "passive",
+        "least level to print on stderr; passive is info; debug adds each compiled program",
+        choices=["detail", "debug", "info", "warning", "error", "critical", "passive"],
+    )
     report_to: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None,
         "trackers, as wandb mlflow; all: those installed, the default where --hf_compat 4.37 is given; 5's default: "
@@ -280,7 +285,7 @@ class Arguments:
         const="text",
         choices=["text", "json"],
     )
-    show_examples: int = _flag(0, "print this many of the first examples; trained tokens are marked")
+    show_examples: int = _flag(0, "print so many examples; trained tokens are marked")
     dry_run: str | None = _flag(
         None,
         "report whether the run fits v5e-16 or h200:8, and end; compiles without the devices; exit code 0 where the "

@@ -131,7 +131,6 @@ FLAGS = (
     Flag("length_column_name", BOTH, str, "length", NO_MEANING, "lengths are counted from the token ids"),
     Flag("liger_kernel_config", NEW, str | None, None, NO_MEANING, _COMPILE),
     Flag("local_rank", BOTH, int, -1, NO_MEANING, _RANK),
-    Flag("log_level", BOTH, str, "passive", NO_MEANING, _LOG, options=_LEVELS),
     Flag("log_level_replica", BOTH, str, "warning", NO_MEANING, _LOG, options=_LEVELS),
     Flag("log_on_each_node", BOTH, bool, True, NO_MEANING, _LOG),
     Flag("loggingdir", HERE, str | None, None, ALIAS, "logging_dir"),
