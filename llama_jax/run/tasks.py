@@ -3,11 +3,13 @@
 lm-eval is imported in functions alone: it is an extra.
 """
 
+import contextlib
 import difflib
 import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from llama_jax.hf.source import Source
 from llama_jax.model.roles import Params
 from llama_jax.plan.planner import Planner
 from llama_jax.reporting.metrics import EVALUATION_METRICS
+from llama_jax.reporting.progress import waiting
 from llama_jax.run.scoring import Scorer, Stopped
 from llama_jax.setup.arguments import Arguments
 
@@ -52,11 +55,29 @@ def load_tasks(names: Sequence[str], flag: str, include_path: str | None = None)
 
     Raises InputError for an unknown task, and for data that cannot be read.
     """
-    from lm_eval.tasks import TaskManager
-
     if include_path and not os.path.isdir(include_path):
         raise InputError(f"--include_path {include_path}: is no folder; give one with YAML files of tasks")
-    manager = TaskManager(include_path=include_path)
+    if not names:
+        raise InputError(f"{flag}: name a task, as arc_easy")
+    if include_path or all(map(os.path.isfile, names)):
+        with contextlib.suppress(InputError):  # then names of lm-eval's own tasks are among them
+            manager = _manager(include_path, False)
+            return manager, _load(manager, names, flag)
+    manager = _manager(include_path, True)
+    return manager, _load(manager, names, flag)
+
+
+@cache
+def _manager(include_path: str | None, own: bool) -> Any:
+    """Return lm-eval's index of tasks; its `own` are some ten thousand files, which take seconds."""
+    from lm_eval.tasks import TaskManager
+
+    with waiting("looking for tasks"):
+        return TaskManager(include_path=include_path, include_defaults=own)
+
+
+def _load(manager: Any, names: Sequence[str], flag: str) -> list[Any]:
+    """Return the tasks and groups of the names, with their data read. Raises InputError."""
     found: dict[str, None] = {}
     for name in names:
         matching = [name] if os.path.isfile(name) else manager.match_tasks([name])
@@ -65,8 +86,6 @@ def load_tasks(names: Sequence[str], flag: str, include_path: str | None = None)
             advice = f"did you mean {near[0]}?" if near else "lm-eval ls tasks lists them; a file is given by its path"
             raise InputError(f"{flag} {name}: lm-eval has no task of this name; {advice}")
         found |= dict.fromkeys(matching)
-    if not found:
-        raise InputError(f"{flag}: name a task, as arc_easy")
     items: list[Any] = []
     for name in found:
         try:
@@ -81,7 +100,11 @@ def load_tasks(names: Sequence[str], flag: str, include_path: str | None = None)
         groups = [group for key, group in loaded.get("groups", {}).items() if key not in inner]
         held = {task.task_name for group in groups for task in group.get_all_tasks()}
         items += [*groups, *(task for key, task in loaded["tasks"].items() if key not in held)]
-    return manager, items
+    try:
+        manager.load(items)
+    except ValueError as e:
+        raise InputError(f"{flag}: {e}; name it once") from None
+    return items
 
 
 def _check(task: Any, where: str) -> None:
