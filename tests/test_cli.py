@@ -32,6 +32,7 @@ from tiny import (
 )
 
 import convert_torch_to_flax
+import llama_jax.command.evaluate
 import llama_jax.command.generate
 import llama_jax.run.loaded
 import train_jax
@@ -713,6 +714,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "train_jax.py": lambda argv: parse_arguments(argv),
     "convert_torch_to_flax.py": lambda argv: convert.parse(argv),
     "llama_jax.generate": lambda argv: parse_generate(argv),
+    "llama_jax.evaluate": lambda argv: parse_generate(argv, llama_jax.command.evaluate.main),
 }
 
 
@@ -720,14 +722,14 @@ class Parsed(Exception):
     """The flags were good."""
 
 
-def parse_generate(argv: list[str]) -> None:
+def parse_generate(argv: list[str], main: Callable[[list[str]], int] = llama_jax.command.generate.main) -> None:
     def opened(*args: Any, **options: Any) -> None:
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
         patch.setattr(llama_jax.run.loaded, "Source", opened)
         patch.setattr(llama_jax.run.loaded, "set_up_jax", lambda *args: None)
-        llama_jax.command.generate.main(argv)
+        main(argv)
 
 
 def check_command(words: list[str]) -> bool:

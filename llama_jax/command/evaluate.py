@@ -5,16 +5,21 @@ python -m llama_jax.evaluate --model_name_or_path HF_DIR --tasks arc_easy,hellas
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llama_jax.base.errors import InputError, Parser
+from llama_jax.data.chat import Chat
 from llama_jax.data.tokenizer import read_text
 from llama_jax.model.attention import choose_kernel
 from llama_jax.reporting.progress import say
 from llama_jax.run import tasks
 from llama_jax.run.loaded import Opened, add_model_flags, open_model
 from llama_jax.run.scoring import Scorer, perplexity, prefix_token, rolling_windows
+
+if TYPE_CHECKING:
+    from llama_jax.run.judging import Judge
 
 TEXT_BYTES = 256 << 20
 
@@ -40,14 +45,13 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--limit {args.limit:g}: should be a whole number, or a share below 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise InputError(f"--num_fewshot {args.num_fewshot}: should not be below 0")
-    if not args.tasks and args.output_path:
-        raise InputError("--output_path: is for the results of --tasks")
-    text = read_text(Path(args.perplexity_file), TEXT_BYTES) if args.perplexity_file else None
-    if text is not None and not text.strip():
-        raise InputError(f"--perplexity_file {args.perplexity_file}: holds no text")
+    for flag in ("output_path", "num_fewshot", "limit", "include_path", "apply_chat_template"):
+        if not args.tasks and getattr(args, flag) not in (None, False):
+            raise InputError(f"--{flag}: is for --tasks, which is not given")
+    opened = open_model(args, "python -m llama_jax.evaluate")
+    text = _read(args.perplexity_file) if args.perplexity_file else None
     if args.tasks:
         tasks.check_installed("--tasks")
-    opened = open_model(args, "python -m llama_jax.evaluate")
     covered = opened.config.max_position_embeddings
     if args.max_length is not None and not 1 < args.max_length <= covered:
         raise InputError(f"--max_length {args.max_length}: should be from 2 to the model's {covered:,} positions")
@@ -57,18 +61,16 @@ def main(argv: list[str]) -> int:
         (ids,) = opened.tokenizer.encode_batch([text])
         pairs = [*rolling_windows(ids, prefix_token(opened.tokenizer), scorer.max_length)]
         scorer.check(pairs)
+    judge = _judge(opened, scorer, rows, args.apply_chat_template, *loaded) if loaded else None
     params = opened.load_params()
     if text is not None:
         loglikelihood = math.fsum(score.loglikelihood for score in scorer(params, pairs))
         say(f"{args.perplexity_file}: {len(ids):,} tokens in windows of {scorer.max_length:,}")
         for name, value in perplexity(loglikelihood, text, len(ids)).items():
             print(f"{name:<16} {value:.6g}")
-    if loaded is not None:
+    if judge is not None and loaded is not None:
         from lm_eval.utils import make_table
 
-        from llama_jax.run.judging import Judge
-
-        judge = Judge(opened.tokenizer, opened.source, scorer, opened.run, opened.mesh, rows=rows)
         judge.params = lambda: params
         results = tasks.run_tasks(
             judge,
@@ -86,11 +88,30 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _read(path: str) -> str:
+    """Return the text of a file. Raises InputError."""
+    text = read_text(Path(path), TEXT_BYTES)
+    if not text.strip():
+        raise InputError(f"--perplexity_file {path}: holds no text")
+    return text
+
+
 def _count(text: str, flag: str) -> int:
     """Return the number above 0 in a flag. Raises InputError."""
     if not text.isdecimal() or not int(text):
         raise InputError(f"{flag} {text}: should be auto or a number above 0")
     return int(text)
+
+
+def _judge(opened: Opened, scorer: Scorer, rows: int | None, chats: bool, manager: Any, items: list[Any]) -> "Judge":
+    """Return lm-eval's model, with the tasks' requirements checked. Raises InputError."""
+    from llama_jax.run.judging import Judge  # needs lm-eval
+
+    if chats:
+        Chat(opened.tokenizer)
+    judge = Judge(opened.tokenizer, opened.source, scorer, opened.run, opened.mesh, rows=rows)
+    judge.check_tasks(manager.load(items)["tasks"].values())
+    return judge
 
 
 def _scorer(opened: Opened, max_length: int | None, rows: int | None) -> Scorer:

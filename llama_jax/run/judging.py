@@ -1,7 +1,7 @@
 """Answer lm-eval's requests with a model: log-likelihoods in packed rows, and generated texts."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +163,13 @@ class Judge(TemplateLM):
                         texts[n] = text
                     bar.update(len(here))
         return texts
+
+    def check_tasks(self, tasks: Iterable[Any]) -> None:
+        """Raise InputError for a task whose texts cannot be generated here."""
+        for task in tasks:
+            if task.OUTPUT_TYPE == "generate_until":
+                options = task.config.generation_kwargs
+                self._answering(Instance("generate_until", {}, ("", options), 0, (task.config.task, 0, 1)))
 
     def _answering(self, request: Instance) -> Answering:
         """Return how a request is to be answered. Raises InputError."""
