@@ -40,7 +40,7 @@ hypothesis.settings.load_profile("repeatable")
 
 
 # Files whose tests share another process or a model, which each of xdist's workers would make anew.
-SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf live order schedule tokenizer
+SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf judging live order schedule tokenizer
 writer""".split()
 TOGETHER = {f"test_{name}.py" for name in SHARING}
 

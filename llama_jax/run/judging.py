@@ -62,8 +62,8 @@ class Judge(TemplateLM):
         super().__init__()
         self._tokenizer, self._source, self._scorer, self._mesh = tokenizer, source, scorer, mesh
         self._graphdef, self._disable_bar = define(scorer.config, run, mesh).graphdef, disable_bar
-        ways = sharding.batch_ways(mesh)
-        self._rows, self._seed = -(-(rows or ROWS) // ways) * ways, 0
+        self._ways = sharding.batch_ways(mesh)
+        self._rows, self._seed = -(-(rows or ROWS) // self._ways) * self._ways, 0
         self._ids: dict[tuple[str, bool], list[int]] = {}  # of texts, with and without special tokens
         self._said: set[str] = set()
         self.params: Callable[[], Params] | None = None
@@ -159,7 +159,8 @@ class Judge(TemplateLM):
                 numbers = list(group)
                 for first in range(0, len(numbers), self._rows):
                     here = numbers[first : first + self._rows]
-                    for n, text in zip(here, self._generate([prompts[n] for n in here], answering), strict=True):
+                    answers = self._generate([prompts[n] for n in here], answering, min(self._rows, len(numbers)))
+                    for n, text in zip(here, answers, strict=True):
                         texts[n] = text
                     bar.update(len(here))
         return texts
@@ -193,10 +194,11 @@ class Judge(TemplateLM):
         ends = [self._tokenizer.eos_token] if self._tokenizer.eos_token else []
         return Answering(sampling, (*([until] if isinstance(until, str) else until), *ends), most)
 
-    def _generate(self, prompts: list[list[int]], answering: Answering) -> list[str]:
+    def _generate(self, prompts: list[list[int]], answering: Answering, least: int) -> list[str]:
         """Return the text that follows each prompt. Raises Stopped.
 
-        A piece is generated at a time, and rows with a stop string are left out of the next one.
+        A piece is generated at a time, and rows with a stop string are left out of the next one. Others take their
+        place, up to `least` rows, so that one shape compiles.
         """
         assert self.params is not None
         model, tokenizer = nnx.merge(self._graphdef, self.params()), self._tokenizer
@@ -209,7 +211,7 @@ class Judge(TemplateLM):
                 raise Stopped
             count = min(PIECE, answering.most - done)
             rows = [[*prompts[i], *new[i]] for i in left]
-            rows += [rows[0]] * (self._rows - len(rows))  # one shape compiles
+            rows += [rows[0]] * (-(-least // self._ways) * self._ways - len(rows))
             self._seed += 1
             with jax.set_mesh(self._mesh):
                 found = generate(model, rows, count, ends, answering.sampling, self._seed)
