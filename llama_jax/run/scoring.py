@@ -143,7 +143,8 @@ class Scorer:
         blocks = []
         for T, group in by_length.items():
             rows = best_fit([segment.size for segment in group], T)
-            B = self.rows_of(T)
+            count = math.ceil(len(rows) / self.rows_of(T))
+            B = self._whole(math.ceil(len(rows) / count))  # of all blocks alike, so that one shape compiles
             for first in range(0, len(rows), B):
                 blocks.append(([[group[i] for i in row] for row in rows[first : first + B]], (B, T)))
         return blocks
@@ -154,8 +155,7 @@ class Scorer:
 
     def rows_of(self, T: int) -> int:
         """Return the number of rows of T tokens in a block. Raises InputError where one takes too much memory."""
-        ways, shared = sharding.batch_ways(self._mesh), sharding.row_ways(self._mesh)
-        scores = self._heads * T * T // shared
+        scores = self._heads * T * T // sharding.row_ways(self._mesh)
         room = memory_limit() or host_memory()
         if 4 * scores > room // 2:
             raise InputError(
@@ -167,7 +167,12 @@ class Scorer:
         else:
             most = max(1, (CPU_TOKENS if self._is_cpu else TOKENS) // T)
             most = min(most, max(1, SCORES // scores)) if scores else most
-        return -(-most // ways) * ways
+        return self._whole(most)
+
+    def _whole(self, rows: int) -> int:
+        """Return a number of rows that the devices divide."""
+        ways = sharding.batch_ways(self._mesh)
+        return -(-rows // ways) * ways
 
     def _dispatch(self, params: Params, rows: list[list[Segment]], shape: tuple[int, int]) -> tuple[jax.Array, ...]:
         """Start the scoring of a block, and return the log-likelihoods and whether each token is the likeliest."""
