@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.distributed.sharding import make_mesh
 from llama_jax.hf.source import Source
 from llama_jax.model.llama import RunOptions
+from llama_jax.run import scoring
 from llama_jax.run.scoring import Pair, Scorer, best_fit, perplexity, rolling_windows, share
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed (make test does)")
@@ -161,11 +163,15 @@ pairs_drawn = st.lists(st.tuples(ids, st.lists(st.integers(65, 67), min_size=1, 
 
 
 @settings(max_examples=tiny.drawn_cases(30))
-@given(pairs=pairs_drawn, max_length=st.sampled_from([8, 20, 512]))
-def test_packed_scores_are_those_of_a_pair_alone(folder: Path, alone: Any, pairs: list[Pair], max_length: int) -> None:
+@given(pairs=pairs_drawn, max_length=st.sampled_from([8, 20, 512]), logits=st.sampled_from([scoring.LOGITS, 1]))
+def test_packed_scores_are_those_of_a_pair_alone(
+    folder: Path, alone: Any, pairs: list[Pair], max_length: int, logits: int
+) -> None:
+    """Logits are made at once, or in chunks of eight places a row."""
     source, run, mesh = Source(folder), RunOptions(), make_mesh(jax.devices()[:1])
     scorer = Scorer(source.config, run, mesh, "xla", max_length=max_length)
-    scores = scorer(source.load(run, mesh), pairs)
+    with mock.patch.object(scoring, "LOGITS", logits):
+        scores = scorer(source.load(run, mesh), pairs)
     check_scores([tuple(s) for s in scores], [alone(pair, max_length) for pair in pairs])  # type: ignore[misc]
 
 

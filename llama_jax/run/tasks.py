@@ -198,7 +198,7 @@ class TrainingTasks:
             for task, values in results["results"].items()
             for key, value in values.items()
             for metric, comma, filtered in [key.partition(",")]
-            if comma and not metric.endswith("_stderr") and isinstance(value, int | float)
+            if comma and isinstance(value, int | float)  # a standard error is "N/A" without bootstrapping
         }
 
 
