@@ -61,7 +61,11 @@ def main() -> None:
         tiny.write_model(Path("model"), tiny.CONFIG | CONFIG)
         tiny.write_json(Path("data.json"), tiny.make_records(64, longest=60))
         speeds: list[float] = []
-        trainer.say_summary = lambda prepared, plan, meter: speeds.append(1000 * meter.whole().update_seconds)
+
+        def note(prepared: Any, plan: Any, speedometer: Any) -> None:
+            speeds.append(1000 * speedometer.whole().update_seconds)
+
+        trainer.say_summary = note
         words = f"--model_name_or_path model --data_path data.json {FLAGS} --report_to"
 
         def update(name: str, every: int, reports: list[str]) -> float:

@@ -9,6 +9,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
 from llama_jax.plan.planner import UNROLLED, Plan
 from llama_jax.reporting.progress import say
+from llama_jax.reporting.run_report import PAGE
 from llama_jax.reporting.speed import Speedometer
 from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.prepare import Prepared
@@ -89,4 +90,6 @@ def say_done(prepared: Prepared) -> None:
     what, kind = ("adapter", "PEFT") if prepared.job.adapter else ("model", "Hugging Face")
     if steps := find_steps(prepared.output_dir):
         say(f"checkpoints: {', '.join(f'checkpoint-{step}' for step in steps)} in {prepared.output_dir}")
+    if (page := prepared.output_dir / PAGE).exists():
+        say(f"page: {page} shows the run, in a browser")
     say(f"done: the trained {what} is in {prepared.output_dir} (a {kind} folder)")

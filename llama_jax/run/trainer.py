@@ -255,7 +255,7 @@ def make_updates(
             if metrics.step == first + 1:
                 say(f"first update done {sum(prepared.watch.all().values()):.1f} s after the start")
             checkpoints.check()
-            reports.update(metrics.step, job.order.epoch_at(metrics.step))
+            reports.update(metrics, job.order.epoch_at(metrics.step))
             run_log.on_update(metrics)
             bad.on_update(metrics)
 

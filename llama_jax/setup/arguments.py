@@ -261,6 +261,9 @@ class Arguments:
         "trackers, as wandb mlflow; all: those installed, the default where --hf_compat 4.37 is given; 5's default: "
         "none; docs/trackers.md lists them",
     )
+    compare_with: str | None = _flag(
+        None, "trainer_state.json of another run, the HF Trainer's too; its curves lie over this run's in report.html"
+    )
     run_name: str | None = _flag(None, "name of the run for trackers; MLflow: output_dir under 4.37")
     logging_dir: str | None = _flag(None, "TensorBoard's folder; by default under OUTPUT_DIR/runs")
     project: str = _flag("huggingface", "trackio's project; wandb: WANDB_PROJECT")
