@@ -60,6 +60,12 @@ class RunReport:
             self._values[kind].append({"step": step, **values})
         self._changed.set()
 
+    def add_facts(self, **facts: Any) -> None:
+        """Add values that are known late."""
+        with self._lock:
+            self._values |= facts
+        self._changed.set()
+
     def end(self, status: str, **more: Any) -> None:
         """Write for the last time, with the way that the run ended."""
         if not self._thread.is_alive():

@@ -64,6 +64,11 @@ class Reports:
             self._page.add("checkpoints", step, bytes=size, seconds=seconds)
         self.trackers.save(wait)
 
+    def profiled(self, updates: str, rows: list[tuple[str, float, float]]) -> None:
+        """Report the ms an update, and the share, of each kind of work in the profiled updates."""
+        if self._page is not None:
+            self._page.add_facts(profile={"updates": updates, "rows": rows})
+
     def end(self, status: str) -> None:
         """End the reports of a run, and wait for them."""
         if self._page is not None:
