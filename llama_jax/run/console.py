@@ -1,10 +1,9 @@
 """Print the beginning and the end of a run."""
 
-import importlib.metadata
-
 import jax
 import numpy as np
 
+from llama_jax.base.versions import versions
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
 from llama_jax.plan.planner import UNROLLED, Plan
@@ -20,8 +19,8 @@ def say_header(prepared: Prepared) -> None:
     args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
     computed = "bfloat16" if args.bf16 else dtype
     held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("llama_jax", "jax"))
-    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}; {versions}")
+    programs = ", ".join(f"{name} {version}" for name, version in versions("llama_jax", "jax").items())
+    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}; {programs}")
     if job.adapter is not None:
         lora, size = job.adapter.lora, job.adapter.size(job.config)
         whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""

@@ -1,7 +1,6 @@
 """Gather the facts of a run that its page shows."""
 
 import dataclasses
-import importlib.metadata
 import platform
 import re
 import shlex
@@ -12,6 +11,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.base.versions import versions
 from llama_jax.data.doctor import as_lines, diagnose
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
@@ -37,7 +37,7 @@ def known_facts(run: Run) -> dict[str, Any]:
         "updates": job.order.updates,
         "command": shlex.join(without_secrets(["python", *sys.argv])),
         "flags": changed_flags(args),
-        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions(*_PACKAGES)},
         "model": {
             "path": args.model_name_or_path,
             "parameters": job.config.num_parameters,
