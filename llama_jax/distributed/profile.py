@@ -4,19 +4,20 @@ import contextlib
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
-# Kernels and copies of a GPU by their names; GPUs of one process exchange by copy engines. The scope `optimizer` of
-# `training.step` names the operations of an update in the trace.
+# Kernels and copies of a GPU by their names; GPUs of one process exchange by copy engines.
 KINDS = {
     "collectives": "nccl|MemcpyP2P|MemcpyD2D",
     "matmuls": "gemm|nvjet|cutlass|cublas|xmma",
     "attention": "sdpa|fmha|flash|cudnn",
 }
-OPTIMIZER, OTHER = "optimizer", "elementwise and other"
+OPTIMIZER, OTHER = "optimizer", "elementwise and other"  # the first is a scope of `training.step`
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="[^"]*/' + OPTIMIZER + "/", re.MULTILINE)
 
 
 @contextlib.contextmanager
@@ -34,9 +35,21 @@ def tracing(folder: Path) -> Iterator[None]:
             jax.profiler.stop_trace()
 
 
-def time_spent(folder: Path, updates: int) -> tuple[dict[str, float], list[tuple[str, float]]]:
+def optimizer_kernels(programs: Iterable[Any]) -> set[str]:
+    """Return the names of the kernels, the compiler's own, that belong to the optimizer in compiled programs.
+
+    A kernel of several operations counts by its last one.
+    """
+    names = (name for program in programs for name in _INSTRUCTION.findall(program.as_text()))
+    return {re.sub("[.-]", "_", name) for name in names}
+
+
+def time_spent(
+    folder: Path, updates: int, optimizer: Container[str] = ()
+) -> tuple[dict[str, float], list[tuple[str, float]]]:
     """Return ms an update that the first GPU of a trace spent by kind, and its longest kernels with their ms in all.
 
+    `optimizer` has the names of kernels of that kind.
     Beside the kinds: "exposed" counts collectives while nothing else ran, "idle" the time without work, "whole" all
     from the first operation to the last. Without a GPU the times are empty.
     """
@@ -47,7 +60,7 @@ def time_spent(folder: Path, updates: int) -> tuple[dict[str, float], list[tuple
     for line in lines:
         for event in line.events if line.name.startswith("Stream") else ():
             kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.name)), OTHER)
-            if kind == OTHER and any(f"/{OPTIMIZER}/" in str(value) for _, value in event.stats):
+            if kind == OTHER and event.name in optimizer:
                 kind = OPTIMIZER
             times[kind].append((event.start_ns, event.end_ns))
             kernels[event.name] = kernels.get(event.name, 0.0) + (event.end_ns - event.start_ns) / 1e6

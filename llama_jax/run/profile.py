@@ -1,13 +1,14 @@
 """Profile updates of a run: trace them, and report where the device's time went."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from llama_jax.base.output import note
 from llama_jax.distributed import processes
-from llama_jax.distributed.profile import time_spent, tracing
+from llama_jax.distributed.profile import optimizer_kernels, time_spent, tracing
 from llama_jax.reporting.progress import say
 
 FOLDER = "profile"  # in the output folder
@@ -15,11 +16,15 @@ Report = Callable[[str, list[tuple[str, float, float]]], None]
 
 
 class Profile:
-    """Profile the updates of a range, numbered from 0. `report` gets the updates as a text, and each kind of work with
-    its ms an update and its share. Of several processes the first one profiles."""
+    """Profile the updates of a range, numbered from 0; `programs` returns the compiled programs of updates.
 
-    def __init__(self, updates: range, output_dir: Path, report: Report):
-        self._updates, self._folder, self._report = updates, output_dir / FOLDER, report
+    `report` gets the updates as a text, and each kind of work with its ms an update and its share. Of several processes
+    the first one profiles.
+    """
+
+    def __init__(self, updates: range, programs: Callable[[range], Iterable[Any]], output_dir: Path, report: Report):
+        self._updates, self._programs = updates, programs
+        self._folder, self._report = output_dir / FOLDER, report
 
     def parts(self, first: int, end: int) -> Iterator[tuple[range, AbstractContextManager[None]]]:
         """Yield the updates from `first` to `end` in ranges, each with the context to make it in."""
@@ -36,7 +41,7 @@ class Profile:
             yield
         numbers = f"{updates.start + 1}:{updates.stop}"
         say(f"profile of updates {numbers}: {self._folder}, for xprof --logdir; Perfetto opens its perfetto_trace")
-        spent, kernels = time_spent(self._folder, len(updates))
+        spent, kernels = time_spent(self._folder, len(updates), optimizer_kernels(self._programs(updates)))
         if not spent:
             say("where the time went is told for GPUs alone")
             return

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -228,7 +228,12 @@ def make_updates(
     prepared, plan = run.prepared, run.plan
     args, job, first = prepared.args, prepared.job, prepared.resume_step
     beside = job.adapter.parameters_beside(job.config) if job.adapter else 0
-    profile = Profile(args.profiled, prepared.output_dir, reports.profiled)
+
+    def programs(updates: range) -> list[Any]:
+        shapes = {shape for k in updates for shape in plan.batches.shapes_of(k)}
+        return [program for shape, program in plan.steps.programs.items() if shape in shapes or shape == "apply"]
+
+    profile = Profile(args.profiled, programs, prepared.output_dir, reports.profiled)
     stop = catch_stop(stopping, lambda: checkpoints.saving)
     with update_bar(job.order.updates, first, prepared.quiet) as bar:
         run_log = RunLog(
