@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_training import Job
-from tiny import ALPACA, run, write_json, write_tokenizer
+from tiny import ALPACA, ROOT, run, write_json, write_tokenizer
 
 import train_jax
 from llama_jax.base.errors import InputError
@@ -223,6 +223,36 @@ def test_pages_of_finished_runs(job: Job, tmp_path: Path, monkeypatch: pytest.Mo
     assert [r["name"] for r in runs] == ["theirs", "whole"]
     assert runs[0]["differences"]["loss"]["difference"] == 0.0
     assert run(report.main, "theirs", job.folder / "whole").out == f"{PAGE}\n"
+
+
+def test_the_commands_of_the_docs(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/watching.md, from a folder with the files that it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HF_DIR").symlink_to(job.folder / "model")
+    (tmp_path / "my_data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ALPACA * 5))
+    (tmp_path / "other_model").symlink_to(job.folder / "whole")
+    text = (ROOT / "docs" / "watching.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = [line.split() for line in text.splitlines() if line.startswith("python ")]
+    assert [words[1:3] for words in commands if words[1] == "-m"] == [["-m", "llama_jax.report"]] * 2
+    for words in commands:
+        if words[1] == "-m":
+            assert run(report.main, *words[3:]).code == 0
+        else:
+            few = [
+                "--use_cpu",
+                True,
+                "--max_steps",
+                14,
+                "--logging_steps",
+                5,
+                "--eval_steps",
+                7,
+                "--save_strategy",
+                "no",
+            ]
+            outcome = run(train_jax.main, *words[2:], *few, "--overwrite_output_dir", True)
+            assert outcome.code == 0, outcome.err
+    assert (tmp_path / "my_model" / "profile").is_dir() and (tmp_path / "both.html").is_file()
 
 
 def test_no_page(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 python -m llama_jax.report OUTPUT_DIR OTHER_DIR --output_file both.html
 """
 
+import argparse
 from pathlib import Path
 
 from llama_jax.base.bucket import as_path
@@ -13,13 +14,18 @@ from llama_jax.reporting.page import as_page
 from llama_jax.reporting.run_report import PAGE, read_report
 
 
-def main(argv: list[str]) -> int:
-    """Run the command; return its exit code. Raises InputError."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.report", description="Make a page of one run or several.")
     parser.add_argument("output_dirs", nargs="+", metavar="OUTPUT_DIR", help="of train_jax.py, or of the HF Trainer")
     parser.add_argument("--output_file", help=f"by default {PAGE}: in the folder of a single run, else here")
     parser.add_argument("--compare_with", metavar="trainer_state.json", help="log to lay over that of the first run")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code. Raises InputError."""
+    args = parse(argv)
     runs = [read_report(as_path(folder)) for folder in args.output_dirs]
     if args.compare_with:
         path = Path(args.compare_with)
