@@ -238,18 +238,7 @@ def test_the_commands_of_the_docs(job: Job, tmp_path: Path, monkeypatch: pytest.
         if words[1] == "-m":
             assert run(report.main, *words[3:]).code == 0
         else:
-            few = [
-                "--use_cpu",
-                True,
-                "--max_steps",
-                14,
-                "--logging_steps",
-                5,
-                "--eval_steps",
-                7,
-                "--save_strategy",
-                "no",
-            ]
+            few = "--use_cpu True --max_steps 14 --logging_steps 5 --eval_steps 7 --save_strategy no".split()
             outcome = run(train_jax.main, *words[2:], *few, "--overwrite_output_dir", True)
             assert outcome.code == 0, outcome.err
     assert (tmp_path / "my_model" / "profile").is_dir() and (tmp_path / "both.html").is_file()
