@@ -45,18 +45,19 @@ class Conversation:
         Turns that leave no room are dropped, the oldest first. Raises InputError where the question alone is too long.
         """
         wanted = min(self._max_new_tokens, self._positions // _ROOM)
-        dropped = 0
-        while (room := self._positions - len(prompt := self._prompt(question))) < wanted and self.turns:
-            del self.turns[: next((i for i, turn in enumerate(self.turns[1:], 1) if turn["role"] == "user"), None)]
+        turns, dropped = self.turns, 0
+        while (room := self._positions - len(prompt := self._prompt(turns, question))) < wanted and turns:
+            turns = turns[next((i for i, turn in enumerate(turns[1:], 1) if turn["role"] == "user"), len(turns)) :]
             dropped += 1
-        if dropped:
-            turns = "the oldest question is" if dropped == 1 else f"the {dropped} oldest questions are"
-            say(f"{turns} forgotten: the model has {self._positions:,} positions")
         if room < 1:
             raise InputError(
                 f"the question has {len(prompt):,} tokens, and the model {self._positions:,} positions for it and its "
                 "answer; shorten it"
             )
+        if dropped:
+            questions = "the oldest question is" if dropped == 1 else f"the {dropped} oldest questions are"
+            say(f"{questions} forgotten: the model has {self._positions:,} positions")
+        self.turns = turns
         return prompt, min(room, self._max_new_tokens)
 
     def add(self, question: str, answer: str) -> None:
@@ -64,10 +65,10 @@ class Conversation:
         if self._prompts.chat is not None and answer:
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
-    def _prompt(self, question: str) -> list[int]:
+    def _prompt(self, turns: list[Turn], question: str) -> list[int]:
         if self._prompts.chat is None:
             return self._prompts.of_instruction({"instruction": question}, "the question")
-        return self._prompts.of_chat([*self.turns, {"role": "user", "content": question}], "the question")
+        return self._prompts.of_chat([*turns, {"role": "user", "content": question}], "the question")
 
 
 def chat(answerer: Answerer, prompts: Prompts, positions: int) -> None:
@@ -93,7 +94,7 @@ def chat(answerer: Answerer, prompts: Prompts, positions: int) -> None:
         if question in ("/quit", "/exit", "/bye"):
             return
         if question == "/reset":
-            conversation.turns.clear()
+            conversation.turns = []
             say("the conversation is forgotten")
         elif question == "/help":
             say(HELP)
