@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from llama_jax.base.errors import InputError, Parser
-from llama_jax.data.questions import Prompts, read_questions
+from llama_jax.data.questions import Prompt, Prompts, read_questions
 from llama_jax.hf.generation import read_sampling
 from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar, say
@@ -130,7 +130,7 @@ def _answer_one(args: argparse.Namespace, opened: Opened, prompts: Prompts, flag
         prompt = prompts.of_prompt(text, flag)
     rules = _rules(args, opened, NEW_TOKENS)
     _warn_of_length(opened, [prompt], rules)
-    answerer = Answerer(opened.load(), opened.tokenizer, rules, args.raw)
+    answerer = Answerer(opened.load(), opened.tokenizer, rules)
     is_seen = sys.stdout.isatty()
     with jax.set_mesh(opened.mesh):
         answer = answerer.stream(prompt, step=1 if is_seen else STEP)
@@ -150,7 +150,7 @@ def _answer_file(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> 
     _warn_of_length(opened, made, rules)
     model = {"model_name_or_path": args.model_name_or_path, "adapter_name_or_path": args.adapter_name_or_path}
     output.begin(settings_of(model, made, rules), len(made))
-    answerer = Answerer(opened.load(), opened.tokenizer, rules, args.raw)
+    answerer = Answerer(opened.load(), opened.tokenizer, rules)
     with jax.set_mesh(opened.mesh):
         answer_records(answerer, records, made, output, args.batch_size or BATCH_SIZE)
 
@@ -167,10 +167,10 @@ def _chat(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> None:
         chat(answerer, prompts, covered_positions(opened.source.config))
 
 
-def _warn_of_length(opened: Opened, prompts: Sequence[Sequence[int]], rules: Rules) -> None:
+def _warn_of_length(opened: Opened, prompts: Sequence[Prompt], rules: Rules) -> None:
     """Say where a prompt and its answer may be longer than the model was made for."""
     covered = covered_positions(opened.source.config)
-    longest = max(map(len, prompts))
+    longest = max(len(prompt.ids) for prompt in prompts)
     if longest + rules.max_new_tokens > covered:
         lengths = f"the prompt's {longest:,} tokens and --max_new_tokens {rules.max_new_tokens:,}"
         which = "" if len(prompts) == 1 else "of the longest record, "

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Chat, Turn, chat_template
@@ -32,6 +32,13 @@ _FORMS = {"messages": CHAT, "conversations": CHAT, "instruction": ALPACA, "promp
 _TURNS = "messages", "conversations"
 
 
+class Prompt(NamedTuple):
+    """Hold the tokens to answer; `continues` says that the answer goes on in the text of these."""
+
+    ids: Sequence[int]
+    continues: bool = False
+
+
 class Prompts:
     """Make token ids of questions. `raw` continues a prompt's text, without template and instruction.
 
@@ -43,24 +50,24 @@ class Prompts:
         self._tokenizer, self._check, self._raw = tokenizer, check, raw
         self.chat = None if chat_template(tokenizer.folder, tokenizer.config) is None else Chat(tokenizer)
 
-    def of_chat(self, turns: list[Turn], where: str, offered: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Return the ids of a chat by the template; `where` names it in errors. Raises InputError."""
+    def of_chat(self, turns: list[Turn], where: str, offered: Sequence[dict[str, Any]] = ()) -> Prompt:
+        """Return the prompt of a chat by the template; `where` names it in errors. Raises InputError."""
         return self._checked((self.chat or Chat(self._tokenizer)).prompt(turns, where, offered), where)
 
-    def of_instruction(self, record: Record, where: str) -> list[int]:
-        """Return the ids of an Alpaca prompt. Raises InputError."""
+    def of_instruction(self, record: Record, where: str) -> Prompt:
+        """Return an Alpaca prompt. Raises InputError."""
         return self._encoded(alpaca_prompt(record), where)
 
-    def of_prompt(self, text: str, where: str) -> list[int]:
-        """Return the ids of a prompt: raw, in the chat template, or as an Alpaca instruction. Raises InputError."""
+    def of_prompt(self, text: str, where: str) -> Prompt:
+        """Return a prompt: raw, in the chat template, or as an Alpaca instruction. Raises InputError."""
         if self._raw:
-            return self._encoded(text, where)
+            return self._encoded(text, where, continues=True)
         if self.chat is None:
             return self.of_instruction({"instruction": text}, where)
         return self.of_chat([{"role": "user", "content": text}], where)
 
-    def of_record(self, record: Record, where: str) -> list[int]:
-        """Return the ids of a record that `read_questions` has checked. Raises InputError."""
+    def of_record(self, record: Record, where: str) -> Prompt:
+        """Return the prompt of a record that `read_questions` has checked. Raises InputError."""
         record = _as_chat(record)
         form = _form(record)
         if form == CHAT:
@@ -68,26 +75,29 @@ class Prompts:
             return self.of_chat(turns[:-1] if is_assistant(turns[-1]) else turns, where, tools(record))
         if form == ALPACA:
             return self.of_instruction(record, where)
-        return self._encoded(record["text"], where) if form == TEXT else self.of_prompt(record["prompt"], where)
+        if form == TEXT:
+            return self._encoded(record["text"], where, continues=True)
+        return self.of_prompt(record["prompt"], where)
 
-    def of_records(self, records: Reader, progress: Callable[[int], Any]) -> list[array]:
-        """Return the ids of all records; `progress` is called after each. Raises InputError."""
+    def of_records(self, records: Reader, progress: Callable[[int], Any]) -> list[Prompt]:
+        """Return the prompts of all records; `progress` is called after each. Raises InputError."""
         made = []
         with watching():
             for i, record in enumerate(records):
                 source, number = records.where(i)
-                made.append(array("i", self.of_record(record, f"{source}: record {number}")))
+                prompt = self.of_record(record, f"{source}: record {number}")
+                made.append(Prompt(array("i", prompt.ids), prompt.continues))  # a list takes nine times as much
                 progress(1)
         return made
 
-    def _encoded(self, text: str, where: str) -> list[int]:
-        return self._checked(self._tokenizer.encode_batch([text])[0], where)
+    def _encoded(self, text: str, where: str, continues: bool = False) -> Prompt:
+        return self._checked(self._tokenizer.encode_batch([text])[0], where, continues)
 
-    def _checked(self, ids: list[int], where: str) -> list[int]:
+    def _checked(self, ids: list[int], where: str, continues: bool = False) -> Prompt:
         if not ids:
             raise InputError(f"{where}: the text makes no tokens, so there is nothing to continue; give a text")
         self._check(ids)
-        return ids
+        return Prompt(ids, continues)
 
 
 def read_questions(name: str) -> Reader:

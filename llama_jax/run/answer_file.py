@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-from array import array
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llama_jax.base.errors import InputError
-from llama_jax.data.questions import ANSWER
+from llama_jax.data.questions import ANSWER, Prompt
 from llama_jax.data.readers import Reader
 from llama_jax.reporting.progress import count_bar, say
 from llama_jax.run.answering import Answerer, Rules
@@ -26,8 +25,7 @@ class AnswerFile:
     """
 
     def __init__(self, name: str):
-        self.path = Path(name).expanduser()
-        self._partial = self.path.with_name(self.path.name + PARTIAL)
+        self.path, self._partial = Path(name).expanduser(), Path(name + PARTIAL).expanduser()
         self.answers: dict[int, str] = {}
         if "://" in name:
             raise InputError(f"--output_file {name}: should be a file on this machine; copy it from there afterwards")
@@ -79,21 +77,23 @@ class AnswerFile:
         self._file.flush()
 
 
-def settings_of(model: dict[str, str | None], prompts: Sequence[array], rules: Rules) -> dict[str, Any]:
+def settings_of(model: dict[str, str | None], prompts: Sequence[Prompt], rules: Rules) -> dict[str, Any]:
     """Return what decides the answers: the model's names, the prompts' tokens, and the rules."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        digest.update(len(prompt).to_bytes(8) + prompt.tobytes())
+        digest.update(f"{prompt.continues} {list(prompt.ids)} ".encode())
     decided = asdict(rules) | rules.sampling._asdict() | {"sampling": None}
     return json.loads(json.dumps(model | {"input_file": digest.hexdigest()} | decided))
 
 
 def answer_records(
-    answerer: Answerer, records: Reader, prompts: Sequence[array], output: AnswerFile, batch_size: int
+    answerer: Answerer, records: Reader, prompts: Sequence[Prompt], output: AnswerFile, batch_size: int
 ) -> None:
     """Answer the prompts of all records into the file, which has begun; blocks hold prompts of like length."""
     left = [place for place in range(len(prompts)) if place not in output.answers]
-    left.sort(key=lambda place: -len(prompts[place]))  # the longest first: what does not fit in memory fails at once
+    left.sort(
+        key=lambda place: -len(prompts[place].ids)
+    )  # the longest first: what does not fit in memory fails at once
     rows = min(batch_size, len(prompts))
     with count_bar("answering", len(prompts), "answer") as bar:
         bar.update(len(prompts) - len(left))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llama_jax.data.answer_text import AnswerText
+from llama_jax.data.questions import Prompt
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.model.generate import Decoding, Sampling
 from llama_jax.model.llama import Llama
@@ -24,17 +25,13 @@ class Rules:
 
 @dataclass(frozen=True)
 class Answerer:
-    """Answer prompts of token ids; the caller sets the mesh. `raw` keeps white space: an answer continues its prompt.
-
-    Prompt `number` draws its tokens by the seed and this number.
-    """
+    """Answer prompts; the caller sets the mesh. A prompt's number decides, with the seed, the tokens that are drawn."""
 
     model: Llama
     tokenizer: Tokenizer
     rules: Rules
-    raw: bool = False
 
-    def block(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], rows: int) -> list[str]:
+    def block(self, prompts: Sequence[Prompt], numbers: Sequence[int], rows: int) -> list[str]:
         """Return the answer to each prompt of a block, which is filled up to `rows` for one shape of programs."""
         filled = [*range(len(prompts)), *[0] * (rows - len(prompts))]
         decoding = self._decoding([prompts[i] for i in filled], [numbers[i] for i in filled])
@@ -49,17 +46,17 @@ class Answerer:
             text.show(decoding.rows[row], is_last=True)
         return [text.text for text in texts]
 
-    def stream(self, prompt: Sequence[int], number: int = 0, limit: int | None = None, step: int = 1) -> "Answer":
+    def stream(self, prompt: Prompt, number: int = 0, limit: int | None = None, step: int = 1) -> "Answer":
         """Return the answer to one prompt, to be read while it is made, of at most `limit` tokens."""
         return Answer(self, prompt, number, min(limit or self.rules.max_new_tokens, self.rules.max_new_tokens), step)
 
     def _decoding(
-        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], limit: int = 0, doubling: bool = False
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], limit: int = 0, doubling: bool = False
     ) -> Decoding:
         rules = self.rules
         return Decoding(
             self.model,
-            prompts,
+            [prompt.ids for prompt in prompts],
             limit or rules.max_new_tokens,
             rules.ends,
             rules.sampling,
@@ -68,14 +65,14 @@ class Answerer:
             doubling=doubling,
         )
 
-    def _text(self, prompt: Sequence[int]) -> AnswerText:
-        return AnswerText(self.tokenizer, self.rules.stops, prompt if self.raw else ())
+    def _text(self, prompt: Prompt) -> AnswerText:
+        return AnswerText(self.tokenizer, self.rules.stops, prompt.ids if prompt.continues else ())
 
 
 class Answer:
     """Yield an answer in pieces of text. `text` is the text so far; `cut` says that the limit of tokens ended it."""
 
-    def __init__(self, answerer: Answerer, prompt: Sequence[int], number: int, limit: int, step: int):
+    def __init__(self, answerer: Answerer, prompt: Prompt, number: int, limit: int, step: int):
         self._answerer, self._prompt, self._number = answerer, prompt, number
         self._limit, self._step = limit, step
         self._text = answerer._text(prompt)

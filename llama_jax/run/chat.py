@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Turn
-from llama_jax.data.questions import Prompts
+from llama_jax.data.questions import Prompt, Prompts
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.run.answering import Answerer
 
@@ -39,21 +39,19 @@ class Conversation:
         self._prompts, self._positions, self._max_new_tokens = prompts, positions, max_new_tokens
         self.turns: list[Turn] = []
 
-    def ask(self, question: str) -> tuple[list[int], int]:
+    def ask(self, question: str) -> tuple[Prompt, int]:
         """Return the prompt of the turns and a further question, and the number of tokens that its answer may have.
 
         Turns that leave no room are dropped, the oldest first. Raises InputError where the question alone is too long.
         """
         wanted = min(self._max_new_tokens, self._positions // _ROOM)
         turns, dropped = self.turns, 0
-        while (room := self._positions - len(prompt := self._prompt(turns, question))) < wanted and turns:
+        while (room := self._positions - len((prompt := self._prompt(turns, question)).ids)) < wanted and turns:
             turns = turns[next((i for i, turn in enumerate(turns[1:], 1) if turn["role"] == "user"), len(turns)) :]
             dropped += 1
         if room < 1:
-            raise InputError(
-                f"the question has {len(prompt):,} tokens, and the model {self._positions:,} positions for it and its "
-                "answer; shorten it"
-            )
+            for_both = f"{self._positions:,} positions for it and its answer"
+            raise InputError(f"the question has {len(prompt.ids):,} tokens, and the model {for_both}; shorten it")
         if dropped:
             questions = "the oldest question is" if dropped == 1 else f"the {dropped} oldest questions are"
             say(f"{questions} forgotten: the model has {self._positions:,} positions")
@@ -65,7 +63,7 @@ class Conversation:
         if self._prompts.chat is not None and answer:
             self.turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
-    def _prompt(self, turns: list[Turn], question: str) -> list[int]:
+    def _prompt(self, turns: list[Turn], question: str) -> Prompt:
         if self._prompts.chat is None:
             return self._prompts.of_instruction({"instruction": question}, "the question")
         return self._prompts.of_chat([*turns, {"role": "user", "content": question}], "the question")
