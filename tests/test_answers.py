@@ -2,18 +2,20 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIG, Outcome, make_arrays, run, write_json, write_model, write_tokenizer
+from tiny import CONFIG, ROOT, Outcome, make_arrays, run, write_json, write_model, write_tokenizer
 from vocabularies import convert_sentencepiece, train_byte_level, train_sentencepiece
 
 from llama_jax.command import generate
 from llama_jax.data.answer_text import AnswerText
 from llama_jax.data.examples import alpaca_prompt
+from llama_jax.data.questions import Prompts
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.run.answering import Answerer
 from llama_jax.run.chat import printable
@@ -265,6 +267,10 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "no batch": (["--input_file", "a", "--output_file", "b", "--batch_size", 0], "--batch_size should be above 0"),
     "no folder": (["--input_file", "a", "--output_file", "no/b"], "its folder is not there"),
     "a folder": (["--input_file", "a", "--output_file", "."], "--output_file .: is a folder"),
+    "a long name": (
+        ["--input_file", "in.jsonl", "--output_file", "n" * 300],
+        ": cannot be read: File name too long; give a shorter path",
+    ),
     "a bucket": (["--input_file", "a", "--output_file", "gs://b/c"], "should be a file on this machine"),
 }
 
@@ -273,6 +279,8 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
 def test_flags_are_checked(flags: list[Any], named: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Opened, "load", lambda self: pytest.fail("loaded"))
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.chdir(model.parent)
+    write_lines(Path("in.jsonl"), QUESTIONS)
     assert named in error_line(ask(model, *flags))
 
 
@@ -296,6 +304,19 @@ def test_a_prompt_without_a_template(model: Path) -> None:
     assert "no chat template: the prompt is an Alpaca instruction; --raw continues" in outcome.err
     raw = ask(model, "--raw", "--prompt", alpaca_prompt({"instruction": "Name a fish."}))
     assert raw.out == outcome.out and "Alpaca" not in raw.err
+
+
+def test_the_template_of_the_page_writes_alpacas_prompt(model: Path) -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (template,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)
+    asked = answered(model, "--instruction", "Name a fish.")
+    assert answered(model, "--message", "Name a fish.") != asked
+    (model / "chat_template.jinja").write_text(template)
+    assert answered(model, "--message", "Name a fish.") == answered(model, "--prompt", "Name a fish.") == asked
+    prompts = Prompts(open_tokenizer(model), lambda ids: None)
+    turns = [{"role": r, "content": c} for r, c in (("user", "A"), ("assistant", "B"), ("user", "C"))]
+    text = open_tokenizer(model).decode(prompts.of_chat(turns, "a chat").ids)
+    assert text == alpaca_prompt({"instruction": "A"}) + "B" + alpaca_prompt({"instruction": "C"})
 
 
 def test_stop_strings(tmp_path: Path, model: Path) -> None:

@@ -5,10 +5,11 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
+from llama_jax.base.files import check_regular
 from llama_jax.data.questions import ANSWER, Prompt
 from llama_jax.data.readers import Reader
 from llama_jax.reporting.progress import count_bar, say
@@ -25,20 +26,25 @@ class AnswerFile:
     """
 
     def __init__(self, name: str):
-        self.path, self._partial = Path(name).expanduser(), Path(name + PARTIAL).expanduser()
-        self.answers: dict[int, str] = {}
         if "://" in name:
             raise InputError(f"--output_file {name}: should be a file on this machine; copy it from there afterwards")
+        self.path, self._partial = local_path(name), local_path(name + PARTIAL)
+        self.answers: dict[int, str] = {}
         if os.path.lexists(self.path):
-            kind = "is a folder" if self.path.is_dir() else "is there already"
+            kind = "is a folder" if os.path.isdir(self.path) else "is there already"
             raise InputError(f"--output_file {name}: {kind}; remove it, or give another name")
-        if not self.path.parent.is_dir():
+        if not os.path.isdir(self.path.parent):
             raise InputError(f"--output_file {name}: its folder is not there; make the folder {self.path.parent}")
 
     def begin(self, settings: dict[str, Any], count: int) -> None:
         """Read the answers of an interrupted run of the same settings, or begin the file. Raises InputError."""
         first = json.dumps(settings, sort_keys=True)
-        lines = self._partial.read_bytes().split(b"\n")[:-1] if self._partial.exists() else []  # a torn line is lost
+        try:
+            self._partial.touch()
+            check_regular(self._partial)
+            lines = self._partial.read_bytes().split(b"\n")[:-1]  # without a torn line
+        except OSError as e:
+            raise InputError(f"--output_file {self.path}: cannot be written: {e.strerror}; give another name") from None
         if lines:
             try:
                 held = json.loads(lines[0])
