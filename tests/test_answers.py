@@ -17,6 +17,7 @@ from llama_jax.data.answer_text import AnswerText
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.questions import Prompts
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
+from llama_jax.model.generate import Decoding
 from llama_jax.run.answering import Answerer
 from llama_jax.run.chat import printable
 from llama_jax.run.loaded import Opened
@@ -80,6 +81,14 @@ def test_pieces_of_an_answer(tokenizers: list[Tokenizer], data: st.DataObject, k
     pieces.append(text.show(ids, is_last=True))
     assert "".join(pieces) == text.text == expected
     assert text.stopped == (first_stop(whole, stops) < len(whole))
+
+
+def test_the_first_complete_stop_string_counts(tokenizers: list[Tokenizer]) -> None:
+    """Not the one that begins first: whether it would be complete is not known yet when the other is."""
+    (ids,) = tokenizers[0].encode_batch(["xabcd"])
+    for steps in ([len(ids)], range(len(ids) + 1)):
+        text = AnswerText(tokenizers[0], ["abcd", "c", "bc"])
+        assert "".join(text.show(ids[:step], is_last=False) for step in steps if not text.stopped) == "xa"
 
 
 def test_a_text_goes_on_where_its_prompt_ends(tokenizers: list[Tokenizer]) -> None:
@@ -319,8 +328,11 @@ def test_the_template_of_the_page_writes_alpacas_prompt(model: Path) -> None:
     assert text == alpaca_prompt({"instruction": "A"}) + "B" + alpaca_prompt({"instruction": "C"})
 
 
-def test_stop_strings(tmp_path: Path, model: Path) -> None:
-    """The text before the first of them, over the ends of tokens; in a file too; the flag goes before the file's."""
+def test_stop_strings(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text before the first of them, over the ends of tokens; in a file too; the flag goes before the file's.
+
+    A block ends with the last of its rows.
+    """
     write_json(model / "generation_config.json", PENALTY)
     prompts = ["Hello", "Hello there, and more", "Hi"]
     texts = [answered(model, "--prompt", prompt, "--max_new_tokens", 40) for prompt in prompts]
@@ -333,6 +345,12 @@ def test_stop_strings(tmp_path: Path, model: Path) -> None:
     outcome = ask(model, "--input_file", source, "--output_file", tmp_path / "out.jsonl", *flags)
     assert outcome.code == 0, outcome.err
     assert [record["generated_text"] for record in read_lines(tmp_path / "out.jsonl")] == expected
+    steps, step = [], Decoding.step
+    monkeypatch.setattr(Decoding, "step", lambda self, count: (steps.append(count), step(self, count)))
+    one = write_lines(tmp_path / "one.jsonl", [{"prompt": prompts[0]}])
+    flags = ("--max_new_tokens", 300, "--stop", stop)
+    assert ask(model, "--input_file", one, "--output_file", tmp_path / "first.jsonl", *flags).code == 0
+    assert read_lines(tmp_path / "first.jsonl")[0]["generated_text"] == expected[0] and len(steps) == 1
     write_json(model / "generation_config.json", {"stop_strings": stop, "max_new_tokens": 40, **PENALTY})
     files = ("--model_name_or_path", model, "--use_cpu", "--prompt", prompts[0])
     obeyed = run(generate.main, *files)

@@ -553,10 +553,10 @@ def test_answers_step_by_step(tmp_path: Path) -> None:
         (alone,) = Decoding(model, prompts[2:], 1, (), drawing, 7, numbers=[2], doubling=True).rows
         assert alone == whole[2][:1]
         before = tiny.compiled()
-        for length in range(1, 500, 31):  # a conversation that grows
+        for length in range(1, 900, 61):  # a conversation that grows
             Decoding(model, [[3] * length], 100, (), drawing, 7, doubling=True).step(1)
-        # Prompts of 128, 256 and 512 slots, caches of 256, 512 and 1,024: each its prefill and its step.
-        assert tiny.compiled() - before <= 6 + 2
+        # Prompts of 128, 256, 512 and 1,024 slots, each its prefill and its step; with multiples of 128, twice as many.
+        assert tiny.compiled() - before <= 8 + 2
 
 
 def warped_by_transformers(logits: np.ndarray, ids: list[list[int]], settings_: dict[str, Any]) -> np.ndarray:
