@@ -16,25 +16,18 @@ freeze it, attention at half; MFU is over 989 TFLOP/s (H100, H200). Only real to
 import argparse
 import json
 import math
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_model import SHAPES, raw_config
 from work import PROFILED, lengths_of, measured
 
-KINDS = {  # of kernels and copies by their names; GPUs of one process exchange by copy engines
-    "collectives": "nccl|MemcpyP2P|MemcpyD2D",
-    "matmuls": "gemm|nvjet|cutlass|cublas|xmma",
-    "attention": "sdpa|fmha|flash|cudnn",
-}
 PEERS = ("trainer", "compiled", "fsdp", "fsdp_checkpointed", "peft", "peft_compiled", "peft_checkpointed")
 SEED_FLAGS = (
     "--num_train_epochs 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine"
@@ -47,6 +40,7 @@ def ours(args: argparse.Namespace) -> dict:
 
     from llama_jax.distributed import sharding
     from llama_jax.distributed.platform import memory_limit, memory_use, set_up_jax
+    from llama_jax.distributed.profile import time_spent, tracing
     from llama_jax.model.config import LlamaConfig
     from llama_jax.plan.planner import Planner, choose_scan
     from llama_jax.setup.arguments import parse_arguments
@@ -92,16 +86,14 @@ def ours(args: argparse.Namespace) -> dict:
         )
 
     state = go(state, range(min(args.updates + 4, job.order.updates)))
-    timed, memory, spent = len(done), memory_use()[0], {}
+    timed, memory, profile = len(done), memory_use()[0], {}
     if args.profile:
         with tempfile.TemporaryDirectory() as folder:
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level, options.host_tracer_level = 0, 0
-            jax.profiler.start_trace(folder, profiler_options=options)
-            deadline = math.inf
-            go(state, range(timed, timed + PROFILED))
-            jax.profiler.stop_trace()
-            spent = time_spent(Path(folder))
+            with tracing(Path(folder)):
+                deadline = math.inf
+                go(state, range(timed, timed + PROFILED))
+            spent, kernels = time_spent(Path(folder), PROFILED)
+            profile = {**spent, "kernels": kernels[:40]}
     examples = [job.order.examples_of(k) for k in range(timed)]
     shapes = ",".join(f"{r}x{t}" for r, t in plan.batches.shapes)
     return {
@@ -112,41 +104,8 @@ def ours(args: argparse.Namespace) -> dict:
         "compile_s": compiled_in,
         "detail": f"{sharding.describe_mesh(mesh)}, --remat {plan.run.remat}, blocks {shapes}",
         "losses": [loss for _, loss in done],
-        "profile": spent,
+        "profile": profile,
     }
-
-
-def time_spent(folder: Path) -> dict:
-    """Return ms an update that a profile's first GPU spent on each of KINDS, on all else, and idle.
-
-    "exposed" counts collectives while nothing else ran. The longest kernels follow, in total ms. The profile is counted
-    from its first operation to its last.
-    """
-    planes = jax.profiler.ProfileData.from_file(str(next(folder.rglob("*.xplane.pb")))).planes
-    lines = [line for plane in planes if plane.name.startswith("/device:GPU:0") for line in plane.lines]
-    events = [(e.start_ns, e.end_ns, e.name) for line in lines if line.name.startswith("Stream") for e in line.events]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in (*KINDS, "other")}
-    kernels: dict[str, float] = {}
-    for start, stop, name in events:
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
-        times[kind].append((start, stop))
-        kernels[name] = kernels.get(name, 0.0) + (stop - start) / 1e6
-    work = [span for kind, spans in times.items() if kind != "collectives" for span in spans]
-    everything = covered([*work, *times["collectives"]])
-    whole = max(stop for _, stop, _ in events) - min(start for start, _, _ in events) if events else 0.0
-    told = {kind: covered(spans) for kind, spans in times.items()}
-    told |= {"exposed": everything - covered(work), "idle": whole - everything, "whole": whole}
-    longest = sorted(kernels.items(), key=lambda item: -item[1])[:40]
-    return {name: ns / 1e6 / PROFILED for name, ns in told.items()} | {"kernels": longest}
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Return the length of the union of intervals."""
-    total, end = 0.0, -math.inf
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
 
 
 def main() -> None:

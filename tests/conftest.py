@@ -40,8 +40,8 @@ hypothesis.settings.load_profile("repeatable")
 
 
 # Files whose tests share another process or a model, which each of xdist's workers would make anew.
-SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf judging live order schedule tokenizer
-writer""".split()
+SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf judging live order page schedule
+tokenizer writer""".split()
 TOGETHER = {f"test_{name}.py" for name in SHARING}
 
 
@@ -58,6 +58,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return file if Path(file).name in TOGETHER else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def small_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the plotting library's 5 MB out of the pages of the many small runs; test_page has it."""
+    if request.path.name != "test_page.py":
+        monkeypatch.setattr("plotly.offline.get_plotlyjs", str)
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from llama_jax.base.bucket import as_path
 from llama_jax.base.output import FILE
 from llama_jax.command import convert, train
 from llama_jax.hf.source import Source
+from llama_jax.reporting.run_report import PAGE, VALUES
 from llama_jax.run.ownership import LEDGER
 
 
@@ -59,7 +60,7 @@ def names(bucket: fake_gcs.Bucket, folder: str, ends: str = "") -> list[str]:
 
 
 # The logs have times, the ledger the identity of its run.
-CHANGING = {"trainer_state.json", LEDGER, FILE}
+CHANGING = {"trainer_state.json", LEDGER, FILE, VALUES, PAGE}
 
 
 def exported(bucket: fake_gcs.Bucket, folder: str) -> dict[str, str]:

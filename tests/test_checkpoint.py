@@ -36,6 +36,7 @@ from llama_jax.command import generate
 from llama_jax.distributed.digest import sums
 from llama_jax.hf.checkpoint import seal
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
+from llama_jax.reporting.run_report import PAGE, VALUES
 from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.events import Milestones
@@ -177,7 +178,7 @@ def test_the_trainers_checkpoint(flags: dict, job: Job) -> None:
 
 # -- A checkpoint is a model ------------------------------------------------------------------------------------------
 
-RUNS_OWN = {"trainer_state.json", LEDGER, FILE}  # the logs have times
+RUNS_OWN = {"trainer_state.json", LEDGER, FILE, VALUES, PAGE}  # the logs have times
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -88,9 +88,9 @@ def read_json(path: Path, limit: int = SMALL_BYTES) -> Any:
     return parse_json(read_small(path, limit), str(path))
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, limit: int = SMALL_BYTES) -> dict[str, Any]:
     """Parse a JSON file that holds an object. Raises InputError."""
-    value = read_json(path)
+    value = read_json(path, limit)
     if not isinstance(value, dict):
         raise InputError(f"{path}: should hold a JSON object")
     return value

@@ -82,9 +82,13 @@ class Chat:
         options = {"add_generation_prompt": open_end, "continue_final_message": not open_end}
         return self._default.render(turns, where, **options)[0]
 
-    def prompt(self, turns: list[Turn], where: str) -> list[int]:
-        """Return the ids of a chat, up to the start of the assistant's answer. Raises InputError."""
-        text, _ = self._default.render(turns, where, add_generation_prompt=True)
+    def prompt(self, turns: list[Turn], where: str, offered: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Return the ids of a chat, with the tools offered, up to the start of the assistant's answer.
+
+        Raises InputError.
+        """
+        template, turns, options = self._prepare({"messages": turns, "tools": offered}, where)
+        text, _ = template.render(turns, where, add_generation_prompt=True, **options)
         ((ids, _),) = self._tokenizer.encode_with_offsets([text])
         if not ids:
             raise InputError(f"{where}: the chat template makes no tokens for this chat")

@@ -123,15 +123,15 @@ def _validated(name: str, reader: Reader, form: str | None, bad: Bad, first: str
                 raise record
             problem = str(record).removeprefix(f"{name}: ")
         elif not isinstance(record, dict):
-            problem = f"record {at + 1} should be an object, not {_kind(record)}"
+            problem = f"record {at + 1} should be an object, not {kind(record)}"
         elif form := form or _form(record):
-            problem = _refused(form, record) or _CHECKS[form](record)
+            problem = refused_key(form, record) or _CHECKS[form](record)
             if problem and at == 0 and name != first and (own := _form(record)) not in (None, form):
                 raise InputError(f"{name}: holds {own} records, and {first} {form} ones; should be of one form")
             problem = problem and f"record {at + 1} {problem}"
         else:
             problem = (
-                f"record {at + 1} is of no known form{_keys(record)}; should have 'instruction' and 'output', "
+                f"record {at + 1} is of no known form{named_keys(record)}; should have 'instruction' and 'output', "
                 "'messages', 'conversations', 'text', or 'input_ids' and 'labels'"
             )
             if not bad.skip:
@@ -162,7 +162,7 @@ def messages(record: Record) -> list[dict[str, Any]]:
 
 def answers(record: Record) -> list[bool]:
     """Return for each assistant turn of a chat record whether it is trained: no flag of the turn is false or 0."""
-    return [_is_trained(turn) for turn in record.get("messages") or record["conversations"] if _is_assistant(turn)]
+    return [_is_trained(turn) for turn in record.get("messages") or record["conversations"] if is_assistant(turn)]
 
 
 def tools(record: Record) -> list[dict[str, Any]]:
@@ -185,7 +185,8 @@ def _form(record: Record) -> str | None:
     return next((form for key, form in keys.items() if key in record), None)
 
 
-def _refused(form: str, record: Record) -> str | None:
+def refused_key(form: str, record: Record) -> str | None:
+    """Return the problem of a key that would change the record's text and is not supported."""
     refused = _REFUSED[form]
     for key in record:
         if key in refused and record[key] not in (None, "", [], {}):
@@ -198,25 +199,34 @@ def _check_alpaca(record: Record) -> str | None:
         if key not in record:
             if key == "input":
                 continue
-            return f"has no {key!r}, or null{_keys(record)}"
-        if problem := _check_string(record[key], repr(key)):
+            return f"has no {key!r}, or null{named_keys(record)}"
+        if problem := check_string(record[key], repr(key)):
             return problem
     return None
 
 
 def _check_text(record: Record) -> str | None:
-    return _check_string(record["text"], "'text'") if "text" in record else f"has no 'text'{_keys(record)}"
+    return check_string(record["text"], "'text'") if "text" in record else f"has no 'text'{named_keys(record)}"
 
 
 def _check_chat(record: Record) -> str | None:
+    if problem := check_turns(record):
+        return problem
+    if not any(map(is_assistant, record.get("messages") or record["conversations"])):
+        return "has no turn of the assistant, so there is nothing to train"
+    return None if any(answers(record)) else "trains no turn: the flags of its turns switch each assistant turn off"
+
+
+def check_turns(record: Record) -> str | None:
+    """Return the problem of a chat record's turns or tools, if any, whoever speaks last."""
     turns = record.get("messages") or record.get("conversations")
     if not isinstance(turns, list):
-        return f"needs 'messages' or 'conversations', a list of turns{_keys(record)}"
+        return f"needs 'messages' or 'conversations', a list of turns{named_keys(record)}"
     if problem := _check_tools(record):
         return problem
     for n, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            return f"has {_kind(turn)} as turn {n}, should be an object"
+            return f"has {kind(turn)} as turn {n}, should be an object"
         name, text, known = ("role", "content", OPENAI) if "role" in turn else ("from", "value", tuple(SHAREGPT))
         role = turn.get(name)
         if role not in known:
@@ -226,13 +236,11 @@ def _check_chat(record: Record) -> str | None:
         if problem := _check_tool_calls(turn.get("tool_calls"), n):
             return problem
         calls_only = turn.get("tool_calls") and turn.get(text) is None
-        if not calls_only and (problem := _check_string(turn.get(text), f"{text!r} of turn {n}")):
+        if not calls_only and (problem := check_string(turn.get(text), f"{text!r} of turn {n}")):
             return problem
         if problem := _check_flags(turn, n):
             return problem
-    if not any(map(_is_assistant, turns)):
-        return "has no turn of the assistant, so there is nothing to train"
-    return None if any(answers(record)) else "trains no turn: the flags of its turns switch each assistant turn off"
+    return None
 
 
 def _check_flags(turn: dict[str, Any], n: int) -> str | None:
@@ -240,14 +248,15 @@ def _check_flags(turn: dict[str, Any], n: int) -> str | None:
         value = turn.get(key)
         if value is not None and value not in (0, 1):
             return f"has {str(value)[:40]!r} as {key!r} of turn {n}, should be true or false (1 or 0)"
-        if value and key != "weight" and not _is_assistant(turn):  # a weight counts on assistant turns alone
+        if value and key != "weight" and not is_assistant(turn):  # a weight counts on assistant turns alone
             return f"has {key!r} in turn {n}, but only turns of the assistant are trained; remove the key there"
     if turn.get("train_detail"):
         return f"has 'train_detail' in turn {n}, which is not supported; train the whole turn, or split it"
     return None
 
 
-def _is_assistant(turn: dict[str, Any]) -> bool:
+def is_assistant(turn: dict[str, Any]) -> bool:
+    """Return whether a turn of either form is the assistant's."""
     return (turn["role"] if "role" in turn else turn["from"]) in ("assistant", "gpt")
 
 
@@ -273,15 +282,17 @@ def _check_tool_calls(calls: Any, n: int) -> str | None:
     return None
 
 
-def _check_string(value: Any, name: str) -> str | None:
+def check_string(value: Any, name: str) -> str | None:
+    """Return the problem of a value that should be a string of whole characters."""
     if not isinstance(value, str):
-        return f"has {_kind(value)} as {name}, should be a string"
+        return f"has {kind(value)} as {name}, should be a string"
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
         return f"has half a surrogate pair in {name}, which is not a character"
     return None
 
 
-def _keys(record: Record) -> str:
+def named_keys(record: Record) -> str:
+    """Return the keys of a record, in brackets, for a message."""
     return f" (its keys: {', '.join(map(str, record)) or 'none'})"
 
 
@@ -344,7 +355,8 @@ def _tokens(record: Record) -> slice:
     return slice(mask.index(1), len(mask) - mask[::-1].index(1))
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """Return what JSON calls a value, for a message."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 

@@ -1,5 +1,6 @@
 """Read how a model's `generation_config.json` draws tokens, by the rules of transformers' `generate`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from llama_jax.base.errors import InputError
@@ -21,34 +22,54 @@ _NOT_OBEYED: dict[str, Any] = {
 }
 
 
-def read_sampling(generation: dict[str, Any], source: str, temperature: float | None = None) -> Sampling:
-    """Return how tokens are chosen: as `generation` has it, or at `temperature`, 0 for greedily.
+# The numbers of a `Sampling`: transformers' default where tokens are drawn, least and greatest.
+_RANGES: dict[str, tuple[float, float, float]] = {
+    "temperature": (1.0, 0.0, 1e6),
+    "top_k": (50, 0, 2**31),
+    "top_p": (1.0, 0.0, 1.0),
+    "min_p": (0.0, 0.0, 1.0),
+    "repetition_penalty": (1.0, 1e-3, 1e3),
+}
+_OF_DRAWING = "top_k", "top_p", "min_p"
 
-    The other values are those of `generation`, then transformers': `top_k` is 50 where tokens are drawn. `source` names
-    the file in messages. Raises InputError.
+
+def read_sampling(generation: dict[str, Any], source: str, **given: float | None) -> Sampling:
+    """Return how tokens are chosen: by the values `given`, then those of `generation`, then transformers'.
+
+    `source` names the file in messages. Tokens are drawn where `generation` says so, or a value of drawing is given;
+    at the temperature 0 they are the likeliest. Raises InputError.
     """
+    given = {key: value for key, value in given.items() if value is not None}
 
-    def number(key: str, default: float, low: float, high: float) -> float:
-        value = default if generation.get(key) is None else generation[key]
+    def number(key: str) -> float:
+        default, low, high = _RANGES[key]
+        where, value = (f"--{key}", given[key]) if key in given else (f"{source}: {key}", generation.get(key))
+        value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise InputError(f"{source}: {key} {value!r} should be a number from {low} to {high}")
+            raise InputError(f"{where} {value!r} should be a number from {low} to {high}")
         return value
 
-    penalty = number("repetition_penalty", 1.0, 1e-3, 1e3)
-    if temperature is None:
-        temperature = number("temperature", 1.0, 0.0, 1e6) if generation.get("do_sample") is True else 0.0
+    penalty, drawing = float(number("repetition_penalty")), [key for key in _OF_DRAWING if key in given]
+    draws = "temperature" in given or generation.get("do_sample") is True or drawing
+    temperature = float(number("temperature")) if draws else 0.0
     if temperature == 0:
-        return Sampling(repetition_penalty=float(penalty))
-    return Sampling(
-        temperature=float(temperature),
-        top_k=int(number("top_k", 50, 0, 2**31)),
-        top_p=float(number("top_p", 1.0, 0.0, 1.0)),
-        min_p=float(number("min_p", 0.0, 0.0, 1.0)),
-        repetition_penalty=float(penalty),
-    )
+        if drawing:
+            raise InputError(f"--{drawing[0]} chooses among tokens to draw, and none is drawn at the temperature 0")
+        return Sampling(repetition_penalty=penalty)
+    top_k, top_p, min_p = map(number, _OF_DRAWING)
+    return Sampling(temperature, int(top_k), float(top_p), float(min_p), penalty)
 
 
-def describe(generation: dict[str, Any], sampling: Sampling, source: str) -> list[str]:
+def read_stops(generation: dict[str, Any], source: str) -> list[str]:
+    """Return the texts that end an answer by `generation`. Raises InputError."""
+    value = generation.get("stop_strings") or []
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise InputError(f"{source}: stop_strings {value!r} should be a text or a list of texts")
+    return stops
+
+
+def describe(generation: dict[str, Any], sampling: Sampling, source: str, obeyed: Sequence[str] = ()) -> list[str]:
     """Return the lines for the user: how tokens are chosen where not plainly greedily, and the keys not obeyed."""
     lines = []
     if sampling != Sampling():
@@ -56,7 +77,7 @@ def describe(generation: dict[str, Any], sampling: Sampling, source: str) -> lis
         idle = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
         shown = ", ".join(f"{key} {value}" for key, value in values.items() if value != idle.get(key))
         lines.append(f"tokens are chosen by {shown} ({source})")
-    others = [k for k, idle in _NOT_OBEYED.items() if generation.get(k) not in (None, idle)]
+    others = [k for k, idle in _NOT_OBEYED.items() if k not in obeyed and generation.get(k) not in (None, idle)]
     if others:
         lines.append(f"warning: {source}: {', '.join(others)}: no effect here, unlike in transformers' generate")
     return lines

@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,10 +187,27 @@ class Source:
             )
         return sorted(set(ids))
 
-    def sampling(self, temperature: float | None = None) -> tuple[Sampling, list[str]]:
-        """Return how an answer's tokens are chosen, and the lines for the user about it. Raises InputError."""
-        sampling = generation.read_sampling(self.generation, self._generation_file, temperature)
-        return sampling, generation.describe(self.generation, sampling, self._generation_file)
+    def sampling(
+        self, temperature: float | None = None, obeyed: Sequence[str] = (), **given: float | None
+    ) -> tuple[Sampling, list[str]]:
+        """Return how an answer's tokens are chosen, by values given, then by the file, and the lines about it.
+
+        `obeyed` are keys of the file beside a `Sampling` that the caller obeys. Raises InputError.
+        """
+        file = self._generation_file
+        sampling = generation.read_sampling(self.generation, file, temperature=temperature, **given)
+        return sampling, generation.describe(self.generation, sampling, file, obeyed)
+
+    def stops(self) -> list[str]:
+        """Return the texts that end an answer. Raises InputError."""
+        return generation.read_stops(self.generation, self._generation_file)
+
+    def new_tokens(self) -> int | None:
+        """Return the greatest number of new tokens of an answer, None where the file has none. Raises InputError."""
+        count = self.generation.get("max_new_tokens")
+        if count is not None and (type(count) is not int or count < 1):
+            raise InputError(f"{self._generation_file}: max_new_tokens {count!r} should be a number above 0")
+        return count
 
     @property
     def _generation_file(self) -> str:

@@ -5,7 +5,7 @@ Letters: B rows, T tokens of a prompt, S slots of the cache, N new tokens, V voc
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from llama_jax.distributed.sharding import placed
 from llama_jax.model.llama import Llama, make_cache
 
 SLOT_MULTIPLE = 128  # prompts are padded to a multiple, so that few lengths are compiled
+AT_ONCE = 128  # tokens of a row that the device decodes before the host sees them
+_NONE = -1  # a place after a row's end
 
 
 class Sampling(NamedTuple):
@@ -34,6 +36,17 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
 
 
+class _State(NamedTuple):
+    """Carry a block from token to token. `token_B` was chosen last, for position `position_B`; the cache lacks it."""
+
+    token_B: jax.Array
+    position_B: jax.Array
+    done_B: jax.Array
+    seen_BV: jax.Array
+    cache: Any
+    key_B: jax.Array
+
+
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
@@ -46,68 +59,145 @@ def generate(
 
     The caller sets the parameters' mesh, if any.
     """
-    longest = max(map(len, prompts))
-    T = -(-longest // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    S = T + -(-max_new_tokens // SLOT_MULTIPLE) * SLOT_MULTIPLE
-    ids = np.zeros((len(prompts), T), np.int32)
-    positions = np.full((len(prompts), T), S, np.int32)  # past the cache: keys and values of padding are dropped
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-        positions[row, : len(prompt)] = np.arange(len(prompt))
-    sizes = np.asarray([len(p) for p in prompts], np.int32)
-    seen = np.zeros((len(prompts), model.config.vocab_size if sampling.repetition_penalty != 1 else 1), bool)
-    for row, prompt in enumerate(prompts if seen.shape[1] > 1 else ()):
-        seen[row, np.asarray(prompt)] = True
-    graphdef, params = nnx.split(model)
-    ends, key = tuple(eos_token_ids), jax.random.key(seed)
-    new = _generate(graphdef, max_new_tokens, ends, sampling, S, params, ids, positions, sizes, seen, key)
-    rows = []
-    for row in np.asarray(jax.device_get(new)).tolist():
-        places = [i for i, token in enumerate(row) if token in eos_token_ids]
-        rows.append(row[: places[0]] if places else row)
-    return rows
+    decoding = Decoding(model, prompts, max_new_tokens, eos_token_ids, sampling, seed)
+    while not decoding.finished:
+        decoding.step(AT_ONCE)
+    return decoding.rows
 
 
-@partial(jax.jit, static_argnums=range(5))
-def _generate(graphdef, N, eos, sampling, S, params, ids_BT, positions_BT, sizes_B, seen_BV, key):
+class Decoding:
+    """Decode a block of prompts step by step. `rows` holds the new tokens of each, without the end token.
+
+    Row i draws its tokens by `seed` and `numbers[i]`, by default i, whatever rows are beside it. `doubling` pads
+    lengths to powers of two: a prompt that grows needs fewer programs. The caller sets the parameters' mesh, if any.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos_token_ids: Sequence[int] = (),
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        doubling: bool = False,
+    ):
+        B = len(prompts)
+        T = _padded(max(map(len, prompts)), doubling)
+        S = _padded(T + max_new_tokens, doubling)
+        ids = np.zeros((B, T), np.int32)
+        positions = np.full((B, T), S, np.int32)  # past the cache: keys and values of padding are dropped
+        seen = np.zeros((B, model.config.vocab_size if sampling.repetition_penalty != 1 else 1), bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = prompt
+            positions[row, : len(prompt)] = np.arange(len(prompt))
+            if seen.shape[1] > 1:
+                seen[row, np.asarray(prompt)] = True
+        sizes = np.asarray([len(p) for p in prompts], np.int32)
+        keys = _keys(jax.random.key(seed), np.asarray(range(B) if numbers is None else numbers, np.uint32))
+        graphdef, self._params = nnx.split(model)
+        self._static = (graphdef, tuple(eos_token_ids), sampling)
+        self._left = max_new_tokens
+        self._ended = np.zeros(B, bool)
+        self.rows: list[list[int]] = [[] for _ in prompts]
+        self._state: _State = _prefill(*self._static, S, self._params, ids, positions, sizes, seen, keys)
+        self._take(np.asarray(sharding.read(self._state.token_B))[:, None])
+
+    @property
+    def finished(self) -> bool:
+        """Return whether each row has its end or `max_new_tokens`."""
+        return self._left == 0 or bool(self._ended.all())
+
+    @property
+    def cut(self) -> list[bool]:
+        """Return for each row whether it has no end yet."""
+        return [not ended for ended in self._ended]
+
+    def step(self, count: int) -> None:
+        """Add up to `count` tokens, at most AT_ONCE, to each row that has no end."""
+        if not self.finished:
+            steps = np.int32(min(count, AT_ONCE, self._left))
+            new, self._state = _decode(*self._static, self._params, self._state, self._ended, steps)
+            self._take(np.asarray(sharding.read(new))[:, :steps])
+
+    def end(self, row: int) -> None:
+        """End a row: no more tokens are added to it."""
+        self._ended[row] = True
+
+    def _take(self, new_BN: np.ndarray) -> None:
+        self._left -= new_BN.shape[1]
+        ends = self._static[1]
+        for row, tokens in enumerate(new_BN.tolist()):
+            for token in tokens:
+                if self._ended[row]:
+                    break
+                if token in ends:
+                    self._ended[row] = True
+                else:
+                    self.rows[row].append(token)
+
+
+def _padded(length: int, doubling: bool) -> int:
+    """Return the multiple of SLOT_MULTIPLE to pad to, or its product with a power of two."""
+    multiples = -(-length // SLOT_MULTIPLE)
+    return SLOT_MULTIPLE * (1 << (multiples - 1).bit_length() if doubling else multiples)
+
+
+@jax.jit
+def _keys(key, numbers_B):
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers_B)
+
+
+@partial(jax.jit, static_argnums=range(4))
+def _prefill(graphdef, eos, sampling, S, params, ids_BT, positions_BT, sizes_B, seen_BV, key_B):
+    """Return the state after the prompts, their next tokens chosen."""
     model = nnx.merge(graphdef, params)
-    B = ids_BT.shape[0]
     ids_BT, positions_BT = (sharding.reshard(x, sharding.ACT_BT) for x in (ids_BT, positions_BT))
-    sizes_B = sharding.reshard(sizes_B, sharding.P(sharding.BATCH))
+    sizes_B, key_B = (sharding.reshard(x, sharding.P(sharding.BATCH)) for x in (sizes_B, key_B))
     seen_BV = sharding.reshard(seen_BV, sharding.P(sharding.BATCH, None))
-    cache = make_cache(model.config, model.run, B, S)
+    cache = make_cache(model.config, model.run, ids_BT.shape[0], S)
     segments = jnp.ones_like(ids_BT)
     hidden, cache = model(ids_BT, positions_BT, segments, jnp.zeros_like(ids_BT) + jnp.max(sizes_B), cache)
     is_last = jnp.arange(ids_BT.shape[1]) == (sizes_B - 1)[:, None]
     last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1, keepdims=True)
+    return _choose(model, eos, sampling, last, sizes_B, jnp.zeros_like(sizes_B, dtype=bool), seen_BV, cache, key_B)
 
-    def choose(hidden_B1D, seen_BV, key):
-        logits_BV = warp(model.logits(hidden_B1D)[:, 0], seen_BV, sampling)
-        if sampling.temperature <= 0:
-            token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        else:
-            token_B = jax.random.categorical(key, logits_BV).astype(jnp.int32)
-        return token_B, seen_BV | (jnp.arange(seen_BV.shape[1]) == token_B[:, None])
+
+@partial(jax.jit, static_argnums=range(3), donate_argnums=4)
+def _decode(graphdef, eos, sampling, params, state, ended_B, count):
+    """Return up to `count` new tokens of each row [B, AT_ONCE], and the state after them. The old state is consumed."""
+    model = nnx.merge(graphdef, params)
+    ended_B = sharding.reshard(ended_B, sharding.P(sharding.BATCH))
 
     def unfinished(carry):
-        n, _, _, done_B, *_ = carry
-        return (n < N) & ~jnp.all(done_B)
+        n, _, state = carry
+        return (n < count) & ~jnp.all(state.done_B)
 
     def one(carry):
-        n, token_B, new_BN, done_B, seen_BV, cache, key = carry
-        new_BN = jnp.where(jnp.arange(N) == n, token_B[:, None], new_BN)
-        done_B = done_B | jnp.isin(token_B, jnp.asarray(eos, jnp.int32))
-        position_B1 = (sizes_B + n)[:, None]
+        n, new_BN, (token_B, position_B, done_B, seen_BV, cache, key_B) = carry
+        position_B1 = position_B[:, None]
         hidden, cache = model(token_B[:, None], position_B1, jnp.ones_like(position_B1), position_B1 + 1, cache)
-        key, sub = jax.random.split(key)
-        token_B, seen_BV = choose(hidden, seen_BV, sub)
-        return n + 1, token_B, new_BN, done_B, seen_BV, cache, key
+        state = _choose(model, eos, sampling, hidden, position_B + 1, done_B, seen_BV, cache, key_B)
+        new_B = jnp.where(done_B, _NONE, state.token_B)
+        return n + 1, jnp.where(jnp.arange(AT_ONCE) == n, new_B[:, None], new_BN), state
 
-    key, sub = jax.random.split(key)
-    new_BN = jnp.full((B, N), eos[0] if eos else 0, jnp.int32, out_sharding=placed(sharding.ACT_BT))
-    token_B, seen_BV = choose(last, seen_BV, sub)
-    start = (jnp.int32(0), token_B, new_BN, jnp.zeros_like(sizes_B, dtype=bool), seen_BV, cache, key)
-    return jax.lax.while_loop(unfinished, one, start)[2]
+    new_BN = jnp.full((ended_B.shape[0], AT_ONCE), _NONE, jnp.int32, out_sharding=placed(sharding.ACT_BT))
+    state = state._replace(done_B=state.done_B | ended_B)
+    _, new_BN, state = jax.lax.while_loop(unfinished, one, (jnp.int32(0), new_BN, state))
+    return new_BN, state
+
+
+def _choose(model, eos, sampling, hidden_B1D, position_B, done_B, seen_BV, cache, key_B) -> _State:
+    """Return the state with the next token of each row, for `position_B`, chosen by its last hidden state."""
+    logits_BV = warp(model.logits(hidden_B1D)[:, 0], seen_BV, sampling)
+    if sampling.temperature > 0:
+        key_B, sub_B = jax.vmap(jax.random.split, out_axes=1)(key_B)
+        logits_BV += jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(sub_B)
+    token_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    seen_BV |= jnp.arange(seen_BV.shape[1]) == token_B[:, None]
+    done_B |= jnp.isin(token_B, jnp.asarray(eos, jnp.int32))
+    return _State(token_B, position_B, done_B, seen_BV, cache, key_B)
 
 
 def warp(logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling) -> jax.Array:

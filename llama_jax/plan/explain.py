@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -122,15 +122,24 @@ def examine(job: Job) -> Description:
 
 def show_examples(job: Job, n: int, colour: bool) -> str:
     """Return the first n examples in the order of training, as text; trained tokens are green, or between brackets."""
-    order, shown = job.order, []
+    around = {True: ("\x1b[32m", "\x1b[0m"), False: ("\x1b[2m", "\x1b[0m")} if colour else {True: "⟦⟧", False: ("", "")}
+    return "\n".join(
+        f"--- {title} ---\n{''.join(around[kind][0] + text + around[kind][1] for kind, text in spans)}\n"
+        for title, spans in first_examples(job, n)
+    )
+
+
+def first_examples(job: Job, n: int, longest: int | None = None) -> Iterator[tuple[str, list[tuple[bool, str]]]]:
+    """Yield a title and spans of text, (whether they are trained, text), of the first n examples in the order of
+    training; of an example at most the `longest` first tokens."""
+    order = job.order
     indices = (int(i) for k in range(order.updates) for micro in order.update(k) for rank in micro for i in rank)
     for _, i in zip(range(n), indices, strict=False):
         ids, labels = job.examples[i]
         trained = labels != IGNORE_INDEX
         trained[0] = False  # nothing predicts the first token
         title = f"example {i} (record {job.held_out + i + 1}): {len(ids):,} tokens, {trained.sum():,} trained"
-        shown.append(f"--- {title} ---\n{_rendered(ids, trained, job.tokenizer, colour)}\n")
-    return "\n".join(shown)
+        yield title, _spans(ids[:longest], trained[:longest], job.tokenizer)
 
 
 def wants_colour(stream: TextIO) -> bool:
@@ -138,8 +147,8 @@ def wants_colour(stream: TextIO) -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
-def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None, colour: bool) -> str:
-    """Return the text of tokens, special ones by name; without a tokenizer, the ids."""
+def _spans(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None) -> list[tuple[bool, str]]:
+    """Return spans of the text of tokens, special ones by name; without a tokenizer, the ids."""
     special = {tokenizer.token_to_id(token): token for token in tokenizer.special_texts()} if tokenizer else {}
     alone = np.isin(ids, [i for i in special if i is not None])
     cuts = np.flatnonzero((trained[1:] != trained[:-1]) | alone[1:] | alone[:-1]) + 1
@@ -155,9 +164,7 @@ def _rendered(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer | None,
             before, decoded = decoded, tokenizer.decode(ids[:end].tolist()).rstrip("\ufffd")
             text = decoded[len(before) :].replace("\x1b", "\\x1b")
         runs.append((bool(trained[start]), text))
-    around = {True: ("\x1b[32m", "\x1b[0m"), False: ("\x1b[2m", "\x1b[0m")} if colour else {True: "⟦⟧", False: ("", "")}
-    joined = [(kind, "".join(text for _, text in group)) for kind, group in itertools.groupby(runs, lambda run: run[0])]
-    return "".join(around[kind][0] + text + around[kind][1] for kind, text in joined)
+    return [(kind, "".join(text for _, text in group)) for kind, group in itertools.groupby(runs, lambda run: run[0])]
 
 
 def as_text(facts: Description) -> str:

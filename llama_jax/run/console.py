@@ -1,14 +1,14 @@
 """Print the beginning and the end of a run."""
 
-import importlib.metadata
-
 import jax
 import numpy as np
 
+from llama_jax.base.versions import versions
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
 from llama_jax.plan.planner import UNROLLED, Plan
 from llama_jax.reporting.progress import say
+from llama_jax.reporting.run_report import PAGE
 from llama_jax.reporting.speed import Speedometer
 from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.prepare import Prepared
@@ -19,8 +19,8 @@ def say_header(prepared: Prepared) -> None:
     args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
     computed = "bfloat16" if args.bf16 else dtype
     held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("llama_jax", "jax"))
-    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}; {versions}")
+    programs = ", ".join(f"{name} {version}" for name, version in versions("llama_jax", "jax").items())
+    say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}; {programs}")
     if job.adapter is not None:
         lora, size = job.adapter.lora, job.adapter.size(job.config)
         whole = f", and {', '.join(lora.saved)} whole" if lora.saved else ""
@@ -89,4 +89,6 @@ def say_done(prepared: Prepared) -> None:
     what, kind = ("adapter", "PEFT") if prepared.job.adapter else ("model", "Hugging Face")
     if steps := find_steps(prepared.output_dir):
         say(f"checkpoints: {', '.join(f'checkpoint-{step}' for step in steps)} in {prepared.output_dir}")
+    if (page := prepared.output_dir / PAGE).exists():
+        say(f"page: {page} shows the run, in a browser")
     say(f"done: the trained {what} is in {prepared.output_dir} (a {kind} folder)")

@@ -133,6 +133,7 @@ class Milestones:
         self._log.saved(self.output_dir, metric)
         if step in self._saved_steps:
             return
+        before = self.watch.seconds("saving")
         with self.watch.phase("saving"):
             self._saved_steps.add(step)
             finite = self._is_finite(step, state)
@@ -146,7 +147,7 @@ class Milestones:
             )
             best, kept = self._log.best_step, None if finite else self.finite
             self.checkpoints.save(step, state.saved, saved.to_json(), best=best, finite=kept)
-        self.reports.saved(step, self.checkpoints.wait)
+        self.reports.saved(step, self.watch.seconds("saving") - before, self.checkpoints.wait)
 
     def guard_values(self, state: TrainState) -> dict[str, Any]:
         """Return what a resumed run needs of bad updates beside the log, as JSON values."""

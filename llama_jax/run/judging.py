@@ -17,7 +17,7 @@ from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.hf.source import Source
 from llama_jax.model.definition import define
-from llama_jax.model.generate import Sampling, generate
+from llama_jax.model.generate import Decoding, Sampling
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import count_bar, say
@@ -25,7 +25,7 @@ from llama_jax.run.scoring import Pair, Scorer, Stopped, prefix_token, rolling_w
 
 LONGEST_ANSWER = 256  # tokens, where a task names no number: lm-eval's own default
 ROWS = 16  # that are generated at once, where no number is given
-PIECE = 64  # tokens generated between two looks for a stop string
+PIECE = 32  # tokens generated between two looks for a stop string
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 _IDLE = {"num_beams": 1, "use_cache": True, "early_stopping": False}  # values of other keys that change nothing
 Request = tuple[tuple[str, str], list[int], list[int]]
@@ -185,45 +185,40 @@ class Judge(TemplateLM):
         if not 0 < most < self._scorer.max_length:
             fault = f"answers of {most:,} tokens leave no room for questions in {self._scorer.max_length:,} tokens"
             raise InputError(f"{task}: {fault}; set max_gen_toks in its generation_kwargs")
-        sampling, lines = self._source.sampling(float(temperature) if draws else 0.0)
+        sampling, lines = self._source.sampling(float(temperature) if draws else 0.0, **given)
         for line in lines:
             if line not in self._said:
                 say(line)
         self._said.update(lines)
-        sampling = sampling._replace(**{key: type(getattr(sampling, key))(value) for key, value in given.items()})
         ends = [self._tokenizer.eos_token] if self._tokenizer.eos_token else []
         return Answering(sampling, (*([until] if isinstance(until, str) else until), *ends), most)
 
     def _generate(self, prompts: list[list[int]], answering: Answering, least: int) -> list[str]:
         """Return the text that follows each prompt. Raises Stopped.
 
-        A piece is generated at a time, and rows with a stop string are left out of the next one. Others take their
-        place, up to `least` rows, so that one shape compiles.
+        A stop string is looked for after each piece. There are at least `least` rows, so that one shape compiles.
         """
         assert self.params is not None
         model, tokenizer = nnx.merge(self._graphdef, self.params()), self._tokenizer
         own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ends = sorted({*self._source.eos_token_ids(), *own})
-        new: list[list[int]] = [[] for _ in prompts]
-        left = list(range(len(prompts)))
-        for done in range(0, answering.most, PIECE):
-            if self.stop():
-                raise Stopped
-            count = min(PIECE, answering.most - done)
-            rows = [[*prompts[i], *new[i]] for i in left]
-            rows += [rows[0]] * (-(-least // self._ways) * self._ways - len(rows))
-            self._seed += 1
-            with jax.set_mesh(self._mesh):
-                found = generate(model, rows, count, ends, answering.sampling, self._seed)
-            unfinished = []
-            for i, ids in zip(left, found, strict=False):
-                new[i] += ids
-                text = tokenizer.decode(new[i])
-                if len(ids) == count and cut(text, answering.until) == text:
-                    unfinished.append(i)
-            if not (left := unfinished):
-                break
-        return [cut(tokenizer.decode(ids), answering.until) for ids in new]
+        rows = prompts + prompts[:1] * (-(-least // self._ways) * self._ways - len(prompts))
+        self._seed += 1
+        with jax.set_mesh(self._mesh):
+            decoding = Decoding(model, rows, answering.most, ends, answering.sampling, self._seed)
+            for other in range(len(prompts), len(rows)):
+                decoding.end(other)
+            while True:
+                texts = [tokenizer.decode(ids) for ids in decoding.rows[: len(prompts)]]
+                answers = [cut(text, answering.until) for text in texts]
+                for i, (answer, text) in enumerate(zip(answers, texts, strict=True)):
+                    if answer != text:
+                        decoding.end(i)
+                if decoding.finished:
+                    return answers
+                if self.stop():
+                    raise Stopped
+                decoding.step(PIECE)
 
 
 def template_of(tokenizer: Tokenizer) -> str | None:

@@ -118,6 +118,8 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
     quiet = args.disable_tqdm or None
     with watch.phase("data"):
         job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet)
+    if args.profiled and args.profiled[-1] >= job.order.updates:
+        raise InputError(f"--profile_updates {args.profile_updates}: the run has {job.order.updates:,} updates")
     for warning in end_warnings(source, job):
         say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)

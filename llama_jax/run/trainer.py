@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -32,6 +32,7 @@ from llama_jax.run.events import Milestones
 from llama_jax.run.export import explaining, export
 from llama_jax.run.ownership import locked
 from llama_jax.run.prepare import Prepared, join, prepare
+from llama_jax.run.profile import Profile
 from llama_jax.run.reports import FINISHED, STOPPED_EARLY, Reports, open_reports
 from llama_jax.run.resume import pass_over, pass_over_damaged, with_base
 from llama_jax.run.signals import catch_stop
@@ -227,6 +228,12 @@ def make_updates(
     prepared, plan = run.prepared, run.plan
     args, job, first = prepared.args, prepared.job, prepared.resume_step
     beside = job.adapter.parameters_beside(job.config) if job.adapter else 0
+
+    def programs(updates: range) -> list[Any]:
+        shapes = {shape for k in updates for shape in plan.batches.shapes_of(k)}
+        return [program for shape, program in plan.steps.programs.items() if shape in shapes or shape == "apply"]
+
+    profile = Profile(args.profiled, programs, prepared.output_dir, reports.profiled)
     stop = catch_stop(stopping, lambda: checkpoints.saving)
     with update_bar(job.order.updates, first, prepared.quiet) as bar:
         run_log = RunLog(
@@ -255,7 +262,7 @@ def make_updates(
             if metrics.step == first + 1:
                 say(f"first update done {sum(prepared.watch.all().values()):.1f} s after the start")
             checkpoints.check()
-            reports.update(metrics.step, job.order.epoch_at(metrics.step))
+            reports.update(metrics, job.order.epoch_at(metrics.step))
             run_log.on_update(metrics)
             bad.on_update(metrics)
 
@@ -278,18 +285,28 @@ def make_updates(
             watch=prepared.watch,
         )
         stopped = milestones.begin(state)
-        state = fit(
-            state,
-            plan.steps,
-            plan.batches,
-            prepared.mesh,
-            range(first, first if stopped else job.order.updates),
-            learning_rate=job.schedule.rate,
-            on_update=on_update,
-            due=milestones.due,
-            on_due=milestones.reach,
-            stop=stop,
-        )
+
+        def on_due(step: int, state: TrainState, stopping: bool) -> bool:
+            nonlocal stopped
+            stopped = milestones.reach(step, state, stopping)
+            return stopped
+
+        for updates, context in profile.parts(first, job.order.updates):
+            if stopped:
+                break
+            with context:
+                state = fit(
+                    state,
+                    plan.steps,
+                    plan.batches,
+                    prepared.mesh,
+                    updates,
+                    learning_rate=job.schedule.rate,
+                    on_update=on_update,
+                    due=milestones.due,
+                    on_due=on_due,
+                    stop=stop,
+                )
     finished = not milestones.unfinished and run.log.values["global_step"] == job.order.updates
     return state, milestones, finished
 

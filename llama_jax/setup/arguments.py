@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
-from llama_jax.base.bucket import local_path
+from llama_jax.base.bucket import as_path, is_remote, local_path
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import parse_json, read_small
 from llama_jax.distributed import watchdog
@@ -265,6 +265,9 @@ class Arguments:
         "trackers, as wandb mlflow; all: those installed, the default where --hf_compat 4.37 is given; 5's default: "
         "none; docs/trackers.md lists them",
     )
+    compare_with: str | None = _flag(
+        None, "trainer_state.json of another run, the HF Trainer's too; its curves lie over this run's in report.html"
+    )
     run_name: str | None = _flag(None, "name of the run for trackers; MLflow: output_dir under 4.37")
     logging_dir: str | None = _flag(None, "TensorBoard's folder; by default under OUTPUT_DIR/runs")
     project: str = _flag("huggingface", "trackio's project; wandb: WANDB_PROJECT")
@@ -284,6 +287,9 @@ class Arguments:
         nargs="?",
         const="text",
         choices=["text", "json"],
+    )
+    profile_updates: str | None = _flag(
+        None, "updates to trace, as 10:13, both included; OUTPUT_DIR/profile opens in xprof and Perfetto"
     )
     show_examples: int = _flag(0, "print so many examples; trained tokens are marked")
     dry_run: str | None = _flag(
@@ -352,6 +358,16 @@ class Arguments:
     def of_trainer(self) -> dict[str, Any]:
         """Return the values of all flags of the Trainer for trackers, those without meaning here as they are given."""
         return {**self.without_meaning, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    @property
+    def profiled(self) -> range:
+        """Return the updates of `--profile_updates`, numbered from 0; an empty range for none. Raises InputError."""
+        if self.profile_updates is None:
+            return range(0)
+        match = re.fullmatch(r"0*([1-9]\d*):0*([1-9]\d*)", self.profile_updates, re.ASCII)
+        if match is None or int(match[1]) > int(match[2]):
+            raise InputError(f"--profile_updates {self.profile_updates}: should be as 10:13, the first and the last")
+        return range(int(match[1]) - 1, int(match[2]))
 
     def notes(self, platform: str) -> list[str]:
         """Return a line for each given flag that is an alias, or has no meaning or no effect here."""
@@ -427,6 +443,8 @@ class Arguments:
             )
         self.schedule_kwargs  # noqa: B018  # raises
         check_names(self.report_to or ())
+        if self.profiled and is_remote(as_path(self.output_dir)):
+            raise InputError("--profile_updates: a trace cannot be written to a bucket; give a local --output_dir")
         self._check_evaluation()
 
     def _check_evaluation(self) -> None:

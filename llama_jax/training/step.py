@@ -16,6 +16,7 @@ from llama_jax.data.batches import Batch
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import compiler_options
+from llama_jax.distributed.profile import OPTIMIZER
 from llama_jax.model.definition import Definition, merge
 from llama_jax.model.roles import Params, is_stacked
 from llama_jax.training.guard import Guard, select
@@ -74,6 +75,7 @@ class Steps:
             (loss, losses), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
             return grads, {"loss": loss, "losses": losses}
 
+        @jax.named_scope(OPTIMIZER)
         def optimize(state: TrainState, grads: Any, learning_rate: jax.Array, loss: jax.Array):
             params = join(state.trainable, state.lower)
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

@@ -1,0 +1,108 @@
+"""Gather the facts of a run that its page shows."""
+
+import dataclasses
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.base.versions import versions
+from llama_jax.data.doctor import as_lines, diagnose
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import memory_use
+from llama_jax.model.rope import covered_positions
+from llama_jax.plan.explain import first_examples
+from llama_jax.reporting.comparison import read_log
+from llama_jax.run.start import Run
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job
+
+EXAMPLES, LONGEST = 3, 1000  # examples on the page, and tokens of one
+_PACKAGES = ("llama_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def known_facts(run: Run) -> dict[str, Any]:
+    """Return the facts that are known when a run starts, as JSON values."""
+    prepared, plan = run.prepared, run.plan
+    args, job, mesh = prepared.args, prepared.job, prepared.mesh
+    adapter = job.adapter.size(job.config) if job.adapter else None
+    return {
+        "name": prepared.output_dir.name,
+        "log_history": run.log.values["log_history"],
+        "updates": job.order.updates,
+        "command": shlex.join(without_secrets(["python", *sys.argv])),
+        "flags": changed_flags(args),
+        "versions": {"python": platform.python_version(), **versions(*_PACKAGES)},
+        "model": {
+            "path": args.model_name_or_path,
+            "parameters": job.config.num_parameters,
+            **({"trained parameters of the adapter": adapter} if adapter else {}),
+            "type": prepared.facts.dtype,
+            "matrix products": "bfloat16" if args.bf16 else prepared.facts.dtype,
+            "attention": str(plan.run.attention.name),
+            "recomputation": f"--remat {plan.run.remat}",
+            "blocks": ", ".join(f"{rows}x{length}" for rows, length in plan.batches.shapes),
+            "layers": f"{job.config.num_hidden_layers}, {'stacked' if plan.run.scan_layers else 'one by one'}",
+        },
+        "device": {
+            "platform": prepared.platform,
+            "kind": mesh.devices.flat[0].device_kind,
+            "devices": mesh.size,
+            "processes": jax.process_count(),
+            "mesh": sharding.describe_mesh(mesh),
+            "memory": memory_use()[1],
+        },
+    }
+
+
+def read_other(path: str) -> dict[str, Any]:
+    """Return the name and the log of the run to compare with. Raises InputError."""
+    file = Path(path)
+    return {"name": f"{file.resolve().parent.name}/{file.name}", "log_history": read_log(file)}
+
+
+def found_facts(job: Job) -> dict[str, Any]:
+    """Return what takes a moment to find: the lengths of the examples, problems among them, the first examples."""
+    limit = job.args.model_max_length
+    found = diagnose(
+        job.form, job.examples, [], None, job.tokenizer, limit, covered_positions(job.config), job.held_out + 1
+    )
+    lines = [line for line in as_lines(found)[1:] if line[0]]
+    if full := int((job.examples.lengths == limit).sum()):
+        lines.append(
+            ("at the limit", f"{full:,} examples have --model_max_length {limit} tokens: most of them were cut")
+        )
+    shown = [{"title": title, "spans": spans} for title, spans in first_examples(job, EXAMPLES, LONGEST)]
+    return {"data": {**found, "lines": lines}, "examples": shown}
+
+
+def changed_flags(args: Arguments) -> dict[str, Any]:
+    """Return the flags that are not at their default, as JSON values."""
+    changed = {}
+    for field in dataclasses.fields(args):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value = getattr(args, field.name)
+        if value != default and not _secret(field.name):
+            changed[field.name] = value if isinstance(value, str | int | float | bool | list) else str(value)
+    return changed
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """Return a command line without the values of tokens and keys."""
+    shown: list[str] = []
+    for i, word in enumerate(argv):
+        name, equals, _ = word.partition("=")
+        if i and argv[i - 1].startswith("--") and _secret(argv[i - 1]) and not word.startswith("--"):
+            shown.append("***")
+        else:
+            shown.append(f"{name}=***" if equals and name.startswith("--") and _secret(name) else word)
+    return shown
+
+
+def _secret(name: str) -> bool:
+    return re.search(r"(hub_token|api_key|password|secret)$", name) is not None
