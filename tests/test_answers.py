@@ -6,16 +6,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tiny import CONFIG, ROOT, Outcome, make_arrays, run, write_json, write_model, write_tokenizer
 from vocabularies import convert_sentencepiece, train_byte_level, train_sentencepiece
 
 from llama_jax.command import generate
 from llama_jax.data.answer_text import AnswerText
 from llama_jax.data.examples import alpaca_prompt
-from llama_jax.data.questions import Prompts
+from llama_jax.data.questions import Prompts, read_questions
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.model.generate import Decoding
 from llama_jax.run.answering import Answerer
@@ -182,6 +184,18 @@ def test_a_file_of_questions(tmp_path: Path, model: Path) -> None:
     asked = ask(model, "--input_file", out, "--output_file", tmp_path / "second.jsonl")
     assert "out.jsonl: record 1 has 'generated_text' already" in error_line(asked)
     assert "7 of 7 records are bad" in asked.err
+
+
+def test_questions_of_other_files(tmp_path: Path) -> None:
+    """All columns stay, as the output has them; a line of a text file is a text to continue."""
+    records = [{"prompt": "Hi", "id": "7"}, {"prompt": "Ho", "id": "8"}]
+    (tmp_path / "in.csv").write_text("prompt,id\nHi,7\nHo,8\n")
+    (tmp_path / "in.txt").write_text("Once\n\nTwice\n")
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "in.parquet")
+    write_json(tmp_path / "in.json", records)
+    for name in ("in.csv", "in.parquet", "in.json"):
+        assert list(read_questions(str(tmp_path / name))) == records
+    assert list(read_questions(str(tmp_path / "in.txt"))) == [{"text": "Once"}, {"text": "Twice"}]
 
 
 def test_an_interrupted_file_goes_on(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from llama_jax.run.bad_updates import BadUpdates
 from llama_jax.run.checkpoint import Checkpoints
 from llama_jax.run.reports import Reports
 from llama_jax.run.resume import ACTIONS, Facts, SavedRun
+from llama_jax.run.samples import Samples
 from llama_jax.run.tasks import Evaluate
 from llama_jax.setup.job import Job
 from llama_jax.training.fit import token_losses
@@ -58,6 +59,7 @@ class Milestones:
     bad: BadUpdates
     finite: int | None
     reports: Reports
+    samples: Samples | None
     watch: Stopwatch
     unfinished: bool = field(default=False, init=False)
 
@@ -67,10 +69,16 @@ class Milestones:
 
     def due(self, step: int) -> bool:
         """Return whether an action may be due after an update, by its number from 1."""
-        return self.job.eval_at(step) or self.job.save_at(step) or step in self._epoch_ends
+        return self.job.eval_at(step) or self.job.save_at(step) or step in self._epoch_ends or self._ends(step)
+
+    def _ends(self, step: int) -> bool:
+        """Return whether the answers of the last update are due, which may be no checkpoint's."""
+        return self.samples is not None and step == self.job.order.updates
 
     def begin(self, state: TrainState) -> bool:
         """Perform the actions due before the first update; return whether to stop."""
+        if not self.first:
+            self._answer(0, state)
         if self.first:
             return self.reach(self.first, state, False, self.left)
         if self.evaluation is not None and self.job.args.eval_on_start:
@@ -102,7 +110,17 @@ class Milestones:
                 found = None
         if stopping:
             self._save(step, state, metric=None, left=())
+        elif step in self._saved_steps or step == self.job.order.updates:
+            self._answer(step, state)
         return stopping
+
+    def _answer(self, step: int, state: TrainState) -> None:
+        """Report the answers to the questions of `--sample_prompts`."""
+        if self.samples is not None:
+            with self.watch.phase("answers"):
+                texts = self.samples(state.params)
+            if texts is not None:
+                self.reports.answered(step, texts)
 
     def _evaluate(self, state: TrainState) -> Evaluated | None:
         """Evaluate the state; return None where a stop came first."""

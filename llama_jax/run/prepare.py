@@ -21,6 +21,7 @@ from llama_jax.reporting.progress import say, set_level, silence
 from llama_jax.reporting.stopwatch import Stopwatch
 from llama_jax.run.checkpoint import number
 from llama_jax.run.resume import Facts, SavedRun, choose_checkpoint, compare_with_saved
+from llama_jax.run.samples import Samples
 from llama_jax.run.tasks import TrainingTasks, open_tasks
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
@@ -34,7 +35,7 @@ class Prepared:
 
     `watch` counts the time since the command's start. `resume_from` is the checkpoint to resume and `saved` its JSON,
     None in a new run. `tokenizer_folder` holds files to export in the place of the job's tokenizer, None where there is
-    one. `tasks` are those of `--eval_tasks`, None for none.
+    one. `samples` answers the questions of `--sample_prompts`, None for none. `tasks` are those of `--eval_tasks`.
     """
 
     args: Arguments
@@ -49,6 +50,7 @@ class Prepared:
     resume_from: Path | None
     saved: SavedRun | None
     tokenizer_folder: Path | None
+    samples: Samples | None
     tasks: TrainingTasks | None
 
     @property
@@ -144,6 +146,7 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
         resume_from=resume_from,
         saved=saved,
         tokenizer_folder=tokenizer_folder,
+        samples=Samples(args.sample_prompts, source, planner) if args.sample_prompts and not args.explain else None,
         tasks=open_tasks(args, source, planner) if args.eval_tasks and job.order.evaluated else None,
     )
 

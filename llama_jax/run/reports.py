@@ -46,8 +46,9 @@ class Reports:
         self.trackers.begin(run.log.values, lambda: _model(prepared))
         if processes.is_first():
             compared = {"compare": self._compared} if self._compared else {}
-            job = prepared.job
-            self._page = RunReport(prepared.output_dir, known_facts(run) | compared, lambda: found_facts(job))
+            job, samples = prepared.job, prepared.samples
+            asked = {"prompts": samples.shown} if samples else {}
+            self._page = RunReport(prepared.output_dir, known_facts(run) | compared | asked, lambda: found_facts(job))
             if prepared.goes_on:
                 self._page.resume(prepared.resume_step)
             self._page.begin()
@@ -63,6 +64,11 @@ class Reports:
             size = tree_bytes(self._run.prepared.planner.saved)
             self._page.add("checkpoints", step, bytes=size, seconds=seconds)
         self.trackers.save(wait)
+
+    def answered(self, step: int, texts: list[str]) -> None:
+        """Report the answers to `--sample_prompts` after an update."""
+        if self._page is not None:
+            self._page.add("answers", step, texts=texts)
 
     def profiled(self, updates: str, rows: list[tuple[str, float, float]]) -> None:
         """Report the ms an update, and the share, of each kind of work in the profiled updates."""

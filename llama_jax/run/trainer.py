@@ -282,6 +282,7 @@ def make_updates(
             bad=bad,
             finite=guard.get("finite", first or None),
             reports=reports,
+            samples=prepared.samples,
             watch=prepared.watch,
         )
         stopped = milestones.begin(state)

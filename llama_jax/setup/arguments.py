@@ -288,6 +288,9 @@ class Arguments:
         const="text",
         choices=["text", "json"],
     )
+    sample_prompts: str | None = _flag(
+        None, "file of questions to answer at each save, side by side in report.html; a .txt holds one a line"
+    )
     profile_updates: str | None = _flag(
         None, "updates to trace, as 10:13, both included; OUTPUT_DIR/profile opens in xprof and Perfetto"
     )
