@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_jax.base.bucket import is_remote
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import read_json_object, write_json, write_text
+from llama_jax.base.files import dump_json, read_json_object, write_text
 from llama_jax.reporting.comparison import BYTES
 from llama_jax.reporting.page import as_page
 from llama_jax.reporting.progress import say
@@ -101,7 +101,7 @@ class RunReport:
         if not is_remote(self._folder):
             for entry in values["checkpoints"]:
                 entry["kept"] = (self._folder / f"checkpoint-{entry['step']}").is_dir()
-        write_json(self._folder / VALUES, values)
+        write_text(self._folder / VALUES, dump_json(values) + "\n")  # keys in their order
         write_text(self._folder / PAGE, as_page([values]))
 
 
