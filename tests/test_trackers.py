@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +25,7 @@ import hf_trainer
 import numpy as np
 import pytest
 import reference
+from test_training import Job
 from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, write_json, write_model
 from tracker_files import Written
 from transformers.integrations import integration_utils
@@ -520,3 +522,28 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else float(f"{value:.3g}")
     return value
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first process alone reports; after SIGTERM to the other, its reports end with the last update's line."""
+    if not installed("tensorboard"):
+        pytest.skip("tensorboardX is not installed; `make test` installs it")
+    from test_processes import finish, start
+
+    job = Job(tmp_path, hf_compat="5", per_device_train_batch_size=1, max_steps=200, save_steps=1000, logging_steps=1)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths()))
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    processes = start([job.argv("out", report_to="tensorboard")] * 2, 1)
+    assert processes[0].stdout
+    logged = 0
+    while logged < 3 and (line := processes[0].stdout.readline()):
+        logged += "'loss'" in line
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes, code=143)
+    state = json.loads((tmp_path / "out" / "report.json").read_text())["log_history"]
+    assert (tmp_path / "out" / f"checkpoint-{state[-1]['step']}").is_dir() and state[-1]["step"] >= 3
+    written = read("tensorboard", tmp_path).values
+    losses = {step: value for (key, step), value in written.items() if key == "train/loss"}
+    assert losses == pytest.approx({e["step"]: e["loss"] for e in state if "loss" in e}, rel=1e-6)
+    assert len([*(tmp_path / "out" / "runs").glob("*")]) == 1
