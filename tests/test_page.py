@@ -19,12 +19,12 @@ from tiny import ALPACA, ROOT, run, write_json, write_tokenizer
 
 import train_jax
 from llama_jax.base.errors import InputError
+from llama_jax.base.secrets import without_secrets
 from llama_jax.command import report
 from llama_jax.reporting import run_report
 from llama_jax.reporting.comparison import differences, read_log
 from llama_jax.reporting.page import as_page
 from llama_jax.reporting.run_report import PAGE, POINTS, VALUES, RunReport
-from llama_jax.run.facts import without_secrets
 from llama_jax.training import fit as fit_room
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -104,7 +104,7 @@ def test_a_damaged_report_is_begun_anew(job: Job, damage: str, tmp_path: Path) -
     begun = RunReport(tmp_path, {"name": "x", "log_history": []}, dict)
     begun.resume(4)
     begun.begin()
-    begun.end("finished")
+    begun.end("finished", 60)
     assert values(tmp_path)["speed"] == {name: [] for name in POINTS}
 
 
@@ -150,6 +150,11 @@ def test_secrets_are_left_out() -> None:
     shown = without_secrets(argv)
     assert shown == [*argv[:3], "***", "--hub_token=***", *argv[5:]]
     assert without_secrets(["x", "--push_to_hub_token", "--bf16"]) == ["x", "--push_to_hub_token", "--bf16"]
+    for flag in ("--hub-token", "--hub_tok", "--hub-tok", "--push_to_hub_token"):  # as argparse takes them
+        assert "hf_1" not in " ".join(without_secrets(["x", flag, "hf_1", f"{flag}=hf_1"]))
+    url = "https://me:pw@host/d.json?sig=abc#part"
+    assert without_secrets(["x", "--data_path", url, "gs://b/o"])[2:] == ["https://host/d.json?***#part", "gs://b/o"]
+    assert without_secrets(["x", "--tokenizer_name", "a", "--num_tokens", "3"])[2::2] == ["a", "3"]
 
 
 # -- Comparison -------------------------------------------------------------------------------------------------------
@@ -174,6 +179,26 @@ def test_differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
         if key in found:
             d = found[key]
             assert d["difference"] == largest == abs(d["ours"] - d["theirs"])
+
+
+def test_a_line_before_the_first_update_of_a_resume(job: Job) -> None:
+    """A checkpoint at an epoch's end is saved before the epoch's line, which the resumed run then writes at once."""
+    changes = {"logging_strategy": "epoch", "save_steps": 1, "max_steps": -1, "num_train_epochs": 2}
+    changes |= {"save_total_limit": 20, "eval_strategy": "no", "gradient_accumulation_steps": 1}
+    whole = job.train("epochs", **changes)
+    ends = [entry["step"] for entry in logged(whole) if "loss" in entry]
+    assert len(ends) == 2
+    for step in ends:
+        out = job.folder / f"epochs-{step}"
+        shutil.copytree(whole, out)
+        for later in out.glob("checkpoint-*"):
+            if int(later.name[11:]) > step:
+                shutil.rmtree(later)
+        for path in out.glob("model*"):
+            path.unlink()
+        (out / "config.json").unlink()
+        outcome = run(train_jax.main, *job.argv(out.name, **changes, resume_from_checkpoint=True))
+        assert outcome.code == 0, outcome.err
 
 
 def test_compare_with(job: Job) -> None:
@@ -246,16 +271,17 @@ def test_the_commands_of_the_docs(job: Job, tmp_path: Path, monkeypatch: pytest.
 
 def test_no_page(tmp_path: Path) -> None:
     (tmp_path / "trainer_state.json").write_text('{"log_history": 1}')
+    write_json(tmp_path / VALUES, {"log_history": []})  # without a name: another program's
     for argv, named in (
         (["nowhere"], "nowhere: has neither report.json nor a trainer_state.json"),
-        ([tmp_path], f"{tmp_path}: has neither"),
+        ([tmp_path], f"{tmp_path / 'trainer_state.json'}: has no log_history"),
         ([], "OUTPUT_DIR"),
     ):
         outcome = run(report.main, *argv)
         assert outcome.code == 2 and named in outcome.err.splitlines()[-1]
     write_json(tmp_path / "trainer_state.json", {"log_history": []})
     outcome = run(report.main, tmp_path, "--output_file", tmp_path / "no" / "page.html")
-    assert outcome.code == 2 and "--output_file" in outcome.err
+    assert outcome.code == 2 and "no/page.html cannot be written" in outcome.err
 
 
 # -- In a browser -----------------------------------------------------------------------------------------------------
@@ -416,9 +442,8 @@ def test_a_running_page_is_read_again(browser: Any, tmp_path: Path) -> None:
     page.evaluate("window.mark = 1")
     page.clock.run_for(29_000)
     assert page.evaluate("window.mark") == 1
-    with page.expect_navigation():
-        page.clock.run_for(2_000)
-    assert page.evaluate("window.mark") is None
+    page.clock.run_for(2_000)
+    page.wait_for_function("window.mark === undefined")
     page.close()
 
 

@@ -3,6 +3,10 @@
 import gzip
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_training import Job
-from tiny import run
+from tiny import ROOT, environment, run
 
 import train_jax
 from llama_jax.distributed import profile as room
 from llama_jax.distributed.profile import OPTIMIZER, OTHER, covered, optimizer_kernels, time_spent
 from llama_jax.run.profile import Profile
 from llama_jax.setup.arguments import parse_arguments
+from llama_jax.training import fit as fit_room
 
 NEEDED = ["--model_name_or_path", "m", "--data_path", "d.json"]
 
@@ -83,7 +88,10 @@ def test_kernels_of_the_optimizer() -> None:
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))
 def test_parts(begin: int, length: int, first: int, more: int) -> None:
     """Each update once, in order, and those of the range profiled."""
-    made = Profile(range(begin, begin + length), lambda updates: [], Path("nowhere"), lambda *_: None)
+    nothing: Any = None
+    made = Profile(
+        range(begin, begin + length), Path("nowhere"), programs=nothing, made=nothing, watch=nothing, report=nothing
+    )
     found, profiled = [], []
     made._profiling = profiled.append  # type: ignore[method-assign, assignment]
     for updates, _ in made.parts(first, first + more):
@@ -115,3 +123,26 @@ def test_a_run_with_a_profile(tmp_path: Path) -> None:
     outcome = run(train_jax.main, *job.argv("plain", profile_updates="1:2", max_steps=7, resume_from_checkpoint=True))
     assert outcome.code == 0, outcome.err
     assert "the run goes on after them; nothing is profiled" in outcome.err and not (plain / "profile").exists()
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "profile").write_text("a file of the user's")
+    command = [sys.executable, str(ROOT / "train_jax.py"), *job.argv("file", profile_updates="2:3")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "warning: --profile_updates: " in done.stderr and "no profile is" in done.stderr
+    assert (tmp_path / "file" / "profile").read_text() == "a file of the user's"
+
+
+def test_a_stop_within_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No times are reported of a part of the updates; the run is saved."""
+    job, make, made = Job(tmp_path), fit_room.make_update, 0
+
+    def stopping(*rest: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 3:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.5)  # the thread of signals takes it
+        return make(*rest)
+
+    monkeypatch.setattr(fit_room, "make_update", stopping)
+    outcome = run(train_jax.main, *job.argv("out", profile_updates="1:6"))
+    assert outcome.code == 143 and "profile of updates" not in outcome.err and "warning" not in outcome.err

@@ -32,7 +32,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def answers(folder: Path) -> dict[int, list[str]]:
-    return {entry["step"]: entry["texts"] for entry in json.loads((folder / VALUES).read_text())["answers"]}
+    """The answers by step; each step has them once."""
+    entries = json.loads((folder / VALUES).read_text())["answers"]
+    assert len({entry["step"] for entry in entries}) == len(entries)
+    return {entry["step"]: entry["texts"] for entry in entries}
 
 
 def theirs(folder: Path, prompts: list[str]) -> list[str]:
@@ -83,6 +86,13 @@ def test_a_resumed_run_keeps_the_answers(job: Job) -> None:
     assert outcome.code == 0, outcome.err
     assert [*answers(job.folder / "again")] == [0, 2, 4, 6]
     assert {step: answers(job.folder / "again")[step] for step in first} == first
+    (job.folder / "other.txt").write_text("Another question?\n")
+    argv[argv.index("--sample_prompts") + 1] = str(job.folder / "other.txt")
+    argv[argv.index("--max_steps") + 1] = "8"
+    (job.folder / "again" / "model.safetensors").unlink()
+    outcome = run(train_jax.main, *argv, "--resume_from_checkpoint", "True")
+    assert outcome.code == 0, outcome.err
+    assert [*answers(job.folder / "again")] == [6, 8], "of the new question alone"
 
 
 def test_without_memory_training_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

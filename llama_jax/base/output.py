@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from llama_jax.base.secrets import without_secrets
+
 FILE = "run.log"
 EARLY = 1000  # lines kept until the file is known
 _MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of a terminal's cursor, and colors
@@ -39,7 +41,8 @@ class Output:
         """Append all lines to a file, those until now too. Raises OSError."""
         if self._file is None:
             self._file = _open(path)
-            self.line(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {shlex.join(sys.argv)}")
+            command = shlex.join(without_secrets(sys.argv))
+            self.line(f"\n{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}: {command}")
             for line in self._early:
                 self.line(line)
 

@@ -148,7 +148,8 @@ def _answer_file(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> 
     with count_bar("reading", len(records), "record") as bar:
         made = prompts.of_records(records, bar.update)
     _warn_of_length(opened, made, rules)
-    model = {"model_name_or_path": args.model_name_or_path, "adapter_name_or_path": args.adapter_name_or_path}
+    names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "bf16")
+    model = {name: getattr(args, name) for name in names}
     output.begin(settings_of(model, made, rules), len(made))
     answerer = Answerer(opened.load(), opened.tokenizer, rules)
     with jax.set_mesh(opened.mesh):

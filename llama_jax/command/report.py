@@ -6,10 +6,10 @@ python -m llama_jax.report OUTPUT_DIR OTHER_DIR --output_file both.html
 import argparse
 from pathlib import Path
 
-from llama_jax.base.bucket import as_path
-from llama_jax.base.errors import InputError, Parser
+from llama_jax.base.bucket import as_path, reaching
+from llama_jax.base.errors import Parser
 from llama_jax.base.files import write_text
-from llama_jax.reporting.comparison import read_log
+from llama_jax.reporting.comparison import read_other
 from llama_jax.reporting.page import as_page
 from llama_jax.reporting.run_report import PAGE, read_report
 
@@ -28,17 +28,14 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     runs = [read_report(as_path(folder)) for folder in args.output_dirs]
     if args.compare_with:
-        path = Path(args.compare_with)
-        runs[0]["compare"] = {"name": f"{path.resolve().parent.name}/{path.name}", "log_history": read_log(path)}
+        runs[0]["compare"] = read_other(args.compare_with)
     names = [run["name"] for run in runs]
     for run, given in zip(runs, args.output_dirs, strict=True):
         if names.count(run["name"]) > 1:
             run["name"] = given
     folder = as_path(args.output_dirs[0]) if len(runs) == 1 else Path()
     file = as_path(args.output_file) if args.output_file else folder / PAGE
-    try:
+    with reaching(file, f"{file} cannot be written"):
         write_text(file, as_page(runs))
-    except OSError as e:
-        raise InputError(f"--output_file {file}: cannot be written: {e.strerror}") from None
     print(file)
     return 0

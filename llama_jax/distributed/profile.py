@@ -12,7 +12,7 @@ import jax
 
 # Kernels and copies of a GPU by their names; GPUs of one process exchange by copy engines.
 KINDS = {
-    "collectives": "nccl|MemcpyP2P|MemcpyD2D",
+    "collectives": "nccl|MemcpyP2P",
     "matmuls": "gemm|nvjet|cutlass|cublas|xmma",
     "attention": "sdpa|fmha|flash|cudnn",
 }
@@ -24,7 +24,7 @@ _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="[^"]*/' + OPT
 def tracing(folder: Path) -> Iterator[None]:
     """Write a trace of the block under `folder`/plugins/profile, which xprof reads, with a copy for Perfetto. A folder
     of an earlier trace is replaced."""
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder / "plugins" / "profile", ignore_errors=True)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level, options.host_tracer_level = 0, 1
     jax.profiler.start_trace(folder, create_perfetto_trace=True, profiler_options=options)
@@ -60,6 +60,8 @@ def time_spent(
     for line in lines:
         for event in line.events if line.name.startswith("Stream") else ():
             kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.name)), OTHER)
+            if event.name == "MemcpyD2D" and jax.local_device_count() > 1:
+                kind = "collectives"
             if kind == OTHER and event.name in optimizer:
                 kind = OPTIMIZER
             times[kind].append((event.start_ns, event.end_ns))

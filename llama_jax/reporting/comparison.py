@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 
@@ -13,20 +14,30 @@ BYTES = 1 << 30  # of a trainer_state.json with a line for each of some million 
 
 def read_log(path: Path) -> Log:
     """Return the log of a `trainer_state.json`, the HF Trainer's or ours. Raises InputError."""
-    values = read_json_object(path, BYTES)
-    log = values.get("log_history")
-    if not isinstance(log, list) or not all(isinstance(e, dict) and isinstance(e.get("step"), int) for e in log):
+    log: Any = read_json_object(path, BYTES).get("log_history")
+    if not is_log(log):
         raise InputError(f"{path}: has no log_history of entries with a step; give a trainer_state.json")
     return log
 
 
+def is_log(value: Any) -> bool:
+    """Return whether a value is a list of entries with a step each."""
+    return isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get("step"), int) for e in value)
+
+
+def read_other(path: str) -> dict[str, Any]:
+    """Return the name and the log of a run to compare with, by its `trainer_state.json`. Raises InputError."""
+    file = local_path(path)
+    return {"name": f"{file.resolve().parent.name}/{file.name}", "log_history": read_log(file)}
+
+
 def series(log: Log, key: str) -> dict[int, float]:
-    """Return the values of a key by step; of a step's several entries the last counts."""
-    found = {entry["step"]: entry.get(key) for entry in log}
-    for entry in log:  # an entry without the key must not hide an earlier one of its step
-        if isinstance(entry.get(key), int | float) and not isinstance(entry[key], bool):
-            found[entry["step"]] = entry[key]
-    return {step: float(value) for step, value in found.items() if isinstance(value, int | float)}
+    """Return the values of a key by step; of a step's several values the last counts."""
+    found = {}
+    for entry in log:
+        if isinstance(value := entry.get(key), int | float) and not isinstance(value, bool):
+            found[entry["step"]] = float(value)
+    return found
 
 
 def differences(ours: Log, theirs: Log) -> dict[str, dict[str, float]]:

@@ -20,7 +20,7 @@ def as_page(runs: Sequence[dict[str, Any]]) -> str:
         found = differences(run["log_history"], other["log_history"]) if other else {}
         shown.append({**run, "differences": found})
     # No text of a run can end the script: "<" stands for itself in JSON's strings alone.
-    data = json.dumps(_finite(shown), separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(finite(shown), separators=(",", ":")).replace("<", "\\u003c")
     title = " ".join(str(run["name"]) for run in runs) or "llama_jax"
     head, rest = _template().split("<!--TITLE-->")
     before, after = rest.split("/*DATA*/")
@@ -36,12 +36,12 @@ def _template() -> str:
     return before + get_plotlyjs() + after
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Replace NaN and Inf, which JSON lacks, by None."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from llama_jax.base.bucket import is_remote
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import dump_json, read_json_object, write_text
-from llama_jax.reporting.comparison import BYTES
-from llama_jax.reporting.page import as_page
+from llama_jax.reporting.comparison import BYTES, is_log, read_log
+from llama_jax.reporting.page import as_page, finite
 from llama_jax.reporting.progress import say
 
 VALUES, PAGE = "report.json", "report.html"
@@ -32,13 +32,16 @@ class RunReport:
         self._thread = threading.Thread(target=self._work, daemon=True, name="report")
 
     def resume(self, step: int) -> None:
-        """Take over what an earlier start of the run reported until update `step`."""
+        """Take over the points, checkpoints and answers of an earlier start until update `step`; answers to other
+        questions are left out."""
         try:
             earlier = read_json_object(self._folder / VALUES, BYTES)
             speed = {name: list(earlier["speed"][name]) for name in POINTS}
             made = {key: [e for e in earlier[key] if e["step"] <= step] for key in ("checkpoints", "answers")}
             kept = sum(at <= step for at in speed["step"])
-        except (InputError, KeyError, TypeError):  # of an older version, or no file
+            if earlier.get("prompts") != self._values.get("prompts"):
+                made["answers"] = []
+        except Exception:  # of an older version, no file, a bucket that fails: the page begins anew
             return
         self._values["speed"] = {name: values[:kept] for name, values in speed.items()}
         self._values |= made
@@ -48,15 +51,16 @@ class RunReport:
         self._thread.start()
 
     def line(self, **point: float | None) -> None:
-        """Add a point: the step, its gradient norm, the speed since the last point, and the bytes of memory in use."""
+        """Add a point: the step, its gradient norm, the speed since the last point, and the peak of memory in bytes."""
         with self._lock:
             for name in POINTS:
                 self._values["speed"][name].append(point[name])
         self._changed.set()
 
     def add(self, kind: str, step: int, **values: Any) -> None:
-        """Add an entry to `checkpoints` or `answers`."""
+        """Add an entry to `checkpoints` or `answers`, in the place of an entry of the same step."""
         with self._lock:
+            self._values[kind] = [entry for entry in self._values[kind] if entry["step"] != step]
             self._values[kind].append({"step": step, **values})
         self._changed.set()
 
@@ -66,15 +70,17 @@ class RunReport:
             self._values |= facts
         self._changed.set()
 
-    def end(self, status: str, **more: Any) -> None:
-        """Write for the last time, with the way that the run ended."""
+    def end(self, status: str, patience: float, **more: Any) -> None:
+        """Write for the last time, with the way that the run ended; wait for it `patience` seconds at most."""
         if not self._thread.is_alive():
             return
         with self._lock:
             self._values |= {"status": status, **more}
         self._ended.set()
         self._changed.set()
-        self._thread.join()
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            say(f"warning: {self._folder / PAGE} is late by {patience:.0f} s; its last values may be missing")
 
     def _work(self) -> None:
         try:
@@ -101,6 +107,7 @@ class RunReport:
         if not is_remote(self._folder):
             for entry in values["checkpoints"]:
                 entry["kept"] = (self._folder / f"checkpoint-{entry['step']}").is_dir()
+        values = finite(values)
         write_text(self._folder / VALUES, dump_json(values) + "\n")  # keys in their order
         write_text(self._folder / PAGE, as_page([values]))
 
@@ -109,15 +116,14 @@ def read_report(folder: Path) -> dict[str, Any]:
     """Return the values of a folder's page: its report.json, or what trainer_state.json tells, of the last checkpoint
     if need be. Raises InputError."""
     with contextlib.suppress(InputError):
-        return read_json_object(folder / VALUES, BYTES)
+        values = read_json_object(folder / VALUES, BYTES)
+        if isinstance(values.get("name"), str) and is_log(values.get("log_history")):
+            return values
     states = [folder / "trainer_state.json"]
     numbered = [p for p in folder.glob("checkpoint-*/trainer_state.json") if p.parent.name[11:].isdigit()]
     states += sorted(numbered, key=lambda p: -int(p.parent.name[11:]))
     for path in states:
         if path.is_file():
-            state = read_json_object(path, BYTES)
-            history = state.get("log_history")
-            if isinstance(history, list):
-                known = {"name": folder.resolve().name, "updates": state.get("max_steps")}
-                return {**known, "log_history": history}
+            known = {"name": folder.resolve().name, "updates": read_json_object(path, BYTES).get("max_steps")}
+            return {**known, "log_history": read_log(path)}
     raise InputError(f"{folder}: has neither {VALUES} nor a trainer_state.json; give the output folder of a run")

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import check_regular
+from llama_jax.base.files import check_regular, write_text
 from llama_jax.data.questions import ANSWER, Prompt
 from llama_jax.data.readers import Reader
 from llama_jax.reporting.progress import count_bar, say
@@ -59,8 +59,11 @@ class AnswerFile:
                 )
             say(f"{self._partial} holds {len(self.answers):,} of {count:,} answers; the others follow")
         kept = [first, *(json.dumps(pair) for pair in self.answers.items())]
-        self._file = self._partial.open("w", encoding="utf-8")  # anew: without a torn line
-        self._write(kept)
+        try:
+            write_text(self._partial, "".join(f"{line}\n" for line in kept))  # without a torn line
+            self._file = self._partial.open("a", encoding="utf-8")
+        except OSError as e:
+            raise InputError(f"--output_file {self.path}: cannot be written: {e.strerror}; make room") from None
 
     def add(self, places: Sequence[int], texts: Sequence[str]) -> None:
         """Add the answers to the records at some places."""
@@ -83,7 +86,7 @@ class AnswerFile:
         self._file.flush()
 
 
-def settings_of(model: dict[str, str | None], prompts: Sequence[Prompt], rules: Rules) -> dict[str, Any]:
+def settings_of(model: dict[str, Any], prompts: Sequence[Prompt], rules: Rules) -> dict[str, Any]:
     """Return what decides the answers: the model's names, the prompts' tokens, and the rules."""
     digest = hashlib.sha256()
     for prompt in prompts:
@@ -100,17 +103,20 @@ def answer_records(
     left.sort(
         key=lambda place: -len(prompts[place].ids)
     )  # the longest first: what does not fit in memory fails at once
-    rows = min(batch_size, len(prompts))
+    rows, cut = min(batch_size, len(prompts)), 0
     with count_bar("answering", len(prompts), "answer") as bar:
         bar.update(len(prompts) - len(left))
         try:
             for start in range(0, len(left), rows):
                 places = left[start : start + rows]
-                output.add(places, answerer.block([prompts[place] for place in places], places, rows))
+                texts, of_block = answerer.block([prompts[place] for place in places], places, rows)
+                output.add(places, texts)
+                cut += of_block
                 bar.update(len(places))
         except KeyboardInterrupt:
             done, same = f"{len(output.answers):,} of {len(prompts):,}", "the same command goes on from there"
             say(f"{done} answers are in {output.path}{PARTIAL}; {same}")
             raise
     output.finish(records)
-    say(f"{len(prompts):,} answers: {output.path}")
+    limited = f"; {cut:,} of them cut at --max_new_tokens" if cut else ""
+    say(f"{len(prompts):,} answers: {output.path}{limited}")

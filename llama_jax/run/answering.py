@@ -31,8 +31,9 @@ class Answerer:
     tokenizer: Tokenizer
     rules: Rules
 
-    def block(self, prompts: Sequence[Prompt], numbers: Sequence[int], rows: int) -> list[str]:
-        """Return the answer to each prompt of a block, which is filled up to `rows` for one shape of programs."""
+    def block(self, prompts: Sequence[Prompt], numbers: Sequence[int], rows: int) -> tuple[list[str], int]:
+        """Return the answer to each prompt of a block, which is filled up to `rows` for one shape of programs, and how
+        many of them the limit of tokens has cut."""
         filled = [*range(len(prompts)), *[0] * (rows - len(prompts))]
         decoding = self._decoding([prompts[i] for i in filled], [numbers[i] for i in filled])
         texts = [self._text(prompt) for prompt in prompts]
@@ -44,7 +45,8 @@ class Answerer:
                     decoding.end(row)
         for row, text in enumerate(texts):
             text.show(decoding.rows[row], is_last=True)
-        return [text.text for text in texts]
+        cut = sum(decoding.cut[row] and not text.stopped for row, text in enumerate(texts))
+        return [text.text for text in texts], cut
 
     def stream(self, prompt: Prompt, number: int = 0, limit: int | None = None, step: int = 1) -> "Answer":
         """Return the answer to one prompt, to be read while it is made, of at most `limit` tokens."""

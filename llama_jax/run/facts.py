@@ -2,22 +2,19 @@
 
 import dataclasses
 import platform
-import re
 import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from llama_jax.base.secrets import is_secret, without_query, without_secrets
 from llama_jax.base.versions import versions
 from llama_jax.data.doctor import as_lines, diagnose
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
 from llama_jax.model.rope import covered_positions
 from llama_jax.plan.explain import first_examples
-from llama_jax.reporting.comparison import read_log
 from llama_jax.run.start import Run
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
@@ -32,7 +29,7 @@ def known_facts(run: Run) -> dict[str, Any]:
     args, job, mesh = prepared.args, prepared.job, prepared.mesh
     adapter = job.adapter.size(job.config) if job.adapter else None
     return {
-        "name": prepared.output_dir.name,
+        "name": prepared.output_dir.resolve().name,
         "log_history": run.log.values["log_history"],
         "updates": job.order.updates,
         "command": shlex.join(without_secrets(["python", *sys.argv])),
@@ -60,14 +57,8 @@ def known_facts(run: Run) -> dict[str, Any]:
     }
 
 
-def read_other(path: str) -> dict[str, Any]:
-    """Return the name and the log of the run to compare with. Raises InputError."""
-    file = Path(path)
-    return {"name": f"{file.resolve().parent.name}/{file.name}", "log_history": read_log(file)}
-
-
 def found_facts(job: Job) -> dict[str, Any]:
-    """Return what takes a moment to find: the lengths of the examples, problems among them, the first examples."""
+    """Return facts that take a moment: the lengths of the examples, problems among them, the first examples."""
     limit = job.args.model_max_length
     found = diagnose(
         job.form, job.examples, [], None, job.tokenizer, limit, covered_positions(job.config), job.held_out + 1
@@ -83,26 +74,13 @@ def found_facts(job: Job) -> dict[str, Any]:
 
 def changed_flags(args: Arguments) -> dict[str, Any]:
     """Return the flags that are not at their default, as JSON values."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in dataclasses.fields(args):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         value = getattr(args, field.name)
-        if value != default and not _secret(field.name):
-            changed[field.name] = value if isinstance(value, str | int | float | bool | list) else str(value)
+        if value != default and not is_secret(field.name):
+            if isinstance(value, list):
+                changed[field.name] = [without_query(str(part)) for part in value]
+            else:
+                changed[field.name] = value if isinstance(value, int | float) else without_query(str(value))
     return changed
-
-
-def without_secrets(argv: Sequence[str]) -> list[str]:
-    """Return a command line without the values of tokens and keys."""
-    shown: list[str] = []
-    for i, word in enumerate(argv):
-        name, equals, _ = word.partition("=")
-        if i and argv[i - 1].startswith("--") and _secret(argv[i - 1]) and not word.startswith("--"):
-            shown.append("***")
-        else:
-            shown.append(f"{name}=***" if equals and name.startswith("--") and _secret(name) else word)
-    return shown
-
-
-def _secret(name: str) -> bool:
-    return re.search(r"(hub_token|api_key|password|secret)$", name) is not None

@@ -63,8 +63,8 @@ class Opened:
 
     def check_tokens(self, ids: list[int]) -> None:
         """Raise InputError for a token that the embedding has no row for."""
-        if max(ids) >= self.source.config.vocab_size:
-            past = f"the tokenizer has tokens past the embedding's {self.source.config.vocab_size} rows"
+        if max(ids) >= self.config.vocab_size:
+            past = f"the tokenizer has tokens past the embedding's {self.config.vocab_size} rows"
             raise InputError(f"{self.tokenizer.folder}: {past}; use the model's own tokenizer")
 
 

@@ -10,21 +10,31 @@ from llama_jax.base.output import note
 from llama_jax.distributed import processes
 from llama_jax.distributed.profile import optimizer_kernels, time_spent, tracing
 from llama_jax.reporting.progress import say
+from llama_jax.reporting.stopwatch import Stopwatch
 
 FOLDER = "profile"  # in the output folder
 Report = Callable[[str, list[tuple[str, float, float]]], None]
 
 
 class Profile:
-    """Profile the updates of a range, numbered from 0; `programs` returns the compiled programs of updates.
+    """Profile the updates of a range, numbered from 0.
 
-    `report` gets the updates as a text, and each kind of work with its ms an update and its share. Of several processes
-    the first one profiles.
+    `programs` returns the compiled programs of updates, `made` the number of updates so far. `report` gets the updates
+    as a text, and each kind of work with its ms an update and its share. Of several processes the first one profiles.
     """
 
-    def __init__(self, updates: range, programs: Callable[[range], Iterable[Any]], output_dir: Path, report: Report):
-        self._updates, self._programs = updates, programs
-        self._folder, self._report = output_dir / FOLDER, report
+    def __init__(
+        self,
+        updates: range,
+        output_dir: Path,
+        *,
+        programs: Callable[[range], Iterable[Any]],
+        made: Callable[[], int],
+        watch: Stopwatch,
+        report: Report,
+    ):
+        self._updates, self._folder = updates, output_dir / FOLDER
+        self._programs, self._made, self._watch, self._report = programs, made, watch, report
 
     def parts(self, first: int, end: int) -> Iterator[tuple[range, AbstractContextManager[None]]]:
         """Yield the updates from `first` to `end` in ranges, each with the context to make it in."""
@@ -37,13 +47,31 @@ class Profile:
 
     @contextlib.contextmanager
     def _profiling(self, updates: range) -> Iterator[None]:
-        with tracing(self._folder):
+        trace = contextlib.ExitStack()
+        with self._forgiving():
+            trace.enter_context(tracing(self._folder))
+        yield
+        with self._watch.phase("profile"), self._forgiving():
+            trace.close()
+            made = self._made() - updates.start
+            if made == len(updates):  # else the run stops
+                self._tell(updates)
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Turn an exception of the profiler or of the disk into a warning: the run goes on."""
+        try:
             yield
+        except Exception as e:
+            say(f"warning: --profile_updates: {type(e).__name__}: {e}; no profile is written")
+
+    def _tell(self, updates: range) -> None:
+        """Report a trace that is written."""
         numbers = f"{updates.start + 1}:{updates.stop}"
         say(f"profile of updates {numbers}: {self._folder}, for xprof --logdir; Perfetto opens its perfetto_trace")
         spent, kernels = time_spent(self._folder, len(updates), optimizer_kernels(self._programs(updates)))
         if not spent:
-            say("where the time went is told for GPUs alone")
+            say("the division of an update's time needs a GPU")
             return
         whole = spent.pop("whole")
         rows = [(name, ms, ms / whole) for name, ms in spent.items()]

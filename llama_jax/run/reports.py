@@ -6,12 +6,12 @@ from typing import Any
 from llama_jax.distributed import processes
 from llama_jax.distributed.platform import memory_use
 from llama_jax.distributed.storage import tree_bytes
-from llama_jax.reporting.comparison import as_lines, differences
+from llama_jax.reporting.comparison import as_lines, differences, read_other
 from llama_jax.reporting.progress import say
 from llama_jax.reporting.run_log import UpdateMetrics
 from llama_jax.reporting.run_report import RunReport
-from llama_jax.reporting.trackers import Model, Trackers, open_trackers
-from llama_jax.run.facts import found_facts, known_facts, read_other
+from llama_jax.reporting.trackers import AT_A_STOP, PATIENCE, Model, Trackers, open_trackers
+from llama_jax.run.facts import found_facts, known_facts
 from llama_jax.run.prepare import Prepared
 from llama_jax.run.start import Run
 from llama_jax.setup.arguments import Arguments
@@ -29,6 +29,7 @@ class Reports:
     def __init__(self, trackers: Trackers, compared: dict[str, Any] | None = None):
         self.trackers, self._compared = trackers, compared
         self._page: RunReport | None = None
+        self._grad_norm: float | None = None
 
     def __enter__(self) -> "Reports":
         return self
@@ -36,7 +37,8 @@ class Reports:
     def __exit__(self, kind: Any, problem: BaseException | None, trace: Any) -> None:
         """End the reports where a run fails before `end`."""
         if self._page is not None and problem is not None:
-            self._page.end(f"failed: {type(problem).__name__}: {str(problem).partition(chr(10))[0]}")
+            said = f"failed: {type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+            self._page.end(said, AT_A_STOP)
         self.trackers.__exit__(kind, problem, trace)
 
     def begin(self, run: Run) -> None:
@@ -86,7 +88,7 @@ class Reports:
                 "tokens_per_second": speed and speed.tokens_per_second,
                 "mfu": meter.mfu(speed and speed.tokens_per_second),
             }
-            self._page.end(status, summary=summary)
+            self._page.end(status, PATIENCE if status == FINISHED else AT_A_STOP, summary=summary)
             if self._compared:
                 log = self._run.log.values["log_history"]
                 for line in as_lines(differences(log, self._compared["log_history"]), self._compared["name"]):
@@ -108,8 +110,8 @@ class Reports:
 
 
 def open_reports(args: Arguments) -> Reports:
-    """Make the trackers of the first process, and read the log to compare with; those of the others report nothing.
-    All raise the same InputError."""
+    """Make the reports of the first process, with the log to compare with; other processes report nothing. All raise
+    the same InputError."""
     with processes.agreed():
         if not processes.is_first():
             return Reports(Trackers({}, {}))

@@ -1,5 +1,6 @@
 """Answer the questions of `--sample_prompts` with the weights of a run, at its start and at each save."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ class Samples:
             prompts.of_record(record, f"--sample_prompts {name}: record {i}") for i, record in enumerate(records, 1)
         ]
         ends = {*source.eos_token_ids(), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+        digest = hashlib.sha256(repr([[*prompt.ids] for prompt in self._prompts]).encode())
+        self.digest = digest.hexdigest()  # to compare among processes
         self._rules = Rules(NEW_TOKENS, tuple(sorted(ends)), (), Sampling(), seed=0)
         self._tokenizer, self._graphdef = tokenizer, define(job.config, planner.run, self._mesh).graphdef
         ways = sharding.batch_ways(self._mesh)
@@ -60,15 +63,15 @@ class Samples:
         self._fits = True
 
     def __call__(self, params: Params) -> list[str] | None:
-        """Return the answers, None where a device's memory does not suffice for them; this is said once."""
+        """Return the answers, None where a device's memory does not suffice: after one warning, none are made."""
         if not self._fits:
             return None
         answerer = Answerer(nnx.merge(self._graphdef, params), self._tokenizer, self._rules)
         try:
             with jax.set_mesh(self._mesh):
-                return answerer.block(self._prompts, range(len(self._prompts)), self._rows)
+                return answerer.block(self._prompts, range(len(self._prompts)), self._rows)[0]
         except JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
+            if "RESOURCE_EXHAUSTED" not in str(e) or jax.process_count() > 1:  # the other processes wait for this one
                 raise
             self._fits = False
             say("warning: --sample_prompts: the devices' memory does not suffice beside the training; no answers")

@@ -285,5 +285,10 @@ def perplexity(loglikelihood: float, text: str, tokens: int) -> dict[str, float]
     """Return a text's perplexities by lm-eval's names, and `token_perplexity`. Words are divided by white space, bytes
     are of UTF-8."""
     counts = {"token": tokens, "word": len(re.split(r"\s+", text)), "byte": len(text.encode())}
-    values = {f"{name}_perplexity": math.exp(-loglikelihood / count) for name, count in counts.items()}
+    values = {f"{name}_perplexity": _exp(-loglikelihood / count) for name, count in counts.items()}
     return {**values, "bits_per_byte": -loglikelihood / counts["byte"] / math.log(2)}
+
+
+def _exp(value: float) -> float:
+    """Return e to a power, infinity where no float holds it: of a text that is a single word of thousands of bytes."""
+    return math.exp(value) if value < 700 else math.inf

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,7 +22,7 @@ from llama_jax.hf.source import Source
 from llama_jax.model.roles import Params
 from llama_jax.plan.planner import Planner
 from llama_jax.reporting.metrics import EVALUATION_METRICS
-from llama_jax.reporting.progress import waiting
+from llama_jax.reporting.progress import say, waiting
 from llama_jax.run.scoring import Scorer, Stopped
 from llama_jax.setup.arguments import Arguments
 
@@ -137,7 +138,7 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    tracker = EvaluationTracker(output_path=output_path)
+    tracker, started = EvaluationTracker(output_path=output_path), time.time()
     results = simple_evaluate(
         model=judge,
         model_args={"pretrained": model},
@@ -148,6 +149,10 @@ def run_tasks(
         **options,
     )
     tracker.save_results_aggregated(results=results)
+    if output_path is not None:  # lm-eval logs an error and goes on
+        folder = Path(output_path).parent if output_path.endswith(".json") else Path(output_path)
+        if not any(path.stat().st_mtime >= started - 2 for path in folder.rglob("*.json")):
+            say(f"warning: --output_path {output_path}: lm-eval could not write its results there")
     return results
 
 

@@ -52,7 +52,8 @@ def train(args: Arguments, stopping: Stopping, started: float) -> int:
     """
     output.survive()
     platform, mesh = join(args)
-    with open_reports(args) as reports, owned(args) as output_dir:
+    reports = open_reports(args)
+    with owned(args) as output_dir, reports:
         run, checkpoints, state = begin(args, platform, mesh, started)
         prepared, watch = run.prepared, run.prepared.watch
         reports.begin(run)
@@ -233,7 +234,14 @@ def make_updates(
         shapes = {shape for k in updates for shape in plan.batches.shapes_of(k)}
         return [program for shape, program in plan.steps.programs.items() if shape in shapes or shape == "apply"]
 
-    profile = Profile(args.profiled, programs, prepared.output_dir, reports.profiled)
+    profile = Profile(
+        args.profiled,
+        prepared.output_dir,
+        programs=programs,
+        made=lambda: run.log.values["global_step"],
+        watch=prepared.watch,
+        report=reports.profiled,
+    )
     stop = catch_stop(stopping, lambda: checkpoints.saving)
     with update_bar(job.order.updates, first, prepared.quiet) as bar:
         run_log = RunLog(
