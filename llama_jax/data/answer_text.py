@@ -23,7 +23,7 @@ class AnswerText:
     def show(self, ids: Sequence[int], is_last: bool) -> str:
         """Return the next piece of the text of all tokens so far; text that may be of a stop string waits.
 
-        `is_last` says that no more tokens come.
+        `is_last` is whether these are all tokens.
         """
         text = self._tokenizer.decode([*self._before, *ids])[self._start :]
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]

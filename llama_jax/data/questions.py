@@ -33,7 +33,7 @@ _TURNS = "messages", "conversations"
 
 
 class Prompt(NamedTuple):
-    """Hold the tokens to answer; `continues` says that the answer goes on in the text of these."""
+    """Hold the tokens to answer; `continues` is whether the answer goes on in their text."""
 
     ids: Sequence[int]
     continues: bool = False

@@ -72,7 +72,7 @@ class Answerer:
 
 
 class Answer:
-    """Yield an answer in pieces of text. `text` is the text so far; `cut` says that the limit of tokens ended it."""
+    """Yield an answer in pieces of text. `text` is the text so far; `cut` is whether the limit of tokens ended it."""
 
     def __init__(self, answerer: Answerer, prompt: Prompt, number: int, limit: int, step: int):
         self._answerer, self._prompt, self._number = answerer, prompt, number

@@ -41,7 +41,7 @@ class Answering(NamedTuple):
 
 class Judge(TemplateLM):
     """Be lm-eval's model. `params` returns the parameters; while it is None, requests are only checked, and answered by
-    zeros. `stop` is asked before each program; once it is true, Stopped is raised.
+    zeros. `stop` is called before each program; once it returns true, Stopped is raised.
 
     An answer ends at the end tokens of `source` and of the tokenizer. The temperature is the task's; other values that
     a task leaves out are those of the model's generation_config.json, as in transformers. `rows` answers are generated

@@ -91,8 +91,7 @@ def prepare(args: Arguments, platform: str, mesh: Mesh, started: float | None = 
     with processes.agreed():
         prepared = _prepared_alone(args, platform, mesh, watch)
     facts = dataclasses.asdict(prepared.facts)
-    if prepared.samples is not None:
-        facts["--sample_prompts"] = prepared.samples.digest
+    facts["--sample_prompts"] = prepared.samples and prepared.samples.digest
     processes.same({"--output_dir's last checkpoint": prepared.resume_step, **args.decisive, **facts})
     if not args.explain:
         processes.check_shared(prepared.output_dir)

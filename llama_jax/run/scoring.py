@@ -76,7 +76,7 @@ class Scorer:
     """Score continuations with the parameters that each call gives.
 
     A context and its continuation are a segment of a row, side by side with others, and attend to themselves alone.
-    What is longer than `max_length` tokens (by default the model's positions) loses its first tokens. `rows` of the
+    A text of over `max_length` tokens (by default the model's positions) loses its first tokens. `rows` of the
     longest length are computed at once; None takes a fixed number of tokens. Raises InputError.
     """
 
@@ -101,7 +101,7 @@ class Scorer:
 
     def __call__(self, params: Params, pairs: Sequence[Pair], stop: Callable[[], bool] = lambda: False) -> list[Score]:
         """Return the score of each pair, in their order. They are good by `check`. Raises Stopped once `stop`
-        is true, asked before each block."""
+        is true, called before each block."""
         sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
         segments = share(pairs, self.max_length)
         blocks = self._blocks(segments)

@@ -181,7 +181,7 @@ class TrainingTasks:
         self.names = [*self._metrics()]
 
     def __call__(self, params: Params, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Return the metrics, or None where `stop`, asked before each block, returned true."""
+        """Return the metrics, or None where `stop`, called before each block, returned true."""
         started = time.monotonic()
         self._judge.params, self._judge.stop = lambda: params, stop
         try:

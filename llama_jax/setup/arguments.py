@@ -63,6 +63,7 @@ _OWN = (
         "resume_from_checkpoint",
     ),
     *("coordinator_address", "process_id", "disable_tqdm", "log_level", "show_examples", "config"),
+    *("compare_with", "sample_prompts"),
 )
 
 
