@@ -16,6 +16,7 @@ import pytest
 from tiny import COMPILATION
 
 from llama_jax.distributed.sharding import make_mesh
+from llama_jax.reporting.page import _template
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,6 +64,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(autouse=True)
 def small_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the plotting library's 5 MB out of the pages of the many small runs; test_page has it."""
+    _template.cache_clear()
     if request.path.name != "test_page.py":
         monkeypatch.setattr("plotly.offline.get_plotlyjs", str)
 

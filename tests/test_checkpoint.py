@@ -247,6 +247,7 @@ def test_a_run_starts_from_a_checkpoint(tmp_path: Path, job: Job) -> None:
     assert_same_run(ours, job.train("from-hf", model_name_or_path=hf, **flags))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_adapter(tmp_path: Path) -> None:
     """It is the adapter that was exported at the same update. Its base is a folder of its own."""
     out = trained(tmp_path, "out", lora_modules_to_save=["lm_head"], use_dora=True, scan_layers=True)
@@ -354,6 +355,7 @@ BEST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{"hf_compat": "5"}, slow_unless(False, BEST)])
 def test_an_export_that_failed_is_made_later(flags: dict[str, Any], tmp_path: Path) -> None:
     """Every byte of the folder is that of the run whose export had room."""
@@ -392,6 +394,7 @@ def test_nothing_to_export(job: Job) -> None:
     assert outcome.code == 2 and "no checkpoint in" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_failed_export_of_a_newer_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last state is saved then, so that no update is lost. Where that fails too, both ways on are named."""
     job = tokenised(tmp_path, max_steps=3, save_steps=2)

@@ -181,6 +181,7 @@ def test_differences(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -
             assert d["difference"] == largest == abs(d["ours"] - d["theirs"])
 
 
+@pytest.mark.slow
 def test_a_line_before_the_first_update_of_a_resume(job: Job) -> None:
     """A checkpoint at an epoch's end is saved before the epoch's line, which the resumed run then writes at once."""
     changes = {"logging_strategy": "epoch", "save_steps": 1, "max_steps": -1, "num_train_epochs": 2}
@@ -250,6 +251,7 @@ def test_pages_of_finished_runs(job: Job, tmp_path: Path, monkeypatch: pytest.Mo
     assert run(report.main, "theirs", job.folder / "whole").out == f"{PAGE}\n"
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_docs(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/watching.md, from a folder with the files that it names."""
     monkeypatch.chdir(tmp_path)

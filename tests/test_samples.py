@@ -67,6 +67,7 @@ def test_the_run_is_the_same(job: Job) -> None:
     assert_same_run(job.folder / "plain", job.folder / "sampled")
 
 
+@pytest.mark.slow
 def test_the_last_update_without_a_save(job: Job) -> None:
     questions = [{"instruction": "a", "input": "b"}, {"text": "c"}, {"prompt": "d"}]
     (job.folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
@@ -75,6 +76,7 @@ def test_the_last_update_without_a_save(job: Job) -> None:
     assert json.loads((out / VALUES).read_text())["prompts"] == ["a\nb", "c", "d"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_answers(job: Job) -> None:
     argv = job.argv("again", sample_prompts=job.folder / "questions.txt", max_steps=4, lr_scheduler_type="constant")
     assert run(train_jax.main, *argv).code == 0
