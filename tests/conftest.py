@@ -41,8 +41,8 @@ hypothesis.settings.load_profile("repeatable")
 
 
 # Files whose tests share another process or a model, which each of xdist's workers would make anew.
-SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf judging live order page schedule
-tokenizer writer""".split()
+SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf judging live order page samples
+schedule tokenizer writer""".split()
 TOGETHER = {f"test_{name}.py" for name in SHARING}
 
 
