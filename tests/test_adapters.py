@@ -485,6 +485,7 @@ def test_a_flax_folder(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], array, name)
 
 
+@pytest.mark.slow
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands of docs/adapters.md, one after the other."""
     write_tokenizer(write_model(tmp_path / "HF_DIR"))

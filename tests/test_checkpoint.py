@@ -203,6 +203,7 @@ def to_hf(checkpoint: Path, out: Path, *flags: Any) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

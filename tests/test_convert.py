@@ -526,6 +526,7 @@ def test_greedy_answers_of_drawn_configurations(seed: int, tmp_path: Path) -> No
     assert answer_all(prompts, 64, eos) == [(a[: a.index(eos[0])] if eos[0] in a else a) for a, _ in free]
 
 
+@pytest.mark.slow
 def test_answers_step_by_step(tmp_path: Path) -> None:
     """Steps of any size make the rows of one call. A row draws the same tokens whatever rows are beside it."""
     folder = write_model(tmp_path / "hf")

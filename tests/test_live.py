@@ -238,6 +238,7 @@ def same_value(key: str, actual: Any, expected: Any, compat: str, where: str) ->
     np.testing.assert_allclose(actual, expected, rtol=bounds.get(key, 1e-12), atol=digit, err_msg=where)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", COMPATS)
 def test_a_nan_is_trained_on(compat: str, bench: Bench) -> None:
     """A record with a token whose embedding is NaN: under `continue`, every line and count is the Trainer's, whose

@@ -191,6 +191,7 @@ RUNS_4_37 = [
 ]
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_4_37(tmp_path: Path) -> None:
     """By transformers 4.37.2 in a process of its own."""
     code = (

@@ -135,6 +135,7 @@ def test_ends_other_than_the_last_update(job: Job, monkeypatch: pytest.MonkeyPat
     assert values(job.folder / "stopped")["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_written_ends_nothing(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")

@@ -108,6 +108,7 @@ def test_refused(text: str) -> None:
     assert parse_arguments([*NEEDED, "--profile_updates", "2:2"]).profiled == range(1, 2)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_profile(tmp_path: Path) -> None:
     """The same weights as without; a trace for xprof and one for Perfetto; beyond the run it is refused."""
     job = Job(tmp_path)

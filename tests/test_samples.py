@@ -62,6 +62,7 @@ def test_answers_are_those_of_the_weights(job: Job) -> None:
     assert json.loads((job.folder / "sampled" / VALUES).read_text())["prompts"] == QUESTIONS
 
 
+@pytest.mark.slow
 def test_the_run_is_the_same(job: Job) -> None:
     job.train("plain")
     assert_same_run(job.folder / "plain", job.folder / "sampled")

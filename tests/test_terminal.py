@@ -144,6 +144,7 @@ def test_an_answer_streams_and_is_interrupted(model: Path, open_chat: Any) -> No
     assert terminal.end() == 0
 
 
+@pytest.mark.slow
 def test_the_oldest_turns_make_room(tmp_path: Path, open_chat: Any) -> None:
     """Of 96 positions an answer has 12; a byte is a token."""
     folder = speaking(tmp_path / "model", max_position_embeddings=96)
