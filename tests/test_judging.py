@@ -334,7 +334,7 @@ def test_the_command_writes_lm_evals_results(folder: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        slow_unless(
+        tiny.slow_unless(
             False, "--tasks arc_esay", "--tasks arc_esay: lm-eval has no task of this name; did you mean arc_easy"
         ),
         ("--tasks zzzz", "--tasks zzzz: lm-eval has no task of this name; lm-eval ls tasks lists them"),
