@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import Job
+from test_training import Job, stop_in_the_third_update
 from tiny import ALPACA, ROOT, run, write_json, write_tokenizer
 
 import train_jax
@@ -119,17 +117,7 @@ def test_ends_other_than_the_last_update(job: Job, monkeypatch: pytest.MonkeyPat
         with pytest.raises(ValueError, match="the reason"):
             train_jax.main(job.argv("failed"))
     assert values(job.folder / "failed")["status"] == "failed: ValueError: the reason"
-    made, make = 0, fit_room.make_update
-
-    def stopping(*rest: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made == 3:
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(0.5)  # the thread of signals takes it
-        return make(*rest)
-
-    monkeypatch.setattr(fit_room, "make_update", stopping)
+    stop_in_the_third_update(monkeypatch)
     outcome = run(train_jax.main, *job.argv("stopped"))
     assert outcome.code == 143, outcome.err
     assert values(job.folder / "stopped")["status"] == "stopped"

@@ -3,10 +3,8 @@
 import gzip
 import json
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import Job
+from test_training import Job, stop_in_the_third_update
 from tiny import ROOT, environment, run
 
 import train_jax
@@ -24,7 +22,6 @@ from llama_jax.distributed import profile as room
 from llama_jax.distributed.profile import OPTIMIZER, OTHER, covered, optimizer_kernels, time_spent
 from llama_jax.run.profile import Profile
 from llama_jax.setup.arguments import parse_arguments
-from llama_jax.training import fit as fit_room
 
 NEEDED = ["--model_name_or_path", "m", "--data_path", "d.json"]
 
@@ -134,16 +131,7 @@ def test_a_run_with_a_profile(tmp_path: Path) -> None:
 
 def test_a_stop_within_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No times are reported of a part of the updates; the run is saved."""
-    job, make, made = Job(tmp_path), fit_room.make_update, 0
-
-    def stopping(*rest: Any) -> Any:
-        nonlocal made
-        made += 1
-        if made == 3:
-            signal.raise_signal(signal.SIGTERM)
-            time.sleep(0.5)  # the thread of signals takes it
-        return make(*rest)
-
-    monkeypatch.setattr(fit_room, "make_update", stopping)
+    job = Job(tmp_path)
+    stop_in_the_third_update(monkeypatch)
     outcome = run(train_jax.main, *job.argv("out", profile_updates="1:6"))
     assert outcome.code == 143 and "profile of updates" not in outcome.err and "warning" not in outcome.err

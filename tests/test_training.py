@@ -56,6 +56,7 @@ from llama_jax.model.llama import RunOptions
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
 from llama_jax.run.checkpoint import read_run
 from llama_jax.run.resume import ACTIONS
+from llama_jax.training import fit as fit_room
 from llama_jax.training.halves import halve, join
 
 GOLDEN = ["4.37-mha-accum8", "4.37-gqa-wd", "5.x-mha-accum8", "5.x-gqa-wd", "5.x-bf16"]
@@ -498,6 +499,21 @@ class Job:
         outcome = run(train_jax.main, *self.argv(out, **changes))
         assert outcome.code == code, outcome.err
         return self.folder / out
+
+
+def stop_in_the_third_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send SIGTERM to this process while the blocks of a run's third update are made."""
+    made, make = 0, fit_room.make_update
+
+    def stopping(*rest: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 3:
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.5)  # the thread of signals takes it
+        return make(*rest)
+
+    monkeypatch.setattr(fit_room, "make_update", stopping)
 
 
 CLOCK = {f"eval_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}

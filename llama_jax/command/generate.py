@@ -104,14 +104,14 @@ def _question(args: argparse.Namespace) -> tuple[str, str] | None:
 
 def _rules(args: argparse.Namespace, opened: Opened, new_tokens: int) -> Rules:
     """Return how answers are made, by the flags, else by the model's files. Raises InputError."""
-    source, eos = opened.source, opened.tokenizer.eos_token_id
+    source = opened.source
     sampling, lines = source.sampling(**{key: getattr(args, key) for key in SAMPLING}, obeyed=["stop_strings"])
     stops = source.stops() if args.stop is None else args.stop
     for line in lines:
         say(line)
     return Rules(
         max_new_tokens=args.max_new_tokens or source.new_tokens() or new_tokens,
-        ends=tuple(sorted({*source.eos_token_ids(), *([] if eos is None else [eos])})),
+        ends=source.end_ids(opened.tokenizer.eos_token_id),
         stops=tuple(stops),
         sampling=sampling,
         seed=args.seed,

@@ -187,6 +187,10 @@ class Source:
             )
         return sorted(set(ids))
 
+    def end_ids(self, eos: int | None) -> tuple[int, ...]:
+        """Return the tokens that end an answer: `eos_token_ids`, and the tokenizer's `eos`, None for none."""
+        return tuple(sorted({*self.eos_token_ids(), *([] if eos is None else [eos])}))
+
     def sampling(
         self, temperature: float | None = None, obeyed: Sequence[str] = (), **given: float | None
     ) -> tuple[Sampling, list[str]]:

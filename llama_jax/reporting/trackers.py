@@ -18,20 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.base.errors import InputError
+from llama_jax.base.output import FILE
 from llama_jax.reporting.platforms import PLATFORMS, choose
 from llama_jax.reporting.progress import say
+from llama_jax.reporting.run_report import PAGE, VALUES
 from llama_jax.reporting.trainer_arguments import trainer_arguments
 
 PATIENCE = 600.0  # seconds at the end of a run, or at an upload, in which no callback returns; clearml's own is 300
 AT_A_STOP = 10.0  # seconds; a machine that is taken away gives some 30
 _SAVES_MODEL = ("wandb", "dvclive")  # their callbacks save the final model through a Trainer
-_NO_MODEL = (
-    "trainer_state.json",
-    "run.log",
-    "report.json",
-    "report.html",
-    "emissions.csv",
-)  # beside the exported files
+_NO_MODEL = ("trainer_state.json", FILE, VALUES, PAGE, "emissions.csv")  # beside the exported files
 
 
 class Model:

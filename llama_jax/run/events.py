@@ -69,18 +69,14 @@ class Milestones:
 
     def due(self, step: int) -> bool:
         """Return whether an action may be due after an update, by its number from 1."""
-        return self.job.eval_at(step) or self.job.save_at(step) or step in self._epoch_ends or self._ends(step)
-
-    def _ends(self, step: int) -> bool:
-        """Return whether the answers of the last update are due, which may be no checkpoint's."""
-        return self.samples is not None and step == self.job.order.updates
+        answers = self.samples is not None and step == self.job.order.updates  # which may have no checkpoint
+        return self.job.eval_at(step) or self.job.save_at(step) or step in self._epoch_ends or answers
 
     def begin(self, state: TrainState) -> bool:
         """Perform the actions due before the first update; return whether to stop."""
-        if not self.first:
-            self._answer(0, state)
         if self.first:
             return self.reach(self.first, state, False, self.left)
+        self._answer(0, state)
         if self.evaluation is not None and self.job.args.eval_on_start:
             with self.watch.phase("evaluation"):
                 metrics = self.evaluation(state.params, self.stop)

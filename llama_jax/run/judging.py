@@ -200,8 +200,7 @@ class Judge(TemplateLM):
         """
         assert self.params is not None
         model, tokenizer = nnx.merge(self._graphdef, self.params()), self._tokenizer
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ends = sorted({*self._source.eos_token_ids(), *own})
+        ends = self._source.end_ids(tokenizer.eos_token_id)
         rows = prompts + prompts[:1] * (-(-least // self._ways) * self._ways - len(prompts))
         self._seed += 1
         with jax.set_mesh(self._mesh):

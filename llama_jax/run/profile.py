@@ -47,14 +47,14 @@ class Profile:
 
     @contextlib.contextmanager
     def _profiling(self, updates: range) -> Iterator[None]:
-        trace = contextlib.ExitStack()
+        trace, started = contextlib.ExitStack(), False
         with self._forgiving():
             trace.enter_context(tracing(self._folder))
+            started = True
         yield
         with self._watch.phase("profile"), self._forgiving():
             trace.close()
-            made = self._made() - updates.start
-            if made == len(updates):  # else the run stops
+            if started and self._made() == updates.stop:  # else the run stops
                 self._tell(updates)
 
     @contextlib.contextmanager

@@ -53,10 +53,9 @@ class Samples:
         self._prompts: list[Prompt] = [
             prompts.of_record(record, f"--sample_prompts {name}: record {i}") for i, record in enumerate(records, 1)
         ]
-        ends = {*source.eos_token_ids(), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
         digest = hashlib.sha256(repr([[*prompt.ids] for prompt in self._prompts]).encode())
         self.digest = digest.hexdigest()  # to compare among processes
-        self._rules = Rules(NEW_TOKENS, tuple(sorted(ends)), (), Sampling(), seed=0)
+        self._rules = Rules(NEW_TOKENS, source.end_ids(tokenizer.eos_token_id), (), Sampling(), seed=0)
         self._tokenizer, self._graphdef = tokenizer, define(job.config, planner.run, self._mesh).graphdef
         ways = sharding.batch_ways(self._mesh)
         self._rows = -(-len(records) // ways) * ways
