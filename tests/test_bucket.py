@@ -13,6 +13,7 @@ from test_processes import finish, start
 from tiny import (
     ALPACA,
     CACHE,
+    CHANGING,
     CONFIG,
     Outcome,
     make_arrays,
@@ -24,11 +25,8 @@ from tiny import (
 )
 
 from llama_jax.base.bucket import as_path
-from llama_jax.base.output import FILE
 from llama_jax.command import convert, train
 from llama_jax.hf.source import Source
-from llama_jax.reporting.run_report import PAGE, VALUES
-from llama_jax.run.ownership import LEDGER
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +55,6 @@ def names(bucket: fake_gcs.Bucket, folder: str, ends: str = "") -> list[str]:
     """The names in a folder, without those that orbax makes up."""
     inside = (name.removeprefix(folder + "/") for name in sorted(bucket.objects) if name.startswith(folder + "/"))
     return [name for name in inside if name.endswith(ends)]
-
-
-# The logs have times, the ledger the identity of its run.
-CHANGING = {"trainer_state.json", LEDGER, FILE, VALUES, PAGE}
 
 
 def exported(bucket: fake_gcs.Bucket, folder: str) -> dict[str, str]:
