@@ -94,7 +94,7 @@ def differences(argv: list[str], meshes: list[str], out: Path) -> Iterator[tuple
         with laid_out(spec) as seen:
             outcome = run(train_jax.main, *argv, "--output_dir", folder, "--world_size", "1")
         assert outcome.code == 0, outcome.err
-        assert f"mesh {spec}\n" in outcome.err
+        assert f"mesh {spec}{'' if spec == ONE else ' (auto)'}\n" in outcome.err
         results.append((np.asarray(seen), load_file(next(folder.glob("*model.safetensors")))))
     one, weights = results[0]
     for spec, (values, others) in zip(meshes, results[1:], strict=True):
