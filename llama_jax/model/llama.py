@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
-from llama_jax.model.attention import XLA, Kernel, Scores, attention, keeps_kernel, packed_attention
+from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, keeps_kernel, packed_attention
+from llama_jax.model.cache import KVCache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
 from llama_jax.model.matmul import project
@@ -66,13 +67,6 @@ class RunOptions:
         is read, and not in each product."""
         whole = self.lora is None or self.lora.use_dora  # DoRA takes norms of the weights
         return (None if whole else self.compute_dtype) or self.param_dtype
-
-
-class KVCache(NamedTuple):
-    """Hold keys and values by position, [B, S, K, H] each, with a leading L where layers are stacked."""
-
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
 
 
 class Tokens(NamedTuple):
@@ -212,13 +206,8 @@ class Attention(nnx.Module):
         if cache is None:
             out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions, scores=self.scores)
         else:
-            row = jnp.arange(k.shape[0])[:, None]
-            k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=placed(sharding.ACT_BTNH))
-            v = cache.v.at[row, tokens.positions].set(v, mode="drop", out_sharding=placed(sharding.ACT_BTNH))
-            cache = KVCache(k, v)
-            kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=placed(sharding.ACT_BT))
-            kv_segments = jnp.ones_like(kv_positions)
-            out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions, self.scores)
+            cache = cache.write(k, v, tokens.positions)
+            out = cached_attention(q, *cache.of_layer(), tokens.positions, self.scores)
         out = checkpoint_name(out, "attention")
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
         return checkpoint_name(self.o_proj(out, tokens.key), "o_proj"), cache
@@ -311,19 +300,23 @@ class Llama(nnx.Module):
         x = _times(self.embed_tokens(input_ids), self.config.embedding_multiplier)
         if lengths is None:
             lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
-        slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
+        slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-2]
         cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
         tokens, rotates = Tokens(cos, sin, positions, segment_ids, key), self.config.rope_layers or None
         if self.run.scan_layers:
             assert states is None
             graphdef, stacked = nnx.split(self.layers)
 
-            def run_layer(x, layer):
-                weights, cache, number, rotates = layer
-                return _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), cache)
+            def run_layer(carry, layer):
+                (x, cache), (weights, number, rotates) = carry, layer
+                own = cache and cache._replace(layer=number)
+                x, own = _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own)
+                return (x, own and own._replace(layer=None)), None
 
+            # The cache is carried, so that each layer writes into it. As an output of the scan it would be copied.
             numbers = jnp.arange(self.config.num_hidden_layers)
-            x, cache = jax.lax.scan(run_layer, x, (stacked, cache, numbers, rotates and jnp.asarray(rotates)))
+            layers = (stacked, numbers, rotates and jnp.asarray(rotates))
+            (x, cache), _ = jax.lax.scan(run_layer, (x, cache), layers)
         else:
             caches, (graphdefs, weights) = [], map(list, zip(*map(nnx.split, self.layers), strict=True))
             for i, graphdef in enumerate(graphdefs):
@@ -428,16 +421,3 @@ def unstack_layers(params: Params) -> Params:
         for i, layer in enumerate(layers):
             layer.append(leaf[i])
     return {**params, "layers": {i: jax.tree.unflatten(treedef, layer) for i, layer in enumerate(layers)}}
-
-
-def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> Any:
-    """Return empty keys and values for `slots` positions of each row."""
-    shape = (rows, slots, sharding.padded(config.num_key_value_heads, "tensor"), config.head_dim)
-    dtype = run.compute_dtype or run.param_dtype
-
-    def empty(*lead: int, spec: P = sharding.ACT_BTNH) -> KVCache:
-        return KVCache(*(jnp.zeros((*lead, *shape), dtype, out_sharding=placed(spec)) for _ in "kv"))
-
-    if run.scan_layers:
-        return empty(config.num_hidden_layers, spec=sharding.stacked(sharding.ACT_BTNH))
-    return [empty() for _ in range(config.num_hidden_layers)]
