@@ -26,7 +26,7 @@ from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, kee
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
-from llama_jax.model.matmul import project
+from llama_jax.model.matmul import project, project_fp8
 from llama_jax.model.quantized import Quantization, dequantize, empty, is_quantized, quantized_matmul
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params
@@ -43,6 +43,7 @@ class RunOptions:
 
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
+    `fp8` multiplies with the projections' weights in fp8; the head stays in the compute type.
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange`
     selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows;
     with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter: a
@@ -53,6 +54,7 @@ class RunOptions:
     param_dtype: Any = jnp.float32
     compute_dtype: Any = None
     rope_dtype: Any = None
+    fp8: bool = False
     scan_layers: bool = False
     remat: str = "none"
     exchange: bool = False
@@ -119,7 +121,7 @@ class Linear(nnx.Module):
         self.bias = None if zeros is None else Bias(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
-        self.exchange = run.exchange
+        self.exchange, self.project = run.exchange, project_fp8 if run.fp8 else project
         rank = run.lora.of(layer, name) if run.lora else None
         kind, number = run.compute_dtype or jnp.float32, PROJECTIONS.index(name)
         self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
@@ -137,7 +139,7 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         if is_quantized(weight):
             return quantized_matmul(x, weight, self.dtype, self.out)
-        return project(self.out, self.exchange, x.astype(self.dtype), weight.astype(self.dtype))
+        return self.project(self.out, self.exchange, x.astype(self.dtype), weight.astype(self.dtype))
 
     def matrix(self) -> Float[Array, "O I"]:
         """Return the weight in the compute type."""

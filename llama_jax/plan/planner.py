@@ -33,6 +33,7 @@ from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.matmul import check_fp8
 from llama_jax.model.quantized import quantized_bytes
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
@@ -109,6 +110,8 @@ class Planner:
         kind = "bfloat16" if args.bf16 else dtype
         head_dim, fixed = job.config.head_dim, args.full_determinism
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, head_dim, kind, fixed)
+        if args.fp8:
+            check_fp8(platform, self.device_kind)
         self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else "")
         self._row_ways = sharding.row_ways(mesh)
         self._largest_update = math.ceil(_largest_update(job, sharding.batch_ways(mesh)) / self._row_ways)
@@ -117,6 +120,7 @@ class Planner:
             param_dtype=jnp.dtype(dtype),
             compute_dtype=compute,
             rope_dtype=compute if args.hf_compat == "4.37" else None,
+            fp8=args.fp8,
             scan_layers=scan_layers,
             exchange=sharding.exchanges(mesh),
             lora=job.adapter.lora if job.adapter else None,

@@ -17,7 +17,7 @@ from llama_jax.run.prepare import Prepared
 def say_header(prepared: Prepared) -> None:
     """Report the model, the devices and the length of the run."""
     args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
-    computed = "bfloat16" if args.bf16 else dtype
+    computed = args.products or dtype
     held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
     programs = ", ".join(f"{name} {version}" for name, version in versions("llama_jax", "jax").items())
     say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}; {programs}")
