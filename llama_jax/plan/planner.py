@@ -460,9 +460,14 @@ def _up(number: int, multiple: int) -> int:
     return -(-int(number) // multiple) * multiple
 
 
+def unrolled_layers(platform: str) -> int:
+    """Return the most layers that are compiled one by one. They run faster and compile slower than stacked ones: they
+    are for few layers, or for as many as a GPU's user waits for."""
+    return UNROLLED if platform == "gpu" else 8
+
+
 def choose_scan(job: Job, platform: str) -> bool:
-    """Return whether to stack layers. Unrolled layers run faster and compile slower: they are for few layers, or for as
-    many as a GPU's user waits for. Raises InputError."""
+    """Return whether to stack layers. Raises InputError."""
     args = job.args
     if job.adapter and not job.adapter.lora.uniform(job.config.num_hidden_layers):
         if args.scan_layers:
@@ -472,5 +477,4 @@ def choose_scan(job: Job, platform: str) -> bool:
         if args.scan_layers:
             raise InputError("--scan_layers True: adafactor needs each layer by itself; leave the flag out")
         return False
-    limit = UNROLLED if platform == "gpu" else 8
-    return job.config.num_hidden_layers > limit if args.scan_layers is None else args.scan_layers
+    return job.config.num_hidden_layers > unrolled_layers(platform) if args.scan_layers is None else args.scan_layers

@@ -6,7 +6,7 @@ import numpy as np
 from llama_jax.base.versions import versions
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
-from llama_jax.plan.planner import UNROLLED, Plan
+from llama_jax.plan.planner import Plan, unrolled_layers
 from llama_jax.reporting.progress import say
 from llama_jax.reporting.run_report import PAGE
 from llama_jax.reporting.speed import Speedometer
@@ -49,8 +49,7 @@ def say_plan(prepared: Prepared, plan: Plan, limit: int | None) -> None:
     args, layers = prepared.args, prepared.job.config.num_hidden_layers
     shapes = ", ".join(f"{rows}x{length}" for rows, length in plan.batches.shapes)
     form = "stacked" if plan.run.scan_layers else "one by one"
-    bound = UNROLLED if prepared.platform == "gpu" else 8
-    why = f" (auto: up to {bound} one by one)" if args.scan_layers is None else ""
+    why = f" (auto: up to {unrolled_layers(prepared.platform)} one by one)" if args.scan_layers is None else ""
     say(
         f"examples are {'packed' if args.packing else 'padded'}: at most {plan.batches.block_counts.max()} block(s) an "
         f"update, of {shapes} tokens; --remat {plan.run.remat}; {layers} layers {form}{why}"
