@@ -31,8 +31,9 @@ from test_parity import (
 from tiny import SISTERS, slow_unless
 
 from llama_jax.distributed import sharding
+from llama_jax.model.cache import make_cache
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import RunOptions, make_cache
+from llama_jax.model.llama import RunOptions
 
 
 def make_case(name: str, seed: int) -> tuple[dict[str, Any], LlamaConfig, np.random.Generator, Weights]:
@@ -96,7 +97,7 @@ def test_packed_equals_alone_and_decoding(name: str, scan: bool, mesh: Mesh) -> 
                 alone = model(torch.tensor(packed.ids[r : r + 1, part])).logits[0].numpy()
             assert_within("packed logits", np.abs(ours[r, part] - alone), LOGITS_ATOL)
     # The last row is one sequence: `alone` is the whole of it.
-    cache, prompt, ids = make_cache(config, run, 1, 24), 4, packed.ids[2:]
+    cache, prompt, ids = make_cache(config, np.float32, 1, 24, scan), 4, packed.ids[2:]
     for start, stop in [(0, prompt), *((i, i + 1) for i in range(prompt, 19))]:
         places = np.arange(start, stop)[None]
         logits, cache = forward(params, (ids[:, start:stop], places, np.ones_like(places)), cache)

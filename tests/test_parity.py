@@ -38,9 +38,10 @@ from llama_jax.hf.load import check_tensors, load_params
 from llama_jax.hf.names import name_table
 from llama_jax.hf.readers import open_checkpoint
 from llama_jax.model import rope
+from llama_jax.model.cache import make_cache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.definition import define
-from llama_jax.model.llama import RunOptions, Tokens, make_cache
+from llama_jax.model.llama import RunOptions, Tokens
 from llama_jax.training.loss import weighted_cross_entropy
 
 torch = pytest.importorskip("torch")
@@ -872,7 +873,7 @@ def test_decoding_equals_the_full_forward(kind: str, scan_layers: bool, mesh: Me
     block = np.arange(prompts.max())[None]
     real = block < prompts[:, None]
     places = np.where(real, block, slots)  # a pad's key and value are written nowhere
-    cache = make_cache(config, run, 2, slots)
+    cache = make_cache(config, np.float32, 2, slots, scan_layers)
     logits, cache = forward(params, ids[:, : prompts.max()], places, real.astype(np.int32), cache)
     assert_within("prefill", np.abs(np.asarray(logits) - full[:, : prompts.max()])[real], LOGITS_ATOL)
     for step in range(steps):

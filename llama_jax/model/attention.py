@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.compat import cudnn_attention, splash_attention
-from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, axis_size, placed
+from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, CACHE_BKSH, axis_size, placed
 from llama_jax.model.kernels import KERNELS
 
 
@@ -110,6 +110,40 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positi
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
     return out.reshape(B, T, N, H)
+
+
+def cached_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
+    positions: Int[Array, "B T"],
+    scores: Scores = PLAIN,
+) -> Float[Array, "B T N H"]:
+    """Return the attention of queries to the slots of a cache up to their own positions, by plain XLA as `attention`.
+
+    The caller has written the queries' own keys. A row is not divided over devices.
+    """
+    attend = partial(_cached, kind=scores)
+    if placed(ACT_BTNH) is None:
+        return attend(q_BTNH, k_BKSH, v_BKSH, positions)
+    specs = (ACT_BTNH, CACHE_BKSH, CACHE_BKSH, ACT_BT)
+    on_devices = jax.shard_map(attend, in_specs=specs, out_specs=ACT_BTNH, check_vma=False)
+    return on_devices(q_BTNH, k_BKSH, v_BKSH, jax.sharding.reshard(positions, ACT_BT))
+
+
+def _cached(q_BTNH, k_BKSH, v_BKSH, positions, *, kind: Scores):
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    q_BKGTH = jnp.transpose(q_BTNH.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4))
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * kind.factor(H)
+    back_BTS = positions[:, :, None] - jnp.arange(S)
+    visible = back_BTS >= 0
+    if window := kind.within(S):
+        visible &= back_BTS < window
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+    return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
 def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: jax.Array) -> jax.Array:

@@ -14,7 +14,8 @@ from flax import nnx
 
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
-from llama_jax.model.llama import Llama, make_cache
+from llama_jax.model.cache import make_cache
+from llama_jax.model.llama import Llama
 
 SLOT_MULTIPLE = 128  # prompts are padded to a multiple, so that few lengths are compiled
 AT_ONCE = 128  # tokens of a row that the device decodes before the host sees them
@@ -156,7 +157,8 @@ def _prefill(graphdef, eos, sampling, S, params, ids_BT, positions_BT, sizes_B, 
     ids_BT, positions_BT = (sharding.reshard(x, sharding.ACT_BT) for x in (ids_BT, positions_BT))
     sizes_B, key_B = (sharding.reshard(x, sharding.P(sharding.BATCH)) for x in (sizes_B, key_B))
     seen_BV = sharding.reshard(seen_BV, sharding.P(sharding.BATCH, None))
-    cache = make_cache(model.config, model.run, ids_BT.shape[0], S)
+    dtype = model.run.compute_dtype or model.run.param_dtype
+    cache = make_cache(model.config, dtype, ids_BT.shape[0], S, model.run.scan_layers)
     segments = jnp.ones_like(ids_BT)
     hidden, cache = model(ids_BT, positions_BT, segments, jnp.zeros_like(ids_BT) + jnp.max(sizes_B), cache)
     is_last = jnp.arange(ids_BT.shape[1]) == (sizes_B - 1)[:, None]

@@ -22,10 +22,11 @@ from jaxtyping import Array, Float, Int
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
-from llama_jax.model.attention import XLA, Kernel, Scores, attention, keeps_kernel, packed_attention
+from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, keeps_kernel, packed_attention
+from llama_jax.model.cache import KVCache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
-from llama_jax.model.matmul import project
+from llama_jax.model.matmul import project, project_fp8
 from llama_jax.model.quantized import Quantization, dequantize, empty, is_quantized, quantized_matmul
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params
@@ -42,6 +43,7 @@ class RunOptions:
 
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
+    `fp8` multiplies with the projections' weights in fp8; the head stays in the compute type.
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange`
     selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows;
     with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter: a
@@ -52,6 +54,7 @@ class RunOptions:
     param_dtype: Any = jnp.float32
     compute_dtype: Any = None
     rope_dtype: Any = None
+    fp8: bool = False
     scan_layers: bool = False
     remat: str = "none"
     exchange: bool = False
@@ -66,13 +69,6 @@ class RunOptions:
         is read, and not in each product."""
         whole = self.lora is None or self.lora.use_dora  # DoRA takes norms of the weights
         return (None if whole else self.compute_dtype) or self.param_dtype
-
-
-class KVCache(NamedTuple):
-    """Hold keys and values by position, [B, S, K, H] each, with a leading L where layers are stacked."""
-
-    k: Float[Array, "B S K H"]
-    v: Float[Array, "B S K H"]
 
 
 class Tokens(NamedTuple):
@@ -125,7 +121,7 @@ class Linear(nnx.Module):
         self.bias = None if zeros is None else Bias(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
-        self.exchange = run.exchange
+        self.exchange, self.project = run.exchange, project_fp8 if run.fp8 else project
         rank = run.lora.of(layer, name) if run.lora else None
         kind, number = run.compute_dtype or jnp.float32, PROJECTIONS.index(name)
         self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
@@ -143,7 +139,7 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         if is_quantized(weight):
             return quantized_matmul(x, weight, self.dtype, self.out)
-        return project(self.out, self.exchange, x.astype(self.dtype), weight.astype(self.dtype))
+        return self.project(self.out, self.exchange, x.astype(self.dtype), weight.astype(self.dtype))
 
     def matrix(self) -> Float[Array, "O I"]:
         """Return the weight in the compute type."""
@@ -212,13 +208,8 @@ class Attention(nnx.Module):
         if cache is None:
             out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions, scores=self.scores)
         else:
-            row = jnp.arange(k.shape[0])[:, None]
-            k = cache.k.at[row, tokens.positions].set(k, mode="drop", out_sharding=placed(sharding.ACT_BTNH))
-            v = cache.v.at[row, tokens.positions].set(v, mode="drop", out_sharding=placed(sharding.ACT_BTNH))
-            cache = KVCache(k, v)
-            kv_positions = jnp.broadcast_to(jnp.arange(k.shape[1]), k.shape[:2], out_sharding=placed(sharding.ACT_BT))
-            kv_segments = jnp.ones_like(kv_positions)
-            out = attention(q, k, v, tokens.segment_ids, tokens.positions, kv_segments, kv_positions, self.scores)
+            cache = cache.write(k, v, tokens.positions)
+            out = cached_attention(q, *cache.of_layer(), tokens.positions, self.scores)
         out = checkpoint_name(out, "attention")
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
         return checkpoint_name(self.o_proj(out, tokens.key), "o_proj"), cache
@@ -311,19 +302,23 @@ class Llama(nnx.Module):
         x = _times(self.embed_tokens(input_ids), self.config.embedding_multiplier)
         if lengths is None:
             lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
-        slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-3]
+        slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-2]
         cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
         tokens, rotates = Tokens(cos, sin, positions, segment_ids, key), self.config.rope_layers or None
         if self.run.scan_layers:
             assert states is None
             graphdef, stacked = nnx.split(self.layers)
 
-            def run_layer(x, layer):
-                weights, cache, number, rotates = layer
-                return _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), cache)
+            def run_layer(carry, layer):
+                (x, cache), (weights, number, rotates) = carry, layer
+                own = cache and cache._replace(layer=number)
+                x, own = _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own)
+                return (x, own and own._replace(layer=None)), None
 
+            # The cache is carried, so that each layer writes into it. As an output of the scan it would be copied.
             numbers = jnp.arange(self.config.num_hidden_layers)
-            x, cache = jax.lax.scan(run_layer, x, (stacked, cache, numbers, rotates and jnp.asarray(rotates)))
+            layers = (stacked, numbers, rotates and jnp.asarray(rotates))
+            (x, cache), _ = jax.lax.scan(run_layer, (x, cache), layers)
         else:
             caches, (graphdefs, weights) = [], map(list, zip(*map(nnx.split, self.layers), strict=True))
             for i, graphdef in enumerate(graphdefs):
@@ -428,16 +423,3 @@ def unstack_layers(params: Params) -> Params:
         for i, layer in enumerate(layers):
             layer.append(leaf[i])
     return {**params, "layers": {i: jax.tree.unflatten(treedef, layer) for i, layer in enumerate(layers)}}
-
-
-def make_cache(config: LlamaConfig, run: RunOptions, rows: int, slots: int) -> Any:
-    """Return empty keys and values for `slots` positions of each row."""
-    shape = (rows, slots, sharding.padded(config.num_key_value_heads, "tensor"), config.head_dim)
-    dtype = run.compute_dtype or run.param_dtype
-
-    def empty(*lead: int, spec: P = sharding.ACT_BTNH) -> KVCache:
-        return KVCache(*(jnp.zeros((*lead, *shape), dtype, out_sharding=placed(spec)) for _ in "kv"))
-
-    if run.scan_layers:
-        return empty(config.num_hidden_layers, spec=sharding.stacked(sharding.ACT_BTNH))
-    return [empty() for _ in range(config.num_hidden_layers)]

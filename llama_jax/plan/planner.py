@@ -33,6 +33,7 @@ from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.matmul import check_fp8
 from llama_jax.model.quantized import quantized_bytes
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
@@ -109,6 +110,8 @@ class Planner:
         kind = "bfloat16" if args.bf16 else dtype
         head_dim, fixed = job.config.head_dim, args.full_determinism
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, head_dim, kind, fixed)
+        if args.fp8:
+            check_fp8(platform, self.device_kind)
         self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else "")
         self._row_ways = sharding.row_ways(mesh)
         self._largest_update = math.ceil(_largest_update(job, sharding.batch_ways(mesh)) / self._row_ways)
@@ -117,6 +120,7 @@ class Planner:
             param_dtype=jnp.dtype(dtype),
             compute_dtype=compute,
             rope_dtype=compute if args.hf_compat == "4.37" else None,
+            fp8=args.fp8,
             scan_layers=scan_layers,
             exchange=sharding.exchanges(mesh),
             lora=job.adapter.lora if job.adapter else None,
@@ -456,9 +460,14 @@ def _up(number: int, multiple: int) -> int:
     return -(-int(number) // multiple) * multiple
 
 
+def unrolled_layers(platform: str) -> int:
+    """Return the most layers that are compiled one by one. They run faster and compile slower than stacked ones: they
+    are for few layers, or for as many as a GPU's user waits for."""
+    return UNROLLED if platform == "gpu" else 8
+
+
 def choose_scan(job: Job, platform: str) -> bool:
-    """Return whether to stack layers. Unrolled layers run faster and compile slower: they are for few layers, or for as
-    many as a GPU's user waits for. Raises InputError."""
+    """Return whether to stack layers. Raises InputError."""
     args = job.args
     if job.adapter and not job.adapter.lora.uniform(job.config.num_hidden_layers):
         if args.scan_layers:
@@ -468,5 +477,4 @@ def choose_scan(job: Job, platform: str) -> bool:
         if args.scan_layers:
             raise InputError("--scan_layers True: adafactor needs each layer by itself; leave the flag out")
         return False
-    limit = UNROLLED if platform == "gpu" else 8
-    return job.config.num_hidden_layers > limit if args.scan_layers is None else args.scan_layers
+    return job.config.num_hidden_layers > unrolled_layers(platform) if args.scan_layers is None else args.scan_layers

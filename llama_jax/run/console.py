@@ -6,7 +6,7 @@ import numpy as np
 from llama_jax.base.versions import versions
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
-from llama_jax.plan.planner import UNROLLED, Plan
+from llama_jax.plan.planner import Plan, unrolled_layers
 from llama_jax.reporting.progress import say
 from llama_jax.reporting.run_report import PAGE
 from llama_jax.reporting.speed import Speedometer
@@ -17,7 +17,7 @@ from llama_jax.run.prepare import Prepared
 def say_header(prepared: Prepared) -> None:
     """Report the model, the devices and the length of the run."""
     args, job, mesh, dtype = prepared.args, prepared.job, prepared.mesh, prepared.facts.dtype
-    computed = "bfloat16" if args.bf16 else dtype
+    computed = args.products or dtype
     held = f", projections in {job.quantization.bits} bits" if job.quantization else ""
     programs = ", ".join(f"{name} {version}" for name, version in versions("llama_jax", "jax").items())
     say(f"model: {job.config.num_parameters:,} parameters in {dtype}{held}, matrix products in {computed}; {programs}")
@@ -49,8 +49,7 @@ def say_plan(prepared: Prepared, plan: Plan, limit: int | None) -> None:
     args, layers = prepared.args, prepared.job.config.num_hidden_layers
     shapes = ", ".join(f"{rows}x{length}" for rows, length in plan.batches.shapes)
     form = "stacked" if plan.run.scan_layers else "one by one"
-    bound = UNROLLED if prepared.platform == "gpu" else 8
-    why = f" (auto: up to {bound} one by one)" if args.scan_layers is None else ""
+    why = f" (auto: up to {unrolled_layers(prepared.platform)} one by one)" if args.scan_layers is None else ""
     say(
         f"examples are {'packed' if args.packing else 'padded'}: at most {plan.batches.block_counts.max()} block(s) an "
         f"update, of {shapes} tokens; --remat {plan.run.remat}; {layers} layers {form}{why}"

@@ -40,7 +40,7 @@ def known_facts(run: Run) -> dict[str, Any]:
             "parameters": job.config.num_parameters,
             **({"trained parameters of the adapter": adapter} if adapter else {}),
             "type": prepared.facts.dtype,
-            "matrix products": "bfloat16" if args.bf16 else prepared.facts.dtype,
+            "matrix products": args.products or prepared.facts.dtype,
             "attention": str(plan.run.attention.name),
             "recomputation": f"--remat {plan.run.remat}",
             "blocks": ", ".join(f"{rows}x{length}" for rows, length in plan.batches.shapes),

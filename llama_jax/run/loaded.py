@@ -20,7 +20,9 @@ from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import Llama, RunOptions
+from llama_jax.model.quantized import Quantization
 from llama_jax.model.roles import Params
+from llama_jax.plan.planner import unrolled_layers
 from llama_jax.reporting.progress import byte_bar, say
 
 
@@ -30,6 +32,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter_name_or_path", help="PEFT folder of an adapter of this model")
     parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--load_in_8bit", action="store_true", help="keep the projections in 8 bits (int8)")
+    bits.add_argument("--load_in_4bit", action="store_true", help="keep the projections in 4 bits (NF4)")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
     parser.add_argument("--mesh", help="the layout of all devices, as tensor=4; the default is one device")
@@ -71,7 +76,7 @@ class Opened:
 def open_model(args: argparse.Namespace, command: str) -> Opened:
     """Open the model of a command's flags, as `add_model_flags` adds them. Raises InputError."""
     refuse_several(command)
-    set_up_jax(args.use_cpu)
+    platform = set_up_jax(args.use_cpu)
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
     for note in source.notes:
         say(note)
@@ -86,7 +91,8 @@ def open_model(args: argparse.Namespace, command: str) -> Opened:
     layers = config.num_hidden_layers
     run = RunOptions(
         param_dtype=jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32),
-        scan_layers=layers > 8 and (lora is None or lora.uniform(layers)),
+        scan_layers=layers > unrolled_layers(platform) and (lora is None or lora.uniform(layers)),
         lora=lora,
+        quantization=Quantization(4 if args.load_in_4bit else 8) if args.load_in_4bit or args.load_in_8bit else None,
     )
     return Opened(source, tokenizer, config, mesh, run, tensors)

@@ -23,7 +23,7 @@ Json = dict[str, Any]
 UPDATE = (
     *("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("average_tokens_across_devices", "bf16", "tf32", "on_nonfinite", "skip_loss_spikes"),
+    *("average_tokens_across_devices", "bf16", "fp8", "tf32", "on_nonfinite", "skip_loss_spikes"),
 )
 
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant")
@@ -253,9 +253,12 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
         if then.order.get(key) != value:
             text = "--world_size" if key == "ranks" else key
             say(f"warning: {name} was made with {text} {then.order.get(key)}, this run has {value}")
-    for flag, was in then.update.items():
-        if was != facts.update.get(flag):
-            say(f"warning: {name} was made with --{flag} {was}, this run goes on with {facts.update.get(flag)}")
+    for flag, now in facts.update.items() if then.update else ():
+        was = then.update.get(
+            flag, getattr(Arguments, flag)
+        )  # its default, where the flag is newer than the checkpoint
+        if was != now:
+            say(f"warning: {name} was made with --{flag} {was}, this run goes on with {now}")
     if then.scan_layers != facts.scan_layers:
         say(f"--scan_layers: {then.scan_layers}, as in {name}")
 

@@ -132,7 +132,7 @@ class Arguments:
     )
     seed: int = _flag(42, "seed of the order of the examples")
     data_seed: int | None = _flag(None, "seed of the order under --hf_compat 5; 4.37 ignores the flag")
-    hf_compat: str = _flag("4.37", "version of transformers whose rules hold", choices=["4.37", "5"])
+    hf_compat: str = _flag("4.37", "transformers whose rules hold", choices=["4.37", "5"])
 
     use_peft: bool = _flag(
         False, "train low-rank adapters (LoRA); the output is a PEFT folder, and the base model stays as it is"
@@ -150,7 +150,7 @@ class Arguments:
     )
     use_rslora: bool = _flag(False, "multiply by lora_alpha / sqrt(lora_r) instead")
     use_dora: bool = _flag(False, "train the lengths of the weights' rows (DoRA)")
-    lora_bias: str = _flag("none", "biases of the base model to train; none are", choices=["none", "all", "lora_only"])
+    lora_bias: str = _flag("none", "biases to train; none are", choices=["none", "all", "lora_only"])
     init_lora_weights: str = _flag("True", "True (PEFT's), gaussian, False")
     adapter_name_or_path: str | None = _flag(None, "PEFT folder whose adapter is trained further")
     load_in_4bit: bool = _flag(False, "keep the base's projections in 4 bits (QLoRA)")
@@ -158,7 +158,8 @@ class Arguments:
     bnb_4bit_quant_type: str = _flag("nf4", "of --load_in_4bit; fp4 is refused", choices=["nf4", "fp4"])
     use_bnb_nested_quant: bool = _flag(False, "keep the scales of 4 bits in 8 bits")
 
-    bf16: bool = _flag(False, "matmuls in bfloat16; parameters, residual stream, norms and loss stay float32")
+    bf16: bool = _flag(False, "matmuls in bfloat16; the rest stays float32")
+    fp8: bool = _flag(False, "projections in fp8; needs an Ada or Hopper GPU")
     dtype: str | None = _flag(
         None,
         "type of the parameters and the optimizer state; by default float32, or the checkpoint's under --hf_compat 5",
@@ -219,9 +220,7 @@ class Arguments:
         choices=["no", "steps", "epoch", "best"],
     )
     save_steps: float = _flag(500, "updates between checkpoints; below 1 a share")
-    save_total_limit: int | None = _flag(
-        None, "checkpoints to keep, by default all; the oldest go first, the best stays"
-    )
+    save_total_limit: int | None = _flag(None, "checkpoints to keep, by default all; the best stays")
     overwrite_output_dir: bool = _flag(False, "replace output_dir's checkpoints and model")
     resume_from_checkpoint: str | None = _flag(
         None, "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's"
@@ -373,6 +372,11 @@ class Arguments:
             raise InputError(f"--profile_updates {self.profile_updates}: should be as 10:13, the first and the last")
         return range(int(match[1]) - 1, int(match[2]))
 
+    @property
+    def products(self) -> str:
+        """Return the types of matrix products, "" for the parameters' own."""
+        return f"bfloat16{', fp8 in the projections' if self.fp8 else ''}" if self.bf16 else ""
+
     def notes(self, platform: str) -> list[str]:
         """Return a line for each given flag that is an alias, or has no meaning or no effect here."""
         lines = list(self.read_as)
@@ -464,6 +468,11 @@ class Arguments:
                 f"--{name}: there is no evaluation data; give --eval_data_path, --validation_split_percentage or "
                 "--eval_tasks"
             )
+        if self.fp8 and not self.bf16:
+            raise InputError("--fp8 True: is for the projections of a bfloat16 run; add --bf16 True")
+        if self.fp8 and (self.load_in_4bit or self.load_in_8bit):
+            given = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise InputError(f"--fp8 True: the projections are quantized by --{given} True already; give one of them")
         self._check_tasks()
         if self.metric_for_best_model is not None and not self.eval_tasks:
             self.check_metric(EVALUATION_METRICS)
