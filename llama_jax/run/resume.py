@@ -23,6 +23,7 @@ Json = dict[str, Any]
 UPDATE = (
     *("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
+    "adam_moments_dtype",
     *("average_tokens_across_devices", "bf16", "tf32", "on_nonfinite", "skip_loss_spikes"),
 )
 
@@ -39,7 +40,8 @@ class Facts:
 
     `adapter` is an adapter_config.json with the flags of QUANTIZATION, empty for full fine-tuning. Checkpoints written
     before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
-    `base` is the digest of the frozen parameters, set by `with_base`; "" where none is frozen.
+    `base` is the digest of the frozen parameters, set by `with_base`; "" where none is frozen. `moments` is the type of
+    adamw_torch's moments, "" before 2026-11-29, where it was that of the parameters.
     """
 
     dtype: str
@@ -51,6 +53,7 @@ class Facts:
     update: Json = dataclasses.field(default_factory=dict)
     adapter: Json = dataclasses.field(default_factory=dict)
     base: str = ""
+    moments: str = ""
 
     @classmethod
     def of(cls, job: Job, *, dtype: str, scan_layers: bool) -> "Facts":
@@ -65,6 +68,7 @@ class Facts:
             update={name: getattr(job.args, name) for name in UPDATE}
             | {"lr_scheduler_kwargs": job.args.schedule_kwargs},
             adapter=_adapter(job),
+            moments=job.args.adam_moments_dtype or dtype,
         )
 
 
@@ -231,6 +235,7 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     for flag, was, now, held in (
         ("dtype", then.dtype, facts.dtype, "parameters in"),
         ("optim", then.optim, facts.optim, "the state of"),
+        ("adam_moments_dtype", then.moments or then.dtype, facts.moments, "moments in"),
     ):
         if was != now:
             raise InputError(f"{name} holds {held} {was}: resume it with --{flag} {was}")

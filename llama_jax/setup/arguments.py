@@ -116,6 +116,9 @@ class Arguments:
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_epsilon: float = _flag(1e-8, "constant added to the root of the second moment")
+    adam_moments_dtype: str | None = _flag(
+        None, "type of adamw_torch's moments; by default the parameters'", choices=["float32", "bfloat16"]
+    )
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less: no clip")
     on_nonfinite: str = _flag("skip", "NaN or Inf in loss or gradient: skip or continue", choices=["skip", "continue"])
     max_bad_updates: int = _flag(3, "end the run after so many skipped in a row; 0: never")
@@ -410,6 +413,11 @@ class Arguments:
                 raise InputError(f"--{name} {getattr(self, name)}: should not be below 0")
         if self.skip_loss_spikes is not None and self.skip_loss_spikes <= 0:
             raise InputError(f"--skip_loss_spikes {self.skip_loss_spikes:g}: should be above 0, as 6")
+        if self.adam_moments_dtype is not None and self.optim != "adamw_torch":
+            raise InputError(
+                f"--adam_moments_dtype {self.adam_moments_dtype}: is for --optim adamw_torch, and this run's is "
+                f"{self.optim}; leave it out"
+            )
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: should be at least 0 and below 1")

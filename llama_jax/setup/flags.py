@@ -188,11 +188,13 @@ _READ_AS = {
     "adamw_torch_npu_fused": (BOTH, "adamw_torch"),
     "adamw_apex_fused": (OLD, "adamw_torch"),
     "paged_adamw_32bit": (BOTH, "adamw_torch"),
+    "adamw_bnb_8bit": (BOTH, "adamw_8bit"),
+    "paged_adamw_8bit": (BOTH, "adamw_8bit"),
     "paged_lion_32bit": (BOTH, "lion_32bit"),
 }
 _NOT_THERE = {
     OLD: "adamw_hf",
-    BOTH: "adamw_anyprecision adamw_bnb_8bit adamw_8bit paged_adamw_8bit lion_8bit paged_lion_8bit adagrad rmsprop",
+    BOTH: "adamw_anyprecision lion_8bit paged_lion_8bit adagrad rmsprop",
     NEW: "adamw_torch_4bit adamw_torch_8bit ademamix ademamix_8bit paged_ademamix_32bit paged_ademamix_8bit "
     "rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor "
     "galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise apollo_adamw apollo_adamw_layerwise "
@@ -373,7 +375,8 @@ def resolve_optimizer(name: str, weight_decay: float) -> tuple[str, list[str]]:
     if name == "paged_adamw_32bit" and weight_decay:
         # bitsandbytes' kernel multiplies the parameters by (1 - lr decay) after the update, torch before it.
         raise InputError(f"--optim {name}: with --weight_decay it decays after the update; use {text}")
-    return text, [f"--optim {name}: read as {text}"]
+    paged = "; its state stays on the device" if name.startswith("paged_") else ""
+    return text, [f"--optim {name}: read as {text}{paged}"]
 
 
 def _nearest_optimizer(name: str) -> str:
@@ -382,7 +385,7 @@ def _nearest_optimizer(name: str) -> str:
 
     family = [known for known in IMPLEMENTED_OPTIMIZERS if known.partition("_")[0] in name]
     (nearest,) = (family or difflib.get_close_matches(name, IMPLEMENTED_OPTIMIZERS, n=1) or ["adamw_torch"])[:1]
-    return nearest + (", and --dtype bfloat16 for a smaller state" if name.endswith(("4bit", "8bit")) else "")
+    return nearest + (", or adamw_8bit for a smaller state" if "4bit" in name or "8bit" in name else "")
 
 
 def read_json(name: str, text: str) -> dict[str, Any]:
