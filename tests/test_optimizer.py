@@ -235,7 +235,7 @@ def test_lion(seed: int, b1: float, b2: float, weight_decay: float) -> None:
 
 
 def test_unknown_optimizer() -> None:
-    with pytest.raises(InputError, match=r"--optim 'adamw_bnb' .*adamw_torch, sgd, adafactor, lion_32bit"):
+    with pytest.raises(InputError, match=r"--optim 'adamw_bnb' .*adamw_torch, adamw_8bit, sgd, adafactor, lion_32bit"):
         make_optimizer("adamw_bnb")
 
 

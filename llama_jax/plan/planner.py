@@ -344,7 +344,8 @@ class Planner:
 
     def ways_out(self, limit: int) -> list[Way]:
         """Return the changes of devices or flags that need less memory, each alone, in the order of their effect on the
-        updates: none, the moments' type, the parameters' type, the optimizer, the data, the parameters to train and the weights below."""
+        updates: none, the type of the moments or the parameters, the optimizer, the data, the parameters to train and
+        the weights below."""
         args, now = self.job.args, min(map(self.estimate, self.options(limit)))
         lr, ways = args.learning_rate, list[Way | None]()
         free = {"remat": "auto", "max_tokens_per_device": "auto", "packing": True}
@@ -358,16 +359,15 @@ class Planner:
         ways.append(more)
         rounding = f"; steps of --learning_rate {lr:g} do not move parameters above {512 * lr:.2g}"
         if args.optim == "adamw_torch":
-            changes = {"adam_moments_dtype": "bfloat16"}
-            ways.append(self._way("--adam_moments_dtype bfloat16", limit, changes, note=", rounds the moments"))
-            changes = {"optim": "adamw_8bit", "adam_moments_dtype": None}
-            ways.append(self._way("--optim adamw_8bit", limit, changes, note=", rounds the moments"))
+            for name, value in (("adam_moments_dtype", "bfloat16"), ("optim", "adamw_8bit")):
+                rounded_moments = {"adam_moments_dtype": None, name: value}
+                ways.append(self._way(f"--{name} {value}", limit, rounded_moments, note=", rounds the moments"))
         if self.run.param_dtype == jnp.float32:
             ways.append(self._way("--dtype bfloat16", limit, {"dtype": "bfloat16"}, note=rounding))
         for optim in OPTIMIZERS:
             if not optim.startswith("adamw"):
-                changes = {"optim": optim, "adam_moments_dtype": None}
-                ways.append(self._way(f"--optim {optim}", limit, changes, note=", other updates"))
+                other = {"optim": optim, "adam_moments_dtype": None}
+                ways.append(self._way(f"--optim {optim}", limit, other, note=", other updates"))
         half = -(-self._longest // 2)
         block = next((size for size in SIZES if half <= size < self._longest), None)
         if block is not None:  # of half as long examples; no shorter block than SIZES is planned
@@ -413,7 +413,14 @@ class Planner:
     def _found_before(self, limit: int | None) -> Path:
         """Return the file of the option found earlier for such a job on such devices."""
         args, job, run = self.job.args, self.job, self.run
-        flags = [args.optim, args.adam_moments_dtype, args.accumulation, args.remat, args.max_tokens_per_device, args.packing]
+        flags = [
+            args.optim,
+            args.adam_moments_dtype,
+            args.accumulation,
+            args.remat,
+            args.max_tokens_per_device,
+            args.packing,
+        ]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
         key += [self._largest_update, int(job.examples.lengths.max())]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"

@@ -102,15 +102,12 @@ class Arguments:
     gradient_accumulation_steps: int = _flag(1, "micro-batches of an update")
     learning_rate: float = _flag(5e-5, "peak learning rate")
     lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=[*SCHEDULES])
-    lr_scheduler_kwargs: str | None = _flag(
-        None, "keywords of the schedule: a JSON object, or a file that holds it; 4.37's default: {}, which is the same"
-    )
+    lr_scheduler_kwargs: str | None = _flag(None, "schedule's keywords: JSON or a file; 4.37's default: {}, the same")
     warmup_ratio: float = _flag(0.0, "share of the updates that warm up")
     warmup_steps: float = _flag(0, "updates that warm up; a value below 1 is a share")
     optim: str = _flag(
         "adamw_torch",
-        f"optimizer; implemented: {', '.join(OPTIMIZERS)}; docs/flags.md lists further accepted names; "
-        "5's default: adamw_torch_fused, which is the same here",
+        f"optimizer: {', '.join(OPTIMIZERS)}; 5's default: adamw_torch_fused, the same",
     )
     weight_decay: float = _flag(0.0, "decay of the matrices; biases and norms have none")
     adam_beta1: float = _flag(0.9, "decay of the first moment")

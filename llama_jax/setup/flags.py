@@ -266,7 +266,12 @@ DIFFERENCES = (
     "out those that would ask for a login. A tracker that fails is left out with a line, where the Trainer stops. "
     "`skipped_updates` is reported too.",
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
-    "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
+    "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2. `adamw_8bit` decays before "
+    "the step, as bitsandbytes on a CPU, and its CUDA kernel after it, a difference of `learning_rate` squared times "
+    "the decay.",
+    "`--optim adamw_8bit` rounds to the nearest code and keeps the sign of a negative first moment, as bitsandbytes' "
+    "CUDA kernels. Its CPU build takes codes from a coarser table. 5 keeps the moments of embeddings in 32 bits; 4.37 "
+    "means to and does not. A gradient of NaN, under `--on_nonfinite continue`, spreads to its block's moments.",
     "`--weight_decay` under 4.37 applies to the norms of Mistral, Qwen and other sister models too, as in its Trainer, "
     "which exempts LLaMA's norms by their class. 4.37's default attention ignores Mistral's sliding window; here the "
     "window is applied, as by 5.",

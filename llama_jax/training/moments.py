@@ -24,6 +24,9 @@ class Store(Protocol):
     def join(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """Return the result of `divide` in the parameter's shape and placement, those of `like`."""
 
+    def zeros(self, like: jax.Array) -> Any:
+        """Return a moment of zeros as it is kept."""
+
     def keep(self, x: jax.Array, scale: Any, like: jax.Array, signed: bool, number: jax.Array) -> Any:
         """Return a moment as it is kept. `scale` is that of 8 bits; `number` differs by update and parameter."""
 
@@ -39,6 +42,9 @@ class Exact:
 
     def join(self, x, like):
         return x
+
+    def zeros(self, like):
+        return jnp.zeros_like(like)
 
     def keep(self, x, scale, like, signed, number):
         return x
@@ -56,6 +62,9 @@ class Rounded(Exact):
 
     def __init__(self, seed: int):
         self._seed = np.uint32(seed % 2**32)
+
+    def zeros(self, like):
+        return jnp.zeros_like(like, jnp.bfloat16)
 
     def keep(self, x, scale, like, signed, number):
         place = _mixed(number + self._seed) + np.uint32(signed)
@@ -82,6 +91,9 @@ class Blockwise:
     def join(self, x, like):
         return blockwise.join(x, self._tensor, like)
 
+    def zeros(self, like):
+        return Quantized(jnp.zeros_like(like, jnp.uint8), jnp.zeros_like(self.divide(like)[..., 0]))
+
     def keep(self, x, scale, like, signed, number):
         return Quantized(blockwise.join(blockwise.quantize(x, scale, signed), self._tensor, like), scale)
 
@@ -93,7 +105,7 @@ class Blockwise:
 class StoredAdamState(NamedTuple):
     """Hold the number of updates, and trees of the first and the second moments as they are kept."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     mu: Any
     nu: Any
 
@@ -107,13 +119,7 @@ def scale_by_stored_adam(
     """
 
     def init(params):
-        def zeros(path, p):
-            of = store(path, p)
-            x = jnp.zeros_like(of.divide(p))
-            scale = blockwise.absmax(x) if isinstance(of, Blockwise) else None
-            return of.keep(x, scale, p, True, jnp.uint32(0))
-
-        mu, nu = (jax.tree_util.tree_map_with_path(zeros, params) for _ in range(2))
+        mu, nu = (jax.tree_util.tree_map_with_path(lambda path, p: store(path, p).zeros(p), params) for _ in range(2))
         return StoredAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates, state, params=None):
