@@ -265,7 +265,8 @@ LEAVES: dict[str, tuple[tuple[int, ...], tuple[int, ...], P]] = {
 
 def updates_on_meshes() -> None:
     """The codes of one device and of a layer by itself, and zeros in the padding. Each device holds its part alone
-    where blocks are whole. XLA contracts a product and a sum in one program and not in another, which moves last bits."""
+    where blocks are whole. XLA contracts a product and a sum in one program and not in another, which moves last bits.
+    """
     rng = np.random.default_rng(2)
 
     def leaf(name: str) -> np.ndarray:

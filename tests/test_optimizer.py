@@ -301,7 +301,7 @@ def check_blocks(optim: str, weight_decay: float, compiled: bool) -> None:
                 assert not any(np.asarray(u).any() for u in jax.tree.leaves(updates))
             params_n = optax.apply_updates(params_n, updates)
         assert int(state_n.gradient_step) == k + 1
-        if optim == "adamw_torch" and compiled:
+        if optim in ("adamw_torch", "adamw_8bit") and compiled:
             # As in `error_of_an_update`, twice: both have the same corrections 1 - b^k. Of gradients clipped to 1, the
             # scale is off by 24 EPS32, a mean of them by eight more, and one of their squares by twice as much.
             largest = max(float(np.abs(p).max()) for p in jax.tree.leaves(params_1))

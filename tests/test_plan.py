@@ -237,7 +237,8 @@ def test_ways_out_are_the_planners_own_figures(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compat", ["4.37", "5"])
 def test_7b_with_8_bits_fits_80_gb(compat: str, tmp_path: Path) -> None:
-    """Float32 weights in halves, updates of up to 2,048 tokens, on the 74.5 GiB that an H100 has for a run. The moments are two codes an element and two scales for 256 of them; 4.37 has no exception for embeddings."""
+    """Float32 weights in halves, updates of up to 2,048 tokens, on the 74.5 GiB that an H100 has for a run. Moments are
+    two codes an element and two scales for 256 of them; 4.37 has no exception for embeddings."""
     raw = {**CONFIG, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
     raw |= {"num_attention_heads": 32, "num_key_value_heads": 32}
     lengths = np.random.default_rng(0).integers(60, 256, 80).tolist()
