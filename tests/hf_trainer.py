@@ -17,6 +17,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import nearest
 from reference import Process, environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +70,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     - `quantization`: keywords of BitsAndBytesConfig
     - `peft`: keywords of PEFT's LoraConfig; the adapter alone is trained, and drawn under the seed of `argv`; its
       folder is `adapter` in `output_dir`
+    - `nearest` (False): whether bitsandbytes' 8-bit optimizers take the nearest code (`nearest.py`)
     - `pad_token_id` (0): what pads the ids; `attn` ("sdpa"): the attention implementation; `threads` (1): torch's
 
     The answer is {"error": what the Trainer said} where it refuses or fails; else, for each update,
@@ -105,6 +107,8 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state(True)  # they outlive a run, and remember an epoch that was left half-way
     GradientState._reset_state()
     torch.set_num_threads(spec.get("threads", 1))
+    if spec.get("nearest"):
+        nearest.install()
     output_dir = Path(spec["output_dir"])
     output_dir.mkdir(exist_ok=True)
     parser = transformers.HfArgumentParser(transformers.TrainingArguments)

@@ -216,15 +216,26 @@ def test_every_optimizer(live: dict[str, dict[str, Any]], old: Server) -> None:
             continue
         arguments = parse_arguments(argv)
         assert OPTIMIZERS[arguments.optim][1] == IMPLEMENTED
-        expected = [f"--optim {name}: read as {arguments.optim}"] if status == ALIAS else []
+        paged = "; its state stays on the device" if name.startswith("paged") else ""
+        expected = [f"--optim {name}: read as {arguments.optim}{paged}"] if status == ALIAS else []
         assert arguments.notes("cpu") == expected
     for typed, meant in {
         **{"adam": "adamw_torch", "adamw": "adamw_torch", "lion": "lion_32bit", "adamw_torhc": "adamw_torch"},
         **{"adafacter": "adafactor", "muon": "adamw_torch", "paged_lion_8bit": "lion_32bit", "rmsprop": "adamw_torch"},
-        **{"galore_adafactor": "adafactor", "schedule_free_sgd": "sgd", "adamw_bnb_8bit": "adamw_torch"},
+        **{"galore_adafactor": "adafactor", "schedule_free_sgd": "sgd", "adamw_torch_8bit": "adamw_torch"},
     }.items():
         with pytest.raises(InputError, match=rf"^--optim {typed}: .*use {meant}\b"):
             parse_arguments([*NEEDED, "--optim", typed])
+    for typed, meant in {"adamw_torch_4bit": "adamw_torch", "lion_8bit": "lion_32bit"}.items():
+        with pytest.raises(InputError, match=rf"use {meant}, or adamw_8bit for a smaller state$"):
+            parse_arguments([*NEEDED, "--optim", typed])
+    for optim in ("adamw_8bit", "sgd", "paged_adamw_8bit"):
+        with pytest.raises(
+            InputError, match=r"^--adam_moments_dtype bfloat16: is for --optim adamw_torch.*leave it out"
+        ):
+            parse_arguments([*NEEDED, "--optim", optim, "--adam_moments_dtype", "bfloat16"])
+    with pytest.raises(InputError, match="adam_moments_dtype"):
+        parse_arguments([*NEEDED, "--adam_moments_dtype", "float16"])
     with pytest.raises(InputError, match=r"^--optim paged_adamw_32bit: with --weight_decay"):
         parse_arguments([*NEEDED, "--optim", "paged_adamw_32bit", "--weight_decay", "0.1"])
 

@@ -416,6 +416,26 @@ def test_chosen_runs(bench: Bench, compat: str, name: str) -> None:
         assert hf["rates"][-1] < hf["rates"][0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("compat", "optim"), [("4.37", "adamw_bnb_8bit"), ("5", "paged_adamw_8bit")])
+def test_8_bits(bench: Bench, compat: str, optim: str, tmp_path: Path) -> None:
+    """Where a gradient's last bit turns a code, a hundredth or less of the weights, the weight moves by up to a step's
+    share of a code's distance. A moment in too many or too few bits moves most weights of its tensor."""
+    raw = {**CONFIG, "hidden_size": 64, "intermediate_size": 192}
+    model, data = write_model(tmp_path / "model", raw), write_json(tmp_path / "data.json", records_of(9, ()))
+    argv = spelled(compat, {**ACCUMULATED, "optim": optim, "weight_decay": 0.1, "save_strategy": "no"})
+    spec = {"argv": argv, "model": str(model), "data": str(data), "output_dir": str(tmp_path / "hf"), "nearest": True}
+    hf, out = bench.servers[compat].train(spec), tmp_path / "ours"
+    assert "error" not in hf, hf
+    given = ("--model_name_or_path", model, "--data_path", data, "--output_dir", out, "--hf_compat", compat)
+    ours = train_ours([*map(str, given), "--use_cpu", "True", *argv], out)
+    np.testing.assert_allclose(ours.losses, hf["losses"], rtol=1e-5)
+    np.testing.assert_allclose(ours.grad_norms, hf["grad_norms"], rtol=1e-4)
+    for name, expected in load_file(hf["weights"]).items():
+        apart = np.abs(ours.weights[name] - expected)
+        assert apart.max() <= 1e-4 and (apart > 1e-6).mean() <= 0.01, (name, apart.max(), (apart > 1e-6).mean())
+
+
 # 4.37 knows the first families alone. Its default attention ignores the window.
 FAMILIES = [("4.37", "mistral, window", "eager"), ("4.37", "qwen2", "sdpa")]
 FAMILIES += [("5", name, "sdpa") for name in SISTERS if name not in ("mistral", "qwen3, biases")]

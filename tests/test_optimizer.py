@@ -235,7 +235,7 @@ def test_lion(seed: int, b1: float, b2: float, weight_decay: float) -> None:
 
 
 def test_unknown_optimizer() -> None:
-    with pytest.raises(InputError, match=r"--optim 'adamw_bnb' .*adamw_torch, sgd, adafactor, lion_32bit"):
+    with pytest.raises(InputError, match=r"--optim 'adamw_bnb' .*adamw_torch, adamw_8bit, sgd, adafactor, lion_32bit"):
         make_optimizer("adamw_bnb")
 
 
@@ -301,7 +301,7 @@ def check_blocks(optim: str, weight_decay: float, compiled: bool) -> None:
                 assert not any(np.asarray(u).any() for u in jax.tree.leaves(updates))
             params_n = optax.apply_updates(params_n, updates)
         assert int(state_n.gradient_step) == k + 1
-        if optim == "adamw_torch" and compiled:
+        if optim in ("adamw_torch", "adamw_8bit") and compiled:
             # As in `error_of_an_update`, twice: both have the same corrections 1 - b^k. Of gradients clipped to 1, the
             # scale is off by 24 EPS32, a mean of them by eight more, and one of their squares by twice as much.
             largest = max(float(np.abs(p).max()) for p in jax.tree.leaves(params_1))

@@ -155,6 +155,17 @@ def reshard(array: jax.Array, spec: P) -> jax.Array:
     return array if placed(spec) is None else jax.sharding.reshard(array, spec)
 
 
+def reshape(array: jax.Array, shape: tuple[int, ...], spec: P) -> jax.Array:
+    """Reshape an array, its result divided by `spec` on the mesh that is set."""
+    return jax.lax.reshape(array, shape, out_sharding=placed(spec))
+
+
+def spec_of(array: jax.Array) -> P:
+    """Return the spec of an array or a tracer, with an entry for each axis."""
+    spec = jax.typeof(array).sharding.spec
+    return P(*spec, *[None] * (array.ndim - len(spec)))
+
+
 def batch_ways(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of parts that the rows of a batch are divided into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -28,7 +28,7 @@ from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import host_memory
 from llama_jax.hf import peft
-from llama_jax.hf.names import check_names, name_table
+from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
@@ -170,6 +170,7 @@ class Planner:
         # 4.37 exempts norms from the decay by their class, of which LLaMA's alone is registered.
         adapter = self.job.adapter
         adapters = peft.name_table(adapter.lora, self.job.config).values() if adapter else ()
+        tensors = dict([*name_table(self.job.config).values(), *adapters])
         norms = (NormWeight,) if args.hf_compat == "4.37" and self.job.config.model_type != "llama" else ()
         return make_optimizer(
             args.optim,
@@ -179,8 +180,12 @@ class Planner:
             weight_decay=args.weight_decay,
             decays=self.definition.having(MatmulWeight, EmbeddingTable, AdapterWeight, *norms),
             max_grad_norm=args.max_grad_norm,
+            moments=args.adam_moments_dtype,
+            # Embeddings keep 32 bits in 5; 4.37 looks for a class that it does not use.
+            exact=self.definition.having(*((EmbeddingTable,) if args.hf_compat == "5" else ())),
             blocks=blocks,
-            sizes={path: math.prod(shape) for path, shape in [*name_table(self.job.config).values(), *adapters]},
+            tensors=tensors | {without_layer(path): shape for path, shape in tensors.items()},
+            seed=args.seed,
         )
 
     def options(self, limit: int | None) -> list[Option]:
@@ -343,7 +348,8 @@ class Planner:
 
     def ways_out(self, limit: int) -> list[Way]:
         """Return the changes of devices or flags that need less memory, each alone, in the order of their effect on the
-        updates: none, the parameters' type, the optimizer, the data, the parameters to train and the weights below."""
+        updates: none, the type of the moments or the parameters, the optimizer, the data, the parameters to train and
+        the weights below."""
         args, now = self.job.args, min(map(self.estimate, self.options(limit)))
         lr, ways = args.learning_rate, list[Way | None]()
         free = {"remat": "auto", "max_tokens_per_device": "auto", "packing": True}
@@ -356,10 +362,16 @@ class Planner:
                 break
         ways.append(more)
         rounding = f"; steps of --learning_rate {lr:g} do not move parameters above {512 * lr:.2g}"
+        if args.optim == "adamw_torch":
+            for name, value in (("adam_moments_dtype", "bfloat16"), ("optim", "adamw_8bit")):
+                rounded_moments = {"adam_moments_dtype": None, name: value}
+                ways.append(self._way(f"--{name} {value}", limit, rounded_moments, note=", rounds the moments"))
         if self.run.param_dtype == jnp.float32:
             ways.append(self._way("--dtype bfloat16", limit, {"dtype": "bfloat16"}, note=rounding))
         for optim in OPTIMIZERS:
-            ways.append(self._way(f"--optim {optim}", limit, {"optim": optim}, note=", other updates"))
+            if not optim.startswith("adamw"):
+                other = {"optim": optim, "adam_moments_dtype": None}
+                ways.append(self._way(f"--optim {optim}", limit, other, note=", other updates"))
         half = -(-self._longest // 2)
         block = next((size for size in SIZES if half <= size < self._longest), None)
         if block is not None:  # of half as long examples; no shorter block than SIZES is planned
@@ -405,7 +417,14 @@ class Planner:
     def _found_before(self, limit: int | None) -> Path:
         """Return the file of the option found earlier for such a job on such devices."""
         args, job, run = self.job.args, self.job, self.run
-        flags = [args.optim, args.accumulation, args.remat, args.max_tokens_per_device, args.packing]
+        flags = [
+            args.optim,
+            args.adam_moments_dtype,
+            args.accumulation,
+            args.remat,
+            args.max_tokens_per_device,
+            args.packing,
+        ]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
         key += [self._largest_update, int(job.examples.lengths.max())]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"

@@ -39,7 +39,8 @@ class Facts:
 
     `adapter` is an adapter_config.json with the flags of QUANTIZATION, empty for full fine-tuning. Checkpoints written
     before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
-    `base` is the digest of the frozen parameters, set by `with_base`; "" where none is frozen.
+    `base` is the digest of the frozen parameters, set by `with_base`; "" where none is frozen. `moments` is the type of
+    adamw_torch's moments, "" before 2026-11-29, where it was that of the parameters.
     """
 
     dtype: str
@@ -51,6 +52,7 @@ class Facts:
     update: Json = dataclasses.field(default_factory=dict)
     adapter: Json = dataclasses.field(default_factory=dict)
     base: str = ""
+    moments: str = ""
 
     @classmethod
     def of(cls, job: Job, *, dtype: str, scan_layers: bool) -> "Facts":
@@ -65,6 +67,7 @@ class Facts:
             update={name: getattr(job.args, name) for name in UPDATE}
             | {"lr_scheduler_kwargs": job.args.schedule_kwargs},
             adapter=_adapter(job),
+            moments=job.args.adam_moments_dtype or dtype,
         )
 
 
@@ -231,6 +234,7 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     for flag, was, now, held in (
         ("dtype", then.dtype, facts.dtype, "parameters in"),
         ("optim", then.optim, facts.optim, "the state of"),
+        ("adam_moments_dtype", then.moments or then.dtype, facts.moments, "moments in"),
     ):
         if was != now:
             raise InputError(f"{name} holds {held} {was}: resume it with --{flag} {was}")
@@ -254,9 +258,7 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
             text = "--world_size" if key == "ranks" else key
             say(f"warning: {name} was made with {text} {then.order.get(key)}, this run has {value}")
     for flag, now in facts.update.items() if then.update else ():
-        was = then.update.get(
-            flag, getattr(Arguments, flag)
-        )  # its default, where the flag is newer than the checkpoint
+        was = then.update.get(flag, False if flag == "fp8" else now)  # there since 2026-11-29
         if was != now:
             say(f"warning: {name} was made with --{flag} {was}, this run goes on with {now}")
     if then.scan_layers != facts.scan_layers:

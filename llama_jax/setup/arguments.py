@@ -102,20 +102,20 @@ class Arguments:
     gradient_accumulation_steps: int = _flag(1, "micro-batches of an update")
     learning_rate: float = _flag(5e-5, "peak learning rate")
     lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=[*SCHEDULES])
-    lr_scheduler_kwargs: str | None = _flag(
-        None, "keywords of the schedule: a JSON object, or a file that holds it; 4.37's default: {}, which is the same"
-    )
+    lr_scheduler_kwargs: str | None = _flag(None, "schedule's keywords: JSON or a file; 4.37's default: {}, the same")
     warmup_ratio: float = _flag(0.0, "share of the updates that warm up")
     warmup_steps: float = _flag(0, "updates that warm up; a value below 1 is a share")
     optim: str = _flag(
         "adamw_torch",
-        f"optimizer; implemented: {', '.join(OPTIMIZERS)}; docs/flags.md lists further accepted names; "
-        "5's default: adamw_torch_fused, which is the same here",
+        f"optimizer: {', '.join(OPTIMIZERS)}; 5's default: adamw_torch_fused, the same",
     )
     weight_decay: float = _flag(0.0, "decay of the matrices; biases and norms have none")
     adam_beta1: float = _flag(0.9, "decay of the first moment")
     adam_beta2: float = _flag(0.999, "decay of the second moment")
     adam_epsilon: float = _flag(1e-8, "constant added to the root of the second moment")
+    adam_moments_dtype: str | None = _flag(
+        None, "type of adamw_torch's moments; by default the parameters'", choices=["float32", "bfloat16"]
+    )
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less: no clip")
     on_nonfinite: str = _flag("skip", "NaN or Inf in loss or gradient: skip or continue", choices=["skip", "continue"])
     max_bad_updates: int = _flag(3, "end the run after so many skipped in a row; 0: never")
@@ -414,6 +414,11 @@ class Arguments:
                 raise InputError(f"--{name} {getattr(self, name)}: should not be below 0")
         if self.skip_loss_spikes is not None and self.skip_loss_spikes <= 0:
             raise InputError(f"--skip_loss_spikes {self.skip_loss_spikes:g}: should be above 0, as 6")
+        if self.adam_moments_dtype is not None and self.optim != "adamw_torch":
+            raise InputError(
+                f"--adam_moments_dtype {self.adam_moments_dtype}: is for --optim adamw_torch, and this run's is "
+                f"{self.optim}; leave it out"
+            )
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: should be at least 0 and below 1")

@@ -188,11 +188,13 @@ _READ_AS = {
     "adamw_torch_npu_fused": (BOTH, "adamw_torch"),
     "adamw_apex_fused": (OLD, "adamw_torch"),
     "paged_adamw_32bit": (BOTH, "adamw_torch"),
+    "adamw_bnb_8bit": (BOTH, "adamw_8bit"),
+    "paged_adamw_8bit": (BOTH, "adamw_8bit"),
     "paged_lion_32bit": (BOTH, "lion_32bit"),
 }
 _NOT_THERE = {
     OLD: "adamw_hf",
-    BOTH: "adamw_anyprecision adamw_bnb_8bit adamw_8bit paged_adamw_8bit lion_8bit paged_lion_8bit adagrad rmsprop",
+    BOTH: "adamw_anyprecision lion_8bit paged_lion_8bit adagrad rmsprop",
     NEW: "adamw_torch_4bit adamw_torch_8bit ademamix ademamix_8bit paged_ademamix_32bit paged_ademamix_8bit "
     "rmsprop_bnb rmsprop_bnb_8bit rmsprop_bnb_32bit galore_adamw galore_adamw_8bit galore_adafactor "
     "galore_adamw_layerwise galore_adamw_8bit_layerwise galore_adafactor_layerwise apollo_adamw apollo_adamw_layerwise "
@@ -264,7 +266,12 @@ DIFFERENCES = (
     "out those that would ask for a login. A tracker that fails is left out with a line, where the Trainer stops. "
     "`skipped_updates` is reported too.",
     "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
-    "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2.",
+    "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2. `adamw_8bit` decays before "
+    "the step, as bitsandbytes on a CPU, and its CUDA kernel after it, a difference of `learning_rate` squared times "
+    "the decay.",
+    "`--optim adamw_8bit` rounds to the nearest code and keeps the sign of a negative first moment, as bitsandbytes' "
+    "CUDA kernels. Its CPU build takes codes from a coarser table. 5 keeps the moments of embeddings in 32 bits; 4.37 "
+    "means to and does not. A gradient of NaN, under `--on_nonfinite continue`, spreads to its block's moments.",
     "`--weight_decay` under 4.37 applies to the norms of Mistral, Qwen and other sister models too, as in its Trainer, "
     "which exempts LLaMA's norms by their class. 4.37's default attention ignores Mistral's sliding window; here the "
     "window is applied, as by 5.",
@@ -373,7 +380,8 @@ def resolve_optimizer(name: str, weight_decay: float) -> tuple[str, list[str]]:
     if name == "paged_adamw_32bit" and weight_decay:
         # bitsandbytes' kernel multiplies the parameters by (1 - lr decay) after the update, torch before it.
         raise InputError(f"--optim {name}: with --weight_decay it decays after the update; use {text}")
-    return text, [f"--optim {name}: read as {text}"]
+    paged = "; its state stays on the device" if name.startswith("paged_") else ""
+    return text, [f"--optim {name}: read as {text}{paged}"]
 
 
 def _nearest_optimizer(name: str) -> str:
@@ -382,7 +390,7 @@ def _nearest_optimizer(name: str) -> str:
 
     family = [known for known in IMPLEMENTED_OPTIMIZERS if known.partition("_")[0] in name]
     (nearest,) = (family or difflib.get_close_matches(name, IMPLEMENTED_OPTIMIZERS, n=1) or ["adamw_torch"])[:1]
-    return nearest + (", and --dtype bfloat16 for a smaller state" if name.endswith(("4bit", "8bit")) else "")
+    return nearest + (", or adamw_8bit for a smaller state" if "4bit" in name or "8bit" in name else "")
 
 
 def read_json(name: str, text: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Build the HF Trainer's optimizers from optax: clipping, decay groups, the update's rate, accumulation."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -11,7 +12,10 @@ import numpy as np
 import optax
 
 from llama_jax.base.errors import InputError
+from llama_jax.training.moments import EXACT_BELOW, Blockwise, Exact, Rounded, Store, scale_by_stored_adam
 from llama_jax.training.optimizer_names import OPTIMIZERS
+
+Shapes = Mapping[tuple, tuple[int, ...]]
 
 
 class ClipState(NamedTuple):
@@ -68,12 +72,27 @@ def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _clip_by_rms(sizes: Mapping[tuple, int]) -> optax.GradientTransformation:
-    """Clip each leaf's root mean square to at most 1, over its elements without padding. `sizes` holds their number by
-    the leaf's path; the updates of padding are 0."""
+def _keys(path: tuple[Any, ...]) -> tuple:
+    """Return the keys of a path of jax in a tree of dictionaries."""
+    return tuple(k.key for k in path)
+
+
+def _in_8_bits(tensors: Shapes, exact: Any) -> Callable[[tuple[Any, ...], jax.Array], Store]:
+    """Return the function that gives the store of a leaf's moments, by its path, for `adamw_8bit`."""
+    in_32_bits = {_keys(path) for path, is_exact in jax.tree_util.tree_leaves_with_path(exact) if is_exact}
+
+    def store(path, leaf):
+        tensor = tensors.get(_keys(path), leaf.shape)
+        return Exact() if math.prod(tensor) < EXACT_BELOW or _keys(path) in in_32_bits else Blockwise(tensor)
+
+    return store
+
+
+def _clip_by_rms(tensors: Shapes) -> optax.GradientTransformation:
+    """Clip each leaf's root mean square to at most 1, over its elements without padding, whose updates are 0."""
 
     def clip(path, u):
-        size = sizes.get(tuple(k.key for k in path), u.size)
+        size = math.prod(tensors.get(_keys(path), u.shape))
         return u / jnp.maximum(1.0, jnp.sqrt(jnp.sum(u * u) / size))
 
     return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(clip, updates))
@@ -88,22 +107,29 @@ def make_optimizer(
     weight_decay: float = 0.0,
     decays: Any = None,
     max_grad_norm: float = 1.0,
+    moments: str | None = None,
+    exact: Any = None,
     blocks: np.ndarray | None = None,
-    sizes: Mapping[tuple, int] = MappingProxyType({}),
+    tensors: Shapes = MappingProxyType({}),
+    seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Return the optimizer of the Trainer's `--optim name`, after clipping, at the rate given to the update.
 
     `update(grads, state, params, learning_rate=rate)` with a float32 scalar.
 
-    - `adamw_torch`: torch's AdamW. State in the parameters' dtype.
+    - `adamw_torch`: torch's AdamW. State in the parameters' dtype, or in the type `moments` with arithmetic in float32;
+      bfloat16 is drawn from `seed` (`training.moments`).
+    - `adamw_8bit`: bitsandbytes' AdamW8bit. It keeps moments in float32 for tensors of less than 4,096 elements, and
+      where the tree of booleans `exact` is true. Weights decay before the step, as on bitsandbytes' CPU.
     - `sgd`: torch's SGD without momentum; the decay is added to the (clipped) gradient.
     - `adafactor`: transformers' Adafactor with `scale_parameter=False, relative_step=False`; betas and eps are not
       used. It treats a leaf of two axes as a matrix and clips each leaf's update by its own RMS. Layers must thus be
-      leaves of their own, not stacked. `sizes` are the elements of padded leaves, padding left out, by their paths.
+      leaves of their own, not stacked.
     - `lion_32bit`: Lion (Chen et al. 2023) with decoupled decay, as in bitsandbytes' main branch. Its releases up to
       0.49.2 put the decay into the gradient in 32 bits, a bug by its issue 1992.
 
-    `decays` is a tree of booleans: the parameters that `weight_decay` applies to; None for all.
+    `decays` is a tree of booleans: the parameters that `weight_decay` applies to; None for all. `tensors` are the
+    shapes of leaves by their paths, without padding, and of a stack of leaves that of each.
 
     The last two keep their state in float32, as torch's do. `blocks` holds the number of blocks of each update. Where
     an update has several, `optax.MultiSteps` sums their gradients; each block's loss already carries its share of the
@@ -111,13 +137,18 @@ def make_optimizer(
     and its accumulator are left out.
     """
     clip, decayed = clip_by_global_norm(max_grad_norm), partial(_decayed, weight_decay=weight_decay, decays=decays)
-    if name == "adamw_torch":
-        rules = [clip, decayed(optax.scale_by_adam(b1, b2, eps))]
+    if name == "adamw_torch" and moments == "bfloat16":
+        rules = [clip, _in_float32(decayed(scale_by_stored_adam(b1, b2, eps, lambda path, leaf: Rounded(seed))))]
+    elif name == "adamw_torch":
+        rule = decayed(optax.scale_by_adam(b1, b2, eps))
+        rules = [clip, _in_float32(rule) if moments == "float32" else rule]
+    elif name == "adamw_8bit":
+        rules = [clip, _in_float32(decayed(scale_by_stored_adam(b1, b2, eps, _in_8_bits(tensors, exact))))]
     elif name == "sgd":
         rules = [decayed(clip)]
     elif name == "adafactor":
         rms = optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=1, epsilon=1e-30)
-        rules = [clip, _in_float32(decayed(optax.chain(rms, _clip_by_rms(sizes))))]
+        rules = [clip, _in_float32(decayed(optax.chain(rms, _clip_by_rms(tensors))))]
     elif name == "lion_32bit":
         rules = [clip, _in_float32(decayed(optax.chain(optax.scale_by_lion(b1, b2))))]
     else:

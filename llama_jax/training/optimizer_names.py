@@ -2,6 +2,7 @@
 
 OPTIMIZERS = {
     "adamw_torch": "AdamW with decoupled weight decay",
+    "adamw_8bit": "AdamW with moments in 8 bits, as bitsandbytes' AdamW8bit",
     "sgd": "gradient descent without momentum",
     "adafactor": "Adafactor with the Trainer's settings: no relative step, no scaling by the parameter",
     "lion_32bit": "Lion with decoupled weight decay",
