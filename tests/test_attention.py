@@ -16,6 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
 from tiny import ROOT, environment, of_devices, slow_unless
 
+import llama_jax.model.attention
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.model.attention import PLAIN, Kernel, Scores, choose_kernel, kv_copies, packed_attention, splash_block
@@ -82,8 +83,11 @@ LENGTHS = {  # padded ends, a full row, segments across blocks
         slow_unless(False, 2, 1, 768, Scores(window=768)),
     ],
 )
-def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, kind: Scores, mesh: Mesh) -> None:
+def test_packed_rows(
+    kernel: str, heads: int, kv_heads: int, T: int, kind: Scores, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values; and gradients against the plain one's, whose own are torch's by test_parity.py and test_families.py."""
+    monkeypatch.setattr(llama_jax.model.attention, "SHORT", 0)
     lengths = LENGTHS[T]
     ids, positions = make_rows(lengths, T)
     q, k, v = make_inputs(len(lengths), T, heads, kv_heads, 128)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.compat import cudnn_attention, splash_attention
 from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, axis_size, placed
-from llama_jax.model.blockwise import blockwise
+from llama_jax.model.blockwise import SHORT, blockwise
 from llama_jax.model.kernels import KERNELS
 
 
@@ -179,7 +179,7 @@ def packed_attention(
     A row's segments are 1, 2, ... side by side, and padding (0) is at its end. The output for padding is finite and
     differs between kernels. `interpret` runs splash on the CPU.
     """
-    if kernel.name == "xla":
+    if kernel.name == "xla" or (kernel.name == "blockwise" and q_BTNH.shape[1] <= SHORT):
         return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions, scores)
     if kernel.name == "blockwise":
         T, H = q_BTNH.shape[1], q_BTNH.shape[3]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 BLOCK = 64  # tokens: of 32, 64, 128 and 256 the fastest for 8 to 32 heads of 8 to 128 values (two cores, 2026-11-29)
+SHORT = 128  # tokens of a row whose scores fit the cache as a whole: plain attention is as fast and compiles sooner
 LEAST = float(jnp.finfo(jnp.float32).min)
 _SUMS: dict[str, Any] = {"preferred_element_type": jnp.float32}
 
