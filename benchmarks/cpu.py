@@ -5,7 +5,8 @@
 
 HF_DIR is a folder with weights and tokenizer; side_by_side.py says how to make one of SmolLM2-135M. Each run is a
 process. The first run of train_jax.py has empty caches, the later ones use its caches. Printed are the medians of all
-rounds, with the peak memory of the process.
+updates but each run's first, with the peak memory of the process. CPU seconds count all threads: on a machine at other
+work they vary less than time.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def train_peer(args: argparse.Namespace) -> None:
         batch = {k: pad([x[k] for x in items], True, v) for k, v in (("input_ids", 0), ("labels", -100))}
         return batch | {"attention_mask": pad([torch.ones_like(x["input_ids"]) for x in items], True)}
 
-    parser = transformers.HfArgumentParser(transformers.TrainingArguments)
+    kind: Any = transformers.TrainingArguments
+    parser = transformers.HfArgumentParser(kind)
     with tempfile.TemporaryDirectory() as folder:
         flags = [*flags_of(args), "--output_dir", folder, "--disable_tqdm", "True"]  # then each log line is printed
         (arguments,) = parser.parse_args_into_dataclasses(flags)
@@ -51,9 +53,9 @@ def flags_of(args: argparse.Namespace) -> list[str]:
 
 
 def run(command: list[str], env: dict[str, str], updates: int) -> dict[str, Any]:
-    """Run a command until its last update is logged, then kill it. Returns the seconds to the first update, those of
-    each later update, and the GiB of the process at its peak."""
-    started, done = time.monotonic(), []
+    """Run a command until its last update is logged, then kill it. Returns the seconds to the first update, the seconds
+    and CPU seconds of each later update, and the GiB of the process at its peak."""
+    started, done, spent = time.monotonic(), [], []
     env = env | {"PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=env, text=True)
@@ -61,6 +63,7 @@ def run(command: list[str], env: dict[str, str], updates: int) -> dict[str, Any]
         for line in process.stdout:
             if "'loss'" in line:
                 done.append(time.monotonic())
+                spent.append(cpu_seconds(process.pid))
             if len(done) == updates:
                 break
         process.kill()
@@ -68,7 +71,14 @@ def run(command: list[str], env: dict[str, str], updates: int) -> dict[str, Any]
         if len(done) < updates:
             errors.seek(0)
             sys.exit(f"{' '.join(command)} ended after {len(done)} updates:\n{errors.read()[-3000:]}")
-    return {"first_s": done[0] - started, "updates_s": np.diff(done).tolist(), "gib": used.ru_maxrss / 2**20}
+    result = {"first_s": done[0] - started, "gib": used.ru_maxrss / 2**20}
+    return result | {"updates_s": np.diff(done).tolist(), "updates_cpu_s": np.diff(spent).tolist()}
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the seconds of processors that a process has used, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -105,12 +115,14 @@ def main() -> None:
             for name, command in commands.items():
                 env = os.environ | {"XDG_CACHE_HOME": str(folder / name.replace(" ", "_"))}
                 results[name].append(run(command, env, args.updates))
-    print("| run | first update, empty caches | with caches | update, median | peak GiB |\n|---|--:|--:|--:|--:|")
+                print(name, json.dumps(results[name][-1]), file=sys.stderr, flush=True)
+    print("| run | first update, empty caches | with caches | update | CPU seconds of it | peak GiB |")
+    print("|---|--:|--:|--:|--:|--:|")
     for name, runs in results.items():
         later = np.median([r["first_s"] for r in runs[1:]]) if runs[1:] else np.nan
-        update = np.median([r["updates_s"] for r in runs])
+        update, spent = (np.median([r[key] for r in runs]) for key in ("updates_s", "updates_cpu_s"))
         most = max(r["gib"] for r in runs)
-        print(f"| {name} | {runs[0]['first_s']:.1f} s | {later:.1f} s | {update:.3f} s | {most:.2f} |")
+        print(f"| {name} | {runs[0]['first_s']:.1f} s | {later:.1f} s | {update:.3f} s | {spent:.3f} | {most:.2f} |")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
