@@ -16,6 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
 from tiny import ROOT, environment, of_devices, slow_unless
 
+import llama_jax.model.attention
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
 from llama_jax.model.attention import PLAIN, Kernel, Scores, choose_kernel, kv_copies, packed_attention, splash_block
@@ -69,7 +70,7 @@ LENGTHS = {  # padded ends, a full row, segments across blocks
 }
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "splash", "blockwise"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "T", "kind"),
     [
@@ -82,8 +83,11 @@ LENGTHS = {  # padded ends, a full row, segments across blocks
         slow_unless(False, 2, 1, 768, Scores(window=768)),
     ],
 )
-def test_packed_rows(kernel: str, heads: int, kv_heads: int, T: int, kind: Scores, mesh: Mesh) -> None:
+def test_packed_rows(
+    kernel: str, heads: int, kv_heads: int, T: int, kind: Scores, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Values; and gradients against the plain one's, whose own are torch's by test_parity.py and test_families.py."""
+    monkeypatch.setattr(llama_jax.model.attention, "SHORT", 0)
     lengths = LENGTHS[T]
     ids, positions = make_rows(lengths, T)
     q, k, v = make_inputs(len(lengths), T, heads, kv_heads, 128)
@@ -113,7 +117,14 @@ def on_meshes() -> None:
     T, lengths = 256, [[100, 3, 150], [256], [30, 30, 30]]
     ids, positions = make_rows(lengths, T)
     one = sharding.make_mesh(jax.devices()[:1])
-    for heads, kv_heads, kernel in ((8, 2, "xla"), (4, 4, "xla"), (6, 2, "xla"), (3, 1, "xla"), (4, 2, "splash")):
+    for heads, kv_heads, kernel in (
+        (8, 2, "xla"),
+        (4, 4, "xla"),
+        (6, 2, "xla"),
+        (3, 1, "xla"),
+        (4, 2, "splash"),
+        (6, 2, "blockwise"),
+    ):
         kind = Scores(window=40) if heads == 6 else PLAIN
         q, k, v = make_inputs(len(lengths), T, heads, kv_heads, 128)
         weights = np.random.default_rng(0).standard_normal(q.shape, np.float32) * (ids > 0)[:, :, None, None]
@@ -128,7 +139,7 @@ def on_meshes() -> None:
                 return jax.tree.map(np.asarray, step(*placed(mesh, list(arrays))))
 
         expected, _ = both(one)
-        for spec in ("context=2", "context=8", "context=4,tensor=2") if kernel == "xla" else ("context=4",):
+        for spec in ("context=2", "context=8", "context=4,tensor=2") if kernel != "splash" else ("context=4",):
             if kv_heads % (2 if "tensor" in spec else 1):
                 continue  # the model pads the heads for tensor itself
             size = 2 if spec == "context=2" else 4 if kernel == "splash" else 8
@@ -232,7 +243,8 @@ def test_what_cudnn_is_told(lengths: list[list[int]], room: int, tail: bool, kin
         ("auto", "gpu", A100, 128, "bfloat16", "xla"),
         ("auto", "tpu", V5E, 128, "bfloat16", "splash"),
         ("auto", "tpu", V5E, 64, "bfloat16", "xla"),
-        ("auto", "cpu", "cpu", 128, "bfloat16", "xla"),
+        ("auto", "cpu", "cpu", 128, "bfloat16", "blockwise"),
+        ("xla", "cpu", "cpu", 128, "float32", "xla"),
         ("xla", "gpu", H200, 128, "bfloat16", "xla"),
         ("cudnn", "gpu", H200, 128, "bfloat16", "cudnn"),
         ("splash", "tpu", V5E, 256, "float32", "splash"),

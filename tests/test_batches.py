@@ -6,6 +6,7 @@ of the pair (i, j). The Trainer's loss is then a few loops over those numbers.
 
 import itertools
 import json
+import math
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -362,6 +363,36 @@ def test_a_long_run_has_few_shapes_and_little_padding(compat, ways, max_tokens):
     assert tokens == sum(int(lengths[i]) * n for i, n in expected.items())
     assert max(rows * length for rows, length in batches.shapes) <= max_tokens * ways
     assert padded / tokens < (1.4 if ways == 4 else 1.1)
+
+
+@pytest.mark.parametrize("per_row", [0.0, 1e-4, 1e-2])
+def test_rows_that_cost_are_shorter(per_row):
+    """Of all row limits the cheapest, by the blocks that each limit alone makes; and the same updates as ever."""
+    rng = np.random.default_rng(2)
+    lengths = np.clip(rng.lognormal(4.7, 0.5, 256).astype(int), 30, 400).tolist()
+    examples = make_examples(lengths, 0.4, 0)
+    order = Order(256, 1, 8, 1, "5")
+
+    def cost(blocks: int, tokens: int, row: int) -> float:
+        return tokens * (1 + per_row * row) + 100 * blocks
+
+    def price(batches: Batches) -> float:
+        shapes = [shape for k in range(order.updates) for shape in batches.shapes_of(k)]
+        return cost(len(shapes), sum(map(math.prod, shapes)), max(length for _, length in batches.shapes))
+
+    chosen = Batches(examples, order, training_loss(order), max_tokens=2048, cost=cost)
+    if per_row == 1e-2:
+        assert max(length for _, length in chosen.shapes) == 512
+    # A cost that only one limit escapes makes the blocks of that limit.
+    others = [
+        Batches(examples, order, training_loss(order), 1, 2048, limit, cost=lambda b, t, row, n=limit: float(row != n))
+        for limit in range(512, 2049, 128)
+    ]
+    # A run compiles one shape for its largest update, where limits are compared by a sample's own sizes.
+    assert price(chosen) <= 1.1 * min(map(price, others))
+    for k in range(order.updates):
+        placed = [p for block in chosen.update(k) for p in read_back(block, examples)]
+        assert sorted(p.example for p in placed) == sorted(int(i) for m in order.update(k) for rank in m for i in rank)
 
 
 def test_an_update_that_fits_is_one_block():

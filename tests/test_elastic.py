@@ -109,13 +109,13 @@ def flags_of(folder: Path, compat: str, packing: bool) -> list[str]:
     return [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
 
 
-def resumed_on(folder: str, compat: str, packing: bool) -> None:
-    """Begun on four devices. From update 2 on 1, 2 and 8, and again from update 4 on eight."""
+def resumed_on(folder: str, compat: str, packing: bool, others: tuple[int, ...] = (1, 2, 8)) -> None:
+    """Begun on four devices. From update 2 on each other number, and of 1 again from update 4 on eight."""
     home = Path(folder)
     argv = flags_of(home, compat, packing)
     whole, values, _ = trained(argv, home / "whole", 4)
     assert len(values) == 6 and sorted(whole["saved"]) == [2, 4, 6]
-    starts = [("whole", 2, devices, f"on-{devices}") for devices in (1, 2, 8)]
+    starts = [("whole", 2, devices, f"on-{devices}") for devices in others]
     for start, step, devices, name in [*starts, ("on-1", 4, 8, "on-1-then-8")]:
         out, checkpoint = home / name, home / start / f"checkpoint-{step}"
         now, later, said = trained(argv, out, devices, "--resume_from_checkpoint", checkpoint)
@@ -148,17 +148,18 @@ def write_case(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compat", "packing"),
+    ("compat", "packing", "others"),
     [
-        pytest.param("4.37", True, marks=pytest.mark.slow),
-        pytest.param("5", False, marks=pytest.mark.slow),
-        pytest.param("4.37", False, marks=pytest.mark.proof),
-        pytest.param("5", True, marks=pytest.mark.proof),
+        pytest.param("4.37", True, (1, 2, 8), marks=pytest.mark.slow),
+        pytest.param("5", False, (1,), marks=pytest.mark.slow),
+        pytest.param("5", False, (1, 2, 8), marks=pytest.mark.proof),
+        pytest.param("4.37", False, (1, 2, 8), marks=pytest.mark.proof),
+        pytest.param("5", True, (1, 2, 8), marks=pytest.mark.proof),
     ],
 )
-def test_another_number_of_devices(compat: str, packing: bool, tmp_path: Path) -> None:
+def test_another_number_of_devices(compat: str, packing: bool, others: tuple[int, ...], tmp_path: Path) -> None:
     write_case(tmp_path)
-    on_eight_devices(f"resumed_on({str(tmp_path)!r}, {compat!r}, {packing})", module="test_elastic")
+    on_eight_devices(f"resumed_on({str(tmp_path)!r}, {compat!r}, {packing}, {others})", module="test_elastic")
 
 
 def test_ranks_are_the_runs(tmp_path: Path) -> None:

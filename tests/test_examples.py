@@ -149,7 +149,7 @@ def test_two_thousand_records_of_alpaca_follow_the_rule(alpaca, llama):
     assert_by_the_rule(alpaca[:2000], 512, *llama)
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 def test_all_records_of_alpaca_follow_the_rule(alpaca, llama):
     assert len(alpaca) == 52002
     assert_by_the_rule(alpaca, 512, *llama)

@@ -24,7 +24,7 @@ from tiny import CONFIG, make_records, run, write_json, write_model
 
 import train_jax
 from llama_jax.distributed import sharding
-from llama_jax.training import blockwise
+from llama_jax.training import eight_bits
 from llama_jax.training.moments import Rounded
 from llama_jax.training.optimizer import make_optimizer
 
@@ -47,7 +47,7 @@ def book(signed: bool) -> np.ndarray:
 
 @SIGNED
 def test_code_book(signed: bool) -> None:
-    np.testing.assert_array_equal(blockwise.code_book(signed), book(signed))
+    np.testing.assert_array_equal(eight_bits.code_book(signed), book(signed))
     # Its ends, their mean and the power of ten: five roundings of numbers up to 1, in units of the decade's end.
     theirs = create_dynamic_map(signed).numpy()
     decade = 10.0 ** np.ceil(np.log10(np.maximum(np.abs(theirs), 1e-7)))
@@ -75,7 +75,7 @@ def test_codes_are_the_nearest(signed: bool) -> None:
     x = np.concatenate([borders, np.clip(drawn, -1, 1), 10 ** rng.uniform(-9, 0, 20000)]).astype(np.float32)
     x = np.resize(np.concatenate([x, -x]) if signed else np.abs(x), (len(x) // 100, 255))
     x = np.concatenate([x, np.ones((len(x), 1), np.float32)], axis=1)  # the largest of each block
-    found = np.asarray(jax.jit(lambda x: blockwise.quantize(x, blockwise.absmax(x), signed))(x))
+    found = np.asarray(jax.jit(lambda x: eight_bits.quantize(x, eight_bits.absmax(x), signed))(x))
     assert found.dtype == np.uint8
     distance = np.abs(x.astype(np.float64) - codes[found])
     np.testing.assert_array_equal(distance, np.abs(x.astype(np.float64) - codes[by_distance(x, signed)]))
@@ -163,7 +163,7 @@ def our_run(
 
 def kept(state: Any) -> Iterator[tuple[Any, Any]]:
     """Both moments of each leaf."""
-    is_leaf = lambda x: isinstance(x, blockwise.Quantized)  # noqa: E731
+    is_leaf = lambda x: isinstance(x, eight_bits.Quantized)  # noqa: E731
     mu, nu = (optax.tree_utils.tree_get(state, name) for name in ("mu", "nu"))
     return zip(jax.tree.leaves(mu, is_leaf=is_leaf), jax.tree.leaves(nu, is_leaf=is_leaf), strict=True)
 

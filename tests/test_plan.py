@@ -153,7 +153,7 @@ def dot_operations(program: Program) -> tuple[float, float]:
 def test_operations_are_those_of_the_compiled_update(flags: dict[str, Any], tmp_path: Path) -> None:
     """Of products, in all blocks of one program. Plain attention computes also the half that the mask hides."""
     raw = {**RAW, "hidden_size": 64, "intermediate_size": 192}
-    plans = planner(tmp_path, raw, **flags, use_peft=True, lora_r=4)
+    plans = planner(tmp_path, raw, **flags, use_peft=True, lora_r=4, attention="xla")
     plan = plans.make(Option(10**4, "none"))
     plan.compile(plan.largest_block, plans.mesh)
     rows, length = plan.largest_block
@@ -165,6 +165,24 @@ def test_operations_are_those_of_the_compiled_update(flags: dict[str, Any], tmp_
         of_weights -= 2 * 2 * 4 * 64 * 64
     assert of_weights == pytest.approx(without, rel=1e-6)
     assert of_attention / 2 == pytest.approx(expected - without, rel=1e-6)
+
+
+def test_rows_of_plain_attention_are_short(tmp_path: Path) -> None:
+    """A small model's attention takes most of the time, and rows are as short as the longest example: 200 tokens alone,
+    and 9 times 100 in pairs. A wide model's takes little, and so does attention that skips other segments."""
+    records = [{"input_ids": [1] * n, "labels": [1] * n} for n in [200, *[100] * 9] * 4]
+    write_json(tmp_path / "data.json", records)
+    wide = {**RAW, "hidden_size": 2**14, "intermediate_size": 2**16}
+    flags = {
+        "per_device_train_batch_size": 10,
+        "gradient_accumulation_steps": 1,
+        "train_sampling_strategy": "sequential",
+    }
+    rows = {}
+    for name, raw, attention in (("small", RAW, "xla"), ("wide", wide, "xla"), ("skipped", RAW, "blockwise")):
+        plans = planner(tmp_path, raw, **flags, attention=attention)
+        rows[name] = plans.make(plans.options(None)[0]).largest_block
+    assert rows == {"small": (6, 256), "wide": (1, 1152), "skipped": (1, 1152)}
 
 
 def test_too_large_by_arithmetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

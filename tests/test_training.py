@@ -660,7 +660,14 @@ def test_lines_of_a_run(tmp_path: Path) -> None:
         outcome = run(train_jax.main, *job.argv("out", max_steps=updates, overwrite_output_dir=True))
         assert outcome.code == 0, outcome.err
         lines = outcome.err.splitlines()
-        for start in ("data:", "attention kernel: xla", "model:", "devices:", "training:", "compiling an update in"):
+        for start in (
+            "data:",
+            "attention kernel: blockwise",
+            "model:",
+            "devices:",
+            "training:",
+            "compiling an update in",
+        ):
             assert [line[: len(start)] for line in lines].count(start) == 1, (start, outcome.err)
         assert f"done: the trained model is in {tmp_path / 'out'}" in lines[-1]
         assert ("tokens/s" in outcome.err) == ("median update" in outcome.err) == (updates > 1)

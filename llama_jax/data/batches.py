@@ -57,7 +57,8 @@ class Batches:
     example, rounded up to one of few lengths.
 
     Choosing the shapes visits each update twice, or again if one does not fit, which is rare. `progress` is called with
-    the number of further visits.
+    the number of further visits. `cost(blocks, tokens, row)` orders the row limits: of a sample of updates, its blocks,
+    the tokens of a device in them, and the longest row. None orders by blocks, then tokens.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Batches:
         row_limit: int = 2048,
         packed: bool = True,
         progress: Callable[[int], None] = lambda done: None,
+        cost: Callable[[int, int, int], float] | None = None,
     ):
         self.examples, self.order, self.normalise, self.ways, self.packed = examples, order, normalise, ways, packed
+        self._cost = cost
         self.trained = examples.trained
         levels = max(1, min(MAX_SHAPES, order.updates // UPDATES_PER_SHAPE))
         # Block b of the run has the shape of number _shape_of[b]; update k begins with block _first[k].
@@ -132,16 +135,25 @@ class Batches:
         """Return the block shapes to choose from, one device's share by its tokens.
 
         A shorter row limit may pack better where two of the longest example do not fit a row. Rows of 1,152 hold
-        examples of 1,100 better than rows of 2,048. The best limit for a sample of updates is taken.
+        examples of 1,100 better than rows of 2,048. Where rows have a cost, any shorter limit may be better. The best
+        limit for a sample of updates is taken.
         """
         longest = int(self.examples.lengths.max())
         row_limit = min(row_limit, max_tokens)
-        limits = range(max(row_limit, longest), (longest if 2 * longest > row_limit else row_limit) - 1, -ROW_MULTIPLE)
+        least = longest if self._cost or 2 * longest > row_limit else row_limit
+        limits = range(max(row_limit, longest), least - 1, -ROW_MULTIPLE)
         choices = [allowed_shapes(max_tokens, limit, longest=longest, multiple=ROW_MULTIPLE) for limit in limits]
         if len(choices) == 1:
             return choices[0]
         sample = [self._sizes(k) for k in range(0, self.order.updates, -(-self.order.updates // SAMPLE))]
-        return min(choices, key=lambda allowed: np.sum([self._least(x, allowed) for x in sample], axis=0).tolist())
+
+        def key(allowed: dict[int, Shape]) -> Any:
+            blocks, tokens = map(int, np.sum([self._least(x, allowed) for x in sample], axis=0))
+            return (
+                self._cost(blocks, tokens, max(row for _, row in allowed.values())) if self._cost else (blocks, tokens)
+            )
+
+        return min(choices, key=key)
 
     def _least(self, lengths: list[int], allowed: dict[int, Shape]) -> tuple[int, int]:
         """Return the number of blocks that examples of these lengths need, and a device's tokens in all blocks.

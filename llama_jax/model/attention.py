@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.compat import cudnn_attention, splash_attention
 from llama_jax.distributed.sharding import ACT_BT, ACT_BTNH, CACHE_BKSH, axis_size, placed
+from llama_jax.model.blockwise import SHORT, blockwise
 from llama_jax.model.kernels import KERNELS
 
 
@@ -67,11 +68,13 @@ def choose_kernel(
         reasons["splash"] = f"splash needs a TPU, this is {platform}"
     elif head_dim % 128:
         reasons["splash"] = f"splash takes head dims that 128 divides, this is {head_dim}"
+    if platform != "cpu":
+        reasons["blockwise"] = f"blockwise is for CPUs, this is {platform}"
     if wanted != "auto":
         if reasons[wanted]:
             raise InputError(f"--attention {wanted}: {reasons[wanted]}; use auto or xla")
         return wanted, "by --attention"
-    for name in ("cudnn", "splash"):
+    for name in ("cudnn", "splash", "blockwise"):
         if not reasons[name]:
             return name, f"this is {device_kind}"
     return "xla", reasons["splash" if platform == "tpu" else "cudnn"]
@@ -210,8 +213,12 @@ def packed_attention(
     A row's segments are 1, 2, ... side by side, and padding (0) is at its end. The output for padding is finite and
     differs between kernels. `interpret` runs splash on the CPU.
     """
-    if kernel.name == "xla":
+    if kernel.name == "xla" or (kernel.name == "blockwise" and q_BTNH.shape[1] <= SHORT):
         return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions, scores)
+    if kernel.name == "blockwise":
+        T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+        inner = partial(blockwise, factor=scores.factor(H), window=scores.within(T))
+        return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids, positions)
     inner = partial(_splash, interpret=interpret, scores=scores)
     if kernel.name == "cudnn":
         inner = partial(_cudnn, segments=kernel.segments, scores=scores)

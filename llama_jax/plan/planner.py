@@ -38,6 +38,7 @@ from llama_jax.model.quantized import quantized_bytes
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
 from llama_jax.plan.chips import Named
+from llama_jax.plan.operations import operations
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import Guard, abstract_losses
@@ -51,9 +52,12 @@ ROW_LIMIT = 2048  # tokens of a row that holds several examples
 MAX_TOKENS = 4096  # of a block on a device, where its memory is unknown
 SIZES = (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536)  # of blocks to choose from
 UNROLLED = 48  # layers at most on a GPU: some 30 s a program, where a scan compiles in 3 s but runs 7 to 20% longer
-# The time of one more block an update, in tokens. The gradients so far, 8 bytes a parameter, are read and written at a
-# GPU's usual 170 operations a byte.
+OPERATIONS_A_BYTE = 170  # that a GPU usually makes while it reads or writes a byte
+# The time of one more block an update, in tokens: the gradients so far, 8 bytes a parameter, are read and written.
 BLOCK = 227
+# Plain attention's passes over its float32 scores in a layer, forward and backward: written, read for the maximum, the
+# sum and the weights, and their gradients likewise.
+PASSES = 13
 
 
 class Option(NamedTuple):
@@ -136,9 +140,10 @@ class Planner:
     def make(self, option: Option) -> Plan:
         """Pack the whole run and define its programs; nothing compiles."""
         args, job, max_tokens = self.job.args, self.job, option.max_tokens * self._row_ways
-        # Attention costs the square of a row where a kernel does not skip other segments.
+        # Plain attention costs the square of a row; splash visits the blocks of other segments too.
         row_limit = max_tokens if self.kernel == "cudnn" else ROW_LIMIT
-        batches = job.batches(max_tokens, row_limit, sharding.batch_ways(self.mesh))
+        cost = self._cost if self.kernel == "xla" else None
+        batches = job.batches(max_tokens, row_limit, sharding.batch_ways(self.mesh), cost)
         kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens))
         run = replace(self.run, remat=option.remat, attention=kernel)
         blocks = batches.block_counts.astype(np.int32)
@@ -164,6 +169,14 @@ class Planner:
             abstract=abstract_state(tx, definition, self.mesh)._replace(losses=self.state.losses),
             steps=steps,
         )
+
+    def _cost(self, blocks: int, tokens: int, row: int) -> float:
+        """Return the time of blocks with plain attention, in tokens without attention: a token's attention takes the
+        row's length times its operations a key and its scores' way through memory, at a GPU's operations a byte."""
+        config = self.job.config
+        without = operations(config, 1, 1e-9, "none")[0]
+        a_key = config.num_attention_heads * (12 * config.head_dim + PASSES * 4 * OPERATIONS_A_BYTE)
+        return tokens * (1 + row * config.num_hidden_layers * a_key / without) + BLOCK * blocks
 
     def _optimizer(self, blocks: np.ndarray | None = None) -> optax.GradientTransformationExtraArgs:
         args = self.job.args
@@ -333,8 +346,8 @@ class Planner:
             if (needed := self.held_bytes(option) + scores) > (memory := host_memory()):
                 raise InputError(
                     f"the run needs over {needed / 2**30:.3g} GiB, and this host has {memory / 2**30:.3g} GiB: its "
-                    f"longest example has {self._longest:,} tokens, of which attention on a CPU holds every pair; "
-                    "leave such records out, or give --model_max_length where they are text"
+                    f"longest example has {self._longest:,} tokens, of which --attention xla holds every pair; "
+                    "use --attention auto, or leave such records out"
                 )
 
     def _check_room(self, option: Option, needed: float, limit: int | None) -> None:

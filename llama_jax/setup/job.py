@@ -73,9 +73,11 @@ class Job:
         order = self.order
         return math.ceil(order.epochs if order.max_steps <= 0 else order.updates / order.updates_per_epoch)
 
-    def batches(self, max_tokens: int, row_limit: int, ways: int) -> Batches:
+    def batches(
+        self, max_tokens: int, row_limit: int, ways: int, cost: Callable[[int, int, int], float] | None = None
+    ) -> Batches:
         """Return the blocks of every update for `ways` devices: at most `max_tokens` tokens a device, in rows of at
-        most `row_limit`, or the longest example's. Planning their shapes packs the whole run."""
+        most `row_limit`, or the longest example's, with the `cost` of `Batches`. Planning packs the whole run."""
         order, args = self.order, self.args
         with count_bar("planning blocks", 2 * order.updates, "update", args.disable_tqdm or None) as bar:
             return Batches(
@@ -87,6 +89,7 @@ class Job:
                 row_limit,
                 packed=args.packing,
                 progress=bar.update,
+                cost=cost,
             )
 
     def steps(self, at: Callable[[int], bool]) -> list[int]:

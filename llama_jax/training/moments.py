@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llama_jax.training import blockwise
-from llama_jax.training.blockwise import Quantized
+from llama_jax.training import eight_bits
+from llama_jax.training.eight_bits import Quantized
 
 EXACT_BELOW = 4096  # elements of a tensor whose moments bitsandbytes keeps in 32 bits
 
@@ -80,26 +80,26 @@ class Rounded(Exact):
 
 
 class Blockwise:
-    """Keep moments in 8 bits (`blockwise`), in the blocks of a tensor of this shape."""
+    """Keep moments in 8 bits (`eight_bits`), in the blocks of a tensor of this shape."""
 
     def __init__(self, tensor: tuple[int, ...]):
         self._tensor = tensor
 
     def divide(self, x):
-        return blockwise.divide(x, self._tensor)
+        return eight_bits.divide(x, self._tensor)
 
     def join(self, x, like):
-        return blockwise.join(x, self._tensor, like)
+        return eight_bits.join(x, self._tensor, like)
 
     def zeros(self, like):
         return Quantized(jnp.zeros_like(like, jnp.uint8), jnp.zeros_like(self.divide(like)[..., 0]))
 
     def keep(self, x, scale, like, signed, number):
-        return Quantized(blockwise.join(blockwise.quantize(x, scale, signed), self._tensor, like), scale)
+        return Quantized(eight_bits.join(eight_bits.quantize(x, scale, signed), self._tensor, like), scale)
 
     def read(self, kept, signed):
-        codes = blockwise.divide(kept.codes, self._tensor, fill=blockwise.ZERO[signed])
-        return blockwise.dequantize(codes, kept.absmax, signed)
+        codes = eight_bits.divide(kept.codes, self._tensor, fill=eight_bits.ZERO[signed])
+        return eight_bits.dequantize(codes, kept.absmax, signed)
 
 
 class StoredAdamState(NamedTuple):
@@ -143,7 +143,7 @@ def scale_by_stored_adam(
                 # and its moments are computed again once their scales are known. A CPU's compiler drops the barriers.
                 if last is not None:
                     mu, nu, mus[last], nus[last] = jax.lax.optimization_barrier((mu, nu, mus[last], nus[last]))
-                scales = tuple(map(blockwise.absmax, moments(mu, nu)))
+                scales = tuple(map(eight_bits.absmax, moments(mu, nu)))
                 mu, nu, scales = jax.lax.optimization_barrier((mu, nu, scales))
                 last = i
             m, v = moments(mu, nu)
