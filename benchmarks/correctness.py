@@ -9,13 +9,14 @@
    layers of SmolLM2's sizes.
 3. Adapters over a plain, a 4-bit and an 8-bit base, in bf16, against float32 over the dequantized base: the loss, the
    gradient's norm, and every gradient.
-4. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
+4. With --fp8, a model in fp8 on the same rows against products of its fp8 values in float32.
+5. 20 updates: the blocks, kernel and options that `auto` finds, against plain XLA in small blocks under MultiSteps with
    full recomputation.
-5. An update of 8 Alpaca-like examples in float32, packed into one block, against its examples one by one: the loss and
+6. An update of 8 Alpaca-like examples in float32, packed into one block, against its examples one by one: the loss and
    every gradient (in Adam's first moment, a tenth of the gradient after one update). As a control, the same examples
    padded, four at a time.
-6. On several devices: 20 updates with all devices on fsdp, and on tensor, against one device, in float32 and in bf16.
-   Checks 1 to 5 use one device.
+7. On several devices: 20 updates with all devices on fsdp, and on tensor, against one device, in float32 and in bf16.
+   Checks 1 to 6 use one device.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from llama_jax.base.files import write_json
 from llama_jax.data.batches import Batch
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_limit, set_up_jax
+from llama_jax.model import matmul
 from llama_jax.model.attention import XLA, Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
@@ -214,6 +216,47 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
     return good
 
 
+def check_fp8_products(config: LlamaConfig, mesh, kernel: str) -> bool:
+    """Compare a model in fp8 with the same model whose fp8 values are multiplied in float32, and print for each layer
+    how far its gradients are from those of the model in float32."""
+    batch = packed_rows(config, mesh)
+    params = random_params(define(config, RunOptions(), mesh).params, mesh)
+
+    def gradients(options: RunOptions):
+        definition = define(config, options, mesh)
+
+        def loss(weights, batch):
+            return losses_of(definition.graphdef, weights, batch, config.vocab_size)[0]
+
+        with jax.set_mesh(mesh):
+            weights = halve(params, definition.halved, jax.jit(split_bits))[0]
+            value, grads = jax.jit(jax.value_and_grad(loss))(weights, batch)
+        return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    def in_float32(form, a, b, out, dtype):
+        a, b = (x.values.astype(jnp.float32) * x.unit if isinstance(x, matmul.Scaled) else x for x in (a, b))
+        return jnp.einsum(form, a, b, out_sharding=out, preferred_element_type=jnp.float32).astype(dtype)
+
+    options = RunOptions(compute_dtype=jnp.bfloat16, fp8=True, attention=Kernel(kernel, SEGMENTS))
+    exact, found = gradients(RunOptions()), gradients(options)
+    product, matmul._einsum = matmul._einsum, in_float32
+    jax.clear_caches()  # layers are traced once for all programs
+    expected = gradients(options)
+    matmul._einsum = product
+    jax.clear_caches()
+    for number, layer in exact[1]["layers"].items():
+        own = found[1]["layers"][number]
+        worst = {
+            ".".join(k.key for k in path): distance(a, b)
+            for (path, a), b in zip(jax.tree.leaves_with_path(own), jax.tree.leaves(layer), strict=True)
+        }
+        name = max(worst, key=lambda name: worst[name])
+        mean = np.mean(list(worst.values()))
+        print(f"fp8, layer {number}: gradients off by {mean:.1e} in the mean, {worst[name]:.1e} in {name}", flush=True)
+    print(f"fp8: loss {found[0]:.5f}, in float32 {exact[0]:.5f}")
+    return same_gradients("fp8 against its own values in float32", found, expected)
+
+
 def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform: str, updates: int):
     """Make updates from random weights on random tokens; return the last state, and loss and gradient norm of each
     update."""
@@ -307,8 +350,9 @@ def check_meshes(config: LlamaConfig, platform: str, kind: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
-    parser.add_argument("--layers", type=int, default=2, help="of the model in 2 to 4 and 6")
-    parser.add_argument("--update_layers", type=int, default=2, help="of that in 5")
+    parser.add_argument("--layers", type=int, default=2, help="of the model in 2 to 5 and 7")
+    parser.add_argument("--update_layers", type=int, default=2, help="of that in 6")
+    parser.add_argument("--fp8", action="store_true", help="check the products of fp8 too")
     args = parser.parse_args()
     platform, mesh = set_up_jax(), sharding.make_mesh(jax.devices()[:1])
     config, whole = (
@@ -324,6 +368,8 @@ def main() -> None:
         sister = LlamaConfig.from_hf({**raw_config("smollm2-135m", 2), "model_type": family, **keys})
         good = check_gradients(sister, mesh, kernel) and good
     good = check_adapters(config, mesh, kernel) and good
+    if args.fp8:
+        good = check_fp8_products(config, mesh, kernel) and good
     good = check_curve(config, mesh, platform) and good
     good = check_packing(whole, mesh, platform) and good
     for kind in ("float32", "bf16") if jax.device_count() > 1 else ():
