@@ -34,6 +34,7 @@ def ours(args: argparse.Namespace, raw: dict, ids: np.ndarray) -> dict:
     from llama_jax.distributed import sharding
     from llama_jax.distributed.platform import memory_use, set_up_jax
     from llama_jax.distributed.profile import time_spent, tracing
+    from llama_jax.model.attention import Kernel, choose_kernel
     from llama_jax.model.config import LlamaConfig
     from llama_jax.model.definition import define
     from llama_jax.model.generate import Decoding
@@ -43,8 +44,12 @@ def ours(args: argparse.Namespace, raw: dict, ids: np.ndarray) -> dict:
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(jax.devices()[:1])
     dtype = jnp.bfloat16 if platform == "gpu" else jnp.float32
-    run = RunOptions(param_dtype=jnp.dtype(dtype), scan_layers=args.only == "scanned")
-    definition = define(LlamaConfig.from_hf(raw), run, mesh)
+    config = LlamaConfig.from_hf(raw)
+    kernel, _ = choose_kernel(
+        "auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, jnp.dtype(dtype).name
+    )
+    run = RunOptions(param_dtype=jnp.dtype(dtype), scan_layers=args.only == "scanned", attention=Kernel(kernel, 1))
+    definition = define(config, run, mesh)
     with jax.set_mesh(mesh):
         model = nnx.merge(definition.graphdef, random_params(definition.params, mesh))
 

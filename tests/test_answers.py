@@ -329,6 +329,22 @@ def test_a_prompt_without_a_template(model: Path) -> None:
     assert raw.out == outcome.out and "Alpaca" not in raw.err
 
 
+def test_prompts_of_several_blocks_of_keys(tmp_path: Path) -> None:
+    """A file's prompts of up to 300 tokens, in one padded block, are answered as transformers answers each alone."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = write_tokenizer(write_model(tmp_path / "model", CONFIG, make_arrays(CONFIG, seed=5)))
+    theirs, tokenizer = transformers.LlamaForCausalLM.from_pretrained(folder).eval(), open_tokenizer(folder)
+    texts = [("The sea is wide. " * 20)[:length] for length in (300, 40, 190)]
+    questions = write_lines(tmp_path / "questions.jsonl", [{"text": text} for text in texts])
+    ask(folder, "--input_file", questions, "--output_file", tmp_path / "answers.jsonl", "--temperature", 0)
+    for text, record in zip(texts, read_lines(tmp_path / "answers.jsonl"), strict=True):
+        (ids,) = tokenizer.encode_batch([text])
+        assert len(ids) >= len(text)
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, pad_token_id=0)[0, len(ids) :]
+        kept = [int(i) for i in out if int(i) != CONFIG["eos_token_id"]]
+        assert record["generated_text"] == tokenizer.decode(kept)
+
+
 def test_the_template_of_the_page_writes_alpacas_prompt(model: Path) -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     (template,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)

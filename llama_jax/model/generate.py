@@ -159,7 +159,7 @@ def _prefill(graphdef, eos, sampling, S, params, ids_BT, positions_BT, sizes_B, 
     seen_BV = sharding.reshard(seen_BV, sharding.P(sharding.BATCH, None))
     dtype = model.run.compute_dtype or model.run.param_dtype
     cache = make_cache(model.config, dtype, ids_BT.shape[0], S, model.run.scan_layers)
-    segments = jnp.ones_like(ids_BT)
+    segments = (positions_BT < S).astype(jnp.int32)
     hidden, cache = model(ids_BT, positions_BT, segments, jnp.zeros_like(ids_BT) + jnp.max(sizes_B), cache)
     is_last = jnp.arange(ids_BT.shape[1]) == (sizes_B - 1)[:, None]
     last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1, keepdims=True)

@@ -45,8 +45,8 @@ class RunOptions:
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
     `fp8` multiplies with the projections' weights in fp8; the head stays in the compute type.
     `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange`
-    selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows;
-    with a cache it is always plain XLA. `longest` bounds the `lengths` of tokens where a block is shorter: a
+    selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows
+    and for prompts. `longest` bounds the `lengths` of tokens where a block is shorter: a
     micro-batch may span several blocks. `lora` holds the adapters, and `quantization` the format of the projections
     below them, None for plain weights.
     """
@@ -205,10 +205,11 @@ class Attention(nnx.Module):
         cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
         q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)
         q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), names, strict=True))
-        if cache is None:
+        if cache is not None:
+            cache = cache.write(k, v, tokens.positions)
+        if cache is None or x.shape[1] > 1:
             out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions, scores=self.scores)
         else:
-            cache = cache.write(k, v, tokens.positions)
             out = cached_attention(q, *cache.of_layer(), tokens.positions, self.scores)
         out = checkpoint_name(out, "attention")
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
@@ -296,7 +297,8 @@ class Llama(nnx.Module):
 
         Tokens of one row attend to earlier positions of the same segment id only. `lengths` is the sequence length that
         `dynamic` and `longrope` scale by; the default is transformers' rule, the largest position of the batch plus
-        one. With `cache` (of `make_cache`) the block is written at its positions and attends to all earlier positions.
+        one. With `cache` (of `make_cache`) the block is written at its positions. A block of one token a row attends to
+        the cache; a longer block holds its rows' beginning and attends to itself.
         `states` receives the input of each layer; stacked layers do not support it. `key` draws the adapters' dropout.
         """
         x = _times(self.embed_tokens(input_ids), self.config.embedding_multiplier)

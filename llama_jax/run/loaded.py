@@ -17,6 +17,7 @@ from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf import peft
 from llama_jax.hf.source import Source
 from llama_jax.hf.tensor import Tensor
+from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import Llama, RunOptions
@@ -88,9 +89,11 @@ def open_model(args: argparse.Namespace, command: str) -> Opened:
     if args.adapter_name_or_path:
         adapter, tensors = peft.read_adapter(as_path(args.adapter_name_or_path), config)
         lora, config = adapter.lora, adapter.resized(config)
-    layers = config.num_hidden_layers
+    layers, kind = config.num_hidden_layers, "bfloat16" if args.bf16 else "float32"
+    kernel, _ = choose_kernel("auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, kind)
     run = RunOptions(
-        param_dtype=jnp.dtype(jnp.bfloat16 if args.bf16 else jnp.float32),
+        param_dtype=jnp.dtype(kind),
+        attention=Kernel(kernel, 1),
         scan_layers=layers > unrolled_layers(platform) and (lora is None or lora.uniform(layers)),
         lora=lora,
         quantization=Quantization(4 if args.load_in_4bit else 8) if args.load_in_4bit or args.load_in_8bit else None,
