@@ -135,8 +135,9 @@ def check_meshes(specs: list[str]) -> None:
     assert differences(got.astype(jnp.float32), expected) < 2.0**-8  # a rounding of each share, and of the sum
 
 
-@pytest.mark.parametrize("specs", [["fsdp=8", "data=2,fsdp=2,tensor=2"], slow_unless(False, ["context=8", "tensor=8"])])
-def test_meshes(specs: list[str]) -> None:
+@pytest.mark.slow
+def test_meshes() -> None:
+    specs = ["fsdp=8", "data=2,fsdp=2,tensor=2", "context=8", "tensor=8"]
     on_eight_devices(f"check_meshes({specs})", module="test_fp8")
 
 

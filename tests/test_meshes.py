@@ -380,8 +380,8 @@ def check_weight_gradient(specs: list[str]) -> None:
             if weight == sharding.ROW_DF:
                 placed = placed[::-1]
             with jax.set_mesh(sharding.make_mesh(spec=spec)):
-                operands = (jax.device_put(a.astype(jnp.bfloat16), of) for a, of in zip((dy, x), placed, strict=True))
-                got = jax.jit(weight_gradient, static_argnums=(2, 3, 4))(*operands, weight, True, operands[0].dtype)
+                operands = [jax.device_put(a.astype(jnp.bfloat16), of) for a, of in zip((dy, x), placed, strict=True)]
+                got = jax.jit(weight_gradient, static_argnums=(2, 3, 4))(*operands, weight, True, jnp.bfloat16)
             assert got.sharding.spec == weight and got.dtype == jnp.bfloat16
             np.testing.assert_array_equal(np.asarray(got), exact.astype(jnp.bfloat16), f"{spec}, {weight}")
 

@@ -234,7 +234,7 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     for flag, was, now, held in (
         ("dtype", then.dtype, facts.dtype, "parameters in"),
         ("optim", then.optim, facts.optim, "the state of"),
-        ("adam_moments_dtype", then.moments or then.dtype, facts.moments, "moments in"),
+        ("adam_moments_dtype", then.moments or then.dtype, facts.moments or facts.dtype, "moments in"),
     ):
         if was != now:
             raise InputError(f"{name} holds {held} {was}: resume it with --{flag} {was}")
