@@ -1,6 +1,7 @@
 """Products in fp8: roundings against ml_dtypes, products against float64, a model against torch with fp8 layers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,31 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 from test_meshes import on_eight_devices
 from test_parity import make_batch, make_hf, make_raw, make_weights, run_ours, torch
 from test_training import Job
-from tiny import run, slow_unless
+from tiny import CONFIG, run, slow_unless
 
 import train_jax
+from llama_jax.data.batches import Batch
 from llama_jax.distributed import sharding
 from llama_jax.model import matmul
 from llama_jax.model.config import LlamaConfig
+from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions
+from llama_jax.model.lora import PROJECTIONS, Lora, Rank
 from llama_jax.model.matmul import GRADIENTS, VALUES, Scaled, check_fp8, project_fp8, quantize, weight_gradient
+from llama_jax.training.fit import put_batch
+from llama_jax.training.state import abstract_state, init_state
+from llama_jax.training.step import losses_of
 
 KINDS = {VALUES: (ml_dtypes.float8_e4m3fn, torch.float8_e4m3fn), GRADIENTS: (ml_dtypes.float8_e5m2, torch.float8_e5m2)}
 
@@ -204,6 +213,62 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         losses[fp8] = np.array([entry["loss"] for entry in log if "loss" in entry])
     off = np.abs(losses[True] / losses[False] - 1)
     assert 1e-5 < off.max() < 0.02
+
+
+@pytest.mark.parametrize("scan", [False, slow_unless(False, True)])
+def test_a_frozen_base_is_rounded_once(scan: bool, mesh: Mesh) -> None:
+    """Adapters over weights that are kept in fp8, as `init_state` makes them, have the loss and gradients of adapters
+    over weights that each product rounds: these are checked against torch above."""
+    config = LlamaConfig.from_hf({**CONFIG, "num_hidden_layers": 2})
+    lora = Lora(tuple(((i, p), Rank(4, 2.0)) for i in range(2) for p in PROJECTIONS))
+    definition = define(config, RunOptions(fp8=True, lora=lora, scan_layers=scan), mesh)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda a: jax.device_put(rng.normal(0, 0.1, a.shape).astype(a.dtype), a.sharding), definition.params
+    )
+    trainable, frozen = definition.split(params)
+    copied = jax.tree.map(jnp.copy, (trainable, frozen))
+    state = init_state(merge(*copied), optax.sgd(0.1), definition, mesh)
+    kept = [x for x in jax.tree.leaves(state.frozen, is_leaf=lambda x: isinstance(x, Scaled)) if isinstance(x, Scaled)]
+    assert len(kept) == (1 if scan else 2) * len(PROJECTIONS)
+    assert all(x.values.dtype == VALUES and x.unit.size == (2 if scan else 1) for x in kept)
+    like = abstract_state(optax.sgd(0.1), definition, mesh)
+    shapes = [(a.shape, a.dtype, a.sharding) for a in jax.tree.leaves(like.frozen)]
+    assert shapes == [(a.shape, a.dtype, a.sharding) for a in jax.tree.leaves(state.frozen)]
+    ids = rng.integers(0, config.vocab_size, (2, 24)).astype(np.int32)
+    places = np.broadcast_to(np.arange(24, dtype=np.int32), ids.shape)
+    batch = put_batch(
+        mesh, Batch(ids, places, np.ones_like(ids), places * 0 + 24, ids, np.full(ids.shape, 1 / 48, np.float32))
+    )
+
+    @jax.jit
+    def gradients(trainable, frozen):
+        return jax.value_and_grad(
+            lambda t: losses_of(definition.graphdef, merge(t, frozen), batch, config.vocab_size)[0]
+        )(trainable)
+
+    with jax.set_mesh(mesh):
+        (loss, grads), (other, others) = gradients(trainable, frozen), gradients(state.trainable, state.frozen)
+    assert abs(float(loss) - float(other)) < 1e-6 * float(loss)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
+        assert differences(b, np.asarray(a, np.float64)) < 1e-5
+
+
+@pytest.mark.slow
+def test_training_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes has the losses of one that was not stopped; without the flag the checkpoint is refused."""
+    monkeypatch.setattr("llama_jax.plan.planner.check_fp8", lambda *_: None)
+    flags = {"use_peft": True, "lora_target_modules": "all-linear", "lora_dropout": 0}
+    job = Job(tmp_path, bf16=True, fp8=True, hf_compat="5", save_steps=3, **flags)
+    job.train("whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    job.train("resumed", resume_from_checkpoint=True)
+    weights = [load_file(tmp_path / out / "adapter_model.safetensors") for out in ("whole", "resumed")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "other" / "checkpoint-3")
+    outcome = run(train_jax.main, *job.argv("other", resume_from_checkpoint=True, fp8=False))
+    assert outcome.code == 2 and "it has fp8 True, this one False; give the same flags as then" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from llama_jax.hf.writer import hf_tensors
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions
-from llama_jax.model.roles import EmbeddingTable, MatmulWeight
+from llama_jax.model.roles import EmbeddingTable, ProjectionWeight
 from llama_jax.plan.planner import Planner
 from llama_jax.setup.arguments import parse_arguments
 from llama_jax.setup.job import make_job
@@ -152,7 +152,7 @@ def test_roles_are_given_where_parameters_are_made() -> None:
     assert projection == {"weight": True, "bias": False}
     assert halved["lm_head"] == {"weight": True}
     assert halved["embed_tokens"] == {"weight": False} and halved["norm"] == {"weight": False}
-    assert definition.roles["layers"][1]["mlp"]["up_proj"]["weight"] is MatmulWeight
+    assert definition.roles["layers"][1]["mlp"]["up_proj"]["weight"] is ProjectionWeight
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

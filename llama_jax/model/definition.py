@@ -13,14 +13,15 @@ from jax.sharding import Mesh
 from llama_jax.distributed import sharding
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.llama import Llama, RunOptions
-from llama_jax.model.roles import AdapterWeight, MatmulWeight, Params
+from llama_jax.model.roles import AdapterWeight, MatmulWeight, Params, ProjectionWeight
 
 
 @dataclass(frozen=True)
 class Definition:
     """Hold the graph of a model and trees of its parameters, as `jax.ShapeDtypeStruct` with shardings.
 
-    `trainable` and `frozen` have no leaf in common. `roles` holds the tag (`model.roles`) of each trainable parameter.
+    `trainable` and `frozen` have no leaf in common. `roles` holds the tag (`model.roles`) of each trainable parameter,
+    `frozen_roles` of each frozen one.
     """
 
     run: RunOptions
@@ -28,6 +29,7 @@ class Definition:
     trainable: Params
     frozen: Params
     roles: Params
+    frozen_roles: Params
 
     @property
     def params(self) -> Params:
@@ -56,6 +58,14 @@ class Definition:
         types = (self.run.param_dtype, self.run.compute_dtype)
         return self.having(MatmulWeight) if types == (jax.numpy.float32, jax.numpy.bfloat16) else None
 
+    @property
+    def scaled(self) -> Params | None:
+        """Return a tree of booleans over the frozen parameters, true for those kept in fp8 (`matmul.Scaled`) while a
+        run trains; None where none is. DoRA takes norms of the weights."""
+        if not self.run.fp8 or self.run.lora is None or self.run.lora.use_dora:
+            return None
+        return jax.tree.map(lambda role: issubclass(role, ProjectionWeight), self.frozen_roles)
+
 
 @lru_cache(maxsize=4)
 def define(config: LlamaConfig, run: RunOptions, mesh: Mesh, trainable: Any = None) -> Definition:
@@ -67,8 +77,8 @@ def define(config: LlamaConfig, run: RunOptions, mesh: Mesh, trainable: Any = No
     with jax.set_mesh(mesh):
         graphdef, *states = jax.eval_shape(lambda: nnx.split(Llama(config, run, rngs=rngs), trainable, ...))
     trained, frozen = (jax.tree.map(lambda a: sharding.on(mesh, a), nnx.to_pure_dict(state)) for state in states)
-    roles: Any = nnx.to_pure_dict(states[0], extract_fn=type)
-    return Definition(run, graphdef, trained, frozen, roles)
+    roles: Any = [nnx.to_pure_dict(state, extract_fn=type) for state in states]
+    return Definition(run, graphdef, trained, frozen, *roles)
 
 
 def merge(a: Params, b: Params) -> Params:

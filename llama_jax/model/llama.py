@@ -26,10 +26,10 @@ from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, kee
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
-from llama_jax.model.matmul import project, project_fp8
+from llama_jax.model.matmul import Scaled, project, project_fp8, project_scaled
 from llama_jax.model.quantized import Quantization, dequantize, empty, is_quantized, quantized_matmul
 from llama_jax.model.remat import REMAT
-from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params
+from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params, ProjectionWeight
 from llama_jax.model.rope import apply_rope, rope_cos_sin
 
 ACT2FN: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -112,9 +112,9 @@ class Linear(nnx.Module):
         rngs,
     ):
         if run.quantization is None:
-            self.weight = MatmulWeight(_draw(out_in, spec, config, run.projection_dtype, rngs))
+            self.weight = ProjectionWeight(_draw(out_in, spec, config, run.projection_dtype, rngs))
         else:
-            self.weight = MatmulWeight(empty(run.quantization, out_in, spec, name))
+            self.weight = ProjectionWeight(empty(run.quantization, out_in, spec, name))
         row = spec == sharding.ROW_DF
         bias_spec = sharding.REPLICATED if row else sharding.COLUMN_BIAS
         zeros = jnp.zeros(out_in[:1], run.param_dtype, out_sharding=placed(bias_spec)) if bias else None
@@ -139,6 +139,8 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         if is_quantized(weight):
             return quantized_matmul(x, weight, self.dtype, self.out)
+        if isinstance(weight, Scaled):
+            return project_scaled(self.out, x.astype(self.dtype), weight)
         return self.project(self.out, self.exchange, x.astype(self.dtype), weight.astype(self.dtype))
 
     def matrix(self) -> Float[Array, "O I"]:

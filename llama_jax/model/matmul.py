@@ -40,7 +40,7 @@ def quantize(x: jax.Array, dtype: Any) -> Scaled:
     """Return the nearest fp8 values of a tensor whose largest element uses the type's range.
 
     The unit is a power of two: scaling rounds nothing. Each device of a mesh takes the largest element of all. An
-    infinite or NaN element makes the result NaN.
+    infinite or NaN element makes the result NaN. A stack [L, O, I] has a unit for each of its matrices.
     """
     most = float(jnp.finfo(dtype).max)
     top = int(np.log2(most))
@@ -104,6 +104,25 @@ def _project_fp8_bwd(out: P, exchange: bool, operands: tuple[Scaled, Scaled], dy
 
 
 project_fp8.defvjp(_project_fp8_fwd, _project_fp8_bwd)
+
+
+def project_scaled(out: P, x: Float[Array, "B T I"], weight: Scaled) -> Float[Array, "B T O"]:
+    """Return `project_fp8` by a frozen weight [O, I] that is in fp8 already. The backward pass does not keep `x`."""
+    return _project_scaled(out, jax.typeof(x).sharding.spec, x, weight)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _project_scaled(out: P, like_x: P, x: jax.Array, weight: Scaled) -> jax.Array:
+    return _einsum("BTI,OI->BTO", quantize(x, VALUES), weight, placed(out), x.dtype)
+
+
+def _project_scaled_bwd(out: P, like_x: P, weight: Scaled, dy: jax.Array):
+    return _einsum("BTO,OI->BTI", quantize(dy, GRADIENTS), weight, placed(like_x), dy.dtype), None
+
+
+_project_scaled.defvjp(
+    lambda out, like, x, weight: (_project_scaled(out, like, x, weight), weight), _project_scaled_bwd
+)
 
 
 def sum_dtype(dtype: Any) -> Any:

@@ -11,7 +11,11 @@ Params = dict[str | int, Any]  # a parameter tree: nested, by attribute names an
 
 
 class MatmulWeight(nnx.Param):
-    """Mark the matrix of a projection or of the output head, [outputs, inputs]."""
+    """Mark the matrix of the output head, [outputs, inputs]; of a projection by its subclass."""
+
+
+class ProjectionWeight(MatmulWeight):
+    """Mark the matrix of a layer's projection, [outputs, inputs]."""
 
 
 class Bias(nnx.Param):

@@ -181,6 +181,8 @@ def _adapter_line(plan: Plan) -> list[str]:
     if run.lora is None:
         return []
     kind = f"{run.quantization.bits} bits" if run.quantization else np.dtype(run.projection_dtype).name
+    if plan.definition.scaled is not None:
+        kind = "fp8"
     return [f"adapters: {trained_parameters(plan.abstract):,} parameters are trained; frozen projections are in {kind}"]
 
 

@@ -26,7 +26,7 @@ UPDATE = (
     *("average_tokens_across_devices", "bf16", "fp8", "tf32", "on_nonfinite", "skip_loss_spikes"),
 )
 
-QUANTIZATION = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant")
+QUANTIZATION = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "fp8")
 
 # Actions after an update, in the HF Trainer's order: first by steps, then at an epoch's end. Checkpoints hold the names
 # of those left to do; before 2026-11-28, the number of those done. So neither names nor places may change.

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from llama_jax.distributed import sharding
 from llama_jax.model.definition import Definition, merge
+from llama_jax.model.matmul import VALUES, Scaled, quantize
 from llama_jax.model.roles import Params
 from llama_jax.training.halves import halve, join, split_bits
 
@@ -83,12 +84,33 @@ def _split_and_delete(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return halves
 
 
+def _in_fp8(frozen: Params, definition: Definition) -> Params:
+    """Return the frozen parameters as a run's programs read them: projections in fp8 where `definition.scaled`."""
+    if definition.scaled is None:
+        return frozen
+
+    def scaled(x: jax.Array) -> Scaled:
+        result = _to_fp8(x)
+        x.delete()  # one after another: the whole and its fp8 values need not fit together
+        return result
+
+    return jax.tree.map(lambda x, is_scaled: scaled(x) if is_scaled else x, frozen, definition.scaled)
+
+
+def _of_stack(x: jax.Array) -> Scaled:
+    return (jax.vmap(_of_stack) if x.ndim > 2 else partial(quantize, dtype=VALUES))(x)
+
+
+_to_fp8 = jax.jit(_of_stack)
+
+
 def init_state(params: Params, tx: optax.GradientTransformation, definition: Definition, mesh: Mesh) -> TrainState:
     """Return the state before the first update, moments placed like parameters. The parameters are consumed."""
     trainable, frozen = definition.split(params)
     with jax.set_mesh(mesh):
         trainable, lower = halve(trainable, definition.halved, _split_and_delete)
         opt_state = jax.jit(lambda trainable, lower: tx.init(join(trainable, lower)))(trainable, lower)
+        frozen = _in_fp8(frozen, definition)
         return TrainState(sharding.put_scalar(mesh, np.int32(0)), trainable, frozen, opt_state, lower)
 
 
@@ -102,7 +124,7 @@ def complete(
             zeros = jax.jit(partial(jax.tree.map, jnp.zeros_like))(saved.params)
             opt_state = optax.MultiStepsState(sharding.put_scalar(mesh, np.int32(0)), saved.step + 0, opt_state, zeros)
         trainable, lower = halve(saved.params, definition.halved, _split_and_delete)
-        return TrainState(saved.step, trainable, frozen, opt_state, lower)
+        return TrainState(saved.step, trainable, _in_fp8(frozen, definition), opt_state, lower)
 
 
 def abstract_state(tx: optax.GradientTransformation, definition: Definition, mesh: Mesh) -> TrainState:
@@ -113,8 +135,13 @@ def abstract_state(tx: optax.GradientTransformation, definition: Definition, mes
 
     with jax.set_mesh(mesh):
         opt_state, (trainable, lower) = jax.eval_shape(init, definition.trainable)
+        frozen = definition.frozen
+        if definition.scaled is not None:
+            frozen = jax.tree.map(
+                lambda x, is_scaled: jax.eval_shape(_of_stack, x) if is_scaled else x, frozen, definition.scaled
+            )
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, trainable, definition.frozen, opt_state, lower)
+    state = TrainState(step, trainable, frozen, opt_state, lower)
     return jax.tree.map(lambda a: sharding.on(mesh, a), state)
 
 
