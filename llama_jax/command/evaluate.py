@@ -7,12 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.data.chat import Chat
 from llama_jax.data.tokenizer import read_text
-from llama_jax.model.attention import choose_kernel
 from llama_jax.reporting.progress import say
 from llama_jax.run import tasks
 from llama_jax.run.loaded import Opened, add_model_flags, open_model
@@ -116,7 +113,5 @@ def _judge(opened: Opened, scorer: Scorer, rows: int | None, chats: bool, manage
 
 def _scorer(opened: Opened, max_length: int | None, rows: int | None) -> Scorer:
     """Return the scorer of a model, with the device's best attention kernel."""
-    device = opened.mesh.devices.flat[0]
-    dtype = np.dtype(opened.run.param_dtype).name
-    kernel, _ = choose_kernel("auto", device.platform, device.device_kind, opened.config.head_dim, dtype)
+    kernel = opened.run.attention.name
     return Scorer(opened.config, opened.run, opened.mesh, kernel, max_length=max_length, rows=rows)

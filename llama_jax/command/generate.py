@@ -148,8 +148,9 @@ def _answer_file(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> 
     with count_bar("reading", len(records), "record") as bar:
         made = prompts.of_records(records, bar.update)
     _warn_of_length(opened, made, rules)
-    names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "bf16", "load_in_8bit", "load_in_4bit")
-    model = {name: getattr(args, name) for name in names}
+    names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "bf16")
+    bits = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(args, name)]  # absent before 2026-11-29
+    model = {name: getattr(args, name) for name in (*names, *bits)}
     output.begin(settings_of(model, made, rules), len(made))
     answerer = Answerer(opened.load(), opened.tokenizer, rules)
     with jax.set_mesh(opened.mesh):

@@ -67,7 +67,7 @@ def _row_fwd(C: int, factor: float, window: int | None, q_KGTH, k_KTH, v_KTH, id
 
         zeros = jnp.zeros((K, G, C), jnp.float32)
         start = (zeros + LEAST, zeros, jnp.zeros((K, G, C, H), jnp.float32))
-        most, total, out = jax.lax.fori_loop(_first(positions_T, i, C, window), i + 1, keys, start)
+        most, total, out = jax.lax.fori_loop(_first(ids_T, positions_T, i, C, window), i + 1, keys, start)
         return out / total[..., None], most + jnp.log(total)
 
     out, log_total = jax.lax.map(queries, jnp.arange(ids_T.size // C))
@@ -97,7 +97,7 @@ def _row_bwd(C: int, factor: float, window: int | None, residuals, d_out_KGTH):
             return d_q, d_k, d_v
 
         start = (jnp.zeros(q_KGCH.shape, jnp.float32), *sums)
-        d_q, *sums = jax.lax.fori_loop(_first(positions_T, i, C, window), i + 1, keys, start)
+        d_q, *sums = jax.lax.fori_loop(_first(ids_T, positions_T, i, C, window), i + 1, keys, start)
         return tuple(sums), d_q
 
     zeros = jnp.zeros(k_KTH.shape, jnp.float32)
@@ -129,7 +129,7 @@ def _visible(ids_T: jax.Array, positions_T: jax.Array, i: jax.Array, j: jax.Arra
     return visible if window is None else visible & (at_C1 - at_S1.T < window)
 
 
-def _first(positions_T: jax.Array, i: jax.Array, C: int, window: int | None) -> jax.Array:
-    """Return the number of the first block of keys that a query of block i sees."""
-    first = i * C - positions_T[i * C]
+def _first(ids_T: jax.Array, positions_T: jax.Array, i: jax.Array, C: int, window: int | None) -> jax.Array:
+    """Return the number of the first block of keys that a query of block i sees. Padding may have any position."""
+    first = i * C - jnp.where(ids_T[i * C] == 0, 0, positions_T[i * C])
     return (first if window is None else jnp.maximum(first, i * C - window + 1)) // C

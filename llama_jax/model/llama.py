@@ -43,12 +43,11 @@ class RunOptions:
 
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
-    `fp8` multiplies with the projections' weights in fp8; the head stays in the compute type.
-    `scan_layers` stacks the layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange`
-    selects how devices add their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows
-    and for prompts. `longest` bounds the `lengths` of tokens where a block is shorter: a
-    micro-batch may span several blocks. `lora` holds the adapters, and `quantization` the format of the projections
-    below them, None for plain weights.
+    `fp8` multiplies with the projections' weights in fp8; the head stays in the compute type. `scan_layers` stacks the
+    layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange` selects how devices add
+    their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows and for prompts.
+    `longest` bounds the `lengths` of tokens where a block is shorter: a micro-batch may span several blocks. `lora`
+    holds the adapters, and `quantization` the format of the projections below them, None for plain weights.
     """
 
     param_dtype: Any = jnp.float32

@@ -76,7 +76,7 @@ def empty(quantization: Quantization, out_in: tuple[int, int], spec: P, name: st
     if quantization.bits == 4 and out_in[1] % BLOCK:
         raise InputError(
             f"{name}: 4 bits need a multiple of {BLOCK} inputs, but the matrix has {out_in[1]}; "
-            "use --load_in_8bit True in place of --load_in_4bit True"
+            "use --load_in_8bit in place of --load_in_4bit"
         )
     abstract = quantization.abstract(out_in)
 

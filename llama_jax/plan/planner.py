@@ -114,8 +114,6 @@ class Planner:
         kind = "bfloat16" if args.bf16 else dtype
         head_dim, fixed = job.config.head_dim, args.full_determinism
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, head_dim, kind, fixed)
-        if args.fp8:
-            check_fp8(platform, self.device_kind)
         self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else "")
         self._row_ways = sharding.row_ways(mesh)
         self._largest_update = math.ceil(_largest_update(job, sharding.batch_ways(mesh)) / self._row_ways)
@@ -136,6 +134,11 @@ class Planner:
         losses = abstract_losses(mesh) if args.skip_loss_spikes else None
         self.state = abstract_state(self._optimizer(), self.definition, mesh)._replace(losses=losses)
         self.saved = abstract_saved(self.state, mesh)
+
+    @property
+    def answering(self) -> RunOptions:
+        """Return the options of programs that answer prompts, which are rows of one segment."""
+        return replace(self.run, attention=Kernel(self.kernel, 1))
 
     def make(self, option: Option) -> Plan:
         """Pack the whole run and define its programs; nothing compiles."""
@@ -296,6 +299,7 @@ class Planner:
         it needs. Its largest block's program is compiled, and with `smaller` the others at the same time, as the first
         option mostly fits; bytes are infinite where the compiler refuses the largest. With `remember`, a fit is stored
         for the next such run: pass False where the compiler's effort is not the run's."""
+        self._check_device()
         options = self.options(limit)
         found_before = self._found_before(limit)
         with contextlib.suppress(OSError, ValueError, TypeError):  # also where the stored option is no longer offered
@@ -338,10 +342,13 @@ class Planner:
 
     def check_room(self, limit: int | None) -> None:
         """Raise InputError where arithmetic alone shows that nothing fits: before weights are read."""
+        self._check_device()
         option = self.options(limit)[0]
+        on_cpu = limit is None and self._platform == "cpu"
+        if on_cpu:  # it gives no limit; the system would kill the process
+            limit = host_memory() // len(self.mesh.local_devices)
         self._check_room(option, self.least_bytes(option), limit)
-        if limit is None and self._platform == "cpu" and self.kernel == "xla":
-            # A CPU gives no limit; the system would kill the process.
+        if on_cpu and self.kernel == "xla":
             scores = 4 * self.job.config.num_attention_heads * self._longest**2
             if (needed := self.held_bytes(option) + scores) > (memory := host_memory()):
                 raise InputError(
@@ -349,6 +356,11 @@ class Planner:
                     f"longest example has {self._longest:,} tokens, of which --attention xla holds every pair; "
                     "use --attention auto, or leave such records out"
                 )
+
+    def _check_device(self) -> None:
+        """Raise InputError where the device lacks a type of the run. `--explain` and exports need none."""
+        if self.job.args.fp8:
+            check_fp8(self.mesh.devices.flat[0])
 
     def _check_room(self, option: Option, needed: float, limit: int | None) -> None:
         if limit is not None and needed > limit:
@@ -430,14 +442,8 @@ class Planner:
     def _found_before(self, limit: int | None) -> Path:
         """Return the file of the option found earlier for such a job on such devices."""
         args, job, run = self.job.args, self.job, self.run
-        flags = [
-            args.optim,
-            args.adam_moments_dtype,
-            args.accumulation,
-            args.remat,
-            args.max_tokens_per_device,
-            args.packing,
-        ]
+        flags = [args.optim, args.adam_moments_dtype, args.hf_compat, args.accumulation]
+        flags += [args.remat, args.max_tokens_per_device, args.packing]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
         key += [self._largest_update, int(job.examples.lengths.max())]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"
@@ -452,8 +458,9 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
     named = {"q": heads, "k": kv_heads, "v": kv_heads, "attention": heads, "o_proj": D}
     named |= {"gate_proj": ffn, "up_proj": ffn}
     kept = REMAT[remat].kept
-    width = sum(named.values()) + ffn if kept is None else sum(named[name] for name in kept)  # ffn: down_proj's input
-    of_layers = config.num_hidden_layers * (stream * D + compute * width)
+    width = sum(named.values() if kept is None else (named[name] for name in kept))
+    of_down_proj = 0 if kept is not None else ffn * (1 if run.fp8 else compute)  # its input
+    of_layers = config.num_hidden_layers * (stream * D + compute * width + of_down_proj)
     if kept is not None or run.lora is None or not run.lora.dropout:
         return of_layers
     inputs = {"self_attn.o_proj": heads, "mlp.down_proj": ffn}

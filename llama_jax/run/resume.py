@@ -258,7 +258,7 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
             text = "--world_size" if key == "ranks" else key
             say(f"warning: {name} was made with {text} {then.order.get(key)}, this run has {value}")
     for flag, now in facts.update.items() if then.update else ():
-        before = then.update.get(flag, False if flag == "fp8" else now)  # there since 2026-11-29
+        before = then.update.get(flag, False if flag == "fp8" else now)  # the flag is of 2026-11-29
         if before != now:
             say(f"warning: {name} was made with --{flag} {before}, this run goes on with {now}")
     if then.scan_layers != facts.scan_layers:

@@ -56,7 +56,7 @@ class Samples:
         digest = hashlib.sha256(repr([[*prompt.ids] for prompt in self._prompts]).encode())
         self.digest = digest.hexdigest()  # to compare among processes
         self._rules = Rules(NEW_TOKENS, source.end_ids(tokenizer.eos_token_id), (), Sampling(), seed=0)
-        self._tokenizer, self._graphdef = tokenizer, define(job.config, planner.run, self._mesh).graphdef
+        self._tokenizer, self._graphdef = tokenizer, define(job.config, planner.answering, self._mesh).graphdef
         ways = sharding.batch_ways(self._mesh)
         self._rows = -(-len(records) // ways) * ways
         self._fits = True

@@ -634,10 +634,13 @@ def _of_accelerate(arguments: Arguments) -> list[str]:
     """
     lines = []
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", "bf16") and not arguments.bf16:
+    if precision == "fp8" and not arguments.fp8:
+        arguments.bf16 = arguments.fp8 = True
+        lines.append("ACCELERATE_MIXED_PRECISION=fp8 (accelerate launch): read as --bf16 True --fp8 True")
+    if precision not in ("no", "bf16", "fp8") and not arguments.bf16:
         raise InputError(
-            f"ACCELERATE_MIXED_PRECISION is {precision} (accelerate launch --mixed_precision): float16 and float8 are "
-            "not there; use bf16 or no"
+            f"ACCELERATE_MIXED_PRECISION is {precision} (accelerate launch --mixed_precision): float16 is not there; "
+            "use bf16 or no"
         )
     if precision == "bf16" and not arguments.bf16:
         arguments.bf16 = True

@@ -1,4 +1,4 @@
-"""Adam whose moments are kept in fewer bits than it computes with: bfloat16, or 8-bit blocks."""
+"""Run Adam on moments that are kept in fewer bits than it computes with: bfloat16, or 8-bit blocks."""
 
 import math
 from collections.abc import Callable
@@ -124,7 +124,7 @@ def scale_by_stored_adam(
 
     def update(updates, state, params=None):
         count = optax.safe_increment(state.count)
-        # As 1 - b^k has few digits for the first k, in float32.
+        # float32 would leave few digits of 1 - b^k for the first k.
         first, second = (-jnp.expm1(count * math.log(b)) if b else 1.0 for b in (b1, b2))
         leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
         steps, mus, nus, last = [], [], [], None
