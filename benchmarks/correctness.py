@@ -233,17 +233,20 @@ def check_fp8_products(config: LlamaConfig, mesh, kernel: str) -> bool:
             value, grads = jax.jit(jax.value_and_grad(loss))(weights, batch)
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-    def in_float32(form, a, b, out, dtype):
+    def in_float32(form, a, b, out, dtype, fast=False):
         a, b = (x.values.astype(jnp.float32) * x.unit if isinstance(x, matmul.Scaled) else x for x in (a, b))
         return jnp.einsum(form, a, b, out_sharding=out, preferred_element_type=jnp.float32).astype(dtype)
 
     options = RunOptions(compute_dtype=jnp.bfloat16, fp8=True, attention=Kernel(kernel, SEGMENTS))
     exact, found = gradients(RunOptions()), gradients(options)
-    product, matmul._einsum = matmul._einsum, in_float32
+    product: Any = matmul._einsum
     jax.clear_caches()  # layers are traced once for all programs
-    expected = gradients(options)
-    matmul._einsum = product
-    jax.clear_caches()
+    try:
+        matmul._einsum = in_float32
+        expected = gradients(options)
+    finally:
+        matmul._einsum = product
+        jax.clear_caches()
     for number, layer in exact[1]["layers"].items():
         own = found[1]["layers"][number]
         worst = {

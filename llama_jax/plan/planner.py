@@ -442,7 +442,7 @@ class Planner:
     def _found_before(self, limit: int | None) -> Path:
         """Return the file of the option found earlier for such a job on such devices."""
         args, job, run = self.job.args, self.job, self.run
-        flags = [args.optim, args.adam_moments_dtype, args.hf_compat, args.accumulation]
+        flags: list[Any] = [args.optim, args.adam_moments_dtype, args.hf_compat, args.accumulation]
         flags += [args.remat, args.max_tokens_per_device, args.packing]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
         key += [self._largest_update, int(job.examples.lengths.max())]
