@@ -250,8 +250,12 @@ def drawn_cases(count: int, in_ci: int = 0) -> int:
 
 
 def of_devices(count: int, *flags: str) -> dict[str, str]:
-    """Return the environment's XLA flags for a process of so many CPU devices."""
-    words = (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", *flags)
+    """Return the environment's XLA flags for a process of so many CPU devices.
+
+    XLA aborts where the threads of all devices do not meet within 40 s, as happened on two busy cores.
+    """
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=250"
+    words = (os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}", patience, *flags)
     return {"XLA_FLAGS": " ".join(words)}
 
 
