@@ -35,16 +35,21 @@ def sums(tree: Any) -> dict[str, list[int]]:
 def _sums(array: jax.Array) -> jax.Array:
     """Return two sums [2] of hashes of bits and place, as uint32: sums of integers are the same in any order."""
     bits = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
-    spec = jax.typeof(array).sharding
-    place = jnp.zeros_like(bits)
-    for axis in range(array.ndim):
-        index = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis, out_sharding=spec)
-        place = _mixed(place + index)
-    hashes = (_mixed(bits ^ _mixed(place + np.uint32(seed))) for seed in (1, 2))
+    place = places(array, jnp.uint32(0))
+    hashes = (mixed(bits ^ mixed(place + np.uint32(seed))) for seed in (1, 2))
     return jnp.stack([jnp.sum(jnp.where(bits == 0, 0, h), dtype=jnp.uint32) for h in hashes])
 
 
-def _mixed(x: jax.Array) -> jax.Array:
+def places(like: jax.Array, start: jax.Array) -> jax.Array:
+    """Return a hash of each element's place in an array, uint32, of its shape and placement; `start` chooses one."""
+    place = start
+    for axis in range(like.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=jax.typeof(like).sharding)
+        place = mixed(place + index)
+    return place
+
+
+def mixed(x: jax.Array) -> jax.Array:
     """Return murmur3's last step: each bit of the input flips each bit of the output half of the time."""
     x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)

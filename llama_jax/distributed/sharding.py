@@ -266,14 +266,14 @@ def in_parts(array_BT: jax.Array) -> jax.Array:
     """
     (B, T, *rest), X = array_BT.shape, axis_size("context")
     spec = P(BATCH, "context", None, *[None] * len(rest))
-    return jax.lax.reshape(array_BT, (B, X, T // X, *rest), out_sharding=placed(spec))
+    return reshape(array_BT, (B, X, T // X, *rest), spec)
 
 
 def in_rows(array_BXT: jax.Array) -> jax.Array:
     """Reshape [B, X, T / X, ...] back to rows [B, T, ...], after `in_parts`."""
     B, X, T, *rest = array_BXT.shape
     spec = P(BATCH, "context", *[None] * len(rest))
-    return jax.lax.reshape(array_BXT, (B, X * T, *rest), out_sharding=placed(spec))
+    return reshape(array_BXT, (B, X * T, *rest), spec)
 
 
 def stacked(spec: P) -> P:

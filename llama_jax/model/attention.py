@@ -109,10 +109,14 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, q_segments, q_positions, kv_segments, kv_positi
     visible = same & (q_positions[:, :, None] >= kv_positions[:, None, :])
     if window := kind.within(S):
         visible &= q_positions[:, :, None] - kv_positions[:, None, :] < window
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", _weights(scores, visible, v_BSKH.dtype), v_BSKH)
     return out.reshape(B, T, N, H)
+
+
+def _weights(scores_BKGTS: jax.Array, visible_BTS: jax.Array, dtype: Any) -> jax.Array:
+    """Return the softmax over the visible keys, computed in the scores' type and rounded to `dtype`."""
+    scores = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
 
 
 def cached_attention(
@@ -143,9 +147,7 @@ def _cached(q_BTNH, k_BKSH, v_BKSH, positions, *, kind: Scores):
     visible = back_BTS >= 0
     if window := kind.within(S):
         visible &= back_BTS < window
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", _weights(scores, visible, v_BKSH.dtype), v_BKSH)
     return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 

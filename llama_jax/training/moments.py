@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llama_jax.distributed.digest import mixed, places
 from llama_jax.training import eight_bits
 from llama_jax.training.eight_bits import Quantized
 
@@ -67,10 +68,7 @@ class Rounded(Exact):
         return jnp.zeros_like(like, jnp.bfloat16)
 
     def keep(self, x, scale, like, signed, number):
-        place = _mixed(number + self._seed) + np.uint32(signed)
-        for axis in range(x.ndim):
-            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis, out_sharding=jax.typeof(x).sharding)
-            place = _mixed(place + index)
+        place = places(x, mixed(number + self._seed) + np.uint32(signed))
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (place >> 16)
         drawn = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
         return jnp.where(jnp.isfinite(x), drawn, x.astype(jnp.bfloat16))
@@ -153,10 +151,3 @@ def scale_by_stored_adam(
         return tree.unflatten(steps), StoredAdamState(count, tree.unflatten(mus), tree.unflatten(nus))
 
     return optax.GradientTransformation(init, update)
-
-
-def _mixed(x: jax.Array) -> jax.Array:
-    """Return murmur3's last step: each bit of the input flips each bit of the output half of the time."""
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)

@@ -1,6 +1,7 @@
 """Hold what an update changes, and what a checkpoint keeps of it."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,24 +85,25 @@ def _split_and_delete(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return halves
 
 
-def _in_fp8(frozen: Params, definition: Definition) -> Params:
-    """Return the frozen parameters as a run's programs read them: projections in fp8 where `definition.scaled`."""
-    if definition.scaled is None:
-        return frozen
-
-    def scaled(x: jax.Array) -> Scaled:
-        result = _to_fp8(x)
-        x.delete()  # one after another: the whole and its fp8 values need not fit together
-        return result
-
-    return jax.tree.map(lambda x, is_scaled: scaled(x) if is_scaled else x, frozen, definition.scaled)
-
-
 def _of_stack(x: jax.Array) -> Scaled:
     return (jax.vmap(_of_stack) if x.ndim > 2 else partial(quantize, dtype=VALUES))(x)
 
 
 _to_fp8 = jax.jit(_of_stack)
+
+
+def _scale_and_delete(x: jax.Array) -> Scaled:
+    """Return a matrix, or a stack, in fp8 and free it: the whole and its fp8 values need not fit together."""
+    result = _to_fp8(x)
+    x.delete()
+    return result
+
+
+def _in_fp8(frozen: Params, definition: Definition, scale: Callable[[jax.Array], Scaled] = _scale_and_delete) -> Params:
+    """Return the frozen parameters as a run's programs read them: projections in fp8 where `definition.scaled`."""
+    if definition.scaled is None:
+        return frozen
+    return jax.tree.map(lambda x, is_scaled: scale(x) if is_scaled else x, frozen, definition.scaled)
 
 
 def init_state(params: Params, tx: optax.GradientTransformation, definition: Definition, mesh: Mesh) -> TrainState:
@@ -135,11 +137,7 @@ def abstract_state(tx: optax.GradientTransformation, definition: Definition, mes
 
     with jax.set_mesh(mesh):
         opt_state, (trainable, lower) = jax.eval_shape(init, definition.trainable)
-        frozen = definition.frozen
-        if definition.scaled is not None:
-            frozen = jax.tree.map(
-                lambda x, is_scaled: jax.eval_shape(_of_stack, x) if is_scaled else x, frozen, definition.scaled
-            )
+        frozen = _in_fp8(definition.frozen, definition, partial(jax.eval_shape, _of_stack))
     step = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, frozen, opt_state, lower)
     return jax.tree.map(lambda a: sharding.on(mesh, a), state)
