@@ -71,6 +71,7 @@ def test_values_of_a_run(job: Job) -> None:
     assert seconds.keys() == {"start", "data", "weights and compile", "training", "evaluation", "saving", "export"}
     assert seconds["evaluation"] >= sum(e.get("eval_runtime", 0.0) for e in log) - 1e-3
     assert 0 < seconds["training"] < log[-1]["train_runtime"]
+    assert found["model"]["attention"] == "blockwise" and found["model"]["blocks"] == "1x1280"
     assert found["flags"]["max_steps"] == 6 and "weight_decay" in found["flags"] and "bf16" not in found["flags"]
     spans = found["examples"][0]["spans"]
     assert any(trained for trained, _ in spans) and "".join(text for _, text in spans).startswith("<s>Below is")

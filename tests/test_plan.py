@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from tiny import CONFIG, hf_shapes, make_records, run, slow_unless, write_json, write_model
 
 import llama_jax.hf.source
+import llama_jax.model.attention
 import llama_jax.plan.planner
 import llama_jax.run.trainer
 import train_jax
@@ -74,6 +75,23 @@ def planner(folder: Path, raw: dict[str, Any] = RAW, **flags: Any) -> Planner:
 def needed(planner: Planner, option: Option) -> int:
     plan = planner.make(option)
     return max(plan.compile(shape, planner.mesh) for shape in plan.batches.shapes)
+
+
+@pytest.mark.parametrize(("max_tokens", "said"), [(128, "xla"), (512, "blockwise")])
+def test_the_kernel_that_runs(max_tokens: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rows whose program calls blockwise attention while it is traced."""
+    lengths, original = [], llama_jax.model.attention.blockwise
+
+    def blockwise(q: jax.Array, *rest: Any, **kw: Any) -> jax.Array:
+        lengths.append(q.shape[1])
+        return original(q, *rest, **kw)
+
+    monkeypatch.setattr(llama_jax.model.attention, "blockwise", blockwise)
+    plans = planner(tmp_path)
+    plan = plans.make(Option(max_tokens, "full"))
+    needed(plans, plan.option)
+    assert {*lengths} == {length for _, length in plan.batches.shapes if plan.attention == "blockwise"}
+    assert plan.attention == said and plans.attention_line.endswith("blockwise, xla in rows of at most 128 tokens")
 
 
 @pytest.mark.parametrize("attention", ["auto", "xla"])

@@ -24,6 +24,10 @@ class Kernel(NamedTuple):
     name: str = "xla"
     segments: int = 0
 
+    def of(self, T: int) -> str:
+        """Return the name of the kernel that computes rows of T tokens."""
+        return "xla" if self.name == "blockwise" and T <= SHORT else self.name
+
 
 class Scores(NamedTuple):
     """Describe the scores of a model: the factor of q k', None for 1 / sqrt(H), and the sliding window, the number of
@@ -215,7 +219,7 @@ def packed_attention(
     A row's segments are 1, 2, ... side by side, and padding (0) is at its end. The output for padding is finite and
     differs between kernels. `interpret` runs splash on the CPU.
     """
-    if kernel.name == "xla" or (kernel.name == "blockwise" and q_BTNH.shape[1] <= SHORT):
+    if kernel.of(q_BTNH.shape[1]) == "xla":
         return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions, scores)
     if kernel.name == "blockwise":
         T, H = q_BTNH.shape[1], q_BTNH.shape[3]

@@ -30,6 +30,7 @@ from llama_jax.distributed.platform import host_memory
 from llama_jax.hf import peft
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.attention import Kernel, choose_kernel
+from llama_jax.model.blockwise import SHORT
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
@@ -97,6 +98,11 @@ class Plan:
     def largest_block(self) -> Shape:
         return max(self.batches.shapes, key=math.prod)
 
+    @property
+    def attention(self) -> str:
+        """Return the names of the kernels that compute the rows of its blocks."""
+        return " and ".join(sorted({self.run.attention.of(length) for _, length in self.batches.shapes}))
+
     def compile(self, shape: Shape, mesh: Mesh) -> int:
         """Compile a block's programs with `Steps.compile` and return the bytes that a device needs."""
         return self.steps.compile(self.abstract, shape, mesh)
@@ -114,7 +120,8 @@ class Planner:
         kind = "bfloat16" if args.bf16 else dtype
         head_dim, fixed = job.config.head_dim, args.full_determinism
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, head_dim, kind, fixed)
-        self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else "")
+        short = f", xla in rows of at most {SHORT} tokens" if self.kernel == "blockwise" else ""
+        self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else short)
         self._row_ways = sharding.row_ways(mesh)
         self._largest_update = math.ceil(_largest_update(job, sharding.batch_ways(mesh)) / self._row_ways)
         self._longest = math.ceil(int(job.examples.lengths.max()) / self._row_ways)

@@ -41,7 +41,7 @@ def known_facts(run: Run) -> dict[str, Any]:
             **({"trained parameters of the adapter": adapter} if adapter else {}),
             "type": prepared.facts.dtype,
             "matrix products": args.products or prepared.facts.dtype,
-            "attention": str(plan.run.attention.name),
+            "attention": plan.attention,
             "recomputation": f"--remat {plan.run.remat}",
             "blocks": ", ".join(f"{rows}x{length}" for rows, length in plan.batches.shapes),
             "layers": f"{job.config.num_hidden_layers}, {'stacked' if plan.run.scan_layers else 'one by one'}",
