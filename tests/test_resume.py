@@ -1,15 +1,23 @@
 """Read the JSON of a checkpoint, whichever commit wrote it."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from tiny import CONFIG, make_records, write_json, write_model
 
 from llama_jax.base.errors import InputError
+from llama_jax.model.config import LlamaConfig
 from llama_jax.run.resume import ACTIONS, UPDATE, Facts, SavedRun, choose_checkpoint, compare_with_saved
-from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.arguments import Arguments, parse_arguments
+from llama_jax.setup.job import make_job
+from llama_jax.training.optimizer import make_optimizer
 
 FACTS = Facts(
     dtype="float32",
@@ -62,6 +70,38 @@ def test_each_flag_that_decides_an_update_is_compared(capsys: pytest.CaptureFixt
     said = capsys.readouterr().err.splitlines()
     assert [re.search(r"--(\w+) ", line)[1] for line in said] == [*UPDATE, "lr_scheduler_kwargs"]
     assert {"learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "adam_beta2"} < {*UPDATE}
+
+
+def moments_of(dtype: str, kept: str | None) -> list[tuple[str, bytes]]:
+    """The type and bits of each array of AdamW's state after two updates."""
+    tx, params = make_optimizer(moments=kept), jnp.linspace(-1, 1, 64, dtype=dtype)
+    state = tx.init(params)
+    for k in (1, 2):
+        _, state = tx.update(jnp.cos(k * params), state, params, learning_rate=jnp.float32(1e-3))
+    return [(x.dtype.name, np.asarray(x).tobytes()) for x in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_moments_are_refused(dtype: str, tmp_path: Path) -> None:
+    """Those are others whose bits differ after the same gradients. The line's own fix resumes."""
+    paths = ("--model_name_or_path", write_model(tmp_path / "model"), "--output_dir", tmp_path / "out")
+    argv = [*map(str, paths), "--data_path", str(write_json(tmp_path / "data.json", make_records(8))), "--use_cpu"]
+    facts = {}
+    for kept in (None, "float32", "bfloat16"):
+        args = parse_arguments([*argv, *(("--adam_moments_dtype", kept) if kept else ())])
+        job = make_job(args, LlamaConfig.from_hf(CONFIG), lambda: tmp_path, 1, True)
+        facts[kept] = Facts.of(job, dtype=dtype, scan_layers=False)
+    for then, now in itertools.product(facts, facts):
+        saved = SavedRun.from_json(as_read(dataclasses.replace(SAVED, facts=facts[then])))
+        if moments_of(dtype, then) == moments_of(dtype, now):
+            compare_with_saved(facts[now], saved, "checkpoint-2")
+            continue
+        default = then is None or then == dtype == "float32"
+        fix = "without --adam_moments_dtype" if default else f"with --adam_moments_dtype {then}"
+        with pytest.raises(InputError, match=f"^checkpoint-2 holds moments in .*: resume it {fix}$"):
+            compare_with_saved(facts[now], saved, "checkpoint-2")
+    older = dataclasses.replace(SAVED, facts=dataclasses.replace(facts[None], moments=""))
+    compare_with_saved(facts[None], older, "checkpoint-2")
 
 
 def test_what_is_written_does_not_change_with_the_run() -> None:

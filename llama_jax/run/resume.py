@@ -40,7 +40,8 @@ class Facts:
     `adapter` is an adapter_config.json with the flags of QUANTIZATION, empty for full fine-tuning. Checkpoints written
     before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
     `base` is the digest of the frozen parameters, set by `with_base`; "" where none is frozen. `moments` is the type of
-    adamw_torch's moments, "" before 2026-11-29, where it was that of the parameters.
+    adamw_torch's moments, "" before 2026-11-29, where it was that of the parameters. "bfloat16, drawn" tells the moments
+    of `--adam_moments_dtype` from those of bfloat16 parameters, which are rounded to nearest.
     """
 
     dtype: str
@@ -67,8 +68,13 @@ class Facts:
             update={name: getattr(job.args, name) for name in UPDATE}
             | {"lr_scheduler_kwargs": job.args.schedule_kwargs},
             adapter=_adapter(job),
-            moments=job.args.adam_moments_dtype or dtype,
+            moments=_moments(job.args, dtype),
         )
+
+
+def _moments(args: Arguments, dtype: str) -> str:
+    given = args.adam_moments_dtype
+    return "bfloat16, drawn" if given == dtype == "bfloat16" else given or dtype
 
 
 def _adapter(job: Job) -> Json:
@@ -231,13 +237,15 @@ def _kind(facts: Facts) -> str:
 def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     """Refuse a checkpoint that this run cannot continue; report differences that it can. Raises InputError."""
     then = saved.facts
-    for flag, was, now, held in (
-        ("dtype", then.dtype, facts.dtype, "parameters in"),
-        ("optim", then.optim, facts.optim, "the state of"),
-        ("adam_moments_dtype", then.moments or then.dtype, facts.moments or facts.dtype, "moments in"),
+    moments = then.moments or then.dtype
+    by_flag = "without --adam_moments_dtype" if moments == then.dtype else f"with --adam_moments_dtype {moments.split(',')[0]}"
+    for was, now, held, fix in (
+        (then.dtype, facts.dtype, "parameters in", f"with --dtype {then.dtype}"),
+        (then.optim, facts.optim, "the state of", f"with --optim {then.optim}"),
+        (moments, facts.moments or facts.dtype, "moments in", by_flag),
     ):
         if was != now:
-            raise InputError(f"{name} holds {held} {was}: resume it with --{flag} {was}")
+            raise InputError(f"{name} holds {held} {was}: resume it {fix}")
     for key, value in then.model.items():
         if facts.model[key] != value:
             both = f"{key} {value}, this one {facts.model[key]}"
