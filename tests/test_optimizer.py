@@ -143,8 +143,15 @@ def error_of_an_update(optim: str, options: dict[str, float], largest_grad: floa
 
 
 def check_run(
-    optim: str, seed: int, scale: float, options: dict[str, float], norms: np.ndarray, history: list[Any]
+    optim: str,
+    seed: int,
+    scale: float,
+    options: dict[str, float],
+    norms: np.ndarray,
+    history: list[Any],
+    rounded: int = 1,
 ) -> None:
+    """Compare with a run in float64, or, where two are `rounded`, in float32."""
     params, grads, rates = draw_run(seed, scale)
     tx = make_optimizer(optim, decays=decays, **options)
     params = jax.tree.map(jnp.asarray, params)
@@ -161,7 +168,8 @@ def check_run(
             # Each step rounds the new weight once and its decay once, twice in sgd's sum with the gradient.
             largest[i] = max(largest[i], float(np.abs(expected).max()))
             step = PEAK * error_of_an_update(optim, options, largest_grad)
-            np.testing.assert_allclose(actual, expected, rtol=0, atol=(k + 1) * (2 * EPS32 * largest[i] + step))
+            bound = rounded * (k + 1) * (2 * EPS32 * largest[i] + step)
+            np.testing.assert_allclose(actual, expected, rtol=0, atol=bound)
     assert update._cache_size() == 1  # the rate is no part of the program
 
 
@@ -204,6 +212,13 @@ def test_updates_are_those_of_4_37(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     for run, outcome in zip(RUNS_4_37, np.load(tmp_path / "runs", allow_pickle=True), strict=True):
         check_run(*run, *outcome)
+
+
+@pytest.mark.slow
+def test_paged_adamw_is_torchs() -> None:
+    """By bitsandbytes, with a decay: an alias of adamw_torch."""
+    options = DEFAULTS | {"weight_decay": 0.1}
+    check_run("adamw_torch", 0, 1.0, options, *trainer_run("paged_adamw_32bit", 0, 1.0, options), rounded=2)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

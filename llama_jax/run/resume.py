@@ -40,8 +40,8 @@ class Facts:
     `adapter` is an adapter_config.json with the flags of QUANTIZATION, empty for full fine-tuning. Checkpoints written
     before 2026-11-28 have no `update`, those before 2026-11-26 no `data`, and those before 2026-11-25 no `model`.
     `base` is the digest of the frozen parameters, set by `with_base`; "" where none is frozen. `moments` is the type of
-    adamw_torch's moments, "" before 2026-11-29, where it was that of the parameters. "bfloat16, drawn" tells the moments
-    of `--adam_moments_dtype` from those of bfloat16 parameters, which are rounded to nearest.
+    adamw_torch's moments, "" before 2026-11-29, where it was that of the parameters. "bfloat16, drawn" tells moments of
+    `--adam_moments_dtype` from those of bfloat16 parameters, which are rounded to nearest.
     """
 
     dtype: str
@@ -238,7 +238,8 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     """Refuse a checkpoint that this run cannot continue; report differences that it can. Raises InputError."""
     then = saved.facts
     moments = then.moments or then.dtype
-    by_flag = "without --adam_moments_dtype" if moments == then.dtype else f"with --adam_moments_dtype {moments.split(',')[0]}"
+    flag = "--adam_moments_dtype"
+    by_flag = f"without {flag}" if moments == then.dtype else f"with {flag} {moments.partition(',')[0]}"
     for was, now, held, fix in (
         (then.dtype, facts.dtype, "parameters in", f"with --dtype {then.dtype}"),
         (then.optim, facts.optim, "the state of", f"with --optim {then.optim}"),

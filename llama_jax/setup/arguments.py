@@ -328,7 +328,7 @@ class Arguments:
 
     def settle(self) -> None:
         """Set the values that follow from other values, as TrainingArguments does. Raises InputError."""
-        self.optim, lines = resolve_optimizer(self.optim, self.weight_decay)
+        self.optim, lines = resolve_optimizer(self.optim)
         self.read_as += lines
         seen = self.include_num_input_tokens_seen.lower()
         words = {**dict.fromkeys("yes true t y 1".split(), "all"), **dict.fromkeys("false f n 0".split(), "no")}

@@ -265,10 +265,9 @@ DIFFERENCES = (
     "4.37's default of `--report_to`, all installed trackers, holds only where `--hf_compat 4.37` is given, and leaves "
     "out those that would ask for a login. A tracker that fails is left out with a line, where the Trainer stops. "
     "`skipped_updates` is reported too.",
-    "`--optim paged_adamw_32bit` is refused with `--weight_decay`: bitsandbytes decays after the update, torch before. "
-    "`lion_32bit` decays apart from the gradient; bitsandbytes does so only after 0.49.2. `adamw_8bit` decays before "
-    "the step, as bitsandbytes on a CPU, and its CUDA kernel after it, a difference of `learning_rate` squared times "
-    "the decay.",
+    "`--optim paged_adamw_32bit` and `adamw_8bit` decay before the step, as torch and bitsandbytes on a CPU. Its CUDA "
+    "kernels decay after it, a difference of `learning_rate` squared times the decay. `lion_32bit` decays apart from "
+    "the gradient; bitsandbytes does so only after 0.49.2.",
     "`--optim adamw_8bit` rounds to the nearest code and keeps the sign of a negative first moment, as bitsandbytes' "
     "CUDA kernels. Its CPU build takes codes from a coarser table. 5 keeps the moments of embeddings in 32 bits; 4.37 "
     "means to and does not. A gradient of NaN, under `--on_nonfinite continue`, spreads to its block's moments.",
@@ -370,16 +369,13 @@ def suggest_flag(name: str, near: Iterable[str] = (), among: Iterable[str] = ())
     return f"did you mean {matches[0]}?" if matches else ""
 
 
-def resolve_optimizer(name: str, weight_decay: float) -> tuple[str, list[str]]:
+def resolve_optimizer(name: str) -> tuple[str, list[str]]:
     """Return the optimizer meant by `--optim name`, and the line to print for an alias. Raises InputError."""
     _, status, text = OPTIMIZERS.get(name, (BOTH, REFUSED, ""))
     if status == REFUSED:
         raise InputError(f"--optim {name}: not there; use {_nearest_optimizer(name)}")
     if status == IMPLEMENTED:
         return name, []
-    if name == "paged_adamw_32bit" and weight_decay:
-        # bitsandbytes' kernel multiplies the parameters by (1 - lr decay) after the update, torch before it.
-        raise InputError(f"--optim {name}: with --weight_decay it decays after the update; use {text}")
     paged = "; its state stays on the device" if name.startswith("paged_") else ""
     return text, [f"--optim {name}: read as {text}{paged}"]
 
