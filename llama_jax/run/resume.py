@@ -238,8 +238,8 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     """Refuse a checkpoint that this run cannot continue; report differences that it can. Raises InputError."""
     then = saved.facts
     moments = then.moments or then.dtype
-    flag = "--adam_moments_dtype"
-    by_flag = f"without {flag}" if moments == then.dtype else f"with {flag} {moments.partition(',')[0]}"
+    kept = "--adam_moments_dtype"
+    by_flag = f"without {kept}" if moments == then.dtype else f"with {kept} {moments.partition(',')[0]}"
     for was, now, held, fix in (
         (then.dtype, facts.dtype, "parameters in", f"with --dtype {then.dtype}"),
         (then.optim, facts.optim, "the state of", f"with --optim {then.optim}"),
