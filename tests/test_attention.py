@@ -1,20 +1,18 @@
 """Kernels against a float64 loop over segments; which kernel a run takes. cuDNN itself runs in benchmarks/ on a GPU."""
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forks import on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import Mesh
-from tiny import ROOT, environment, of_devices, slow_unless
+from tiny import slow_unless
 
 import llama_jax.model.attention
 from llama_jax.base.errors import InputError
@@ -153,11 +151,7 @@ def on_meshes() -> None:
 
 @pytest.mark.slow
 def test_rows_divided_over_devices() -> None:
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    env = environment() | of_devices(8) | {"PYTHONPATH": paths}
-    command = [sys.executable, "-c", "import test_attention; test_attention.on_meshes()"]
-    result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_devices(8, "test_attention.on_meshes()")
 
 
 @given(kv_heads=st.integers(1, 12), group=st.integers(1, 12), ways=st.sampled_from([1, 2, 4, 8, 16, 32]))

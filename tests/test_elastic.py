@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forks import on_devices
 from hf_trainer import Server
 from safetensors.numpy import load_file
 from test_live import same_log, same_run, train_ours
-from test_meshes import laid_out, on_eight_devices
+from test_meshes import laid_out
 from test_processes import free_port
 from test_training import GOLDEN, golden_flags
 from tiny import CONFIG, make_records, run, write_json, write_model
@@ -159,7 +160,7 @@ def write_case(folder: Path) -> None:
 )
 def test_another_number_of_devices(compat: str, packing: bool, others: tuple[int, ...], tmp_path: Path) -> None:
     write_case(tmp_path)
-    on_eight_devices(f"resumed_on({str(tmp_path)!r}, {compat!r}, {packing}, {others})", module="test_elastic")
+    on_devices(8, f"test_elastic.resumed_on({str(tmp_path)!r}, {compat!r}, {packing}, {others})")
 
 
 def test_ranks_are_the_runs(tmp_path: Path) -> None:
@@ -256,4 +257,4 @@ def golden_on(folder: str, out: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDEN[:1])
 def test_a_golden_run_on_two_devices(name: str, shared: Path, tmp_path: Path) -> None:
-    on_eight_devices(f"golden_on({str(shared / 'golden' / name)!r}, {str(tmp_path)!r})", module="test_elastic")
+    on_devices(8, f"test_elastic.golden_on({str(shared / 'golden' / name)!r}, {str(tmp_path)!r})")

@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from forks import on_devices
 from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
-from test_meshes import on_eight_devices
 from test_parity import make_batch, make_hf, make_raw, make_weights, run_ours, torch
 from test_training import Job
 from tiny import CONFIG, run, slow_unless
@@ -148,7 +148,7 @@ def check_meshes(specs: list[str]) -> None:
 @pytest.mark.slow
 def test_meshes() -> None:
     specs = ["fsdp=8", "data=2,fsdp=2,tensor=2", "context=8", "tensor=8"]
-    on_eight_devices(f"check_meshes({specs})", module="test_fp8")
+    on_devices(8, f"test_fp8.check_meshes({specs})")
 
 
 class TorchFp8(torch.autograd.Function):

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forks import on_devices
 from safetensors.numpy import load_file
-from test_meshes import laid_out, on_eight_devices
+from test_meshes import laid_out
 from test_nonfinite import KINDS, check_spikes, log_of
 from test_processes import free_port
 from tiny import CONFIG, ROOT, drawn_cases, environment, of_devices, run, write_json, write_model
@@ -161,7 +162,7 @@ def on_meshes(folder: str, count: int) -> None:
 @pytest.mark.slow
 def test_injected_on_meshes(tmp_path: Path) -> None:
     """NaN, Inf, -Inf in losses, and gradients that overflow, on one to eight devices."""
-    on_eight_devices(f"on_meshes({str(tmp_path)!r}, {drawn_cases(54, 4)})", module="test_injected")
+    on_devices(8, f"test_injected.on_meshes({str(tmp_path)!r}, {drawn_cases(54, 4)})")
 
 
 def spikes_on_meshes() -> None:
@@ -171,7 +172,7 @@ def spikes_on_meshes() -> None:
 
 @pytest.mark.slow
 def test_spikes_on_meshes() -> None:
-    on_eight_devices("spikes_on_meshes()", module="test_injected")
+    on_devices(8, "test_injected.spikes_on_meshes()")
 
 
 def command() -> None:

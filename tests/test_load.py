@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -19,13 +17,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from forks import on_devices
 from huggingface_hub import file_download
 from huggingface_hub.utils._shared_blobs import publish_blob_to_shared_store
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
-from tiny import of_devices
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -199,11 +197,7 @@ def test_eight_devices(tmp_path: Path) -> None:
     raw = RAW | {"attention_bias": True}
     arrays = make_arrays(raw, ml_dtypes.bfloat16)
     write_folder(tmp_path, raw, [dict(list(arrays.items())[i::3]) for i in range(3)])
-    tests = Path(__file__).resolve().parent
-    env = os.environ | of_devices(8) | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
-    command = [sys.executable, "-c", f"import test_load; test_load.load_on_eight_devices({str(tmp_path)!r})"]
-    result = subprocess.run(command, cwd=tests, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_devices(8, f"test_load.load_on_eight_devices({str(tmp_path)!r})")
 
 
 @settings(max_examples=30)

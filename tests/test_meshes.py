@@ -1,14 +1,11 @@
 """The same run on every mesh: losses, norms and final weights of one device, whatever the axes and their sizes.
 
-All runs are made in a process of its own that has eight simulated devices, and compared there.
+All runs are made in processes that have eight simulated devices, and compared there.
 """
 
 import contextlib
 import math
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from forks import on_devices
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 from test_training import GOLDEN, golden_flags, worst
 from tiny import (
     ALPACA,
     CONFIG,
-    ROOT,
-    environment,
     make_records,
-    of_devices,
     run,
     slow_unless,
     write_json,
@@ -60,16 +55,6 @@ ONE = "fsdp=1"
 MESHES = ["fsdp=2", "tensor=2", "data=2", "fsdp=4", "tensor=4", "data=2,tensor=2", "fsdp=8", "tensor=8", "data=8",
           "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4", "context=2", "context=8", "fsdp=2,context=2", "data=2,context=4",
           "context=2,tensor=4", "fsdp=2,context=2,tensor=2"]  # fmt: skip
-
-
-def on_eight_devices(call: str, *xla_flags: str, module: str = "test_meshes") -> None:
-    """Call a function of this file, or of another module, in a process with eight devices, and print what it prints."""
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
-    env = environment() | of_devices(8, *xla_flags) | {"PYTHONPATH": paths}
-    command = [sys.executable, "-c", f"import {module}; {module}.{call}"]
-    result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    print(result.stdout)
 
 
 @contextlib.contextmanager
@@ -142,7 +127,7 @@ def adapters_on_meshes(out: str, meshes: list[str], *flags: str) -> None:
     ],
 )
 def test_adapters(flags: tuple[str, ...], meshes: list[str], tmp_path: Path) -> None:
-    on_eight_devices(f"adapters_on_meshes({str(tmp_path)!r}, {meshes}, *{flags})")
+    on_devices(8, f"test_meshes.adapters_on_meshes({str(tmp_path)!r}, {meshes}, *{flags})")
 
 
 def dropout_on_meshes() -> None:
@@ -172,7 +157,7 @@ def dropout_on_meshes() -> None:
 
 @pytest.mark.slow
 def test_dropout() -> None:
-    on_eight_devices("dropout_on_meshes()")
+    on_devices(8, "test_meshes.dropout_on_meshes()")
 
 
 # -- The Trainer's golden runs ----------------------------------------------------------------------------------------
@@ -194,7 +179,7 @@ def golden_on_meshes(folder: str, out: str, meshes: list[str]) -> None:
 @pytest.mark.parametrize(("name", "meshes"), [(name, MESHES[i :: len(GOLDEN)]) for i, name in enumerate(GOLDEN)])
 def test_golden(name: str, meshes: list[str], shared: Path, tmp_path: Path) -> None:
     """The meshes are dealt over the runs, as all with all take half an hour; BENCHMARKS.md has those."""
-    on_eight_devices(f"golden_on_meshes({str(shared / 'golden' / name)!r}, {str(tmp_path)!r}, {meshes})")
+    on_devices(8, f"test_meshes.golden_on_meshes({str(shared / 'golden' / name)!r}, {str(tmp_path)!r}, {meshes})")
 
 
 # -- A live run, on meshes that divide none of its sizes --------------------------------------------------------------
@@ -232,7 +217,7 @@ def test_live(tmp_path: Path) -> None:
         raw = {**RAW, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": name == "scanned"}
         write_tokenizer(write_model(tmp_path / name, raw), pad_token=None)
     write_json(tmp_path / "data.json", ALPACA * 3)
-    on_eight_devices(f"live_on_meshes({str(tmp_path)!r}, {list(LIVE)})")
+    on_devices(8, f"test_meshes.live_on_meshes({str(tmp_path)!r}, {list(LIVE)})")
 
 
 @pytest.mark.slow
@@ -240,7 +225,7 @@ def test_a_width_that_cannot_be_divided(tmp_path: Path) -> None:
     model, data = write_model(tmp_path / "model"), write_json(tmp_path / "data.json", make_records(4))
     flags = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(tmp_path / "out")]
     mend = "--mesh: fsdp=6 does not divide hidden_size 32; use data=3,fsdp=2,tensor=1"
-    on_eight_devices(f"refused({[*flags, '--mesh', 'fsdp=6']}, {mend!r})")
+    on_devices(8, f"test_meshes.refused({[*flags, '--mesh', 'fsdp=6']}, {mend!r})")
 
 
 def refused(argv: list[str], said: str) -> None:
@@ -396,24 +381,24 @@ def check_weight_gradient(specs: list[str]) -> None:
 )
 def test_weight_gradient(specs: list[str]) -> None:
     """Against the whole product: devices' shares are added in float32, and lie where the weight does."""
-    on_eight_devices(f"check_weight_gradient({specs})")
+    on_devices(8, f"test_meshes.check_weight_gradient({specs})")
 
 
 @pytest.mark.slow
 def test_gradients_are_summed_in_float32(tmp_path: Path) -> None:
     """As the Trainer's ranks sum them, though matmuls are in bfloat16."""
     flags = (f"--xla_dump_to={tmp_path}", "--xla_dump_hlo_pass_re=spmd-partitioning")
-    on_eight_devices(f"check_types({str(tmp_path)!r})", *flags)
+    on_devices(8, f"test_meshes.check_types({str(tmp_path)!r})", *flags)
 
 
 @pytest.mark.slow
 def test_collectives() -> None:
-    on_eight_devices("check_collectives()")
+    on_devices(8, "test_meshes.check_collectives()")
 
 
 @pytest.mark.slow
 def test_placement() -> None:
-    on_eight_devices("check_placement()")
+    on_devices(8, "test_meshes.check_placement()")
 
 
 def tell_many() -> None:
@@ -437,7 +422,7 @@ def tell_many() -> None:
 def test_more_programs_than_xlas_client_takes() -> None:
     """Where they exchange something, XLA's client of several CPUs stands still with 40 of them ahead, and ends the
     process."""
-    on_eight_devices("tell_many()")
+    on_devices(8, "test_meshes.tell_many()")
 
 
 # -- From one mesh to another -----------------------------------------------------------------------------------------
@@ -471,7 +456,7 @@ def test_another_mesh(tmp_path: Path) -> None:
     outcome = run(convert_torch_to_flax.main, "--model_name_or_path", model, "--output_dir", tmp_path / "flax")
     assert outcome.code == 0, outcome.err
     write_json(tmp_path / "data.json", make_records(12))
-    on_eight_devices(f"moved({str(tmp_path)!r})")
+    on_devices(8, f"test_meshes.moved({str(tmp_path)!r})")
 
 
 # -- Answers ----------------------------------------------------------------------------------------------------------
@@ -492,4 +477,4 @@ def answers(folder: str) -> None:
 @pytest.mark.slow
 def test_answers_of_eight_devices(tmp_path: Path) -> None:
     folder = write_tokenizer(write_model(tmp_path / "model"))
-    on_eight_devices(f"answers({str(folder)!r})")
+    on_devices(8, f"test_meshes.answers({str(folder)!r})")

@@ -16,10 +16,10 @@ import pytest
 import torch
 from bitsandbytes.backends.cpu import ops
 from bitsandbytes.functional import create_dynamic_map
+from forks import on_devices
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
-from test_meshes import on_eight_devices
 from tiny import CONFIG, make_records, run, write_json, write_model
 
 import train_jax
@@ -317,7 +317,7 @@ def updates_on_meshes() -> None:
 
 @pytest.mark.slow
 def test_meshes() -> None:
-    on_eight_devices("updates_on_meshes()", module="test_moments")
+    on_devices(8, "test_moments.updates_on_meshes()")
 
 
 # -- Whole runs -------------------------------------------------------------------------------------------------------

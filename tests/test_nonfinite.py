@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from forks import on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -178,12 +179,7 @@ def on_meshes() -> None:
 
 @pytest.mark.slow
 def test_on_eight_devices() -> None:
-    from test_meshes import ROOT, environment, of_devices, os, subprocess, sys
-
-    env = environment() | of_devices(8) | {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-    command = [sys.executable, "-c", "import test_nonfinite; test_nonfinite.on_meshes()"]
-    result = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_devices(8, "test_nonfinite.on_meshes()")
 
 
 # -- Spikes of the loss -----------------------------------------------------------------------------------------------

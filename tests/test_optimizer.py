@@ -1,7 +1,6 @@
 """The optimizers are the Trainer's own, as it configures them: clipping, decay groups, accumulation, the rate given."""
 
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +13,11 @@ import optax
 import pytest
 import reference
 import torch
+from forks import on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
-from tiny import CONFIG, ROOT, SISTERS, of_devices, slow_unless
+from tiny import CONFIG, ROOT, SISTERS, slow_unless
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
@@ -434,12 +434,7 @@ def update_on_two_devices() -> None:
 
 @pytest.mark.slow
 def test_two_devices() -> None:
-    tests = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(tests), str(ROOT)])
-    env = os.environ | of_devices(2) | {"PYTHONPATH": path}
-    command = [sys.executable, "-c", "import test_optimizer; test_optimizer.update_on_two_devices()"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_devices(2, "test_optimizer.update_on_two_devices()")
 
 
 @pytest.mark.parametrize("tied", [False, True])

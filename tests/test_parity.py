@@ -12,9 +12,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from forks import on_devices
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from numpy_llama import llama_logits
-from tiny import CONFIG, SISTERS, drawn_cases, of_devices, slow_unless
+from tiny import CONFIG, SISTERS, drawn_cases, slow_unless
 
 from llama_jax.distributed import sharding
 from llama_jax.hf.load import check_tensors, load_params
@@ -913,13 +911,11 @@ def compare_meshes(spec: str = "data=2,fsdp=2,tensor=2", families: Sequence[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["", "families=DISTINCT", "'context=2,tensor=4', [*SISTERS][1::2]"])
+@pytest.mark.parametrize(
+    "arguments", ["", "families=test_parity.DISTINCT", "'context=2,tensor=4', [*test_parity.SISTERS][1::2]"]
+)
 def test_eight_devices(arguments: str) -> None:
-    root = Path(__file__).resolve().parent.parent
-    env = os.environ | of_devices(8) | {"PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", f"from test_parity import *; compare_meshes({arguments})"]
-    result = subprocess.run(command, cwd=root / "tests", env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    on_devices(8, f"test_parity.compare_meshes({arguments})")
 
 
 @pytest.mark.parametrize(

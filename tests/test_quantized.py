@@ -1,9 +1,6 @@
 """Frozen matrices in 4 and 8 bits, against bitsandbytes itself on the CPU and against float64."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from forks import on_devices
 from golden_adapters import WIDE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -280,13 +278,9 @@ def test_shards_of_the_inputs_are_whole_blocks() -> None:
 
 
 @pytest.mark.slow
-def test_eight_devices(tmp_path: Path) -> None:
+def test_eight_devices() -> None:
     """Each device holds its part of the codes; values and gradients are exact, and only codes are gathered."""
-    root = Path(__file__).parent.parent
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": f"{root}:{root}/tests"}
-    command = [sys.executable, "-c", "import test_quantized; test_quantized.on_eight_devices()"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_devices(8, "test_quantized.on_eight_devices()")
 
 
 def on_eight_devices() -> None:
