@@ -3,6 +3,7 @@
 import jax
 import ml_dtypes
 import numpy as np
+from forks import on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
