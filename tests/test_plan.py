@@ -30,8 +30,9 @@ from llama_jax.distributed import sharding
 from llama_jax.model.config import LlamaConfig
 from llama_jax.plan.chips import Named, find_topology
 from llama_jax.plan.hlo import Program
+from llama_jax.plan.memory import activation_bytes
 from llama_jax.plan.operations import operations
-from llama_jax.plan.planner import Option, Plan, Planner, activation_bytes, choose_scan
+from llama_jax.plan.planner import Option, Plan, Planner, choose_scan
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.setup.arguments import parse_arguments
 from llama_jax.setup.job import make_job

@@ -16,8 +16,9 @@ from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf.source import Source, training_dtype
 from llama_jax.plan.chips import Chip, Topology, find_topology
 from llama_jax.plan.hlo import Collective, Program
+from llama_jax.plan.memory import activation_bytes
 from llama_jax.plan.operations import operations
-from llama_jax.plan.planner import Plan, Planner, activation_bytes, choose_scan
+from llama_jax.plan.planner import Plan, Planner, choose_scan
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, Say, make_job

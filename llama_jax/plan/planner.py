@@ -31,19 +31,17 @@ from llama_jax.hf import peft
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.blockwise import SHORT
-from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.matmul import check_fp8
-from llama_jax.model.quantized import quantized_bytes
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
 from llama_jax.plan.chips import Named
+from llama_jax.plan.memory import activation_bytes, logit_bytes, passing_bytes, score_bytes
 from llama_jax.plan.operations import operations
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import Guard, abstract_losses
-from llama_jax.training.loss import CHUNK
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.optimizer_names import OPTIMIZERS
 from llama_jax.training.state import TrainState, abstract_saved, abstract_state, saving_bytes
@@ -250,50 +248,14 @@ class Planner:
         Beside the state: gradients, values kept for the backward pass, plain attention's scores, logits of a chunk with
         their gradient, and weights made in passing; or the bytes that saving takes, if more.
         """
-        config, run, mesh = self.job.config, self.run, self.mesh
-        kept = option.max_tokens * activation_bytes(config, run, option.remat, mesh)
-        grads = sharding.bytes_on_device(self.state.trainable)
-        itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
-        logits = min(CHUNK, option.max_tokens * config.vocab_size // mesh.shape["tensor"])
-        step = (
-            kept
-            + self._score_bytes(option, longest or self._longest)
-            + grads
-            + logits * (4 + itemsize)
-            + self._passing_bytes()
-        )
+        tokens, given = option.max_tokens, (self.job.config, self.run, self.mesh)
+        step = sharding.bytes_on_device(self.state.trainable)
+        step += tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
+        if self.kernel == "xla":
+            row = max(longest or self._longest, min(tokens, ROW_LIMIT))
+            step += score_bytes(*given, option.remat, tokens=tokens, row=row)
+        step += logit_bytes(*given, tokens=tokens) + passing_bytes(*given)
         return self.held_bytes(option) + max(step, saving_bytes(self.state))
-
-    def _score_bytes(self, option: Option, longest: int) -> int:
-        """Return the bytes of attention's scores, where no kernel computes them in parts.
-
-        Without recomputation each layer keeps its softmax, in float32 and rounded. Else a single layer holds scores,
-        softmax and their gradient.
-        """
-        if self.kernel != "xla":
-            return 0
-        config, compute = self.job.config, np.dtype(self.run.compute_dtype or self.run.param_dtype).itemsize
-        row = max(longest, min(option.max_tokens, ROW_LIMIT))
-        scores = option.max_tokens * row * -(-config.num_attention_heads // self.mesh.shape["tensor"])
-        if option.remat == "none":
-            return scores * config.num_hidden_layers * (4 + compute)
-        return scores * (3 * 4 + compute)
-
-    def _passing_bytes(self) -> int:
-        """Return the bytes of weights that a step makes: those gathered for two layers, the head in the compute type,
-        and two matrices that are dequantized, or summed with their adapter for DoRA's norms."""
-        config, run, mesh = self.job.config, self.run, self.mesh
-        D, F, ways = config.hidden_size, config.intermediate_size, mesh.shape["tensor"]
-        itemsize = np.dtype(run.compute_dtype or run.param_dtype).itemsize
-        layer = (config.num_parameters - 2 * config.vocab_size * D) // (config.num_hidden_layers * ways)
-        head, matrix = config.vocab_size * D // ways * itemsize, D * F // ways
-        of_weight = quantized_bytes(run.quantization.abstract((F, D))) / (F * D) if run.quantization else itemsize
-        # Halves hold the head in the compute type already.
-        whole_head = mesh.size > 1 or (run.lora is not None and itemsize != run.param_dtype.itemsize)
-        gathered = int(2 * layer * of_weight) if mesh.size > 1 else 0
-        dequantized = 2 * matrix * itemsize if run.quantization else 0
-        summed = 2 * matrix * 4 if run.lora and run.lora.use_dora else 0
-        return gathered + whole_head * head + dequantized + summed
 
     def choose(
         self,
@@ -454,25 +416,6 @@ class Planner:
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
         key += [self._largest_update, int(job.examples.lengths.max())]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"
-
-
-def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
-    """Return the bytes that a token leaves on its device for the backward pass, over all layers."""
-    compute, stream = (jnp.dtype(t).itemsize for t in (run.compute_dtype or run.param_dtype, run.param_dtype))
-    ways, D, H = mesh.shape["tensor"], config.hidden_size, config.head_dim
-    kv_heads, ffn = -(-config.num_key_value_heads // ways) * H, -(-config.intermediate_size // ways)
-    heads = kv_heads * (config.num_attention_heads // config.num_key_value_heads)
-    named = {"q": heads, "k": kv_heads, "v": kv_heads, "attention": heads, "o_proj": D}
-    named |= {"gate_proj": ffn, "up_proj": ffn}
-    kept = REMAT[remat].kept
-    width = sum(named.values() if kept is None else (named[name] for name in kept))
-    of_down_proj = 0 if kept is not None else ffn * (1 if run.fp8 else compute)  # its input
-    of_layers = config.num_hidden_layers * (stream * D + compute * width + of_down_proj)
-    if kept is not None or run.lora is None or not run.lora.dropout:
-        return of_layers
-    inputs = {"self_attn.o_proj": heads, "mlp.down_proj": ffn}
-    dropped = sum(inputs.get(projection, D) for (_, projection), _ in run.lora.ranks)
-    return of_layers + (compute + 1) * dropped  # an input without the dropped elements, and their mask
 
 
 def _largest_update(job: Job, ways: int) -> int:
