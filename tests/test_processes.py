@@ -244,7 +244,8 @@ def test_an_adapter_as_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sigterm_to_one(tmp_path: Path) -> None:
     """All stop after the same update; one process with another mesh goes on, as a run that was not stopped."""
-    job = Job(tmp_path, hf_compat="5", per_device_train_batch_size=1, max_steps=200, save_steps=1000)
+    flags = {"per_device_train_batch_size": 1, "save_steps": 1000, "lr_scheduler_type": "constant", "warmup_steps": 0}
+    job = Job(tmp_path, hf_compat="5", max_steps=200, **flags)
     processes = start([job.argv("stopped")] * 2, 2)
     assert processes[0].stdout
     lines: list[str] = []
@@ -255,9 +256,11 @@ def test_sigterm_to_one(tmp_path: Path) -> None:
     (name,) = checkpoints(tmp_path / "stopped")
     step = int(name.removeprefix("checkpoint-"))
     assert 3 <= step < 200 and any(f"stopped after update {step}" in line for line in told[0].err)
+    job.flags["max_steps"] = step + 4
     finish(start([job.argv("stopped", resume_from_checkpoint=True, mesh="data=2,fsdp=2")], 4))
     finish(start([job.argv("whole")], 4))
     values = [[e["loss"] for e in log_of(tmp_path / out) if "loss" in e] for out in ("stopped", "whole")]
+    assert len(values[0]) == step + 4
     # Sums of the same numbers in another order, as for the golden runs.
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
 
