@@ -338,14 +338,17 @@ def paths() -> list[str]:
     return [str(ROOT), str(CLIENTS), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
-def read(name: str, at: Path) -> Written:
-    """Read what a client wrote, in a process that has it."""
-    command = [sys.executable, str(ROOT / "tests" / "tracker_files.py"), name, str(at)]
+def read(names: list[str], at: Path) -> list[Written]:
+    """Read what each client wrote, in a process that has them."""
+    command = [sys.executable, str(ROOT / "tests" / "tracker_files.py"), str(at), *names]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths())}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    values, settings, run_name = json.loads(done.stdout.splitlines()[-1])
-    return Written({(key, step): value for key, step, value in values}, settings, run_name)
+    written = [json.loads(line) for line in done.stdout.splitlines()[-len(names) :]]
+    return [
+        Written({(key, step): value for key, step, value in values}, settings, run_name)
+        for values, settings, run_name in written
+    ]
 
 
 def spelled(compat: str, flags: list[str]) -> list[str]:
@@ -391,8 +394,7 @@ def test_clients_get_what_the_trainer_gives(
         if not installed(name):
             pytest.skip(f"{name}: pip install {PLATFORMS[name].package}")
     ours, theirs = both(folder, tmp_path, names, compat, more)
-    for name in names:
-        written = [read(name, at) for at in (ours, theirs)]
+    for name, *written in zip(names, read(names, ours), read(names, theirs), strict=True):
         if compat == "4.37":  # the args are those of 5
             written = [w._replace(settings={}) for w in written]
             assert (ours / "board").is_dir()
@@ -543,7 +545,8 @@ def test_two_processes_that_are_stopped(tmp_path: Path, monkeypatch: pytest.Monk
     finish(processes, code=143)
     state = json.loads((tmp_path / "out" / "report.json").read_text())["log_history"]
     assert (tmp_path / "out" / f"checkpoint-{state[-1]['step']}").is_dir() and state[-1]["step"] >= 3
-    written = read("tensorboard", tmp_path).values
+    (board,) = read(["tensorboard"], tmp_path)
+    written = board.values
     losses = {step: value for (key, step), value in written.items() if key == "train/loss"}
     assert losses == pytest.approx({e["step"]: e["loss"] for e in state if "loss" in e}, rel=1e-6)
     assert len([*(tmp_path / "out" / "runs").glob("*")]) == 1

@@ -208,6 +208,9 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    found = READERS[sys.argv[1]](Path(sys.argv[2]))
-    values = [[key, step, value] for (key, step), value in found.values.items()]
-    print(json.dumps([values, found.settings, found.name]))
+    _, at, *names = sys.argv
+    lines = []
+    for found in [READERS[name](Path(at)) for name in names]:
+        values = [[key, step, value] for (key, step), value in found.values.items()]
+        lines.append(json.dumps([values, found.settings, found.name]))
+    print("\n".join(lines))
