@@ -61,7 +61,8 @@ class Steps:
         seed: int = 0,
         guard: Guard = Guard(),
     ):
-        self._drops = definition.run.lora is not None and definition.run.lora.dropout > 0
+        run = definition.run
+        self._fp8, self._drops = run.fp8, run.lora is not None and run.lora.dropout > 0
 
         def gradients(state: TrainState, batch: Batch, number: jax.Array | None):
             key = None
@@ -120,7 +121,7 @@ class Steps:
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)) if self._drops else None
         programs: dict[Any, Any] = {}
-        options = compiler_options(mesh, _layer_gradient_bytes(state.trainable))
+        options = compiler_options(mesh, self._fp8, _layer_gradient_bytes(state.trainable))
         with jax.set_mesh(mesh):
             if self._summing:
                 sums = abstract_saved(state, mesh).params
@@ -184,9 +185,12 @@ def _bytes_needed(program: Any, held: int, platform: str) -> int:
     return peak + max(0, held - arguments)
 
 
-def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
+def make_loss_step(definition: Definition, mesh: Mesh, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
     """Return the compiled `(params, block) -> weighted loss of each token`, [B, T]."""
-    return jax.jit(lambda params, batch: losses_of(graphdef, params, batch, vocab_size, label_smoothing)[1])
+    return jax.jit(
+        lambda params, batch: losses_of(definition.graphdef, params, batch, vocab_size, label_smoothing)[1],
+        compiler_options=compiler_options(mesh, definition.run.fp8),
+    )
 
 
 def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:
