@@ -45,6 +45,7 @@ from llama_jax.training.guard import Guard, abstract_losses
 from llama_jax.training.loss import CHUNK
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.optimizer_names import OPTIMIZERS
+from llama_jax.training.parts import passing_bytes
 from llama_jax.training.state import TrainState, abstract_saved, abstract_state, saving_bytes
 from llama_jax.training.step import Steps
 
@@ -132,7 +133,9 @@ class Planner:
         self.definition = define(job.config, self.run, mesh, trainable)
         check_names(self.definition.base, job.config)
         losses = abstract_losses(mesh) if args.skip_loss_spikes else None
-        self.state = abstract_state(self._optimizer(), self.definition, mesh)._replace(losses=losses)
+        self.state = abstract_state(self._optimizer(), self.definition, mesh, args.offload_optimizer)._replace(
+            losses=losses
+        )
         self.saved = abstract_saved(self.state, mesh)
 
     @property
@@ -162,6 +165,7 @@ class Planner:
             sums=sums,
             seed=args.seed,
             guard=Guard(nonfinite=args.on_nonfinite == "skip", sigma=args.skip_loss_spikes),
+            offload=args.offload_optimizer,
         )
         return Plan(
             option=option,
@@ -169,7 +173,9 @@ class Planner:
             run=run,
             tx=tx,
             definition=definition,
-            abstract=abstract_state(tx, definition, self.mesh)._replace(losses=self.state.losses),
+            abstract=abstract_state(tx, definition, self.mesh, args.offload_optimizer)._replace(
+                losses=self.state.losses
+            ),
             steps=steps,
         )
 
@@ -226,9 +232,14 @@ class Planner:
         return fitting or [min(options, key=self.estimate)]
 
     def held_bytes(self, option: Option) -> int:
-        """Return the bytes a device always holds: the state, and gradient sums where an update has several blocks."""
+        """Return the bytes a device always holds: the state, of moments in the host's memory those that pass, and
+        gradient sums where an update has several blocks."""
         state, sums = map(sharding.bytes_on_device, (self.state, self.saved.params))
-        return state + (option.max_tokens < self._largest_update) * sums
+        return (
+            state
+            + passing_bytes(self.state.trainable, self.state.opt_state)
+            + (option.max_tokens < self._largest_update) * sums
+        )
 
     def least_bytes(self, option: Option) -> int:
         """Return a lower bound of a device's bytes: held bytes and the largest of kept activations, gradients and
@@ -443,7 +454,7 @@ class Planner:
         """Return the file of the option found earlier for such a job on such devices."""
         args, job, run = self.job.args, self.job, self.run
         flags: list[Any] = [args.optim, args.adam_moments_dtype, args.hf_compat, args.accumulation]
-        flags += [args.remat, args.max_tokens_per_device, args.packing]
+        flags += [args.remat, args.max_tokens_per_device, args.packing, args.offload_optimizer]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
         key += [self._largest_update, int(job.examples.lengths.max())]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"

@@ -232,7 +232,7 @@ def make_updates(
 
     def programs(updates: range) -> list[Any]:
         shapes = {shape for k in updates for shape in plan.batches.shapes_of(k)}
-        return [program for shape, program in plan.steps.programs.items() if shape in shapes or shape == "apply"]
+        return [program for shape, program in plan.steps.programs.items() if shape in shapes or isinstance(shape, str)]
 
     profile = Profile(
         args.profiled,
