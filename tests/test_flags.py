@@ -766,6 +766,8 @@ def test_deepspeeds_files(tmp_path: Path) -> None:
         "linear; here the learning rate rises linearly",
         "--deepspeed: train_batch_size is 64 there, which is 2 device(s) of --per_device_train_batch_size 8 x "
         "--gradient_accumulation_steps 4; here --world_size counts, by default the devices of data x fsdp in --mesh",
+        '--deepspeed: zero_optimization.offload_optimizer.device is "cpu" there; the flags decide: --offload_optimizer '
+        "False",
         "--deepspeed: zero_optimization.stage 2 changes memory, not the updates; --mesh auto divides all of the state, "
         "as stage 3 does",
     ]

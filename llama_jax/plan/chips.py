@@ -74,6 +74,12 @@ def peak_flops(kind: str, devices: int) -> float | None:
     return next((devices * chip.flops for chip in CHIPS.values() if chip.kind == kind), None)
 
 
+def host_rate(kind: str) -> float:
+    """Return the bytes a second between a device of jax's name `kind` and its host, each way: of x16 PCIe, some four
+    fifths of the 64 GB/s of 5.0, which H100 and H200 have, or of the 32 GB/s of 4.0."""
+    return 50e9 if kind in (CHIPS["h100"].kind, CHIPS["h200"].kind) else 25e9
+
+
 class _Memory(str):
     """Name a memory. jax reads `kind` of a device's default memory, and compares the others as strings."""
 

@@ -214,7 +214,8 @@ def print_explanation(args: Arguments) -> int:
     prepared = prepare(args, *join(args))
     planner = prepared.planner
     plan = planner.make(planner.options(processes.least(memory_limit()))[0])
-    described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype)
+    kind = prepared.mesh.devices.flat[0].device_kind
+    described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype, kind)
     show(explain.as_json(described) if args.explain == "json" else explain.as_text(described))
     return 0
 

@@ -66,7 +66,7 @@ class HostedOptimizer:
             if text not in by_text:
                 by_text[text] = lowered.compile(options)
             self._programs[place] = by_text[text]
-        named = {f"apply to {'.'.join(map(str, place))}": program for place, program in self._programs.items()}
+        named = {f"apply {place}": program for place, program in self._programs.items()}
         return {"apply": self._deciding, **named}
 
     def _lowered(self, like: Any, halved: Params | None, changing: list[Any], read: list[Any]) -> Any:
@@ -126,7 +126,8 @@ class HostedOptimizer:
         arriving: deque[tuple[Place, list[Params]]] = deque()
         for place in self._programs:
             while len(arriving) + len(self._leaving) >= ON_DEVICE:
-                jax.block_until_ready(self._leaving.popleft())
+                left = jax.tree.leaves(self._leaving.popleft())
+                jax.block_until_ready([array for array in left if not array.is_deleted()])  # as few parts come back
             of_part = [take(tree, place) for tree in moments]
             arriving.append((place, sharding.to_device(of_part)))
             _delete(of_part)

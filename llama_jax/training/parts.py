@@ -11,22 +11,26 @@ from llama_jax.model.definition import merge
 from llama_jax.model.roles import Params, is_stacked
 from llama_jax.training.halves import join
 
-Place = tuple[Any, ...]  # the path of a part in a tree of parameters
+Place = int | None
 ON_DEVICE = 4  # parts whose moments are on the device at once: as two arrive, two leave
 
 
 def parts_of(params: Params) -> list[Place]:
-    """Return the paths of the parts: a layer each, and each other leaf; of stacked layers, each leaf."""
-    of_layer = 2 if not is_stacked(params) else None
-    paths = (tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
-    return list(dict.fromkeys(path[:of_layer] if path[0] == "layers" else path for path in paths))
+    """Return the parts: the number of each layer, and None for all parameters beside the layers.
+
+    A part has several leaves: of a single one, a CPU's compiler rounds Adam's powers otherwise than in a whole update.
+    """
+    assert not is_stacked(params)
+    return [*params.get("layers", {}), *([None] if params.keys() - {"layers"} else [])]
 
 
 def take(tree: Params | None, place: Place) -> Any:
     """Return a part of a tree of parameters, by the same names; of None, None."""
-    if tree is None or not place:
-        return tree
-    return {place[0]: take(tree[place[0]], place[1:])}
+    if tree is None:
+        return None
+    if place is None:
+        return {key: value for key, value in tree.items() if key != "layers"}
+    return {"layers": {place: tree["layers"][place]}}
 
 
 def put_together(parts: list[Any]) -> Any:
