@@ -188,6 +188,18 @@ def test_few_parts_are_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2 * a_layer < most <= 3 * a_layer + rest
 
 
+def test_another_state() -> None:
+    """The first moments of an update are copied ahead. They are not used for a state that was not made by it."""
+    made = Made("halves", True)
+    first, places = jax.tree.map(np.array, made.state), jax.tree.map(lambda x: x.sharding, made.state)
+    made.update(1)
+    expected = jax.tree.map(np.array, made.state)
+    made.update(2)
+    made.state = jax.tree.map(jax.device_put, first, places)
+    made.update(1)
+    assert_same_bits(made.state, expected)
+
+
 def test_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the same run with moments on the device, whose bytes are those of a model that needs them all."""
     there, here = Made("halves", True), Made("halves", False)

@@ -276,7 +276,7 @@ def _moved(tree: Any, kind: str) -> Any:
         moved = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, places, strict=True)]
     else:
         moved = jax.device_put(leaves, places)
-    return structure.unflatten(moved)
+    return jax.tree.unflatten(structure, moved)
 
 
 def sums_gradients() -> bool:

@@ -415,7 +415,7 @@ class Planner:
             ways.append(self._way("--dtype bfloat16", limit, {"dtype": "bfloat16"}, note=rounding))
         for optim in OPTIMIZERS:
             if not optim.startswith("adamw"):
-                other = {"optim": optim, "adam_moments_dtype": None}
+                other: dict[str, Any] = {"optim": optim, "adam_moments_dtype": None}
                 if optim in WITHOUT_MOMENTS:
                     other["offload_optimizer"] = False
                 ways.append(self._way(f"--optim {optim}", limit, other, note=", other updates"))

@@ -6,7 +6,6 @@ run beside the programs, in both directions at once.
 """
 
 from collections import deque
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -36,7 +35,7 @@ class HostedOptimizer:
     def __init__(self, tx: optax.GradientTransformationExtraArgs, halved: Params | None, guard: Guard, sums: bool):
         self._tx, self._halved, self._sums = tx, halved, sums
         self._programs: dict[Place, Any] = {}
-        self._leaving: deque[Any] = deque()
+        self._arriving, self._leaving = deque[Any](), deque[Any]()
 
         def decide(grads: Any, step: jax.Array, losses: Any, loss: jax.Array):
             norm = global_norm(grads)
@@ -74,8 +73,8 @@ class HostedOptimizer:
         of_changing, of_read = map(jax.tree.structure, (changing, read))
 
         def apply(changing: list[jax.Array], read: list[jax.Array]):
-            trainable, lower, moments, *sums = of_changing.unflatten(changing)
-            grads, numbers, norm, made, rate = of_read.unflatten(read)
+            trainable, lower, moments, *sums = jax.tree.unflatten(of_changing, changing)
+            grads, numbers, norm, made, rate = jax.tree.unflatten(of_read, read)
             params, opt_state = join(trainable, lower), join_state(like, moments, numbers)
             grads = jax.tree.map(lambda g, p: g.astype(p.dtype), sums[0] if sums else grads, params)
             updates, after = self._tx.update(grads, opt_state, params, learning_rate=rate, grad_norm=norm)
@@ -93,47 +92,47 @@ class HostedOptimizer:
         "grad_norm" and "skipped". State and gradients are consumed."""
         step, norm, made, skipped, losses = self._deciding(grads, state.step, state.losses, loss)
         moments, numbers = split_state(state.opt_state)
+        hosted = [[take(tree, place) for tree in moments] for place in self._programs]
+        self._copy_first(hosted)
         parts: list[list[Any]] = []
-        for place, arrived in self._arrivals(moments):
-            of_grads = take(grads, place)
-            changing, read = (
-                [take(state.trainable, place), take(state.lower, place), arrived],
-                [numbers, norm, made, rate],
-            )
+        for place, program in self._programs.items():
+            of_host, arrived = self._arriving.popleft()
+            of_grads, read = take(grads, place), [numbers, norm, made, rate]
+            changing = [take(state.trainable, place), take(state.lower, place), arrived]
             changing, read = ([*changing, of_grads], [None, *read]) if self._sums else (changing, [of_grads, *read])
             leaves, structure = jax.tree.flatten(changing)
-            del arrived, changing
-            leaves, numbers_after = self._programs[place](leaves, jax.tree.leaves(read))
-            trainable, lower, updated, *sums = structure.unflatten(leaves)
-            if not self._sums:
-                _delete(of_grads)
+            leaves, numbers_after = program(leaves, jax.tree.leaves(read))
+            trainable, lower, updated, *sums = jax.tree.unflatten(structure, leaves)
             left = sharding.to_host(updated)
-            del leaves, updated
+            _delete([of_host, updated, [] if self._sums else of_grads])
             self._leaving.append(left)
             parts.append([trainable, lower, *left, *sums])
+            hosted.append(left)
+            self._copy(hosted[len(parts) + len(self._arriving)])
         trainable, lower, *trees = map(put_together, map(list, zip(*parts, strict=True)))
         sums = trees.pop() if self._sums else None
         opt_state = join_state(state.opt_state, trees, numbers_after)
         after = TrainState(step, trainable, state.frozen, opt_state, lower, losses)
         return after, sums, {"grad_norm": norm, "skipped": skipped}
 
-    def _arrivals(self, moments: list[Params]) -> Iterator[tuple[Place, list[Params]]]:
-        """Yield the parts with their moments on the device, copied ahead; the host's are deleted.
+    def _copy_first(self, hosted: list[list[Params]]) -> None:
+        """Copy the first parts to the device, unless the update before this one did."""
+        copied = jax.tree.leaves([of_host for of_host, _ in self._arriving])
+        if list(map(id, copied)) != list(map(id, jax.tree.leaves(hosted[: len(self._arriving)]))):
+            self._arriving.clear()  # of another state
+        for part in hosted[len(self._arriving) : ARRIVING]:
+            self._copy(part)
 
-        A copy takes its memory on the device when it is dispatched. So it is dispatched once the moments of earlier
-        parts have left, those of the last update included.
+    def _copy(self, of_host: list[Params]) -> None:
+        """Copy the moments of a part to the device, once those of earlier parts have left.
+
+        A copy takes its memory when it is dispatched, and begins after the programs dispatched before it. So the first
+        parts of an update are copied at the end of the update before: else they would wait for the backward pass.
         """
-        arriving: deque[tuple[Place, list[Params]]] = deque()
-        for place in self._programs:
-            while len(arriving) + len(self._leaving) >= ON_DEVICE:
-                left = jax.tree.leaves(self._leaving.popleft())
-                jax.block_until_ready([array for array in left if not array.is_deleted()])  # as few parts come back
-            of_part = [take(tree, place) for tree in moments]
-            arriving.append((place, sharding.to_device(of_part)))
-            _delete(of_part)
-            if len(arriving) == ARRIVING:
-                yield arriving.popleft()
-        yield from arriving
+        while len(self._arriving) + len(self._leaving) >= ON_DEVICE:
+            left = jax.tree.leaves(self._leaving.popleft())
+            jax.block_until_ready([array for array in left if not array.is_deleted()])  # as few parts come back
+        self._arriving.append((of_host, sharding.to_device(of_host)))
 
 
 def _delete(tree: Any) -> None:

@@ -52,7 +52,7 @@ def join_state(like: Any, moments: list[Params], numbers: list[jax.Array]) -> An
     """Return the state of both results of `split_state`, built as `like`."""
     leaves, structure = jax.tree.flatten(like, is_leaf=_is_tree)
     of_kind = {True: iter(moments), False: iter(numbers)}
-    return structure.unflatten([next(of_kind[_is_tree(x)]) for x in leaves])
+    return jax.tree.unflatten(structure, [next(of_kind[_is_tree(x)]) for x in leaves])
 
 
 def moments_on_host(opt_state: Any) -> Any:
