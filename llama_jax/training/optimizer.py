@@ -54,8 +54,8 @@ def _decayed(rule: optax.GradientTransformation, weight_decay: float, decays: An
     """Return `rule` followed by weight decay. The state is the rule's: a run may resume with another decay."""
     if not weight_decay:
         return rule
-    # Of a part of the parameters where an update gets no more.
-    decay = optax.add_decayed_weights(weight_decay, None if decays is None else partial(pick, decays))
+    # Of a part of the parameters, where an update gets no more.
+    decay = optax.add_decayed_weights(weight_decay, partial(pick, decays) if isinstance(decays, dict) else decays)
 
     def update(updates, state, params=None):
         updates, state = rule.update(updates, state, params)
