@@ -82,7 +82,7 @@ def load(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Train
     run = make_run(prepared, plan)
     remove_earlier(prepared.output_dir)
     checkpoints = open_checkpoints(prepared, files)
-    state = init_state(params, plan.tx, plan.definition, prepared.mesh)
+    state = init_state(params, plan.tx, plan.definition, prepared.mesh, prepared.args.offload_optimizer)
     if prepared.job.args.skip_loss_spikes:
         state = state._replace(losses=place_losses(prepared.mesh, None))
     return run, checkpoints, state

@@ -380,7 +380,7 @@ def resolve_optimizer(name: str, weight_decay: float) -> tuple[str, list[str]]:
     if name == "paged_adamw_32bit" and weight_decay:
         # bitsandbytes' kernel multiplies the parameters by (1 - lr decay) after the update, torch before it.
         raise InputError(f"--optim {name}: with --weight_decay it decays after the update; use {text}")
-    paged = "; its state stays on the device" if name.startswith("paged_") else ""
+    paged = "; --offload_optimizer True keeps its state in the host's memory" if name.startswith("paged_") else ""
     return text, [f"--optim {name}: read as {text}{paged}"]
 
 
