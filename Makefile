@@ -24,6 +24,10 @@ $(VENV)/.test-installed: pyproject.toml $(VENV)/.installed
 # The TPU compiler, for dry runs, in a folder of its own: beside JAX, it would make every start look for a TPU.
 	libtpu=$$($(BIN)/python -c 'from llama_jax.plan.chips import libtpu_requirement as r; print(r())') && \
 		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/libtpu --upgrade "$$libtpu"
+# The compiler for NVIDIA GPUs, likewise: it needs none (tests/gpu_compiler.py).
+	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/cuda --upgrade \
+		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
 # Clients of trackers, in a folder of their own: beside the rest, tests under --hf_compat 4.37 would report to them.
 # Those that this environment has are not installed again, nor moved to other versions.
 	$(BIN)/python -m pip freeze -q --exclude-editable > $(VENV)/versions.txt

@@ -40,7 +40,7 @@ from make_model import SHAPES, raw_config
 from llama_jax.base.files import write_json
 from llama_jax.data.batches import Batch
 from llama_jax.distributed import sharding
-from llama_jax.distributed.platform import memory_limit, set_up_jax
+from llama_jax.distributed.platform import compiler_options, memory_limit, set_up_jax
 from llama_jax.model import matmul
 from llama_jax.model.attention import XLA, Kernel, choose_kernel
 from llama_jax.model.config import LlamaConfig
@@ -230,7 +230,8 @@ def check_fp8_products(config: LlamaConfig, mesh, kernel: str) -> bool:
 
         with jax.set_mesh(mesh):
             weights = halve(params, definition.halved, jax.jit(split_bits))[0]
-            value, grads = jax.jit(jax.value_and_grad(loss))(weights, batch)
+            chosen = compiler_options(mesh, options.fp8)
+            value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=chosen)(weights, batch)
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     def in_float32(form, a, b, out, dtype, fast=False):

@@ -21,11 +21,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_model import SHAPES, raw_config
 
-RUNS = ("ours", "scanned", "dynamic", "static")
+OURS, PEERS = ("ours", "scanned", "int8"), ("dynamic", "static")
 
 
 def ours(args: argparse.Namespace, raw: dict, ids: np.ndarray) -> dict:
-    """Time `Decoding` over layers one by one, or stacked for the run `scanned`."""
+    """Time `Decoding` over layers one by one; stacked for the run `scanned`, with projections in 8 bits for `int8`."""
     import jax
     import jax.numpy as jnp
     from correctness import random_params
@@ -39,6 +39,7 @@ def ours(args: argparse.Namespace, raw: dict, ids: np.ndarray) -> dict:
     from llama_jax.model.definition import define
     from llama_jax.model.generate import Decoding
     from llama_jax.model.llama import RunOptions
+    from llama_jax.model.quantized import Quantization
 
     platform = set_up_jax(args.use_cpu)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -48,7 +49,12 @@ def ours(args: argparse.Namespace, raw: dict, ids: np.ndarray) -> dict:
     kernel, _ = choose_kernel(
         "auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, jnp.dtype(dtype).name
     )
-    run = RunOptions(param_dtype=jnp.dtype(dtype), scan_layers=args.only == "scanned", attention=Kernel(kernel, 1))
+    run = RunOptions(
+        param_dtype=jnp.dtype(dtype),
+        scan_layers=args.only == "scanned",
+        attention=Kernel(kernel, 1),
+        quantization=Quantization(8) if args.only == "int8" else None,
+    )
     definition = define(config, run, mesh)
     with jax.set_mesh(mesh):
         model = nnx.merge(definition.graphdef, random_params(definition.params, mesh))
@@ -116,14 +122,16 @@ def _measured(args: argparse.Namespace, times: list[tuple[float, float]], compil
     return {"first_s": float(first), "tokens_s": float(rate), "spread": (high - low) / rest, "compile_s": compiled}
 
 
-def floor(raw: dict, batch: int, prompt: int, new: int, bandwidth: float, itemsize: int = 2) -> float:
+def floor(raw: dict, args: argparse.Namespace, batch: int, run: str) -> float:
     """Return the tokens a second at which the weights and the filled part of the cache are read once a token."""
     from llama_jax.model.config import LlamaConfig
 
-    config = LlamaConfig.from_hf(raw)
-    table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (prompt + new / 2)
-    return batch * bandwidth / (itemsize * (config.num_parameters - table + batch * cache))
+    config, itemsize = LlamaConfig.from_hf(raw), 4 if args.use_cpu else 2
+    head = config.vocab_size * config.hidden_size
+    layers = config.num_parameters - (1 if config.tie_word_embeddings else 2) * head
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (args.prompt + args.new / 2)
+    read = itemsize * (head + batch * cache) + (1 if run == "int8" else itemsize) * layers
+    return batch * args.bandwidth / read
 
 
 def main() -> None:
@@ -134,24 +142,24 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--new", type=int, default=128, help="tokens")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=["ours"])
+    parser.add_argument("--runs", nargs="+", choices=OURS + PEERS, default=["ours"])
     parser.add_argument("--bandwidth", type=float, default=4.2e12, help="bytes a second, for the floor")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--profile", help="folder for a trace of ours")
     parser.add_argument("--json", type=Path, help="write all figures there")
-    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)  # one run, in this process
+    parser.add_argument("--only", choices=OURS + PEERS, help=argparse.SUPPRESS)  # one run, in this process
     args = parser.parse_args()
     raw = raw_config(args.shape, args.layers)
     if args.only:
         ids = np.random.default_rng(0).integers(3, raw["vocab_size"], (args.batch[0], args.prompt))
-        print("RESULT " + json.dumps((ours if args.only in ("ours", "scanned") else theirs)(args, raw, ids)))
+        print("RESULT " + json.dumps((ours if args.only in OURS else theirs)(args, raw, ids)))
         return
     print("| batch | run | first token ms | tokens/s | spread | of the floor | GiB | compile s |")
     print("|---|---|---|---|---|---|---|---|")
     results = []
     for batch in args.batch:
-        most = floor(raw, batch, args.prompt, args.new, args.bandwidth, 4 if args.use_cpu else 2)
         for run in args.runs:
+            most = floor(raw, args, batch, run)
             command = [sys.executable, __file__, *sys.argv[1:], "--batch", str(batch), "--only", run]
             made = subprocess.run(command, capture_output=True, text=True, check=False)
             lines = [x for x in made.stdout.splitlines() if x.startswith("RESULT ")]

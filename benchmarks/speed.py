@@ -71,7 +71,8 @@ def ours(args: argparse.Namespace) -> dict:
     plan = planner.settle(memory_limit())
     compiled_in = time.monotonic() - started
 
-    state = init_state(random_params(planner.definition.params, mesh), plan.tx, plan.definition, mesh)
+    params, offload = random_params(planner.definition.params, mesh), planner.job.args.offload_optimizer
+    state = init_state(params, plan.tx, plan.definition, mesh, offload)
     done: list[tuple[float, float]] = []
     deadline = time.monotonic() + args.seconds
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from test_training import Job
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -32,3 +34,19 @@ def test_speed_beside_a_peer(tmp_path: Path) -> None:
         assert r["tokens_s"] == pytest.approx(r["tokens_an_update"] / r["ms"] * 1000)
     assert [r["tokens_an_update"] for r in told[:2]] == [128, 128]
     assert all(8 * 30 <= r["tokens_an_update"] <= 8 * 512 for r in told[2:])
+
+
+@pytest.mark.slow
+def test_curves(tmp_path: Path) -> None:
+    """The first losses are equal, before an update by either optimizer; the table has the means of the losses."""
+    job = Job(tmp_path, use_cpu=True)
+    command = [sys.executable, str(BENCHMARKS / "curves.py"), "--model", str(job.folder / "model"), "--data_path"]
+    command += [str(job.folder / "data.json"), "--updates", "3", "--common", "--use_cpu True --learning_rate 1e-2"]
+    command += ["--flags", "", "--optim sgd", "--json", str(tmp_path / "told.json")]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]
+    none, other = json.loads((tmp_path / "told.json").read_text()).values()
+    assert len(none) == 3 and none[0] == other[0] and none[2] != other[2]
+    rows = made.stdout.splitlines()[2:]
+    assert f"{np.mean(none):.4f} (+0.000%)" in rows[0]
+    assert f"{np.mean(other):.4f} ({np.mean(other) / np.mean(none) - 1:+.3%})" in rows[1]

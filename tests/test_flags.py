@@ -216,7 +216,7 @@ def test_every_optimizer(live: dict[str, dict[str, Any]], old: Server) -> None:
             continue
         arguments = parse_arguments(argv)
         assert OPTIMIZERS[arguments.optim][1] == IMPLEMENTED
-        paged = "; its state stays on the device" if name.startswith("paged") else ""
+        paged = "; --offload_optimizer True keeps its state in the host's memory" if name.startswith("paged") else ""
         expected = [f"--optim {name}: read as {arguments.optim}{paged}"] if status == ALIAS else []
         assert arguments.notes("cpu") == expected
     for typed, meant in {
@@ -764,6 +764,8 @@ def test_deepspeeds_files(tmp_path: Path) -> None:
         "linear; here the learning rate rises linearly",
         "--deepspeed: train_batch_size is 64 there, which is 2 device(s) of --per_device_train_batch_size 8 x "
         "--gradient_accumulation_steps 4; here --world_size counts, by default the devices of data x fsdp in --mesh",
+        '--deepspeed: zero_optimization.offload_optimizer.device is "cpu" there; the flags decide: --offload_optimizer '
+        "False",
         "--deepspeed: zero_optimization.stage 2 changes memory, not the updates; --mesh auto divides all of the state, "
         "as stage 3 does",
     ]

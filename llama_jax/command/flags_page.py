@@ -35,7 +35,8 @@ _ORIGIN = {
         "lora_bias init_lora_weights adapter_name_or_path load_in_4bit load_in_8bit bnb_4bit_quant_type "
         "use_bnb_nested_quant",
         HERE: "eval_data_path eval_tasks eval_tasks_limit validation_split_percentage skip_bad_records world_size "
-        "allow_pickle allow_nonfinite on_nonfinite max_bad_updates skip_loss_spikes adam_moments_dtype export_only "
+        "allow_pickle allow_nonfinite on_nonfinite max_bad_updates skip_loss_spikes adam_moments_dtype "
+        "offload_optimizer export_only "
         "dtype fp8 hf_compat "
         "max_tokens_per_device remat accumulation packing attention scan_layers mesh coordinator_address num_processes "
         "process_id watchdog_seconds compare_with profile_updates sample_prompts "

@@ -26,9 +26,11 @@ def digest(tree: Any, mesh: jax.sharding.Mesh) -> str:
 
 def sums(tree: Any) -> dict[str, list[int]]:
     """Return two sums of each array of a tree, by its path. One wrong bit changes them, as does a wrong place."""
-    # One at a time: sharding.IN_FLIGHT has the reason.
+    # One at a time: sharding.IN_FLIGHT has the reason, and arrays of the host's memory need not fit a device together.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): sharding.read(_sums(array)).tolist() for path, array in leaves}
+    return {
+        jax.tree_util.keystr(path): sharding.read(_sums(sharding.to_device(array))).tolist() for path, array in leaves
+    }
 
 
 @jax.jit

@@ -27,6 +27,7 @@ SHARDS = ("fsdp", "context")  # axes that divide weights: each device of `contex
 LONGEST_CONTEXT = 128  # devices; rows are multiples of 128 tokens
 # Programs dispatched ahead: XLA's CPU client deadlocks when about 40 collectives are in flight.
 IN_FLIGHT = 8
+HOST = "pinned_host"  # jax's name of a host's memory that a device's copy engines reach
 VOCAB_MULTIPLE = 128  # rows of the vocabulary are padded to it, which keeps matmuls aligned
 
 # Weights, in HF's [out, in] shapes.
@@ -240,8 +241,42 @@ def shape_on_device(array: jax.Array) -> tuple[int, ...]:
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Return a device's bytes of a tree of arrays, or of their shapes with placements."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Return a device's bytes of a tree of arrays, or of their shapes with placements, without those on the host."""
+    return sum(_bytes_of_part(x) for x in jax.tree.leaves(tree) if not is_on_host(x))
+
+
+def bytes_on_host(tree: Any) -> int:
+    """Return the bytes in a host's memory that a device has of a tree of arrays, or of their shapes with placements."""
+    return sum(_bytes_of_part(x) for x in jax.tree.leaves(tree) if is_on_host(x))
+
+
+def _bytes_of_part(x: Any) -> int:
+    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+
+def is_on_host(x: Any) -> bool:
+    """Return whether an array, or a shape with its placement, is in the host's memory."""
+    return x.sharding.memory_kind == HOST
+
+
+def to_host(tree: Any) -> Any:
+    """Copy a tree of arrays into the memory of their devices' hosts, divided as they are; of shapes, the placement."""
+    return _moved(tree, HOST)
+
+
+def to_device(tree: Any) -> Any:
+    """Copy a tree of arrays from the hosts' memory back to their devices; of shapes, return the placement."""
+    return _moved(tree, "device")
+
+
+def _moved(tree: Any, kind: str) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    places = [x.sharding.with_memory_kind(kind) for x in leaves]
+    if leaves and isinstance(leaves[0], jax.ShapeDtypeStruct):
+        moved = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(leaves, places, strict=True)]
+    else:
+        moved = jax.device_put(leaves, places)
+    return jax.tree.unflatten(structure, moved)
 
 
 def sums_gradients() -> bool:

@@ -24,6 +24,7 @@ from llama_jax.base.files import refuse_foreign_link
 from llama_jax.distributed import processes, storage
 from llama_jax.distributed.digest import sums
 from llama_jax.distributed.platform import host_memory
+from llama_jax.distributed.sharding import to_device
 from llama_jax.hf.names import Path as Place
 from llama_jax.hf.names import name_table, without_layer
 from llama_jax.hf.tensor import Tensor
@@ -145,7 +146,8 @@ def _digest(x: jax.Array) -> jax.Array:
 
 def _old_digests(state: Any) -> dict[str, int]:
     """Return the `_digest` of each array of a tree, by its path."""
-    return {jax.tree_util.keystr(path): int(_digest(x)) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): int(_digest(to_device(x))) for path, x in leaves}
 
 
 # -- As a model -------------------------------------------------------------------------------------------------------

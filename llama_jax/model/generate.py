@@ -19,6 +19,7 @@ from llama_jax.model.llama import Llama
 
 SLOT_MULTIPLE = 128  # prompts are padded to a multiple, so that few lengths are compiled
 AT_ONCE = 128  # tokens of a row that the device decodes before the host sees them
+_PIECE = 4  # tokens that a GPU computes before its host looks whether all rows have their end: a look takes 0.1 ms
 _NONE = -1  # a place after a row's end
 
 
@@ -119,7 +120,8 @@ class Decoding:
         """Add up to `count` tokens, at most AT_ONCE, to each row that has no end."""
         if not self.finished:
             steps = np.int32(min(count, AT_ONCE, self._left))
-            new, self._state = _decode(*self._static, self._params, self._state, self._ended, steps)
+            piece = 1 if steps == 1 else _PIECE
+            new, self._state = _decode(*self._static, piece, self._params, self._state, self._ended, steps)
             self._take(np.asarray(sharding.read(new))[:, :steps])
 
     def end(self, row: int) -> None:
@@ -166,9 +168,13 @@ def _prefill(graphdef, eos, sampling, S, params, ids_BT, positions_BT, sizes_B, 
     return _choose(model, eos, sampling, last, sizes_B, jnp.zeros_like(sizes_B, dtype=bool), seen_BV, cache, key_B)
 
 
-@partial(jax.jit, static_argnums=range(3), donate_argnums=4)
-def _decode(graphdef, eos, sampling, params, state, ended_B, count):
-    """Return up to `count` new tokens of each row [B, AT_ONCE], and the state after them. The old state is consumed."""
+@partial(jax.jit, static_argnums=range(4), donate_argnums=5)
+def _decode(graphdef, eos, sampling, piece, params, state, ended_B, count):
+    """Return up to `count` new tokens of each row [B, AT_ONCE], and the state after them. The old state is consumed.
+
+    Tokens are computed by `piece`, a divisor of AT_ONCE. The state stays as it is after `count`: a token that is
+    computed beyond it writes the same key and value again.
+    """
     model = nnx.merge(graphdef, params)
     ended_B = sharding.reshard(ended_B, sharding.P(sharding.BATCH))
 
@@ -176,17 +182,20 @@ def _decode(graphdef, eos, sampling, params, state, ended_B, count):
         n, _, state = carry
         return (n < count) & ~jnp.all(state.done_B)
 
-    def one(carry):
-        n, new_BN, (token_B, position_B, done_B, seen_BV, cache, key_B) = carry
+    def one(_, carry):
+        n, new_BN, state = carry
+        token_B, position_B, done_B, seen_BV, cache, key_B = state
         position_B1 = position_B[:, None]
         hidden, cache = model(token_B[:, None], position_B1, jnp.ones_like(position_B1), position_B1 + 1, cache)
-        state = _choose(model, eos, sampling, hidden, position_B + 1, done_B, seen_BV, cache, key_B)
-        new_B = jnp.where(done_B, _NONE, state.token_B)
-        return n + 1, jnp.where(jnp.arange(AT_ONCE) == n, new_B[:, None], new_BN), state
+        after = _choose(model, eos, sampling, hidden, position_B + 1, done_B, seen_BV, None, key_B)
+        new_B = jnp.where(done_B, _NONE, after.token_B)
+        after = jax.tree.map(partial(jnp.where, n < count), after, state._replace(cache=None))
+        return n + 1, jnp.where(jnp.arange(AT_ONCE) == n, new_B[:, None], new_BN), after._replace(cache=cache)
 
     new_BN = jnp.full((ended_B.shape[0], AT_ONCE), _NONE, jnp.int32, out_sharding=placed(sharding.ACT_BT))
     state = state._replace(done_B=state.done_B | ended_B)
-    _, new_BN, state = jax.lax.while_loop(unfinished, one, (jnp.int32(0), new_BN, state))
+    pieces = partial(jax.lax.fori_loop, 0, piece, one)
+    _, new_BN, state = jax.lax.while_loop(unfinished, pieces, (jnp.int32(0), new_BN, state))
     return new_BN, state
 
 

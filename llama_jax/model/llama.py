@@ -120,27 +120,18 @@ class Linear(nnx.Module):
         self.bias = None if zeros is None else Bias(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
-        self.exchange, self.project = run.exchange, project_fp8 if run.fp8 else project
+        self.exchange, self.fp8 = run.exchange, run.fp8
         rank = run.lora.of(layer, name) if run.lora else None
         kind, number = run.compute_dtype or jnp.float32, PROJECTIONS.index(name)
         self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
 
-    def __call__(
-        self, x: Float[Array, "B T I"], key: Any = None, low: Float[Array, "B T R"] | None = None
-    ) -> Float[Array, "B T O"]:
-        """Return the output for `x`. `key` draws the adapter's dropout. `low` is x @ A.T, None where it is not made."""
-        base = self.product(x)
-        y = base if self.bias is None else base + self.bias[...].astype(self.dtype)
-        return y if self.adapter is None else (y + self.adapter(x, base, self, key, low)).astype(y.dtype)
+    def __call__(self, x: Float[Array, "B T I"], key: Any = None) -> Float[Array, "B T O"]:
+        """Return the output for `x`. `key` draws the adapter's dropout."""
+        return project_all([self], x, key)[0]
 
     def product(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Return x @ weight.T in the compute type."""
-        weight = self.weight.get_value()
-        if is_quantized(weight):
-            return quantized_matmul(x, weight, self.dtype, self.out)
-        if isinstance(weight, Scaled):
-            return project_scaled(self.out, x.astype(self.dtype), weight)
-        return self.project(self.out, self.exchange, x.astype(self.dtype), weight.astype(self.dtype))
+        return _products([self], x)[0]
 
     def matrix(self) -> Float[Array, "O I"]:
         """Return the weight in the compute type."""
@@ -149,16 +140,36 @@ class Linear(nnx.Module):
 
 
 def project_all(linears: Sequence[Linear], x: Float[Array, "B T I"], key: Any) -> list[Float[Array, "B T O"]]:
-    """Return the output of each projection of `x`.
+    """Return the output of each projection of `x`. `key` draws the adapters' dropout.
 
     Adapters without dropout share one product with `x`: thin products are bound by the reading of `x`.
     """
+    outputs = _products(linears, x)
+    lows: list[Any] = [None] * len(linears)
     matrices = [linear.adapter.lora_A.weight[...].astype(linear.dtype) for linear in linears if linear.adapter]
-    if key is not None or len(matrices) < len(linears):
-        return [linear(x, key) for linear in linears]
-    low = project(sharding.ACT_BTD, False, x.astype(linears[0].dtype), jnp.concatenate(matrices))
-    lows = jnp.split(low, np.cumsum([len(matrix) for matrix in matrices[:-1]]), axis=-1)
-    return [linear(x, low=low) for linear, low in zip(linears, lows, strict=True)]
+    if key is None and len(matrices) == len(linears):
+        low = project(sharding.ACT_BTD, False, x.astype(linears[0].dtype), jnp.concatenate(matrices))
+        lows = jnp.split(low, np.cumsum([len(matrix) for matrix in matrices[:-1]]), axis=-1)
+    for i, (linear, base, low) in enumerate(zip(linears, outputs, lows, strict=True)):
+        if linear.bias is not None:
+            outputs[i] = base + linear.bias[...].astype(linear.dtype)
+        if linear.adapter is not None:
+            outputs[i] = (outputs[i] + linear.adapter(x, base, linear, key, low)).astype(base.dtype)
+    return outputs
+
+
+def _products(linears: Sequence[Linear], x: Float[Array, "B T I"]) -> list[Float[Array, "B T O"]]:
+    """Return x @ weight.T of each projection, of one kind all, in the compute type."""
+    one, weights = linears[0], [linear.weight.get_value() for linear in linears]
+    if is_quantized(weights[0]):
+        return [quantized_matmul(x, weight, one.dtype, one.out) for weight in weights]
+    x = x.astype(one.dtype)
+    if isinstance(weights[0], Scaled):
+        return [project_scaled(one.out, x, weight) for weight in weights]
+    weights = [weight.astype(one.dtype) for weight in weights]
+    if one.fp8:
+        return project_fp8(one.out, one.exchange, x, weights)
+    return [project(one.out, one.exchange, x, weight) for weight in weights]
 
 
 class RMSNorm(nnx.Module):

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, I inputs, O outputs.
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,16 +45,33 @@ def quantize(x: jax.Array, dtype: Any) -> Scaled:
     The unit is a power of two: scaling rounds nothing. Each device of a mesh takes the largest element of all. An
     infinite or NaN element makes the result NaN. A stack [L, O, I] has a unit for each of its matrices.
     """
-    most = float(jnp.finfo(dtype).max)
-    top = int(np.log2(most))
-    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    mantissa, exponent = jnp.frexp(largest)  # mantissa in [0.5, 1)
-    fits = mantissa * 2 ** (top + 1) <= most
-    power = jnp.where(largest > 0, top + 1 - exponent - jnp.where(fits, 0, 1), 0)
-    power = jnp.clip(power, -126, 126)
-    up, unit = (jnp.ldexp(jnp.float32(1), p) for p in (power, -power))
-    unit = jnp.where(jnp.isfinite(largest), unit, jnp.nan)
-    return Scaled((x.astype(jnp.float32) * up).astype(dtype), unit)
+    return _rounded(x, _unit(jnp.max(jnp.abs(x)).astype(jnp.float32), dtype), dtype)
+
+
+def _unit(largest: jax.Array, dtype: Any) -> jax.Array:
+    """Return the smallest power of two by which the largest magnitude can be divided to fit the type.
+
+    The arithmetic is on the bits of float32, in one kernel of the device; `frexp` and `ldexp` take several.
+    """
+    most = np.float32(jnp.finfo(dtype).max)  # 1.75 times a power of two, in both types
+    bits, most_bits = jax.lax.bitcast_convert_type(largest, jnp.int32), int(most.view(np.int32))
+    exponent, above = bits >> 23, (bits & 0x7FFFFF) > (most_bits & 0x7FFFFF)
+    power = jnp.clip(exponent - (most_bits >> 23) + above.astype(jnp.int32), -126, 126)
+    power = jnp.where(largest == 0, 0, power)
+    unit = jnp.where(exponent == 255, 255 << 23 | 1, power + 127 << 23)  # the first is a NaN
+    return jax.lax.bitcast_convert_type(unit, jnp.float32)
+
+
+def _rounded(x: jax.Array, unit: jax.Array, dtype: Any) -> Scaled:
+    return Scaled((x.astype(jnp.float32) * (1 / unit)).astype(dtype), unit)
+
+
+def _transposed(scaled: Scaled) -> Scaled:
+    """Return the values with their last axis first, in memory too.
+
+    A GPU multiplies fp8 along the last axes of both operands. XLA would transpose anew for each product.
+    """
+    return Scaled(jax.lax.optimization_barrier(jnp.moveaxis(scaled.values, -1, 0)), scaled.unit)
 
 
 def _einsum(form: str, a: Any, b: Any, out: P | None, dtype: Any, fast: bool = False) -> jax.Array:
@@ -86,23 +104,33 @@ project.defvjp(lambda *args: (project(*args), args[2:]), _project_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def project_fp8(out: P, exchange: bool, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
-    """Return x @ weight.T as `project`, by products of fp8. Projections of the same `x` share its fp8 values, as the
-    compiler finds equal operations."""
-    return _project_fp8_fwd(out, exchange, x, weight)[0]
+def project_fp8(
+    out: P, exchange: bool, x: Float[Array, "B T I"], weights: Sequence[Float[Array, "O I"]]
+) -> list[Float[Array, "B T O"]]:
+    """Return x @ weight.T for each weight as `project`, by products of fp8. They share the fp8 values of `x`."""
+    return _project_fp8_fwd(out, exchange, x, weights)[0]
 
 
-def _project_fp8_fwd(out: P, exchange: bool, x: jax.Array, weight: jax.Array):
-    operands = quantize(x, VALUES), quantize(weight, VALUES)
-    return _einsum("BTI,OI->BTO", *operands, placed(out), x.dtype, fast=True), operands
+def _project_fp8_fwd(out: P, exchange: bool, x: jax.Array, weights: Sequence[jax.Array]):
+    scaled, units = quantize(x, VALUES), []
+    ys = []
+    for weight in weights:
+        of_weight = quantize(weight, VALUES)
+        ys.append(_einsum("BTI,OI->BTO", scaled, of_weight, placed(out), x.dtype, fast=True))
+        units.append(of_weight.unit)
+    return ys, (_transposed(scaled), weights, units)
 
 
-def _project_fp8_bwd(out: P, exchange: bool, operands: tuple[Scaled, Scaled], dy: jax.Array):
-    x, weight = operands
-    like_x, like_weight = (jax.typeof(operand.values).sharding.spec for operand in operands)
-    scaled = quantize(dy, GRADIENTS)
-    dx = _einsum("BTO,OI->BTI", scaled, weight, placed(like_x), dy.dtype)
-    return dx, weight_gradient(scaled, x, like_weight, exchange, dy.dtype)
+def _project_fp8_bwd(out: P, exchange: bool, residuals: tuple[Scaled, Sequence[jax.Array], list], dys: list):
+    x, weights, units = residuals
+    *like, last = sharding.spec_of(x.values)
+    dx, gradients = None, []
+    for weight, unit, dy in zip(weights, units, dys, strict=True):
+        scaled, of_weight = quantize(dy, GRADIENTS), _transposed(_rounded(weight, unit, VALUES))
+        part = _einsum("BTO,IO->BTI", scaled, of_weight, placed(P(*like[1:], last, like[0])), dy.dtype)
+        dx = part if dx is None else dx + part
+        gradients.append(weight_gradient(_transposed(scaled), x, sharding.spec_of(weight), exchange, dy.dtype))
+    return dx, gradients
 
 
 project_fp8.defvjp(_project_fp8_fwd, _project_fp8_bwd)
@@ -119,7 +147,7 @@ def _project_scaled(out: P, like_x: P, x: jax.Array, weight: Scaled) -> jax.Arra
 
 
 def _project_scaled_bwd(out: P, like_x: P, weight: Scaled, dy: jax.Array):
-    return _einsum("BTO,OI->BTI", quantize(dy, GRADIENTS), weight, placed(like_x), dy.dtype), None
+    return _einsum("BTO,IO->BTI", quantize(dy, GRADIENTS), _transposed(weight), placed(like_x), dy.dtype), None
 
 
 _project_scaled.defvjp(
@@ -133,24 +161,25 @@ def sum_dtype(dtype: Any) -> Any:
     return np.dtype(np.float32 if sharding.sums_gradients() else dtype)
 
 
-def weight_gradient(dy_BTO: Any, x_BTI: Any, spec: P, exchange: bool, dtype: Any) -> jax.Array:
+def weight_gradient(dy: Any, x: Any, spec: P, exchange: bool, dtype: Any) -> jax.Array:
     """Return the gradient [O, I], in `dtype`, of a weight that `spec` places, of y = x @ weight.T.
 
-    The operands are both plain, or both `Scaled`. The devices' shares are added in `sum_dtype`, and the sum is rounded.
-    With `exchange`, shares in bfloat16 are rounded before they are sent, as the Trainer's ranks round theirs. Devices
-    exchange and add parts of the shares: half the traffic of a float32 scatter, and none of a GPU's multiprocessors
-    (`platform.compiler_options`).
+    The operands are both plain, [B, T, O] and [B, T, I], or both `_transposed`, [O, B, T] and [I, B, T]. The devices'
+    shares are added in `sum_dtype`, and the sum is rounded. With `exchange`, shares in bfloat16 are rounded before they
+    are sent, as the Trainer's ranks round theirs. Devices exchange and add parts of the shares: half the traffic of a
+    float32 scatter, and none of a GPU's multiprocessors (`platform.compiler_options`).
     """
+    form = "OBT,IBT->OI" if isinstance(x, Scaled) else "BTO,BTI->OI"
     ways = sharding.axis_size(sharding.SHARDS)
     if ways == 1 or dtype != jnp.bfloat16 or not exchange:
-        return _einsum("BTO,BTI->OI", dy_BTO, x_BTI, placed(spec), sum_dtype(dtype)).astype(dtype)
+        return _einsum(form, dy, x, placed(spec), sum_dtype(dtype)).astype(dtype)
     axis = next(i for i, axes in enumerate(spec) if axes and set(sharding.SHARDS) <= set(axes))
 
     def of_device(dy: Any, x: Any) -> jax.Array:
-        share = _einsum("BTO,BTI->OI", dy, x, None, dtype)
+        share = _einsum(form, dy, x, None, dtype)
         shape = (*share.shape[:axis], ways, share.shape[axis] // ways, *share.shape[axis + 1 :])
         parts = jax.lax.all_to_all(jnp.moveaxis(share.reshape(shape), axis, 0), sharding.SHARDS, 0, 0)
         return jax.lax.psum(jnp.sum(parts.astype(jnp.float32), axis=0), "data").astype(dtype)
 
-    specs = jax.tree.map(lambda operand: jax.typeof(operand).sharding.spec, (dy_BTO, x_BTI))
-    return jax.shard_map(of_device, in_specs=specs, out_specs=spec)(dy_BTO, x_BTI)
+    specs = jax.tree.map(lambda operand: jax.typeof(operand).sharding.spec, (dy, x))
+    return jax.shard_map(of_device, in_specs=specs, out_specs=spec)(dy, x)

@@ -6,10 +6,12 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed.compat import tpu_topology
+from llama_jax.distributed.sharding import HOST
 
 GIB = 2**30
 
@@ -72,14 +74,38 @@ def peak_flops(kind: str, devices: int) -> float | None:
     return next((devices * chip.flops for chip in CHIPS.values() if chip.kind == kind), None)
 
 
+def host_rate(kind: str) -> float:
+    """Return the bytes a second between a device of jax's name `kind` and its host, each way: of x16 PCIe, some four
+    fifths of the 64 GB/s of 5.0, which H100 and H200 have, or of the 32 GB/s of 4.0."""
+    return 50e9 if kind in (CHIPS["h100"].kind, CHIPS["h200"].kind) else 25e9
+
+
+class _Memory(str):
+    """Name a memory. jax reads `kind` of a device's default memory, and compares the others as strings."""
+
+    @property
+    def kind(self) -> str:
+        return str(self)
+
+
 @dataclass(frozen=True)
 class Named:
-    """Stand in for a jax device, with the attributes that making a mesh reads."""
+    """Stand in for a jax device, with the attributes that making a mesh and a sharding reads."""
 
     id: int
     platform: str
     device_kind: str
     process_index: int = 0
+
+    @property
+    def client(self) -> Any:
+        return SimpleNamespace(process_index=lambda: self.process_index)
+
+    def default_memory(self) -> _Memory:
+        return _Memory("device")
+
+    def addressable_memories(self) -> list[_Memory]:
+        return [_Memory("device"), _Memory(HOST)]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from llama_jax.data.examples import IGNORE_INDEX
 from llama_jax.data.records import Bad, Record, read_records, without
 from llama_jax.data.sources import find_sources
 from llama_jax.data.tokenizer import Tokenizer
+from llama_jax.distributed.sharding import bytes_on_host
 from llama_jax.distributed.storage import tree_bytes
 from llama_jax.model.rope import covered_positions
+from llama_jax.plan.chips import host_rate
 from llama_jax.reporting.progress import count_bar
 from llama_jax.setup.job import Job, kept_steps, tokenized
 from llama_jax.training.state import TrainState, trained_parameters
@@ -48,8 +50,9 @@ RULES = {
 }
 
 
-def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> Description:
-    """Return the facts of a run by name, for JSON. `state` is the abstract train state."""
+def explain(job: Job, batches: Batches, state: TrainState, dtype: str, device_kind: str = "") -> Description:
+    """Return the facts of a run by name, for JSON. `state` is the abstract train state, on devices of jax's name
+    `device_kind`."""
     order, args, lengths = job.order, job.args, job.examples.lengths
     updates = order.updates
     saved, evaluated = job.steps(job.save_at), list(order.evaluated)
@@ -90,6 +93,17 @@ def explain(job: Job, batches: Batches, state: TrainState, dtype: str) -> Descri
             "optimizer": opt_bytes,
             "gradient": tree_bytes(state.trainable),
         },
+        **(
+            {
+                "offloaded": {
+                    "bytes_each_way": (size := bytes_on_host(state.opt_state)),
+                    "bytes_a_second": (rate := host_rate(device_kind)),
+                    "seconds": size / rate,
+                }
+            }
+            if args.offload_optimizer
+            else {}
+        ),
         "rules": RULES[args.hf_compat],
         "data": examine(job),
     }
@@ -198,6 +212,13 @@ def as_text(facts: Description) -> str:
         "rotary": ("", "rotary"),
         "state": (f"{facts['parameters']:,} parameters{trained}; over all devices: {sizes}", ""),
     }
+    if moved := facts.get("offloaded"):
+        size, rate, seconds = (moved[name] for name in ("bytes_each_way", "bytes_a_second", "seconds"))
+        subjects["moments"] = (
+            f"in the host's memory; an update moves {size / 2**30:.2f} GiB to each device and as much back, "
+            f"{seconds:.2g} s at {rate / 1e9:.0f} GB/s each way",
+            "",
+        )
     lines = [
         f"{name + ':':19}" + " - ".join(x for x in (value, facts["rules"].get(rule)) if x)
         for name, (value, rule) in subjects.items()

@@ -47,7 +47,7 @@ def logit_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh, *, tokens: int
     return min(CHUNK, tokens * config.vocab_size // mesh.shape["tensor"]) * (4 + _itemsize(run))
 
 
-def passing_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> int:
+def weight_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> int:
     """Return the bytes of weights that a step makes: those gathered for two layers, the head in the compute type, and
     two matrices that are dequantized, or summed with their adapter for DoRA's norms."""
     D, F, ways, itemsize = config.hidden_size, config.intermediate_size, mesh.shape["tensor"], _itemsize(run)

@@ -36,14 +36,15 @@ from llama_jax.model.llama import RunOptions
 from llama_jax.model.matmul import check_fp8
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
-from llama_jax.plan.chips import Named
-from llama_jax.plan.memory import activation_bytes, logit_bytes, passing_bytes, score_bytes
+from llama_jax.plan.chips import Named, host_rate
+from llama_jax.plan.memory import activation_bytes, logit_bytes, score_bytes, weight_bytes
 from llama_jax.plan.operations import operations
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import Guard, abstract_losses
 from llama_jax.training.optimizer import make_optimizer
-from llama_jax.training.optimizer_names import OPTIMIZERS
+from llama_jax.training.optimizer_names import OPTIMIZERS, WITHOUT_MOMENTS
+from llama_jax.training.parts import passing_bytes
 from llama_jax.training.state import TrainState, abstract_saved, abstract_state, saving_bytes
 from llama_jax.training.step import Steps
 
@@ -137,7 +138,9 @@ class Planner:
         self.definition = define(job.config, self.run, mesh, trainable)
         check_names(self.definition.base, job.config)
         losses = abstract_losses(mesh) if args.skip_loss_spikes else None
-        self.state = abstract_state(self._optimizer(), self.definition, mesh)._replace(losses=losses)
+        self.state = abstract_state(self._optimizer(), self.definition, mesh, args.offload_optimizer)._replace(
+            losses=losses
+        )
         self.saved = abstract_saved(self.state, mesh)
 
     @property
@@ -167,6 +170,7 @@ class Planner:
             sums=sums,
             seed=args.seed,
             guard=Guard(nonfinite=args.on_nonfinite == "skip", sigma=args.skip_loss_spikes),
+            offload=args.offload_optimizer,
         )
         return Plan(
             option=option,
@@ -174,7 +178,9 @@ class Planner:
             run=run,
             tx=tx,
             definition=definition,
-            abstract=abstract_state(tx, definition, self.mesh)._replace(losses=self.state.losses),
+            abstract=abstract_state(tx, definition, self.mesh, args.offload_optimizer)._replace(
+                losses=self.state.losses
+            ),
             steps=steps,
         )
 
@@ -231,9 +237,14 @@ class Planner:
         return fitting or [min(options, key=self.estimate)]
 
     def held_bytes(self, option: Option) -> int:
-        """Return the bytes a device always holds: the state, and gradient sums where an update has several blocks."""
+        """Return the bytes a device always holds: the state, of moments in the host's memory those that pass, and
+        gradient sums where an update has several blocks."""
         state, sums = map(sharding.bytes_on_device, (self.state, self.saved.params))
-        return state + (option.max_tokens < self._largest_update) * sums
+        return (
+            state
+            + passing_bytes(self.state.trainable, self.state.opt_state)
+            + (option.max_tokens < self._largest_update) * sums
+        )
 
     def least_bytes(self, option: Option) -> int:
         """Return a lower bound of a device's bytes: held bytes and the largest of kept activations, gradients and
@@ -254,7 +265,7 @@ class Planner:
         if self.kernel == "xla":
             row = max(longest or self._longest, min(tokens, ROW_LIMIT))
             step += score_bytes(*given, option.remat, tokens=tokens, row=row)
-        step += logit_bytes(*given, tokens=tokens) + passing_bytes(*given)
+        step += logit_bytes(*given, tokens=tokens) + weight_bytes(*given)
         return self.held_bytes(option) + max(step, saving_bytes(self.state))
 
     def choose(
@@ -312,6 +323,11 @@ class Planner:
     def check_room(self, limit: int | None) -> None:
         """Raise InputError where arithmetic alone shows that nothing fits: before weights are read."""
         self._check_device()
+        if (hosted := sharding.bytes_on_host(self.state) * len(self.mesh.local_devices)) > (memory := host_memory()):
+            raise InputError(
+                f"--offload_optimizer True: the moments take {hosted / 2**30:.3g} GiB of this host's memory, which has "
+                f"{memory / 2**30:.3g} GiB; use --optim adamw_8bit, or more hosts"
+            )
         option = self.options(limit)[0]
         on_cpu = limit is None and self._platform == "cpu"
         if on_cpu:  # it gives no limit; the system would kill the process
@@ -356,6 +372,10 @@ class Planner:
                 break
         ways.append(more)
         rounding = f"; steps of --learning_rate {lr:g} do not move parameters above {512 * lr:.2g}"
+        if not args.offload_optimizer and args.optim not in WITHOUT_MOMENTS:
+            offload = {"offload_optimizer": True, "accumulation": "sum"}
+            slower = f", slower: {transfer(self.state.opt_state, self.device_kind)}"
+            ways.append(self._way("--offload_optimizer True", limit, offload, note=slower))
         if args.optim == "adamw_torch":
             for name, value in (("adam_moments_dtype", "bfloat16"), ("optim", "adamw_8bit")):
                 rounded_moments = {"adam_moments_dtype": None, name: value}
@@ -364,7 +384,9 @@ class Planner:
             ways.append(self._way("--dtype bfloat16", limit, {"dtype": "bfloat16"}, note=rounding))
         for optim in OPTIMIZERS:
             if not optim.startswith("adamw"):
-                other = {"optim": optim, "adam_moments_dtype": None}
+                other: dict[str, Any] = {"optim": optim, "adam_moments_dtype": None}
+                if optim in WITHOUT_MOMENTS:
+                    other["offload_optimizer"] = False
                 ways.append(self._way(f"--optim {optim}", limit, other, note=", other updates"))
         half = -(-self._longest // 2)
         block = next((size for size in SIZES if half <= size < self._longest), None)
@@ -412,10 +434,17 @@ class Planner:
         """Return the file of the option found earlier for such a job on such devices."""
         args, job, run = self.job.args, self.job, self.run
         flags: list[Any] = [args.optim, args.adam_moments_dtype, args.hf_compat, args.accumulation]
-        flags += [args.remat, args.max_tokens_per_device, args.packing]
+        flags += [args.remat, args.max_tokens_per_device, args.packing, args.offload_optimizer]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
         key += [self._largest_update, int(job.examples.lengths.max())]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"
+
+
+def transfer(opt_state: Any, kind: str) -> str:
+    """Return the bytes that a device of jax's name `kind` exchanges with its host for an update, and their time, where
+    an optimizer's moments are in the host's memory. The state may lie on either."""
+    size, rate = sharding.bytes_on_device(opt_state) + sharding.bytes_on_host(opt_state), host_rate(kind)
+    return f"{size / 1e9:.3g} GB each way an update, {size / rate:.2g} s at {rate / 1e9:.0f} GB/s"
 
 
 def _largest_update(job: Job, ways: int) -> int:
@@ -461,6 +490,10 @@ def choose_scan(job: Job, platform: str) -> bool:
     if job.adapter and not job.adapter.lora.uniform(job.config.num_hidden_layers):
         if args.scan_layers:
             raise InputError("--scan_layers True: stacked layers need the same adapters in each; leave the flag out")
+        return False
+    if args.offload_optimizer:  # moments pass through the device a layer at a time
+        if args.scan_layers:
+            raise InputError("--scan_layers True: --offload_optimizer needs each layer by itself; leave one out")
         return False
     if args.optim == "adafactor":  # adafactor factors each matrix, not a stack
         if args.scan_layers:

@@ -130,6 +130,10 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
     if saved:
         compare_with_saved(facts, saved, str(resume_from))
         facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
+        if facts.scan_layers and args.offload_optimizer:
+            raise InputError(
+                f"{resume_from}: its layers are stacked, and --offload_optimizer needs each by itself; leave it out"
+            )
     planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
     # Read now: a problem with the tokenizer is reported before the run, not after it.
     tokenizer_folder = None if job.tokenizer or args.explain else source.tokenizer_to_copy()

@@ -82,7 +82,7 @@ def load(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Train
     run = make_run(prepared, plan)
     remove_earlier(prepared.output_dir)
     checkpoints = open_checkpoints(prepared, files)
-    state = init_state(params, plan.tx, plan.definition, prepared.mesh)
+    state = init_state(params, plan.tx, plan.definition, prepared.mesh, prepared.args.offload_optimizer)
     if prepared.job.args.skip_loss_spikes:
         state = state._replace(losses=place_losses(prepared.mesh, None))
     return run, checkpoints, state
@@ -185,7 +185,7 @@ def open_checkpoints(prepared: Prepared, files: dict[str, bytes]) -> Checkpoints
 def make_run(prepared: Prepared, plan: Plan) -> Run:
     """Add the evaluation, the log and the speedometer to a plan."""
     args, job = prepared.args, prepared.job
-    loss_step = make_loss_step(plan.definition.graphdef, job.config.vocab_size, args.label_smoothing_factor)
+    loss_step = make_loss_step(plan.definition, prepared.mesh, job.config.vocab_size, args.label_smoothing_factor)
     evaluation = with_tasks(make_evaluation(prepared, loss_step, plan.option.max_tokens), prepared.tasks)
     peak = peak_flops(prepared.mesh.devices.flat[0].device_kind, prepared.mesh.size)
     speedometer = Speedometer(

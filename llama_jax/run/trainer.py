@@ -214,7 +214,8 @@ def print_explanation(args: Arguments) -> int:
     prepared = prepare(args, *join(args))
     planner = prepared.planner
     plan = planner.make(planner.options(processes.least(memory_limit()))[0])
-    described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype)
+    kind = prepared.mesh.devices.flat[0].device_kind
+    described = explain.explain(prepared.job, plan.batches, plan.abstract, prepared.facts.dtype, kind)
     show(explain.as_json(described) if args.explain == "json" else explain.as_text(described))
     return 0
 
@@ -232,7 +233,7 @@ def make_updates(
 
     def programs(updates: range) -> list[Any]:
         shapes = {shape for k in updates for shape in plan.batches.shapes_of(k)}
-        return [program for shape, program in plan.steps.programs.items() if shape in shapes or shape == "apply"]
+        return [program for shape, program in plan.steps.programs.items() if shape in shapes or isinstance(shape, str)]
 
     profile = Profile(
         args.profiled,

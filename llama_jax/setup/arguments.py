@@ -22,7 +22,7 @@ from llama_jax.reporting.platforms import check_names
 from llama_jax.setup.deepspeed import differences
 from llama_jax.setup.flags import OtherFlags, overridden, read_json, read_others, resolve_optimizer, suggest_flag
 from llama_jax.setup.help import help_page
-from llama_jax.training.optimizer_names import OPTIMIZERS
+from llama_jax.training.optimizer_names import OPTIMIZERS, WITHOUT_MOMENTS
 from llama_jax.training.schedule import LISTENING, SCHEDULES
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
@@ -115,6 +115,9 @@ class Arguments:
     adam_epsilon: float = _flag(1e-8, "constant added to the root of the second moment")
     adam_moments_dtype: str | None = _flag(
         None, "type of adamw_torch's moments; by default the parameters'", choices=["float32", "bfloat16"]
+    )
+    offload_optimizer: bool = _flag(
+        False, "keep the optimizer's moments in the host's memory; the same updates, each slower by their way"
     )
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less: no clip")
     on_nonfinite: str = _flag("skip", "NaN or Inf in loss or gradient: skip or continue", choices=["skip", "continue"])
@@ -418,6 +421,13 @@ class Arguments:
             raise InputError(
                 f"--adam_moments_dtype {self.adam_moments_dtype}: is for --optim adamw_torch, and this run's is "
                 f"{self.optim}; leave it out"
+            )
+        if self.offload_optimizer and self.optim in WITHOUT_MOMENTS:
+            raise InputError(f"--offload_optimizer True: --optim {self.optim} has no large state; leave the flag out")
+        if self.offload_optimizer and self.accumulation != "sum":
+            raise InputError(
+                f"--offload_optimizer True: is for --accumulation sum, and this run's is {self.accumulation}; leave "
+                "either out"
             )
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:

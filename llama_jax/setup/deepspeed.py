@@ -64,6 +64,9 @@ def differences(settings: dict[str, Any], args: Any) -> Iterator[str]:
             f"{args.per_device_train_batch_size} x --gradient_accumulation_steps {args.gradient_accumulation_steps}; "
             "here --world_size counts, by default the devices of data x fsdp in --mesh"
         )
+    device = at("zero_optimization.offload_optimizer.device")
+    if device is not None and (device != "none") != args.offload_optimizer:
+        yield line("zero_optimization.offload_optimizer.device", f"--offload_optimizer {args.offload_optimizer}")
     if (stage := at("zero_optimization.stage")) is not None:
         here = "--mesh data=-1 does the same" if stage == 0 else "--mesh auto divides all of the state, as stage 3 does"
         yield f"--deepspeed: zero_optimization.stage {stage} changes memory, not the updates; {here}"

@@ -43,17 +43,11 @@ class Guard(NamedTuple):
         blocks so far; before the last block of `optax.MultiSteps`, only the sum of gradients changes. Selections are
         part of the optimizer's own pass over the state; a branch would wait for the host on a GPU.
         """
-        if not self.nonfinite and self.sigma is None:
-            return Decision(None, jnp.zeros((), bool), opt_state, before.losses)
         multi_steps = isinstance(opt_state, optax.MultiStepsState)
         last = opt_state.mini_step == 0 if multi_steps else jnp.ones((), bool)
-        finite, losses = jnp.isfinite(loss) & jnp.isfinite(norm), before.losses
-        bad = ~finite if self.nonfinite else jnp.zeros((), bool)
-        if self.sigma is not None:
-            assert losses is not None
-            bad |= _is_spike(losses, loss, self.sigma)
-            losses = select(last & finite & ~bad, _followed_by(losses, loss), losses)
-        made = last & ~bad
+        made, skipped, losses = self.decide(before.losses, loss, norm, last)
+        if made is None:
+            return Decision(None, skipped, opt_state, losses)
         if multi_steps:  # optax multiplies by 0, which keeps a NaN
             zeros = jax.tree.map(jnp.zeros_like, opt_state.acc_grads)
             inner = select(made, opt_state.inner_opt_state, before.opt_state.inner_opt_state)
@@ -61,7 +55,22 @@ class Guard(NamedTuple):
             opt_state = opt_state._replace(inner_opt_state=inner, acc_grads=sums)
         else:
             opt_state = select(made, opt_state, before.opt_state)
-        return Decision(made, last & bad, opt_state, losses)
+        return Decision(made, skipped, opt_state, losses)
+
+    def decide(
+        self, losses: LossWindow | None, loss: jax.Array, norm: jax.Array, last: jax.Array
+    ) -> tuple[jax.Array | None, jax.Array, LossWindow | None]:
+        """Return whether the update is made (None where every update is), whether it is skipped, and the losses that
+        follow. `last` is whether the update has no further block."""
+        if not self.nonfinite and self.sigma is None:
+            return None, jnp.zeros((), bool), losses
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        bad = ~finite if self.nonfinite else jnp.zeros((), bool)
+        if self.sigma is not None:
+            assert losses is not None
+            bad |= _is_spike(losses, loss, self.sigma)
+            losses = select(last & finite & ~bad, _followed_by(losses, loss), losses)
+        return last & ~bad, last & bad, losses
 
 
 def select(condition: jax.Array, yes: Any, no: Any) -> Any:

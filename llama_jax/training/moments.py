@@ -1,6 +1,7 @@
 """Run Adam on moments that are kept in fewer bits than it computes with: bfloat16, or 8-bit blocks."""
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -126,11 +127,12 @@ def scale_by_stored_adam(
         first, second = (-jnp.expm1(count * math.log(b)) if b else 1.0 for b in (b1, b2))
         leaves, tree = jax.tree_util.tree_flatten_with_path(updates)
         steps, mus, nus, last = [], [], [], None
-        for i, ((path, whole), mu, nu) in enumerate(
-            zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True)
+        for (path, whole), mu, nu in zip(
+            leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True
         ):
-            of = store(path, whole)
-            g, number = of.divide(whole), count.astype(jnp.uint32) * len(leaves) + i
+            of, name = store(path, whole), jax.tree_util.keystr(path)
+            # By its name, a parameter has the same number in an update of a part of the tree.
+            g, number = of.divide(whole), mixed(count.astype(jnp.uint32)) + np.uint32(zlib.crc32(name.encode()))
 
             def moments(mu, nu, of=of, g=g):
                 return b1 * of.read(mu, True) + (1 - b1) * g, b2 * of.read(nu, False) + (1 - b2) * g * g
@@ -143,7 +145,7 @@ def scale_by_stored_adam(
                     mu, nu, mus[last], nus[last] = jax.lax.optimization_barrier((mu, nu, mus[last], nus[last]))
                 scales = tuple(map(eight_bits.absmax, moments(mu, nu)))
                 mu, nu, scales = jax.lax.optimization_barrier((mu, nu, scales))
-                last = i
+                last = len(mus)
             m, v = moments(mu, nu)
             steps.append(of.join(m / first / (jnp.sqrt(v / second) + eps), whole))
             mus.append(of.keep(m, scales[0], whole, True, number))

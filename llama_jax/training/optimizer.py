@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from llama_jax.base.errors import InputError
+from llama_jax.model.definition import pick
 from llama_jax.training.moments import EXACT_BELOW, Blockwise, Exact, Rounded, Store, scale_by_stored_adam
 from llama_jax.training.optimizer_names import OPTIMIZERS
 
@@ -28,24 +29,33 @@ def _to_float32(tree):
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scale by min(1, max_norm / (norm + 1e-6)), as torch's `clip_grad_norm_`; max_norm <= 0 only records the norm."""
+def global_norm(grads: Any) -> jax.Array:
+    """Return the norm of all gradients together, float32."""
+    return optax.tree.norm(_to_float32(grads))
 
-    def update(updates, state, params=None):
-        norm = optax.tree.norm(_to_float32(updates))
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Scale by min(1, max_norm / (norm + 1e-6)), as torch's `clip_grad_norm_`; max_norm <= 0 only records the norm.
+
+    An update of a part of the parameters gets the norm of all gradients as `grad_norm`.
+    """
+
+    def update(updates, state, params=None, *, grad_norm=None, **extra):
+        norm = global_norm(updates) if grad_norm is None else grad_norm
         if max_norm > 0:
             scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
             updates = jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
         return updates, ClipState(norm)
 
-    return optax.GradientTransformation(lambda params: ClipState(jnp.zeros((), jnp.float32)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: ClipState(jnp.zeros((), jnp.float32)), update)
 
 
 def _decayed(rule: optax.GradientTransformation, weight_decay: float, decays: Any) -> optax.GradientTransformation:
     """Return `rule` followed by weight decay. The state is the rule's: a run may resume with another decay."""
     if not weight_decay:
         return rule
-    decay = optax.add_decayed_weights(weight_decay, decays)
+    # Of a part of the parameters, where an update gets no more.
+    decay = optax.add_decayed_weights(weight_decay, partial(pick, decays) if isinstance(decays, dict) else decays)
 
     def update(updates, state, params=None):
         updates, state = rule.update(updates, state, params)

@@ -7,3 +7,4 @@ OPTIMIZERS = {
     "adafactor": "Adafactor with the Trainer's settings: no relative step, no scaling by the parameter",
     "lion_32bit": "Lion with decoupled weight decay",
 }
+WITHOUT_MOMENTS = ("sgd", "adafactor")  # at most 0.01 bytes a parameter: nothing to keep elsewhere

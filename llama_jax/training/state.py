@@ -16,6 +16,7 @@ from llama_jax.model.definition import Definition, merge
 from llama_jax.model.matmul import VALUES, Scaled, quantize
 from llama_jax.model.roles import Params
 from llama_jax.training.halves import halve, join, split_bits
+from llama_jax.training.parts import init_on_host, moments_on_host
 
 
 class SavedState(NamedTuple):
@@ -66,9 +67,11 @@ class TrainState(NamedTuple):
     @property
     def saved(self) -> SavedState:
         """Return the state for a checkpoint. Between updates, MultiSteps adds nothing to its optimizer's state."""
-        multi_steps = isinstance(self.opt_state, optax.MultiStepsState)
-        opt_state = self.opt_state.inner_opt_state if multi_steps else self.opt_state
-        return SavedState(self.step, _join(self.trainable, self.lower), opt_state)
+        return SavedState(self.step, _join(self.trainable, self.lower), _saved_opt_state(self.opt_state))
+
+
+def _saved_opt_state(opt_state: Any) -> Any:
+    return opt_state.inner_opt_state if isinstance(opt_state, optax.MultiStepsState) else opt_state
 
 
 _split_bits, _join = jax.jit(split_bits), jax.jit(join)
@@ -106,12 +109,22 @@ def _in_fp8(frozen: Params, definition: Definition, scale: Callable[[jax.Array],
     return jax.tree.map(lambda x, is_scaled: scale(x) if is_scaled else x, frozen, definition.scaled)
 
 
-def init_state(params: Params, tx: optax.GradientTransformation, definition: Definition, mesh: Mesh) -> TrainState:
-    """Return the state before the first update, moments placed like parameters. The parameters are consumed."""
+def init_state(
+    params: Params,
+    tx: optax.GradientTransformation,
+    definition: Definition,
+    mesh: Mesh,
+    offload: bool = False,
+) -> TrainState:
+    """Return the state before the first update, moments placed like parameters, or with `offload` in the host's memory.
+    The parameters are consumed."""
     trainable, frozen = definition.split(params)
     with jax.set_mesh(mesh):
         trainable, lower = halve(trainable, definition.halved, _split_and_delete)
-        opt_state = jax.jit(lambda trainable, lower: tx.init(join(trainable, lower)))(trainable, lower)
+        if offload:
+            opt_state = init_on_host(tx, trainable, lower)
+        else:
+            opt_state = jax.jit(lambda trainable, lower: tx.init(join(trainable, lower)))(trainable, lower)
         frozen = _in_fp8(frozen, definition)
         return TrainState(sharding.put_scalar(mesh, np.int32(0)), trainable, frozen, opt_state, lower)
 
@@ -129,7 +142,9 @@ def complete(
         return TrainState(saved.step, trainable, _in_fp8(frozen, definition), opt_state, lower)
 
 
-def abstract_state(tx: optax.GradientTransformation, definition: Definition, mesh: Mesh) -> TrainState:
+def abstract_state(
+    tx: optax.GradientTransformation, definition: Definition, mesh: Mesh, offload: bool = False
+) -> TrainState:
     """Return the types and placements of `init_state`."""
 
     def init(trainable: Params) -> tuple[Any, tuple[Params, Params | None]]:
@@ -140,13 +155,16 @@ def abstract_state(tx: optax.GradientTransformation, definition: Definition, mes
         frozen = _in_fp8(definition.frozen, definition, partial(jax.eval_shape, _of_stack))
     step = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(step, trainable, frozen, opt_state, lower)
-    return jax.tree.map(lambda a: sharding.on(mesh, a), state)
+    state = jax.tree.map(lambda a: sharding.on(mesh, a), state)
+    return state._replace(opt_state=moments_on_host(state.opt_state)) if offload else state
 
 
 def abstract_saved(state: TrainState, mesh: Mesh) -> SavedState:
     """Return the types and placements of the arrays that a checkpoint holds of an abstract state."""
     with jax.set_mesh(mesh):
-        return jax.tree.map(lambda a: sharding.on(mesh, a), jax.eval_shape(lambda state: state.saved, state))
+        params = jax.eval_shape(join, state.trainable, state.lower)
+    params = jax.tree.map(lambda a: sharding.on(mesh, a), params)
+    return SavedState(state.step, params, _saved_opt_state(state.opt_state))
 
 
 def trained_parameters(state: TrainState) -> int:

@@ -22,6 +22,8 @@ from llama_jax.model.roles import Params, is_stacked
 from llama_jax.training.guard import Guard, select
 from llama_jax.training.halves import halve, join
 from llama_jax.training.loss import weighted_cross_entropy
+from llama_jax.training.offload import HostedOptimizer
+from llama_jax.training.parts import passing_bytes
 from llama_jax.training.state import TrainState, abstract_saved, saving_bytes
 
 LossStep = Callable[[Any, Batch], jax.Array]
@@ -48,7 +50,8 @@ class Steps:
     as the optimizer, this program is called once a block. Otherwise (`sums`) a program adds a block's gradient to the
     update's sum, in the whole parameters' types, and another applies the optimizer to the sum. `seed` draws the dropout
     of adapters, by the numbers of the update and of its block. `guard` skips bad updates. Each program gets the loss of
-    the update's earlier blocks, so that the guard sees the loss of all.
+    the update's earlier blocks, so that the guard sees the loss of all. With `offload`, moments are in the host's
+    memory: a program gives the gradients, or their sums, to `training.offload`.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class Steps:
         sums: bool = False,
         seed: int = 0,
         guard: Guard = Guard(),
+        offload: bool = False,
     ):
-        self._drops = definition.run.lora is not None and definition.run.lora.dropout > 0
+        run = definition.run
+        self._fp8, self._drops = run.fp8, run.lora is not None and run.lora.dropout > 0
 
         def gradients(state: TrainState, batch: Batch, number: jax.Array | None):
             key = None
@@ -97,6 +102,10 @@ class Steps:
             state, decided = optimize(state, grads, learning_rate, loss)
             return state, loss, out | decided
 
+        def begin(state: TrainState, batch: Batch, number: jax.Array | None, earlier: jax.Array):
+            grads, out = gradients(state, batch, number)
+            return grads, earlier + out["loss"], out
+
         def add(sums: Any, state: TrainState, batch: Batch, number: jax.Array | None, earlier: jax.Array):
             grads, out = gradients(state, batch, number)
             sums = jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads)
@@ -109,7 +118,10 @@ class Steps:
         self._sums, self._summing, self._no_loss = None, sums, None  # type: Any, bool, jax.Array | None
         self._zeros = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, join(state.trainable, state.lower)))
         self._apply = jax.jit(apply, donate_argnums=(0, 1))
-        self._of_block = jax.jit(add if sums else update, donate_argnums=0)
+        self._of_block = jax.jit(
+            add if sums else begin if offload else update, donate_argnums=0 if sums or not offload else ()
+        )
+        self._hosted = HostedOptimizer(tx, definition.halved, guard, sums) if offload else None
         self._compiled: dict[Any, Any] = {}
         self._applying = Lock()
 
@@ -118,27 +130,38 @@ class Steps:
         needs, the state included. Raises jax's error where the compiler finds that a program does not fit."""
         rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))  # of the earlier loss, too
         held, block = sharding.bytes_on_device(state), abstract_batch(mesh, shape)
+        held += passing_bytes(state.trainable, state.opt_state)
+        read = state._replace(opt_state=None) if self._hosted else state
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)) if self._drops else None
         programs: dict[Any, Any] = {}
-        options = compiler_options(mesh, _layer_gradient_bytes(state.trainable))
+        options = compiler_options(mesh, self._fp8, _layer_gradient_bytes(state.trainable))
         with jax.set_mesh(mesh):
             if self._summing:
                 sums = abstract_saved(state, mesh).params
                 held += sharding.bytes_on_device(sums)
-                programs[shape] = self._of_block.lower(sums, state, block, number, rate).compile(options)
-                with self._applying:  # blocks are compiled in threads
-                    if "apply" not in self._compiled:
-                        self._compiled["apply"] = self._apply.lower(state, sums, rate, rate).compile(options)
-                programs["apply"] = self._compiled["apply"]
+                programs[shape] = self._of_block.lower(sums, read, block, number, rate).compile(options)
+            elif self._hosted:
+                programs[shape] = self._of_block.lower(read, block, number, rate).compile(options)
+                sums = state.trainable
             else:
                 programs[shape] = self._of_block.lower(state, block, number, rate, rate).compile(options)
+            with self._applying:  # blocks are compiled in threads
+                if "apply" not in self._compiled:
+                    if self._hosted:
+                        self._compiled |= self._hosted.compile(state, sums, mesh, options)
+                    elif self._summing:
+                        self._compiled["apply"] = self._apply.lower(state, sums, rate, rate).compile(options)
+        second = [program for name, program in self._compiled.items() if isinstance(name, str)]
         self._compiled |= programs
         platform = mesh.devices.flat[0].platform
-        return max(saving_bytes(state) + held, *(_bytes_needed(p, held, platform) for p in programs.values()))
+        needed = [_bytes_needed(program, held, platform) for program in programs.values()]
+        if self._hosted and not self._summing:
+            held += sharding.bytes_on_device(state.trainable)  # gradients
+        return max(saving_bytes(state) + held, *needed, *(_bytes_needed(program, held, platform) for program in second))
 
     @property
     def programs(self) -> dict[Any, Any]:
-        """Return the compiled programs by the shape of the block; "apply" gives sums to the optimizer."""
+        """Return the compiled programs by the shape of the block, and those of the optimizer by their names."""
         return self._compiled
 
     def update(self, state: TrainState, blocks: list[Batch], rate: jax.Array, mesh: Mesh):
@@ -153,15 +176,22 @@ class Steps:
             for i, batch in enumerate(blocks):
                 program = self._compiled[batch.input_ids.shape]
                 number = sharding.put_scalar(mesh, np.int32(i)) if self._drops else None
+                read = state._replace(opt_state=None) if self._hosted else state
                 if self._summing:
                     if self._sums is None:
-                        self._sums = self._zeros(state)
-                    self._sums, loss, out = program(self._sums, state, batch, number, loss)
+                        self._sums = self._zeros(read)
+                    self._sums, loss, out = program(self._sums, read, batch, number, loss)
+                elif self._hosted:
+                    grads, loss, out = program(read, batch, number, loss)
                 else:
                     state, loss, out = program(state, batch, number, loss, rate)
                 outputs.append(out)
                 sharding.keep_pace(outputs)
-            if self._summing:
+            if self._hosted:
+                given = self._sums if self._summing else grads
+                state, self._sums, decided = self._hosted.update(state, given, loss, rate)
+                outputs[-1] |= decided
+            elif self._summing:
                 state, self._sums, decided = self._compiled["apply"](state, self._sums, loss, rate)
                 outputs[-1] |= decided
         return state, outputs
@@ -184,9 +214,12 @@ def _bytes_needed(program: Any, held: int, platform: str) -> int:
     return peak + max(0, held - arguments)
 
 
-def make_loss_step(graphdef: nnx.GraphDef, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
+def make_loss_step(definition: Definition, mesh: Mesh, vocab_size: int, label_smoothing: float = 0.0) -> LossStep:
     """Return the compiled `(params, block) -> weighted loss of each token`, [B, T]."""
-    return jax.jit(lambda params, batch: losses_of(graphdef, params, batch, vocab_size, label_smoothing)[1])
+    return jax.jit(
+        lambda params, batch: losses_of(definition.graphdef, params, batch, vocab_size, label_smoothing)[1],
+        compiler_options=compiler_options(mesh, definition.run.fp8),
+    )
 
 
 def abstract_batch(mesh: Mesh, shape: Shape) -> Batch:

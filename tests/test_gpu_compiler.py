@@ -1,0 +1,75 @@
+"""What the compiler for an H200 makes of the programs whose speed depends on it, on a machine without a GPU."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from gpu_compiler import FOLDER, LAYERS, SHAPE, SLOTS, TOKENS, environment
+
+from llama_jax.model.lora import PROJECTIONS
+from llama_jax.plan.hlo import Instruction, Program
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[str, Program]:
+    if not FOLDER.is_dir():
+        pytest.skip("needs jax's CUDA plugin, which `make test` installs")
+    command = [sys.executable, "-c", "import gpu_compiler; gpu_compiler.main()"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: Program(text) for name, text in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def outside_fusions(program: Program) -> list[Instruction]:
+    fused = {i.attribute("calls") for lines in program.computations.values() for i in lines}
+    return [i for name, lines in program.computations.items() if name not in fused for i in lines]
+
+
+def kernels(program: Program) -> list[Instruction]:
+    """The instructions that write an array to memory."""
+    kinds = ("fusion", "custom-call", "copy", "transpose", "convert")
+    return [i for i in outside_fusions(program) if i.kind in kinds]
+
+
+def written(program: Program) -> Counter[str]:
+    """The arrays that kernels write, by type and shape, axes of 1 left out."""
+    arrays = (a for i in kernels(program) for a in re.findall(r"\b[a-z]+\d\w*\[[\d,]*\]", i.result))
+    return Counter(re.sub(r"\b1,|,1\b", "", array) for array in arrays)
+
+
+def test_fp8(programs: dict[str, Program]) -> None:
+    """All products but the attention's and the head's are of fp8; each tensor is written once for each of its uses."""
+    program = programs["fp8"]
+    targets = Counter(t for i in kernels(program) for t in re.findall(r'custom_call_target="([^"]*)"', i.rest))
+    assert targets["__cublas$lt$matmul$f8"] == 3 * len(PROJECTIONS) * LAYERS, targets
+    assert targets["__cublas$lt$matmul"] == 6 * LAYERS + 3, targets
+    in_fp8 = sum(n for array, n in written(program).items() if array.startswith("f8"))
+    inputs, weights, gradients = 4, len(PROJECTIONS), len(PROJECTIONS)  # of a layer; q, k, v and gate, up share one
+    assert in_fp8 <= 2 * (inputs + weights + gradients) * LAYERS, written(program)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_decoding(rows: int, programs: dict[str, Program]) -> None:
+    """A token writes its keys and values into the cache in place; the host looks every fourth token."""
+    program = programs[f"decoding {rows}"]
+    heads, H = SHAPE["num_key_value_heads"], SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    cache = re.sub(r"\b1,", "", f"bf16[{rows},{heads},{SLOTS},{H}]")
+    loops = [i for i in outside_fusions(program) if i.kind == "while"]
+    assert sorted('"known_trip_count":{"n":"4"}' in i.rest for i in loops) == [False, True]
+    assert not [i for i in kernels(program) if i.kind == "copy" and "bf16" in i.result]
+    assert written(program)[cache] == 2 * LAYERS, written(program)
+
+
+def test_moments_in_8_bits(programs: dict[str, Program]) -> None:
+    """No kernel writes a moment in float32: nothing of a projection's shape but codes, halves and gradients."""
+    D, F = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    matrices = ((D, D), (F, D), (D, F))
+    shapes = {f"{rows},{rest}" for rows, size in matrices for rest in (f"{size}", f"{size // 256},256")}
+    found = {array for array in written(programs["8 bits"]) if array.partition("[")[2][:-1] in shapes}
+    assert {array.partition("[")[0] for array in found} <= {"bf16", "u16", "s16", "u8"}, found
+    assert TOKENS < D  # else activations have these shapes
