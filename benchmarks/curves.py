@@ -13,6 +13,7 @@ set's, and the median of the differences of single updates, in absolute value.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,16 +25,27 @@ ROOT = Path(__file__).resolve().parent.parent
 LAST = 100
 
 
-def losses(model: str, data: Path, flags: list[str]) -> np.ndarray:
+def losses(model: str, data: Path, updates: int, flags: list[str]) -> np.ndarray:
     """Return the loss of each update of a run."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train_jax.py"), "--model_name_or_path", model, "--data_path", str(data)]
-        command += ["--output_dir", folder, "--save_strategy", "no", "--logging_steps", "1", *flags]
+        command += [
+            "--output_dir",
+            folder,
+            "--max_steps",
+            str(updates),
+            "--save_strategy",
+            "no",
+            "--logging_steps",
+            "1",
+        ]
+        command += flags
         made = subprocess.run(command, capture_output=True, text=True, check=False)
         if made.returncode:
             sys.exit(f"{' '.join(command)}:\n{made.stderr[-3000:]}")
         log = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
-    return np.array([entry["loss"] for entry in log if "loss" in entry])
+    found = np.array([entry["loss"] for entry in log if "loss" in entry])
+    return found if len(found) == updates else sys.exit(f"{' '.join(command)}: {len(found)} losses")
 
 
 def draw(curves: dict[str, np.ndarray], png: Path) -> None:
@@ -70,14 +82,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all losses there")
     parser.add_argument("--png", type=Path, help="draw the curves there; needs matplotlib")
     args = parser.parse_args()
+    if len({*args.flags}) < len(args.flags):
+        parser.error("--flags: two sets are equal")
     curves: dict[str, np.ndarray] = {}
     print(f"| flags | mean loss | of the last {LAST} | median difference of an update |")
     print("|---|--:|--:|--:|")
     for flags in args.flags:
         name = flags or "none"
-        curves[name] = curve = losses(
-            args.model, args.data_path, ["--max_steps", str(args.updates), *args.common.split(), *flags.split()]
-        )
+        of_run = [*shlex.split(args.common), *shlex.split(flags)]
+        curves[name] = curve = losses(args.model, args.data_path, args.updates, of_run)
         if args.json:  # at once: a later run may be killed
             args.json.write_text(json.dumps({name: curve.tolist() for name, curve in curves.items()}))
         first, *_ = curves.values()

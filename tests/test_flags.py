@@ -216,7 +216,9 @@ def test_every_optimizer(live: dict[str, dict[str, Any]], old: Server) -> None:
             continue
         arguments = parse_arguments(argv)
         assert OPTIMIZERS[arguments.optim][1] == IMPLEMENTED
-        paged = "; --offload_optimizer True keeps its state in the host's memory" if name.startswith("paged") else ""
+        paged = (
+            "; for a state in the host's memory there is --offload_optimizer True" if name.startswith("paged") else ""
+        )
         expected = [f"--optim {name}: read as {arguments.optim}{paged}"] if status == ALIAS else []
         assert arguments.notes("cpu") == expected
     for typed, meant in {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +252,20 @@ def test_a_frozen_base_is_rounded_once(scan: bool, mesh: Mesh) -> None:
 
     with jax.set_mesh(mesh):
         (loss, grads), (other, others) = gradients(trainable, frozen), gradients(state.trainable, state.frozen)
+    # An answer multiplies with the same weights, and rounds no input.
+    run = replace(definition.run, fp8=False)
+    answering = define(config, run, mesh).graphdef
+    is_scaled = lambda x: isinstance(x, Scaled)  # noqa: E731
+    of_stack = lambda x: x.values.astype(jnp.float32) * x.unit.reshape(-1, *[1] * (x.values.ndim - 1))  # noqa: E731
+    plain = jax.tree.map(
+        lambda x: of_stack(x).reshape(x.values.shape) if is_scaled(x) else x, state.frozen, is_leaf=is_scaled
+    )
+    with jax.set_mesh(mesh):
+        answered, expected = (
+            jax.jit(lambda t, f: losses_of(answering, merge(t, f), batch, config.vocab_size)[0])(state.trainable, f)
+            for f in (state.frozen, plain)
+        )
+    assert abs(float(answered) - float(expected)) < 1e-6 * float(expected) < abs(float(answered) - float(loss))
     assert abs(float(loss) - float(other)) < 1e-6 * float(loss)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
         assert differences(b, np.asarray(a, np.float64)) < 1e-5

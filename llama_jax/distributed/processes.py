@@ -210,6 +210,11 @@ def exchange(value: str) -> list[str]:
     return [store.blocking_key_value_get(f"{key}/{i}", WAIT)[1:] for i in range(jax.process_count())]
 
 
+def on_this_host() -> int:
+    """Return the number of the run's processes on this host, after all have called."""
+    return exchange(socket.gethostname()).count(socket.gethostname())
+
+
 def least(number: int | None) -> int | None:
     """Return the smallest of the processes' numbers, or None where a process has none."""
     numbers = [int(value) for value in exchange("" if number is None else str(number)) if value]

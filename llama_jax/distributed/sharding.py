@@ -241,7 +241,7 @@ def shape_on_device(array: jax.Array) -> tuple[int, ...]:
 
 
 def bytes_on_device(tree: Any) -> int:
-    """Return a device's bytes of a tree of arrays, or of their shapes with placements, without those on the host."""
+    """Return a device's bytes of a tree of arrays, or of their shapes with placements, those on the host left out."""
     return sum(_bytes_of_part(x) for x in jax.tree.leaves(tree) if not is_on_host(x))
 
 

@@ -26,7 +26,10 @@ class KVCache(NamedTuple):
     layer: Any = None
 
     def write(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]) -> "KVCache":
-        """Return the cache with a block's keys and values at their positions; those past the last slot are dropped."""
+        """Return the cache with a block's keys and values at their positions; those past the last slot are dropped.
+
+        A single token needs a position below the last slot.
+        """
         if positions.size == 1:  # for a slice there are two kernels fewer than for a scatter
             lead = () if self.layer is None else (self.layer,)
             start = (*lead, 0, 0, positions[0, 0], 0)

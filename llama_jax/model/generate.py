@@ -19,7 +19,7 @@ from llama_jax.model.llama import Llama
 
 SLOT_MULTIPLE = 128  # prompts are padded to a multiple, so that few lengths are compiled
 AT_ONCE = 128  # tokens of a row that the device decodes before the host sees them
-_PIECE = 4  # tokens that a GPU computes before its host looks whether all rows have their end: a look takes 0.1 ms
+_PIECE = 4  # tokens between tests for the end of all rows: on a GPU a test waits 0.1 ms for the host
 _NONE = -1  # a place after a row's end
 
 
@@ -120,7 +120,7 @@ class Decoding:
         """Add up to `count` tokens, at most AT_ONCE, to each row that has no end."""
         if not self.finished:
             steps = np.int32(min(count, AT_ONCE, self._left))
-            piece = 1 if steps == 1 else _PIECE
+            piece = 1 if count == 1 else _PIECE
             new, self._state = _decode(*self._static, piece, self._params, self._state, self._ended, steps)
             self._take(np.asarray(sharding.read(new))[:, :steps])
 

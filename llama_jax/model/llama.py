@@ -164,9 +164,12 @@ def _products(linears: Sequence[Linear], x: Float[Array, "B T I"]) -> list[Float
     if is_quantized(weights[0]):
         return [quantized_matmul(x, weight, one.dtype, one.out) for weight in weights]
     x = x.astype(one.dtype)
-    if isinstance(weights[0], Scaled):
+    scaled = isinstance(weights[0], Scaled)
+    if scaled and one.fp8:
         return [project_scaled(one.out, x, weight) for weight in weights]
-    weights = [weight.astype(one.dtype) for weight in weights]
+    weights = [
+        w.values.astype(one.dtype) * w.unit.astype(one.dtype) if scaled else w.astype(one.dtype) for w in weights
+    ]
     if one.fp8:
         return project_fp8(one.out, one.exchange, x, weights)
     return [project(one.out, one.exchange, x, weight) for weight in weights]

@@ -58,7 +58,7 @@ def _unit(largest: jax.Array, dtype: Any) -> jax.Array:
     exponent, above = bits >> 23, (bits & 0x7FFFFF) > (most_bits & 0x7FFFFF)
     power = jnp.clip(exponent - (most_bits >> 23) + above.astype(jnp.int32), -126, 126)
     power = jnp.where(largest == 0, 0, power)
-    unit = jnp.where(exponent == 255, 255 << 23 | 1, power + 127 << 23)  # the first is a NaN
+    unit = jnp.where(exponent == 255, 255 << 23 | 1, power + 127 << 23)  # a NaN, if the largest is not finite
     return jax.lax.bitcast_convert_type(unit, jnp.float32)
 
 

@@ -18,10 +18,11 @@ from llama_jax.plan.chips import Chip, Topology, find_topology
 from llama_jax.plan.hlo import Collective, Program
 from llama_jax.plan.memory import activation_bytes
 from llama_jax.plan.operations import operations
-from llama_jax.plan.planner import Plan, Planner, choose_scan
+from llama_jax.plan.planner import Plan, Planner, choose_scan, transfer
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, Say, make_job
+from llama_jax.training.parts import passing_bytes
 from llama_jax.training.state import TrainState, trained_parameters
 
 GIB = 2**30
@@ -120,7 +121,8 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
     job, mesh, state = planner.job, planner.mesh, plan.abstract
     rows, length = plan.largest_block
     blocks = int(plan.batches.block_counts.max())
-    held = sharding.bytes_on_device(state)
+    hosted, copied = sharding.bytes_on_host(state), passing_bytes(state.trainable, state.opt_state)
+    held = sharding.bytes_on_device(state) + copied
     several = ", the largest of its shapes" if len(plan.batches.shapes) > 1 else ""
     lines = [
         f"{topology.name}: {topology.count} x {chip.kind}"
@@ -144,6 +146,8 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
             )
             if part
         ),
+        *([f"  {'moments that are copied at once':<34}{copied / GIB:9.2f}"] if hosted else []),
+        *([f"  {'moments in the host':<34}{hosted / GIB:9.2f}   (of its memory, for each device)"] if hosted else []),
     ]
     if blocks > 1 and job.args.accumulation == "sum":
         sums = sharding.bytes_on_device(planner.saved.params)
@@ -197,6 +201,8 @@ def _largest(state: TrainState, program: Program, count: int = 8) -> Iterator[tu
     """Yield bytes, type and name of the largest arrays that the state holds, then of those that the step makes."""
     held = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if sharding.is_on_host(leaf):
+            continue
         shape = leaf.sharding.shard_shape(leaf.shape)
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         text = f"{leaf.dtype.name}[{','.join(map(str, shape))}]"
@@ -246,6 +252,8 @@ def _floors(
             f"  {sent / chip.link_rate * 1e3:9,.1f} ms  {sent / 1e9:,.1f} GB sent at {chip.link_rate / 1e9:,.0f} GB/s "
             "over all links"
         )
+    if sharding.bytes_on_host(plan.abstract):
+        lines.append(f"of an update: the moments' copies, {transfer(plan.abstract.opt_state, chip.kind)}")
     if cycles and chip.clock:
         lines.append(
             f"the compiler's estimate: {cycles / chip.clock * 1e3:,.1f} ms ({cycles:,} cycles at "

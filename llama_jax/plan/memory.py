@@ -21,8 +21,13 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
     named |= {"gate_proj": ffn, "up_proj": ffn}
     kept = REMAT[remat].kept
     width = sum(named.values() if kept is None else (named[name] for name in kept))
-    of_down_proj = 0 if kept is not None else ffn * (1 if run.fp8 else compute)  # its input
-    of_layers = config.num_hidden_layers * (stream * D + compute * width + of_down_proj)
+    if kept is not None:
+        inputs_of = 0
+    elif run.fp8 and run.lora is None:  # of all projections, in fp8
+        inputs_of = 2 * D + heads + ffn
+    else:  # of down_proj; adapters keep it in the compute type
+        inputs_of = compute * ffn
+    of_layers = config.num_hidden_layers * (stream * D + compute * width + inputs_of)
     if kept is not None or run.lora is None or not run.lora.dropout:
         return of_layers
     inputs = {"self_attn.o_proj": heads, "mlp.down_proj": ffn}

@@ -25,7 +25,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.base.files import cache_folder, write_json
 from llama_jax.data.batches import ROW_MULTIPLE, Batches
 from llama_jax.data.packing import Shape
-from llama_jax.distributed import sharding
+from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import host_memory
 from llama_jax.hf import peft
 from llama_jax.hf.names import check_names, name_table, without_layer
@@ -145,8 +145,11 @@ class Planner:
 
     @property
     def answering(self) -> RunOptions:
-        """Return the options of programs that answer prompts, which are rows of one segment."""
-        return replace(self.run, attention=Kernel(self.kernel, 1))
+        """Return the options of programs that answer prompts, which are rows of one segment.
+
+        Their products are not of fp8: a token would round all weights anew.
+        """
+        return replace(self.run, attention=Kernel(self.kernel, 1), fp8=False)
 
     def make(self, option: Option) -> Plan:
         """Pack the whole run and define its programs; nothing compiles."""
@@ -237,7 +240,7 @@ class Planner:
         return fitting or [min(options, key=self.estimate)]
 
     def held_bytes(self, option: Option) -> int:
-        """Return the bytes a device always holds: the state, of moments in the host's memory those that pass, and
+        """Return the bytes that a device always holds: the state, a part of the moments in the host's memory, and
         gradient sums where an update has several blocks."""
         state, sums = map(sharding.bytes_on_device, (self.state, self.saved.params))
         return (
@@ -323,7 +326,8 @@ class Planner:
     def check_room(self, limit: int | None) -> None:
         """Raise InputError where arithmetic alone shows that nothing fits: before weights are read."""
         self._check_device()
-        if (hosted := sharding.bytes_on_host(self.state) * len(self.mesh.local_devices)) > (memory := host_memory()):
+        hosted, memory = sharding.bytes_on_host(self.state) * len(self.mesh.local_devices), host_memory()
+        if hosted and (hosted := hosted * processes.on_this_host()) > memory:
             raise InputError(
                 f"--offload_optimizer True: the moments take {hosted / 2**30:.3g} GiB of this host's memory, which has "
                 f"{memory / 2**30:.3g} GiB; use --optim adamw_8bit, or more hosts"
@@ -374,7 +378,8 @@ class Planner:
         rounding = f"; steps of --learning_rate {lr:g} do not move parameters above {512 * lr:.2g}"
         if not args.offload_optimizer and args.optim not in WITHOUT_MOMENTS:
             offload = {"offload_optimizer": True, "accumulation": "sum"}
-            slower = f", slower: {transfer(self.state.opt_state, self.device_kind)}"
+            moved = transfer(self.state.opt_state, self.device_kind)
+            slower = f", and the moments in the host's memory; slower: {moved}"
             ways.append(self._way("--offload_optimizer True", limit, offload, note=slower))
         if args.optim == "adamw_torch":
             for name, value in (("adam_moments_dtype", "bfloat16"), ("optim", "adamw_8bit")):
@@ -441,10 +446,10 @@ class Planner:
 
 
 def transfer(opt_state: Any, kind: str) -> str:
-    """Return the bytes that a device of jax's name `kind` exchanges with its host for an update, and their time, where
-    an optimizer's moments are in the host's memory. The state may lie on either."""
+    """Return the bytes that a device of jax's name `kind` exchanges with its host for an update, and their time at an
+    assumed rate, where an optimizer's moments are in the host's memory. The state may lie on either."""
     size, rate = sharding.bytes_on_device(opt_state) + sharding.bytes_on_host(opt_state), host_rate(kind)
-    return f"{size / 1e9:.3g} GB each way an update, {size / rate:.2g} s at {rate / 1e9:.0f} GB/s"
+    return f"{size / 1e9:.3g} GB each way an update, {size / rate:.2g} s at {rate / 1e9:.0f} GB/s (assumed)"
 
 
 def _largest_update(job: Job, ways: int) -> int:

@@ -230,7 +230,7 @@ def open_tasks(args: Arguments, source: Source, planner: Planner) -> TrainingTas
 
     job, mesh, quiet = planner.job, planner.mesh, args.disable_tqdm or None
     tokenizer = job.tokenizer or open_tokenizer(source.tokenizer_folder, args.hf_compat)
-    scorer = Scorer(job.config, planner.run, mesh, planner.kernel, disable_bar=quiet)
+    scorer = Scorer(job.config, planner.answering, mesh, planner.kernel, disable_bar=quiet)
     judge = Judge(tokenizer, source, scorer, planner.answering, mesh, disable_bar=quiet)
     tasks = TrainingTasks(judge, args.eval_tasks or (), args.eval_tasks_limit)
     args.check_metric([*(EVALUATION_METRICS if job.eval_examples else ()), *tasks.names])

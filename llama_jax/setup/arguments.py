@@ -117,7 +117,7 @@ class Arguments:
         None, "type of adamw_torch's moments; by default the parameters'", choices=["float32", "bfloat16"]
     )
     offload_optimizer: bool = _flag(
-        False, "keep the optimizer's moments in the host's memory; the same updates, each slower by their way"
+        False, "keep the optimizer's moments in the host's memory; the same updates, each longer by the copies"
     )
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm; 0 or less: no clip")
     on_nonfinite: str = _flag("skip", "NaN or Inf in loss or gradient: skip or continue", choices=["skip", "continue"])

@@ -376,7 +376,7 @@ def resolve_optimizer(name: str) -> tuple[str, list[str]]:
         raise InputError(f"--optim {name}: not there; use {_nearest_optimizer(name)}")
     if status == IMPLEMENTED:
         return name, []
-    paged = "; --offload_optimizer True keeps its state in the host's memory" if name.startswith("paged_") else ""
+    paged = "; for a state in the host's memory there is --offload_optimizer True" if name.startswith("paged_") else ""
     return text, [f"--optim {name}: read as {text}{paged}"]
 
 

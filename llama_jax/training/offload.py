@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from llama_jax.distributed import sharding
+from llama_jax.distributed.profile import OPTIMIZER
 from llama_jax.model.roles import Params
 from llama_jax.training.guard import Guard, select
 from llama_jax.training.halves import halve, join
@@ -37,6 +38,7 @@ class HostedOptimizer:
         self._programs: dict[Place, Any] = {}
         self._arriving, self._leaving = deque[Any](), deque[Any]()
 
+        @jax.named_scope(OPTIMIZER)
         def decide(grads: Any, step: jax.Array, losses: Any, loss: jax.Array):
             norm = global_norm(grads)
             return step + 1, norm, *guard.decide(losses, loss, norm, jnp.ones((), bool))
@@ -46,7 +48,7 @@ class HostedOptimizer:
     def compile(self, state: TrainState, grads: Any, mesh: Mesh, options: dict[str, Any]) -> dict[str, Any]:
         """Compile the programs for a state and gradients of these types; return them by name.
 
-        Parts of the same shapes share a program.
+        Parts of the same shapes share a program, unless their moments are drawn: a draw depends on the parameter.
         """
         number = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
         flag = jax.ShapeDtypeStruct((), jnp.bool, sharding=sharding.replicated(mesh))
@@ -72,6 +74,7 @@ class HostedOptimizer:
         """Return the lowered program of a part. It takes lists of leaves, as the paths of similar parts differ."""
         of_changing, of_read = map(jax.tree.structure, (changing, read))
 
+        @jax.named_scope(OPTIMIZER)
         def apply(changing: list[jax.Array], read: list[jax.Array]):
             trainable, lower, moments, *sums = jax.tree.unflatten(of_changing, changing)
             grads, numbers, norm, made, rate = jax.tree.unflatten(of_read, read)

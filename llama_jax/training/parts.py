@@ -4,6 +4,7 @@ from functools import reduce
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from llama_jax.distributed import sharding
@@ -72,9 +73,10 @@ def init_on_host(tx: optax.GradientTransformation, trainable: Params, lower: Par
 
 
 def passing_bytes(trainable: Params, opt_state: Any) -> int:
-    """Return the most bytes that a device holds of moments that live on its host; 0 where none do."""
+    """Return the most bytes of the host's moments that are on a device at once; 0 where the host has none."""
     if not sharding.bytes_on_host(opt_state):
         return 0
     moments, _ = split_state(opt_state)
-    of_parts = ([take(tree, place) for tree in moments] for place in parts_of(trainable))
-    return ON_DEVICE * max(map(sharding.bytes_on_host, of_parts))
+    sizes = [sharding.bytes_on_host([take(tree, place) for tree in moments]) for place in parts_of(trainable)]
+    # The first parts of an update follow the last of the one before.
+    return max(sum(np.roll(sizes, -i)[:ON_DEVICE]) for i in range(len(sizes)))
