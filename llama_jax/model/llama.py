@@ -136,6 +136,8 @@ class Linear(nnx.Module):
     def matrix(self) -> Float[Array, "O I"]:
         """Return the weight in the compute type."""
         weight = self.weight.get_value()
+        if isinstance(weight, Scaled):
+            return weight.values.astype(self.dtype) * weight.unit.astype(self.dtype)
         return dequantize(weight, self.dtype) if is_quantized(weight) else weight.astype(self.dtype)
 
 
@@ -164,12 +166,9 @@ def _products(linears: Sequence[Linear], x: Float[Array, "B T I"]) -> list[Float
     if is_quantized(weights[0]):
         return [quantized_matmul(x, weight, one.dtype, one.out) for weight in weights]
     x = x.astype(one.dtype)
-    scaled = isinstance(weights[0], Scaled)
-    if scaled and one.fp8:
+    if isinstance(weights[0], Scaled) and one.fp8:
         return [project_scaled(one.out, x, weight) for weight in weights]
-    weights = [
-        w.values.astype(one.dtype) * w.unit.astype(one.dtype) if scaled else w.astype(one.dtype) for w in weights
-    ]
+    weights = [linear.matrix() for linear in linears]
     if one.fp8:
         return project_fp8(one.out, one.exchange, x, weights)
     return [project(one.out, one.exchange, x, weight) for weight in weights]

@@ -121,7 +121,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
     job, mesh, state = planner.job, planner.mesh, plan.abstract
     rows, length = plan.largest_block
     blocks = int(plan.batches.block_counts.max())
-    hosted, copied = sharding.bytes_on_host(state), passing_bytes(state.trainable, state.opt_state)
+    copied = passing_bytes(state.trainable, state.opt_state)
     held = sharding.bytes_on_device(state) + copied
     several = ", the largest of its shapes" if len(plan.batches.shapes) > 1 else ""
     lines = [
@@ -146,9 +146,11 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
             )
             if part
         ),
-        *([f"  {'moments that are copied at once':<34}{copied / GIB:9.2f}"] if hosted else []),
-        *([f"  {'moments in the host':<34}{hosted / GIB:9.2f}   (of its memory, for each device)"] if hosted else []),
     ]
+    if copied:
+        hosted = sharding.bytes_on_host(state)
+        lines.append(f"  {'moments that are copied at once':<34}{copied / GIB:9.2f}")
+        lines.append(f"  {'moments in the host':<34}{hosted / GIB:9.2f}   (of its memory, for each device)")
     if blocks > 1 and job.args.accumulation == "sum":
         sums = sharding.bytes_on_device(planner.saved.params)
         lines.append(f"  {'sums of gradients':<34}{sums / GIB:9.2f}")
