@@ -1,0 +1,30 @@
+"""Derive the bound of each error of a certificate from the precision, the depth and the rounding of torch itself.
+
+Notation: u is the unit roundoff, 2^-24 in float32 and 2^-9 in bfloat16. A number that is rounded once is off by at most
+u of itself, by u / sqrt(3) in the mean square. y is the exact result (float64), t torch's in the precision, o ours.
+Errors are relative, in the norm of a token's vector, or of a parameter's gradient.
+
+Both programs round the same operations. They sum in other orders: of n products a running sum is off by about
+u sqrt(n), and libraries sum in blocks of some lanes, so that o and t are off by amounts of the same size but
+independent. Scores of attention, cancellation in the gradients of q and k, and depth, enlarge both alike; no bound from
+widths alone knows by how much, since a model with large scores loses a hundred times more. Torch's own error is
+therefore measured, e = |t - y| / |y|: it holds depth, widths, scores and cancellation as they are in this model. Of
+independent errors of size e, |o - t| is e sqrt(2). The factor SPREAD covers the sums' other orders (a factor of two to
+each side) and the maximum over tokens.
+
+The exact frequencies of the rotation are moved by a unit in the last place (`torch_layers`), since correct programs
+differ by that much; so e includes it.
+
+Where torch happens to be exact, as in an embedding, o may still be rounded: FLOOR roundings to a layer, added over the
+depth as independent errors are, in the root of their number.
+"""
+
+import math
+
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "bfloat16 weights": 2.0**-9}
+SPREAD, FLOOR = 4.0, 4.0
+
+
+def bound_of(precision: str, torch_error: float, layers: int) -> float:
+    """Return the bound of |o - t| / |y| after `layers` layers, by torch's own error |t - y| / |y|."""
+    return SPREAD * torch_error + FLOOR * ROUNDOFF[precision] * math.sqrt(1 + layers)

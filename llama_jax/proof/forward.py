@@ -1,0 +1,130 @@
+"""Compare the forward pass layer by layer: each layer alone on equal input, and the states carried from layer to layer.
+
+Letters: B examples, T tokens of the longest, R rows of this program, N tokens of all examples, D model, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llama_jax.proof.bounds import bound_of
+from llama_jax.proof.our_layers import OurLayers
+from llama_jax.proof.sample import Sample
+from llama_jax.proof.torch_layers import BF16_WEIGHTS, EXACT, Reference
+from llama_jax.proof.verdict import Row, bounded
+
+CARRIED = ", carried"
+
+
+@dataclass
+class Walk:
+    """Hold the inputs of each layer, and the last one's output, of a forward pass in a precision.
+
+    `shared` are the exact states [N, D], rounded to the precision of a state at each layer. `theirs` [B, T, D] and
+    `ours` [R, T, D] are carried by each program itself. `arguments` are those of torch's layers by precision.
+    """
+
+    precision: str
+    shared: list[np.ndarray] = field(default_factory=list)
+    theirs: list[Any] = field(default_factory=list)
+    ours: list[np.ndarray] = field(default_factory=list)
+    arguments: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def compare_forward(
+    reference: Reference, ours: OurLayers, sample: Sample, precision: str, section: str
+) -> tuple[list[Row], Walk]:
+    """Return the rows of embedding, layers, norm and logits, and the states for `gradients`."""
+    torch = reference.torch
+    walk, rows = Walk(precision), []
+
+    def add(name: str, depth: int, o: np.ndarray, t: np.ndarray, y: np.ndarray) -> None:
+        rows.append(compared(section, name, precision, depth, sample, o, t, y))
+
+    with torch.no_grad():
+        x, given = {}, walk.arguments
+        for kind in (EXACT, precision):
+            embedding = reference.embedding(kind)
+            x[kind], given[kind] = reference.inputs(sample.ids, sample.mask, kind, embedding)
+        reference.drop(embedding)
+        walk.shared.append(rounded(torch, sample.of_padded(_numpy(torch, x[EXACT])), precision))
+        walk.theirs.append(x[precision])
+        walk.ours.append(ours.embed(ours.read("embed_tokens")))
+        y, t = (sample.of_padded(_numpy(torch, x[kind])) for kind in (EXACT, precision))
+        add("embedding", 0, sample.of_rows(walk.ours[0]), t, y)
+
+        def step(name: str, depth: int, their: Callable[[Any, str], Any], our: Callable[[np.ndarray], np.ndarray]):
+            """Compare a part of the model, alone and carried, and return its carried outputs and the exact one."""
+            same = walk.shared[-1]
+            padded = sample.to_padded(same)
+            exact = sample.of_padded(_numpy(torch, their(torch.tensor(padded, dtype=torch.float64), EXACT)))
+            alone = sample.of_padded(_numpy(torch, their(torch.tensor(padded).to(x[precision].dtype), precision)))
+            carried = their(walk.theirs[-1], precision)
+            add(name, 0, sample.of_rows(our(as_state(sample.to_rows(same), walk))), alone, exact)
+            own = our(walk.ours[-1])
+            add(name + CARRIED, depth, sample.of_rows(own), sample.of_padded(_numpy(torch, carried)), exact)
+            return exact, carried, own
+
+        for i in range(reference.layers):
+            params = ours.read(i)
+
+            def their_layer(state: Any, kind: str, i: int = i) -> Any:
+                with reference.layer(i, kind) as layer:
+                    return reference.call(layer, state, given[kind][i], kind)
+
+            exact, carried, own = step(f"block {i}", i + 1, their_layer, lambda s: ours.layer(i, params, s))  # noqa: B023
+            walk.shared.append(rounded(torch, exact, precision))
+            walk.theirs.append(carried)
+            walk.ours.append(own)
+
+        depth, kept = reference.layers + 1, (walk.shared[-1], walk.theirs[-1], walk.ours[-1])
+        params = ours.read("norm")
+
+        def their_norm(state: Any, kind: str) -> Any:
+            with reference.computing(kind):
+                return reference.norm(kind)(state)
+
+        exact, carried, own = step("final norm", depth, their_norm, lambda s: ours.norm(params, s))
+        walk.shared[-1], walk.theirs[-1], walk.ours[-1] = rounded(torch, exact, precision), carried, own
+        params = ours.read("embed_tokens", "lm_head") if not reference.tied else ours.read("embed_tokens")
+
+        def their_logits(state: Any, kind: str) -> Any:
+            return reference.logits(state, kind, reference.head(kind))
+
+        step("logits", depth, their_logits, lambda s: ours.logits(params, s))
+        walk.shared[-1], walk.theirs[-1], walk.ours[-1] = kept
+    return rows, walk
+
+
+def compared(
+    section: str, name: str, precision: str, depth: int, sample: Sample, o: np.ndarray, t: np.ndarray, y: np.ndarray
+) -> Row:
+    """Return the row of tokens' vectors [N, ...] of this program, of torch, and exact ones. The error is that of the
+    worst token, relative in its norm; the note tells the largest difference, and where a row fails its token."""
+    scale = np.maximum(np.linalg.norm(y, axis=-1), np.finfo(np.float32).tiny)
+    off = np.linalg.norm(o - t.astype(np.float64), axis=-1) / scale
+    own = np.linalg.norm(t - y, axis=-1) / scale
+    worst = int(np.argmax(np.where(np.isnan(off), np.inf, off)))
+    row = bounded(section, name, float(off[worst]), bound_of(precision, float(own.max()), depth))
+    note = f"largest difference {np.abs(o - t).max():.2e}"
+    if row.holds is False:
+        record, token = (int(at[worst]) for at in np.nonzero(sample.mask))
+        note += f"; worst at example {record + 1} of the batch, token {token}"
+    return Row(section, name, row.error, row.bound, row.holds, note)
+
+
+def rounded(torch: Any, states: np.ndarray, precision: str) -> np.ndarray:
+    """Return exact states in float32, rounded to the type that a state has in a precision."""
+    kind = torch.bfloat16 if precision == BF16_WEIGHTS else torch.float32
+    return torch.tensor(states).to(kind).float().numpy()
+
+
+def as_state(states: np.ndarray, walk: Walk) -> np.ndarray:
+    """Return states in the type of this program's own."""
+    return states.astype(walk.ours[0].dtype)
+
+
+def _numpy(torch: Any, value: Any) -> np.ndarray:
+    return (value if value.dtype == torch.float64 else value.float()).detach().numpy()
