@@ -8,9 +8,10 @@ Both programs round the same operations. They sum in other orders: of n products
 u sqrt(n), and libraries sum in blocks of some lanes, so that o and t are off by amounts of the same size but
 independent. Scores of attention, cancellation in the gradients of q and k, and depth, enlarge both alike; no bound from
 widths alone knows by how much, since a model with large scores loses a hundred times more. Torch's own error is
-therefore measured, e = |t - y| / |y|: it holds depth, widths, scores and cancellation as they are in this model. Of
-independent errors of size e, |o - t| is e sqrt(2). The factor SPREAD covers the sums' other orders (a factor of two to
-each side) and the maximum over tokens.
+therefore measured, e = |t - y| / |y|: it holds depth, widths, scores and cancellation as they are in this model. Then
+|o - t| <= |o - y| + |t - y|, and SPREAD = 1 + 7 allows o seven times the error of t: sums in blocks of 8 to 64 lanes
+are off by 3 to 8 times less than running sums. (Measured for right models: at most 4.7 e, and 1.4 e where libraries sum
+alike.)
 
 The exact frequencies of the rotation are moved by a unit in the last place (`torch_layers`), since correct programs
 differ by that much; so e includes it.
@@ -22,7 +23,7 @@ depth as independent errors are, in the root of their number.
 import math
 
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "bfloat16 weights": 2.0**-9}
-SPREAD, FLOOR = 4.0, 4.0
+SPREAD, FLOOR = 8.0, 4.0
 
 
 def bound_of(precision: str, torch_error: float, layers: int) -> float:

@@ -83,12 +83,13 @@ def compare_forward(
         params = ours.read("norm")
 
         def their_norm(state: Any, kind: str) -> Any:
+            norm = reference.norm(kind)
             with reference.computing(kind):
-                return reference.norm(kind)(state)
+                return norm(state)
 
         exact, carried, own = step("final norm", depth, their_norm, lambda s: ours.norm(params, s))
         walk.shared[-1], walk.theirs[-1], walk.ours[-1] = rounded(torch, exact, precision), carried, own
-        params = ours.read("embed_tokens", "lm_head") if not reference.tied else ours.read("embed_tokens")
+        params = ours.read(ours.head)
 
         def their_logits(state: Any, kind: str) -> Any:
             return reference.logits(state, kind, reference.head(kind))

@@ -56,10 +56,15 @@ class OurLayers:
         """Return the number of layers."""
         return self._config.num_hidden_layers
 
+    @property
+    def head(self) -> str:
+        """Return the name of the part that holds the head's matrix."""
+        return "embed_tokens" if self._config.tie_word_embeddings else "lm_head"
+
     def read(self, *parts: str | int) -> Params:
         """Return the parameters of parts of the tree: names, or numbers of layers."""
         tree = self._definition.params
-        like: Params = {part: tree[part] for part in parts if isinstance(part, str) and part in tree}
+        like: Params = {part: tree[part] for part in parts if isinstance(part, str)}
         if numbers := [part for part in parts if isinstance(part, int)]:
             like["layers"] = {i: tree["layers"][i] for i in numbers}
         if not self._resizes or not {"embed_tokens", "lm_head"} & like.keys():
