@@ -5,6 +5,7 @@ Letters: R rows, T tokens, D model, V vocabulary.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ class OurLayers:
             self._batch = Batch(*(sharding.put(mesh, array) for array in batch))
             model, slots = self._model({}), batch.input_ids.shape[1]
             places = (self._batch.positions, self._batch.segment_ids, self._batch.lengths)
+            # Each is compiled once: a part is computed alone and again in the carried pass.
+            self._embed = jax.jit(lambda p, ids: self._model(p).embed(ids))
+            self._norm = jax.jit(lambda p, x: self._model(p).norm(x))
+            self._logits = jax.jit(lambda p, hidden: self._model(p).logits(hidden))
+            self._loss = jax.jit(jax.value_and_grad(self._loss_of, argnums=(0, 1)))
             self._tokens: Tokens = jax.jit(lambda *arrays: model.tokens(*arrays, slots))(*places)
 
     @property
@@ -84,61 +90,55 @@ class OurLayers:
     def embed(self, params: Params) -> np.ndarray:
         """Return the input of the first layer [R, T, D]."""
         with jax.set_mesh(self._mesh):
-            return np.asarray(jax.jit(lambda p, ids: self._model(p).embed(ids))(params, self._batch.input_ids))
+            return np.asarray(self._embed(params, self._batch.input_ids))
 
     def embed_gradient(self, params: Params, dy: np.ndarray) -> Gradients:
         """Return the gradient of the embedding by that of its output."""
-
-        def pull(params: Params, ids: jax.Array, dy: jax.Array) -> Params:
-            y, back = jax.vjp(lambda p: self._model(p).embed(ids), params)
-            return back(dy.astype(y.dtype))[0]
-
         with jax.set_mesh(self._mesh):
-            return self._named(jax.jit(pull)(params, self._batch.input_ids, self._placed(dy)))
+            x, back = jax.vjp(lambda p: self._embed(p, self._batch.input_ids), params)
+            return self._named(back(self._placed(dy).astype(x.dtype))[0])
 
     def layer(self, i: int, params: Params, x: np.ndarray) -> np.ndarray:
         """Return the output [R, T, D] of layer i."""
         with jax.set_mesh(self._mesh):
-            return np.asarray(self._call(i)(params["layers"][i], self._placed(x)))
+            return np.asarray(_layer(self._kind(i), params["layers"][i], self._placed(x), self._inputs(i)))
 
     def layer_gradient(self, i: int, params: Params, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
         """Return the gradients of layer i's input [R, T, D] and of its parameters by that of its output."""
-        call = self._call(i)
         with jax.set_mesh(self._mesh):
-            _, back = jax.vjp(call, params["layers"][i], self._placed(x))
-            grads, dx = back(self._placed(dy))
+            arrays = (params["layers"][i], self._placed(x), self._inputs(i), self._placed(dy))
+            grads, dx = _pull(self._kind(i), *arrays)
             return np.asarray(dx), self._named({"layers": {i: grads}})
 
-    def _call(self, i: int) -> Any:
-        """Return layer i as a function of its parameters and its input. jax compiles layers of equal definition once."""
-        graphdef, _ = nnx.split(self._model({}).layers[i])
+    def _kind(self, i: int) -> Any:
+        """Return the graph definition of layer i, equal for layers that jax compiles once."""
+        return nnx.split(self._model({}).layers[i])[0]
+
+    def _inputs(self, i: int) -> Tokens:
         rotates = self._config.rope_layers or None
-        own = self._tokens.of_layer(i, rotates and rotates[i])
-        return lambda params, x: run_block(graphdef, self._run.remat, params, x, own, None)[0]
+        return self._tokens.of_layer(i, rotates and rotates[i])
 
     def norm(self, params: Params, x: np.ndarray) -> np.ndarray:
         """Return the final norm of hidden states [R, T, D]."""
         with jax.set_mesh(self._mesh):
-            return np.asarray(jax.jit(lambda p, x: self._model(p).norm(x))(params, self._placed(x)))
+            return np.asarray(self._norm(params, self._placed(x)))
 
     def logits(self, params: Params, hidden: np.ndarray) -> np.ndarray:
         """Return the logits [R, T, V], float32, of normed hidden states."""
         with jax.set_mesh(self._mesh):
-            return np.asarray(jax.jit(lambda p, h: self._model(p).logits(h))(params, self._placed(hidden)))
+            return np.asarray(self._logits(params, self._placed(hidden)))
 
     def loss_gradient(self, params: Params, x: np.ndarray) -> tuple[float, np.ndarray, Gradients]:
         """Return the run's loss of the batch, and the gradients of the last layer's output, the final norm and the
         head."""
-
-        def loss(params: Params, x: jax.Array, batch: Batch) -> jax.Array:
-            model = self._model(params)
-            arguments = (model.norm(x), model.head(), batch.targets, batch.weights)
-            return weighted_cross_entropy(*arguments, self._config.vocab_size)[0]
-
         with jax.set_mesh(self._mesh):
-            step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-            value, (grads, dx) = step(params, self._placed(x), self._batch)
+            value, (grads, dx) = self._loss(params, self._placed(x), self._batch)
             return float(value), np.asarray(dx), self._named(grads)
+
+    def _loss_of(self, params: Params, x: jax.Array, batch: Batch) -> jax.Array:
+        model = self._model(params)
+        arguments = (model.norm(x), model.head(), batch.targets, batch.weights)
+        return weighted_cross_entropy(*arguments, self._config.vocab_size)[0]
 
     def _placed(self, x: np.ndarray) -> jax.Array:
         return jax.device_put(jnp.asarray(x), jax.sharding.NamedSharding(self._mesh, sharding.ACT_BTD))
@@ -151,3 +151,13 @@ class OurLayers:
             name, shape = self._names[path]
             found[name] = np.asarray(value[tuple(map(slice, shape))], np.float32)
         return found
+
+
+def _layer(kind: Any, params: Params, x: jax.Array, tokens: Tokens) -> jax.Array:
+    return run_block(kind, "none", params, x, tokens, None)[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _pull(kind: Any, params: Params, x: jax.Array, tokens: Tokens, dy: jax.Array) -> Any:
+    """Return the gradients of a layer's parameters and input by that of its output."""
+    return jax.vjp(lambda params, x: _layer(kind, params, x, tokens), params, x)[1](dy)
