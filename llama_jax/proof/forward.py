@@ -4,33 +4,20 @@ Letters: B examples, T tokens of the longest, R rows of this program, N tokens o
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from llama_jax.proof.bounds import bound_of
 from llama_jax.proof.our_layers import OurLayers
+from llama_jax.proof.parts import differing_part
 from llama_jax.proof.sample import Sample
 from llama_jax.proof.torch_layers import BF16_WEIGHTS, EXACT, Reference
 from llama_jax.proof.verdict import Row, bounded
+from llama_jax.proof.walk import Walk, as_state, numpy_of, worst_token
 
 CARRIED = ", carried"
-
-
-@dataclass
-class Walk:
-    """Hold the inputs of each layer, and the last one's output, of a forward pass in a precision.
-
-    `shared` are the exact states [N, D], rounded to the precision of a state at each layer. `theirs` [B, T, D] and
-    `ours` [R, T, D] are carried by each program itself. `arguments` are those of torch's layers by precision.
-    """
-
-    precision: str
-    shared: list[np.ndarray] = field(default_factory=list)
-    theirs: list[Any] = field(default_factory=list)
-    ours: list[np.ndarray] = field(default_factory=list)
-    arguments: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def compare_forward(
@@ -38,7 +25,7 @@ def compare_forward(
 ) -> tuple[list[Row], Walk]:
     """Return the rows of embedding, layers, norm and logits, and the states for `gradients`."""
     torch = reference.torch
-    walk, rows = Walk(precision), []
+    walk, rows, parted = Walk(precision), [], False
 
     def add(name: str, depth: int, o: np.ndarray, t: np.ndarray, y: np.ndarray) -> None:
         rows.append(compared(section, name, precision, depth, sample, o, t, y))
@@ -49,22 +36,22 @@ def compare_forward(
             embedding = reference.embedding(kind)
             x[kind], given[kind] = reference.inputs(sample.ids, sample.mask, kind, embedding)
         reference.drop(embedding)
-        walk.shared.append(rounded(torch, sample.of_padded(_numpy(torch, x[EXACT])), precision))
+        walk.shared.append(rounded(torch, sample.of_padded(numpy_of(x[EXACT])), precision))
         walk.theirs.append(x[precision])
         walk.ours.append(ours.embed(ours.read("embed_tokens")))
-        y, t = (sample.of_padded(_numpy(torch, x[kind])) for kind in (EXACT, precision))
+        y, t = (sample.of_padded(numpy_of(x[kind])) for kind in (EXACT, precision))
         add("embedding", 0, sample.of_rows(walk.ours[0]), t, y)
 
         def step(name: str, depth: int, their: Callable[[Any, str], Any], our: Callable[[np.ndarray], np.ndarray]):
             """Compare a part of the model, alone and carried, and return its carried outputs and the exact one."""
             same = walk.shared[-1]
             padded = sample.to_padded(same)
-            exact = sample.of_padded(_numpy(torch, their(torch.tensor(padded, dtype=torch.float64), EXACT)))
-            alone = sample.of_padded(_numpy(torch, their(torch.tensor(padded).to(x[precision].dtype), precision)))
+            exact = sample.of_padded(numpy_of(their(torch.tensor(padded, dtype=torch.float64), EXACT)))
+            alone = sample.of_padded(numpy_of(their(torch.tensor(padded).to(x[precision].dtype), precision)))
             carried = their(walk.theirs[-1], precision)
             add(name, 0, sample.of_rows(our(as_state(sample.to_rows(same), walk))), alone, exact)
             own = our(walk.ours[-1])
-            add(name + CARRIED, depth, sample.of_rows(own), sample.of_padded(_numpy(torch, carried)), exact)
+            add(name + CARRIED, depth, sample.of_rows(own), sample.of_padded(numpy_of(carried)), exact)
             return exact, carried, own
 
         for i in range(reference.layers):
@@ -75,6 +62,9 @@ def compare_forward(
                     return reference.call(layer, state, given[kind][i], kind)
 
             exact, carried, own = step(f"block {i}", i + 1, their_layer, lambda s: ours.layer(i, params, s))  # noqa: B023
+            if rows[-2].holds is False and not parted:
+                parted = True  # the first alone: a later one mostly has the same cause
+                rows[-2] = replace(rows[-2], note=f"in {differing_part(reference, ours, sample, walk, i)}; {rows[-2].note}")
             walk.shared.append(rounded(torch, exact, precision))
             walk.theirs.append(carried)
             walk.ours.append(own)
@@ -104,28 +94,15 @@ def compared(
 ) -> Row:
     """Return the row of tokens' vectors [N, ...] of this program, of torch, and exact ones. The error is that of the
     worst token, relative in its norm; the note tells the largest difference, and where a row fails its token."""
-    scale = np.maximum(np.linalg.norm(y, axis=-1), np.finfo(np.float32).tiny)
-    off = np.linalg.norm(o - t.astype(np.float64), axis=-1) / scale
-    own = np.linalg.norm(t - y, axis=-1) / scale
-    worst = int(np.argmax(np.where(np.isnan(off), np.inf, off)))
-    row = bounded(section, name, float(off[worst]), bound_of(precision, float(own.max()), depth))
-    note = f"largest difference {np.abs(o - t).max():.2e}"
-    if row.holds is False:
-        record, token = (int(at[worst]) for at in np.nonzero(sample.mask))
-        note += f"; worst at example {record + 1} of the batch, token {token}"
-    return Row(section, name, row.error, row.bound, row.holds, note)
+    error, own, worst = worst_token(o, t, y)
+    row = bounded(section, name, error, bound_of(precision, own, depth), f"largest difference {np.abs(o - t).max():.2e}")
+    if row.holds:
+        return row
+    record, token = (int(at[worst]) for at in np.nonzero(sample.mask))
+    return replace(row, note=f"{row.note}, at example {record + 1} of the batch, token {token}")
 
 
 def rounded(torch: Any, states: np.ndarray, precision: str) -> np.ndarray:
     """Return exact states in float32, rounded to the type that a state has in a precision."""
     kind = torch.bfloat16 if precision == BF16_WEIGHTS else torch.float32
     return torch.tensor(states).to(kind).float().numpy()
-
-
-def as_state(states: np.ndarray, walk: Walk) -> np.ndarray:
-    """Return states in the type of this program's own."""
-    return states.astype(walk.ours[0].dtype)
-
-
-def _numpy(torch: Any, value: Any) -> np.ndarray:
-    return (value if value.dtype == torch.float64 else value.float()).detach().numpy()

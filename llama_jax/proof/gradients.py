@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from llama_jax.proof.bounds import bound_of
-from llama_jax.proof.forward import Walk, as_state
 from llama_jax.proof.our_layers import Gradients, OurLayers
 from llama_jax.proof.sample import Sample
 from llama_jax.proof.torch_layers import EXACT, Reference
 from llama_jax.proof.verdict import Row, bounded
+from llama_jax.proof.walk import Walk, as_state, numpy_of
 
 INPUT = "gradient of the input"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -104,7 +104,7 @@ class _Comparison:
         loss = reference.loss(reference.logits(hidden, precision, head), self.sample.labels)
         dx, d_norm, d_head = self.torch.autograd.grad(loss, [x, norm.weight, head.weight])
         name = EMBEDDING if reference.tied else HEAD
-        return float(loss.detach()), dx, {"model.norm.weight": _numpy(d_norm), name: _numpy(d_head)}
+        return float(loss.detach()), dx, {"model.norm.weight": numpy_of(d_norm), name: numpy_of(d_head)}
 
     def _their_layer(self, i: int, x: Any, dy: Any, precision: str) -> tuple[Any, Gradients]:
         reference = self.reference
@@ -113,14 +113,14 @@ class _Comparison:
             names, parameters = zip(*layer.named_parameters(), strict=True)
             y = reference.call(layer, x, self.walk.arguments[precision][i], precision)
             dx, *grads = self.torch.autograd.grad(y, [x, *parameters], dy.to(y.dtype))
-        found = {f"model.layers.{i}.{name}": _numpy(grad) for name, grad in zip(names, grads, strict=True)}
+        found = {f"model.layers.{i}.{name}": numpy_of(grad) for name, grad in zip(names, grads, strict=True)}
         return dx, found
 
     def _their_embedding(self, dy: Any, precision: str) -> Gradients:
         embedding = self.reference.embedding(precision)
         x, _ = self.reference.inputs(self.sample.ids, self.sample.mask, precision, embedding)
         (grad,) = self.torch.autograd.grad(x, [embedding.weight], dy.to(x.dtype))
-        return {EMBEDDING: _numpy(grad)}
+        return {EMBEDDING: numpy_of(grad)}
 
     def _padded(self, tokens: np.ndarray, precision: str) -> Any:
         kind = self.torch.float64 if precision == EXACT else self.walk.theirs[0].dtype
@@ -137,7 +137,7 @@ class _Comparison:
         rows = self._rows(self.alone, ours, theirs, exact, 0)
         if o_dx is not None:
             of_padded = self.sample.of_padded
-            t, y = of_padded(_numpy(t_dx)), of_padded(_numpy(y_dx))
+            t, y = of_padded(numpy_of(t_dx)), of_padded(numpy_of(y_dx))
             rows.append(self._row(self.alone, INPUT, self.sample.of_rows(o_dx), t, y, 0))
         worst = max(rows, key=lambda row: (row.holds is False, row.share))
         self.alone_rows.append(Row(self.alone, name, worst.error, worst.bound, worst.holds, f"worst: {worst.name}"))
@@ -168,8 +168,3 @@ class _Comparison:
         rows = self.alone_rows if section == self.alone else self.carried_rows
         bound = bound_of(self.walk.precision, own, depth)
         rows.append(bounded(section, "loss", error, bound, f"{ours:.7g} here, {theirs:.7g} by torch"))
-
-
-def _numpy(value: Any) -> np.ndarray:
-    kind = value.dtype.itemsize
-    return (value if kind == 8 else value.float()).detach().numpy()

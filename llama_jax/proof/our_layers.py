@@ -103,6 +103,25 @@ class OurLayers:
         with jax.set_mesh(self._mesh):
             return np.asarray(_layer(self._kind(i), params["layers"][i], self._placed(x), self._inputs(i)))
 
+    def parts(self, i: int) -> set[str]:
+        """Return the names of layer i's parts: projections, norms, attention and MLP."""
+        found = {"self_attn", "mlp"}
+        for keys, _ in jax.tree_util.tree_flatten_with_path(self._definition.params["layers"][i])[0]:
+            found.add(".".join(key.key for key in keys[:-1]))
+        return found
+
+    def part(self, i: int, params: Params, name: str, x: np.ndarray) -> np.ndarray:
+        """Return the output of a part of layer i for an input [R, T, ...]."""
+
+        def call(params: Params, x: jax.Array, tokens: Tokens) -> jax.Array:
+            module: Any = self._model(params).layers[i]
+            for key in name.split("."):
+                module = getattr(module, key)
+            return module(x, tokens, None)[0] if name == "self_attn" else module(x)
+
+        with jax.set_mesh(self._mesh):
+            return np.asarray(jax.jit(call)(params, jnp.asarray(x), self._inputs(i)))
+
     def layer_gradient(self, i: int, params: Params, x: np.ndarray, dy: np.ndarray) -> tuple[np.ndarray, Gradients]:
         """Return the gradients of layer i's input [R, T, D] and of its parameters by that of its output."""
         with jax.set_mesh(self._mesh):
