@@ -29,3 +29,13 @@ SPREAD, FLOOR = 8.0, 4.0
 def bound_of(precision: str, torch_error: float, layers: int) -> float:
     """Return the bound of |o - t| / |y| after `layers` layers, by torch's own error |t - y| / |y|."""
     return SPREAD * torch_error + FLOOR * ROUNDOFF[precision] * math.sqrt(1 + layers)
+
+
+def rotation_bound(positions: int, frequency: float, factor: float) -> float:
+    """Return the bound of the difference of two cosines of `positions` angles, each multiplied by `factor`.
+
+    An angle is position times frequency. The frequencies of both programs differ by a unit in the last place, 2^-23 of
+    themselves, after scalings by two, and each product is rounded once more: by 3 * 2^-23 in all. A cosine moves by as
+    much as its angle, and is rounded twice on each side.
+    """
+    return factor * (positions * frequency * 3 + 2) * 2.0**-23

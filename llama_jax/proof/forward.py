@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.proof.bounds import bound_of
+from llama_jax.proof.bounds import bound_of, rotation_bound
 from llama_jax.proof.our_layers import OurLayers
 from llama_jax.proof.parts import differing_part
 from llama_jax.proof.sample import Sample
@@ -31,6 +31,7 @@ def compare_forward(
         rows.append(compared(section, name, precision, depth, sample, o, t, y))
 
     with torch.no_grad():
+        rows.append(_rotation(reference, ours, sample, section))
         x, given = {}, walk.arguments
         for kind in (EXACT, precision):
             embedding = reference.embedding(kind)
@@ -87,6 +88,19 @@ def compare_forward(
         step("logits", depth, their_logits, lambda s: ours.logits(params, s))
         walk.shared[-1], walk.theirs[-1], walk.ours[-1] = kept
     return rows, walk
+
+
+def _rotation(reference: Reference, ours: OurLayers, sample: Sample, section: str) -> Row:
+    """Return the row of the rotation's cosines and sines, for as many positions as the run's longest example has."""
+    *theirs, frequency = reference.rotation(sample.positions)
+    factor = max(1.0, float(np.hypot(*theirs).max()))
+    off = np.maximum(*(np.abs(o - t) for o, t in zip(ours.rotation(sample.positions), theirs, strict=True)))
+    bound = rotation_bound(sample.positions, frequency, factor)
+    row = bounded(section, "rotation", float(off.max()), bound, f"of {sample.positions:,} positions")
+    if row.holds:
+        return row
+    place, pair = np.unravel_index(off.argmax(), off.shape)
+    return replace(row, note=f"{row.note}, worst at position {place}, frequency {pair}: rope_theta, or its scaling")
 
 
 def compared(

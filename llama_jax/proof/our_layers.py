@@ -23,6 +23,7 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge, without
 from llama_jax.model.llama import Llama, RunOptions, Tokens, run_block
 from llama_jax.model.roles import Params
+from llama_jax.model.rope import rope_cos_sin
 from llama_jax.training.loss import weighted_cross_entropy
 
 Gradients = dict[str, np.ndarray]
@@ -86,6 +87,14 @@ class OurLayers:
     def _model(self, params: Params) -> Llama:
         """Return the model with these parameters; the others are descriptions."""
         return nnx.merge(self._definition.graphdef, merge(without(self._definition.params, params), params))
+
+    def rotation(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return cosines and sines [T, H/2] of the positions from 0."""
+        places = np.arange(positions, dtype=np.int32)[None]
+        with jax.set_mesh(self._mesh):
+            arrays = [sharding.put(self._mesh, a) for a in (places, np.full_like(places, positions))]
+            cos, sin = rope_cos_sin(self._config, *arrays, positions)
+        return np.asarray(cos[0]), np.asarray(sin[0])
 
     def embed(self, params: Params) -> np.ndarray:
         """Return the input of the first layer [R, T, D]."""

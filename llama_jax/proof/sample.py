@@ -13,17 +13,26 @@ from llama_jax.data.examples import IGNORE_INDEX, Examples
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order
 
-ROWS, TOKENS = 4, 96  # examples of a sample, and tokens of each, so that a CPU computes a layer in a second
+# Examples of a sample, and tokens of each: few, for CPUs, and more than 128 in a packed row, where a CPU's attention
+# goes block by block (model/blockwise.py).
+ROWS, TOKENS = 4, 48
 
 
 @dataclass(frozen=True)
 class Sample:
     """Hold examples, each a pair of ids and labels, as int32. `packed` lays this program's side by side in one row.
-    `compat` is the version of transformers whose loss holds."""
+    `compat` is the version of transformers whose loss holds, `longest` the longest example of the run in tokens: the
+    rotation is compared for as many positions, None for the sample's own."""
 
     examples: list[tuple[np.ndarray, np.ndarray]]
     packed: bool = True
     compat: str = "4.37"
+    longest: int | None = None
+
+    @property
+    def positions(self) -> int:
+        """Return the number of positions whose rotation is compared."""
+        return max(self.longest or 0, int(self.lengths.max()))
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -102,4 +111,4 @@ def choose_sample(examples: Examples, numbers: np.ndarray, packed: bool, compat:
         first = int(learned[0]) + 1 if len(learned) else 0
         start = max(0, min(first - TOKENS // 2, len(ids) - TOKENS))
         cut.append((ids[start : start + TOKENS].astype(np.int32), labels[start : start + TOKENS].astype(np.int32)))
-    return Sample(cut, packed, compat)
+    return Sample(cut, packed, compat, int(examples.lengths.max()))

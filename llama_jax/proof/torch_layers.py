@@ -98,6 +98,15 @@ class Reference:
             arguments = [_moved(torch, a, inner.rotary_emb.inv_freq, positions) for a in arguments]
         return recorders[0].x, arguments
 
+    def rotation(self, positions: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return cosines and sines [T, H/2] of the positions from 0, and the largest frequency, by a fresh module:
+        that of `dynamic` keeps what it has seen."""
+        torch = self.torch
+        module = type(self.model.model.rotary_emb)(config=self.config)
+        cos, sin = module(torch.zeros(1), torch.arange(positions)[None])
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].numpy(), sin[0, :, :half].numpy(), float(module.inv_freq.max())
+
     def embedding(self, precision: str) -> Any:
         """Return the input embedding with its weights."""
         return self._filled(self._embedding, "model.embed_tokens.", precision)
