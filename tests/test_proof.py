@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_llama import llama_logits
+from test_parity import ROPES, make_raw
 from tiny import (
     ALPACA,
     CONFIG,
@@ -38,10 +39,13 @@ from llama_jax.distributed import sharding
 from llama_jax.hf.source import Source
 from llama_jax.model import llama, matmul
 from llama_jax.model.attention import packed_attention
+from llama_jax.model.llama import RunOptions
 from llama_jax.proof import model as proof_model
 from llama_jax.proof import sample as sample_module
 from llama_jax.proof.certify import open_subject
+from llama_jax.proof.forward import compare_rotation
 from llama_jax.proof.model import compare_model
+from llama_jax.proof.our_layers import OurLayers
 from llama_jax.proof.sample import Sample
 from llama_jax.proof.tokens import compare_tokens, first_difference
 from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, EXACT, FLOAT32, Reference
@@ -88,9 +92,7 @@ def rows_of(
     reference = Reference(torch_folder or folder)
     mesh = sharding.make_mesh(jax.devices()[:1])
     with jax.default_matmul_precision("highest"):
-        return compare_model(
-            reference, source, source.config, sample, precision, mesh, gradients=gradients, **options
-        )
+        return compare_model(reference, source, source.config, sample, precision, mesh, gradients=gradients, **options)
 
 
 def failing(rows: list[Row]) -> list[Row]:
@@ -157,9 +159,7 @@ def test_layers_are_the_whole_model(tmp_path: Path) -> None:
     """Torch layer by layer is bit for bit what the whole model gives, with padding."""
     folder, sample = write_model(tmp_path, THREE), make_sample()
     reference = Reference(folder)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     ids, mask, labels = (torch.tensor(a, dtype=torch.int64) for a in (sample.ids, sample.mask, sample.labels))
     with torch.no_grad():
         expected = whole(input_ids=ids, attention_mask=mask, labels=labels)
@@ -212,8 +212,12 @@ ATTENTION = "self_attn, though its projections hold"
 QWEN2 = {**CONFIG, **SISTERS["qwen2"]}
 L1 = "model.layers.1."
 FAULTS = {
-    "k's rows in Meta's order": Fault(THREE, {}, change(L1 + "self_attn.k_proj.weight", swap_rows), "block 1", "k_proj"),
-    "q's rows in Meta's order": Fault(THREE, {}, change(L1 + "self_attn.q_proj.weight", swap_rows), "block 1", "q_proj"),
+    "k's rows in Meta's order": Fault(
+        THREE, {}, change(L1 + "self_attn.k_proj.weight", swap_rows), "block 1", "k_proj"
+    ),
+    "q's rows in Meta's order": Fault(
+        THREE, {}, change(L1 + "self_attn.q_proj.weight", swap_rows), "block 1", "q_proj"
+    ),
     "theta 10001": Fault(THREE, {"rope_theta": 10001.0}, nothing, "rotation", "rope_theta"),
     "eps 1e-6": Fault(THREE, {"rms_norm_eps": 1e-6}, nothing, "block 0", "input_layernorm"),
     "norm without weight": Fault(
@@ -365,6 +369,24 @@ def test_a_wrong_gradient(three: Path, monkeypatch: pytest.MonkeyPatch, retraced
     assert {row.name for row in found if "alone" in row.section} == {"block 0", "block 1", "block 2"}
     carried = {row.name for row in found if "alone" not in row.section}
     assert carried == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_every_scaling_of_the_rotation(tmp_path: Path, name: str) -> None:
+    """Past the contexts that the scalings stretch, for lengths below and above their switch."""
+    config = make_raw(**ROPES[name])
+    folder = write_model(tmp_path / "right", config)
+    theta = json.loads(json.dumps(config))
+    (theta.get("rope_parameters") or theta)["rope_theta"] = 10007.0
+    source, other = Source(folder), Reference(write_model(tmp_path / "wrong", theta))
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    for longest in (7, 200):
+        examples = [(np.arange(6, dtype=np.int32),) * 2]
+        sample = Sample(examples, longest=longest)
+        ours = OurLayers(source, source.config, RunOptions(longest=longest), mesh, sample.batch)
+        row = compare_rotation(Reference(folder), ours, sample, "s")
+        assert row.holds, row
+        assert compare_rotation(other, ours, sample, "s").holds is False
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------

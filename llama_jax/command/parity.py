@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_jax.base.bucket import is_remote
+from llama_jax.base.bucket import as_path, is_remote
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.base.files import make_output_dir
 from llama_jax.reporting.progress import say
@@ -52,8 +52,6 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code: 0 where every row holds, 1 where one fails. Raises InputError."""
     started = time.monotonic()
     given = parse(argv)
-    from pathlib import Path
-
     from llama_jax.proof.certify import certify, certify_against, open_subject
     from llama_jax.proof.torch_layers import import_torch
     from llama_jax.proof.verdict import PAGE, Row, table
@@ -61,11 +59,12 @@ def main(argv: list[str]) -> int:
     def show(rows: Sequence[Row]) -> None:
         print(f"{rows[0].section}\n{table(rows)}", flush=True)
 
-    if is_remote(given.args.output_dir):
-        raise InputError(f"--output_dir {given.args.output_dir}: a certificate is written to a local folder")
+    folder = as_path(given.args.output_dir)
+    if is_remote(folder):
+        raise InputError(f"--output_dir {folder}: a certificate is written to a local folder; give one")
     if given.against is None:
         import_torch()
-    folder = make_output_dir(Path(given.args.output_dir))
+    make_output_dir(folder)
     subject = open_subject(given.args, given.shrink)
     if given.against is None:
         certificate = certify(subject, argv, given.records, show)

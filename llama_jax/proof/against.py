@@ -37,7 +37,10 @@ def compare_folders(source: Source, other: Source, config: LlamaConfig, sample: 
     for name, ours in source.tensors.items():
         theirs = other.tensors[name]
         kinds = {ours.dtype.name, theirs.dtype.name}
-        u = max(ROUNDOFF["bfloat16"] if kind == "bfloat16" else 2.0**-11 if kind == "float16" else 2.0**-24 for kind in kinds)
+        u = max(
+            ROUNDOFF["bfloat16"] if kind == "bfloat16" else 2.0**-11 if kind == "float16" else 2.0**-24
+            for kind in kinds
+        )
         coarsest = max(coarsest, u)
         difference = total = largest = 0.0
         for part in _parts(ours.shape):

@@ -67,9 +67,7 @@ def open_subject(args: Arguments, layers: int | None) -> Subject:
     set_up_jax(args.use_cpu)
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
     if layers is not None and not 0 < layers <= source.config.num_hidden_layers:
-        raise InputError(
-            f"--shrink {layers}: should be from 1 to the model's {source.config.num_hidden_layers} layers"
-        )
+        raise InputError(f"--shrink {layers}: should be from 1 to the model's {source.config.num_hidden_layers} layers")
     mesh = sharding.make_mesh(jax.devices()[:1])
     job = make_job(args, source.config, lambda: source.tokenizer_folder, args.world_size or 1)
     return Subject(args, source, job, mesh, layers)

@@ -31,7 +31,7 @@ def compare_forward(
         rows.append(compared(section, name, precision, depth, sample, o, t, y))
 
     with torch.no_grad():
-        rows.append(_rotation(reference, ours, sample, section))
+        rows.append(compare_rotation(reference, ours, sample, section))
         x, given = {}, walk.arguments
         for kind in (EXACT, precision):
             embedding = reference.embedding(kind)
@@ -65,7 +65,9 @@ def compare_forward(
             exact, carried, own = step(f"block {i}", i + 1, their_layer, lambda s: ours.layer(i, params, s))  # noqa: B023
             if rows[-2].holds is False and not parted:
                 parted = True  # the first alone: a later one mostly has the same cause
-                rows[-2] = replace(rows[-2], note=f"in {differing_part(reference, ours, sample, walk, i)}; {rows[-2].note}")
+                rows[-2] = replace(
+                    rows[-2], note=f"in {differing_part(reference, ours, sample, walk, i)}; {rows[-2].note}"
+                )
             walk.shared.append(rounded(torch, exact, precision))
             walk.theirs.append(carried)
             walk.ours.append(own)
@@ -90,7 +92,7 @@ def compare_forward(
     return rows, walk
 
 
-def _rotation(reference: Reference, ours: OurLayers, sample: Sample, section: str) -> Row:
+def compare_rotation(reference: Reference, ours: OurLayers, sample: Sample, section: str) -> Row:
     """Return the row of the rotation's cosines and sines, for as many positions as the run's longest example has."""
     *theirs, frequency = reference.rotation(sample.positions)
     factor = max(1.0, float(np.hypot(*theirs).max()))
@@ -109,7 +111,9 @@ def compared(
     """Return the row of tokens' vectors [N, ...] of this program, of torch, and exact ones. The error is that of the
     worst token, relative in its norm; the note tells the largest difference, and where a row fails its token."""
     error, own, worst = worst_token(o, t, y)
-    row = bounded(section, name, error, bound_of(precision, own, depth), f"largest difference {np.abs(o - t).max():.2e}")
+    row = bounded(
+        section, name, error, bound_of(precision, own, depth), f"largest difference {np.abs(o - t).max():.2e}"
+    )
     if row.holds:
         return row
     record, token = (int(at[worst]) for at in np.nonzero(sample.mask))

@@ -71,8 +71,8 @@ class _Comparison:
         walk, same, params = self.walk, self.walk.shared[i], self.ours.read(i)
         state, gradient = (as_state(self.sample.to_rows(tokens), walk) for tokens in (same, self.shared))
         dx, exact = self._their_layer(i, self._padded(same, EXACT), self._padded(self.shared, EXACT), EXACT)
-        padded = [self._padded(tokens, walk.precision) for tokens in (same, self.shared)]
-        dx_alone, theirs = self._their_layer(i, *padded, walk.precision)
+        x, dy = (self._padded(tokens, walk.precision) for tokens in (same, self.shared))
+        dx_alone, theirs = self._their_layer(i, x, dy, walk.precision)
         dx_ours, ours = self.ours.layer_gradient(i, params, state, gradient)
         self._alone(f"block {i}", dx_ours, dx_alone, dx, ours, theirs, exact)
         self.shared = self._down(dx)

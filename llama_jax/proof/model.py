@@ -49,7 +49,5 @@ def compare_model(
     ours = OurLayers(source, config, run, mesh, sample.batch, new_ids)
     rows, walk = compare_forward(reference, ours, sample, precision, f"{FORWARD}, {precision}")
     if gradients:
-        rows += compare_gradients(
-            reference, ours, sample, walk, f"{ALONE}, {precision}", f"{GRADIENTS}, {precision}"
-        )
+        rows += compare_gradients(reference, ours, sample, walk, f"{ALONE}, {precision}", f"{GRADIENTS}, {precision}")
     return rows

@@ -41,7 +41,13 @@ class OurLayers:
     fewer layers than the source; `new_ids` are tokens that the run adds."""
 
     def __init__(
-        self, source: Source, config: LlamaConfig, run: RunOptions, mesh: Mesh, batch: Batch, new_ids: Sequence[int] = ()
+        self,
+        source: Source,
+        config: LlamaConfig,
+        run: RunOptions,
+        mesh: Mesh,
+        batch: Batch,
+        new_ids: Sequence[int] = (),
     ):
         self._source, self._config, self._mesh, self._new_ids = source, config, mesh, new_ids
         self._run = dataclasses.replace(run, scan_layers=False, lora=None, quantization=None, fp8=False)
@@ -56,7 +62,7 @@ class OurLayers:
             self._norm = jax.jit(lambda p, x: self._model(p).norm(x))
             self._logits = jax.jit(lambda p, hidden: self._model(p).logits(hidden))
             self._loss = jax.jit(jax.value_and_grad(self._loss_of, argnums=(0, 1)))
-            self._tokens: Tokens = jax.jit(lambda *arrays: model.tokens(*arrays, slots))(*places)
+            self._tokens: Tokens = jax.jit(lambda a, b, c: model.tokens(a, b, c, slots))(*places)
 
     @property
     def layers(self) -> int:
@@ -92,8 +98,8 @@ class OurLayers:
         """Return cosines and sines [T, H/2] of the positions from 0."""
         places = np.arange(positions, dtype=np.int32)[None]
         with jax.set_mesh(self._mesh):
-            arrays = [sharding.put(self._mesh, a) for a in (places, np.full_like(places, positions))]
-            cos, sin = rope_cos_sin(self._config, *arrays, positions)
+            at, lengths = (sharding.put(self._mesh, a) for a in (places, np.full_like(places, positions)))
+            cos, sin = rope_cos_sin(self._config, at, lengths, positions)
         return np.asarray(cos[0]), np.asarray(sin[0])
 
     def embed(self, params: Params) -> np.ndarray:

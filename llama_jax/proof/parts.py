@@ -14,7 +14,7 @@ from llama_jax.proof.walk import Walk, as_state, numpy_of, worst_token
 
 # What is left of a part whose own parts hold.
 _REST = {
-    "self_attn": "self_attn, though its projections hold: rotation, mask, scale of the scores, or grouping of the heads",
+    "self_attn": "self_attn, though its projections hold: rotation, mask, scale of the scores, grouping of the heads",
     "mlp": "mlp, though its projections hold: the activation",
 }
 _NONE = "no part alone: the sums of the residual stream"

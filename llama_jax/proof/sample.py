@@ -79,7 +79,9 @@ class Sample:
         arrays = {}
         for name, values in padded.items():
             kind = np.float32 if name == "weights" else np.int32
-            arrays[name] = values[self.mask > 0][None].astype(kind) if self.packed else (values * self.mask).astype(kind)
+            arrays[name] = (
+                values[self.mask > 0][None].astype(kind) if self.packed else (values * self.mask).astype(kind)
+            )
         return Batch(**arrays)
 
     def of_padded(self, values: np.ndarray) -> np.ndarray:

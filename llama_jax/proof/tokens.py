@@ -6,6 +6,7 @@ The reference of each form is written from its published behaviour: stanford_alp
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,12 @@ def compare_tokens(job: Job, tokenizer_folder: Path, count: int) -> list[Row]:
     records = first_records(job)
     if job.tokenizer is None:
         made: Iterator[Expected | None] = map(_as_given, records)
-        show, pad = str, None
+        show: Callable[[int], str] = str
+        pad = None
     else:
         tokenizer = open_reference(tokenizer_folder)
         pad = tokenizer.pad_token_id
-
-        def show(token: int) -> str:
-            return f"{tokenizer.convert_ids_to_tokens([token])[0]!r} ({token})"
-
+        show = partial(_spelled, tokenizer)
         made = _made(job.form, records, tokenizer, job.args.model_max_length)
     expected = [found for _, found in zip(range(count + job.held_out), _kept(made), strict=False)][job.held_out :]
     fix = _fix(job)
@@ -109,6 +108,10 @@ def first_difference(where: str, ours: Sequence[int], theirs: Sequence[int], sho
 
     lengths = f" ({len(ours)} here, {len(theirs)} there)" if len(ours) != len(theirs) else ""
     return f"{where}, token {at}{lengths}: {spelled(ours)} here, {spelled(theirs)} by transformers"
+
+
+def _spelled(tokenizer: Any, token: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens([token])[0]!r} ({token})"
 
 
 def _row(name: str, difference: str, fix: str) -> Row:
