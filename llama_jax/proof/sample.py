@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from llama_jax.data.batches import Batch
+from llama_jax.data.batches import ROW_MULTIPLE, Batch
 from llama_jax.data.examples import IGNORE_INDEX, Examples
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order
@@ -79,9 +79,7 @@ class Sample:
         arrays = {}
         for name, values in padded.items():
             kind = np.float32 if name == "weights" else np.int32
-            arrays[name] = (
-                values[self.mask > 0][None].astype(kind) if self.packed else (values * self.mask).astype(kind)
-            )
+            arrays[name] = self.to_rows(values[self.mask > 0].astype(kind))
         return Batch(**arrays)
 
     def of_padded(self, values: np.ndarray) -> np.ndarray:
@@ -90,7 +88,7 @@ class Sample:
 
     def of_rows(self, values: np.ndarray) -> np.ndarray:
         """Return the tokens [N, ...] of values [R, T, ...] in this program's layout."""
-        return values[0] if self.packed else values[self.mask > 0]
+        return values[0, : self.lengths.sum()] if self.packed else values[self.mask > 0]
 
     def to_padded(self, tokens: np.ndarray) -> np.ndarray:
         """Return values [B, T, ...] in the padded layout, 0 at pads, of tokens [N, ...]."""
@@ -100,7 +98,9 @@ class Sample:
 
     def to_rows(self, tokens: np.ndarray) -> np.ndarray:
         """Return values [R, T, ...] in this program's layout, 0 at pads, of tokens [N, ...]."""
-        return tokens[None] if self.packed else self.to_padded(tokens)
+        if not self.packed:
+            return self.to_padded(tokens)
+        return np.pad(tokens, [(0, -len(tokens) % ROW_MULTIPLE), *[(0, 0)] * (tokens.ndim - 1)])[None]
 
 
 def choose_sample(examples: Examples, numbers: np.ndarray, packed: bool, compat: str) -> Sample:
