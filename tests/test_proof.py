@@ -23,6 +23,7 @@ from test_parity import ROPES, make_raw
 from tiny import (
     ALPACA,
     CONFIG,
+    ROOT,
     SISTERS,
     Arrays,
     drawn_cases,
@@ -262,6 +263,27 @@ def test_faults_are_named(tmp_path: Path, fault: Fault) -> None:
     config = {k: v for k, v in {**fault.base, **fault.config}.items() if v is not None}
     first = failing(rows_of(ours, write_model(tmp_path / "theirs", config, theirs), gradients=False))[0]
     assert first.name == fault.row and fault.part in first.note, first
+
+
+@pytest.mark.slow
+@settings(max_examples=drawn_cases(30), deadline=None)
+@given(data=st.data())
+def test_a_changed_row_of_any_tensor_is_named(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A hundredth more in one row of a drawn tensor: the row names its block and its part."""
+    config = {**THREE, "attention_bias": True, "mlp_bias": True}
+    arrays = named(config)
+    folder = tmp_path_factory.mktemp("models")
+    name = data.draw(st.sampled_from([n for n in arrays if "embed" not in n and "lm_head" not in n]))
+    row = data.draw(st.integers(0, len(arrays[name]) - 1))
+    theirs = {**arrays, name: arrays[name].copy()}
+    theirs[name][row] *= 1.01
+    ours = write_model(folder / "ours", config, arrays)
+    first = failing(rows_of(ours, write_model(folder / "theirs", config, theirs), gradients=False))[0]
+    if name == "model.norm.weight":
+        assert first.name == "final norm"
+    else:
+        _, _, layer, *part, _ = name.split(".")
+        assert first.name == f"block {layer}" and first.note.startswith(f"in {'.'.join(part)};"), (name, row, first)
 
 
 def test_an_untied_head_is_named(tmp_path: Path) -> None:
@@ -595,6 +617,18 @@ def test_the_helper_asserts(tmp_path: Path) -> None:
     wrong = write_model(tmp_path / "wrong", {**CONFIG, "rms_norm_eps": 1e-6})
     with pytest.raises(AssertionError, match=r"(?s)rows fail\nforward, float32.*block 0 .*in input_layernorm"):
         assert_matches_torch(folder, torch_dir=wrong)
+
+
+def test_the_page_shows_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test that docs/parity.md shows runs as it is written, in twenty lines."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "parity.md").read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    write_tokenizer(write_model(tmp_path / "path" / "to" / "model"))
+    write_json(tmp_path / "texts.json", ["The sea is deep.", "Cod, eel and pike."])
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(code, space)
+    space["test_the_model_on_our_texts"]()
 
 
 # --- real models ---------------------------------------------------------------------------------------------------
