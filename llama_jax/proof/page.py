@@ -8,6 +8,7 @@ from typing import Any
 from llama_jax.reporting.page import finite
 
 TEMPLATE = Path(__file__).with_name("page.html")
+LONG = 24  # rows that are folded up, if all hold
 _WORDS = {True: "holds", False: "fails", None: "not compared"}
 
 
@@ -48,7 +49,11 @@ def _table(name: str, rows: list[dict[str, Any]]) -> str:
     )
     head = "<tr><th><th>error<th>bound<th>verdict<th>"
     title = html.escape(name)
-    return f'<h2>{title}</h2><div class="plot" data-section="{title}"></div><table>{head}{body}</table>'
+    whole = f'<div class="wide"><table>{head}{body}</table></div>'
+    if len(rows) > LONG:
+        is_open = " open" if any(row["holds"] is False for row in rows) else ""
+        whole = f"<details{is_open}><summary>{len(rows):,} rows</summary>{whole}</details>"
+    return f'<h2>{title}</h2><div class="plot" data-section="{title}"></div>{whole}'
 
 
 def _number(value: float | None) -> str:
