@@ -4,7 +4,7 @@ Letters: B examples, T tokens of the longest, R rows of this program, N tokens o
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from llama_jax.proof.bounds import bound_of, rotation_bound
 from llama_jax.proof.our_layers import OurLayers
 from llama_jax.proof.parts import differing_part
 from llama_jax.proof.sample import Sample
-from llama_jax.proof.torch_layers import BF16_WEIGHTS, EXACT, Reference
+from llama_jax.proof.torch_layers import Reference
 from llama_jax.proof.verdict import Row, bounded
 from llama_jax.proof.walk import Walk, as_state, numpy_of, worst_token
 
@@ -23,73 +23,107 @@ CARRIED = ", carried"
 def compare_forward(
     reference: Reference, ours: OurLayers, sample: Sample, precision: str, section: str
 ) -> tuple[list[Row], Walk]:
-    """Return the rows of embedding, layers, norm and logits, and the states for `gradients`."""
-    torch = reference.torch
-    walk, rows, parted = Walk(precision), [], False
-
-    def add(name: str, depth: int, o: np.ndarray, t: np.ndarray, y: np.ndarray) -> None:
-        rows.append(compared(section, name, precision, depth, sample, o, t, y))
-
-    with torch.no_grad():
-        rows.append(compare_rotation(reference, ours, sample, section))
-        x, given = {}, walk.arguments
-        for kind in (EXACT, precision):
-            embedding = reference.embedding(kind)
-            x[kind], given[kind] = reference.inputs(sample.ids, sample.mask, kind, embedding)
-        reference.drop(embedding)
-        walk.shared.append(rounded(torch, sample.of_padded(numpy_of(x[EXACT])), precision))
-        walk.theirs.append(x[precision])
-        walk.ours.append(ours.embed(ours.read("embed_tokens")))
-        y, t = (sample.of_padded(numpy_of(x[kind])) for kind in (EXACT, precision))
-        add("embedding", 0, sample.of_rows(walk.ours[0]), t, y)
-
-        def step(name: str, depth: int, their: Callable[[Any, str], Any], our: Callable[[np.ndarray], np.ndarray]):
-            """Compare a part of the model, alone and carried, and return its carried outputs and the exact one."""
-            same = walk.shared[-1]
-            padded = sample.to_padded(same)
-            exact = sample.of_padded(numpy_of(their(torch.tensor(padded, dtype=torch.float64), EXACT)))
-            alone = sample.of_padded(numpy_of(their(torch.tensor(padded).to(x[precision].dtype), precision)))
-            carried = their(walk.theirs[-1], precision)
-            add(name, 0, sample.of_rows(our(as_state(sample.to_rows(same), walk))), alone, exact)
-            own = our(walk.ours[-1])
-            add(name + CARRIED, depth, sample.of_rows(own), sample.of_padded(numpy_of(carried)), exact)
-            return exact, carried, own
-
+    """Return the rows of rotation, embedding, layers, norm and logits, and the states for `gradients`."""
+    forward = _Forward(reference, ours, sample, Walk(precision), section)
+    with reference.torch.no_grad():
+        forward.rows.append(compare_rotation(reference, ours, sample, section))
+        forward.embedding()
         for i in range(reference.layers):
-            params = ours.read(i)
+            forward.layer(i)
+        forward.norm_and_logits()
+    return forward.rows, forward.walk
 
-            def their_layer(state: Any, kind: str, i: int = i) -> Any:
-                with reference.layer(i, kind) as layer:
-                    return reference.call(layer, state, given[kind][i], kind)
 
-            exact, carried, own = step(f"block {i}", i + 1, their_layer, lambda s: ours.layer(i, params, s))  # noqa: B023
-            if rows[-2].holds is False and not parted:
-                parted = True  # the first alone: a later one mostly has the same cause
-                rows[-2] = replace(
-                    rows[-2], note=f"in {differing_part(reference, ours, sample, walk, i)}; {rows[-2].note}"
-                )
-            walk.shared.append(rounded(torch, exact, precision))
-            walk.theirs.append(carried)
-            walk.ours.append(own)
+@dataclass
+class _Forward:
+    reference: Reference
+    ours: OurLayers
+    sample: Sample
+    walk: Walk
+    section: str
+    rows: list[Row] = field(default_factory=list)
 
-        depth, kept = reference.layers + 1, (walk.shared[-1], walk.theirs[-1], walk.ours[-1])
-        params = ours.read("norm")
+    def embedding(self) -> None:
+        """Compare the input of the first layer, and begin the walk."""
+        reference, walk, found = self.reference, self.walk, {}
+        for kind in (walk.exact, walk.precision):
+            embedding = reference.embedding(kind)
+            found[kind], walk.arguments[kind] = reference.inputs(self.sample.ids, self.sample.mask, kind, embedding)
+        reference.drop(embedding)
+        exact, theirs = (self.sample.of_padded(numpy_of(found[kind])) for kind in (walk.exact, walk.precision))
+        own = self.ours.embed(self.ours.read("embed_tokens"))
+        self._add("embedding", 0, own, theirs, exact)
+        self._carry(exact, found[walk.precision], own)
 
-        def their_norm(state: Any, kind: str) -> Any:
+    def layer(self, i: int) -> None:
+        """Compare layer i; of the first that differs, its parts."""
+        reference, params = self.reference, self.ours.read(i)
+
+        def theirs(state: Any, kind: str) -> Any:
+            with reference.layer(i, kind) as layer:
+                return reference.call(layer, state, self.walk.arguments[kind][i], kind)
+
+        first = all(row.holds for row in self.rows if row.name.startswith("block"))
+        outputs = self._step(f"block {i}", i + 1, theirs, lambda x: self.ours.layer(i, params, x))
+        row = self.rows[-2]
+        if first and not row.holds:  # a later one mostly has the same cause
+            part = differing_part(reference, self.ours, self.sample, self.walk, i)
+            self.rows[-2] = replace(row, note=f"in {part}; {row.note}")
+        self._carry(*outputs)
+
+    def norm_and_logits(self) -> None:
+        """Compare final norm and logits. The walk ends with the last layer's output, as `gradients` needs it."""
+        reference, walk, depth = self.reference, self.walk, self.reference.layers + 1
+        params = self.ours.read("norm")
+
+        def normed(state: Any, kind: str) -> Any:
             norm = reference.norm(kind)
             with reference.computing(kind):
                 return norm(state)
 
-        exact, carried, own = step("final norm", depth, their_norm, lambda s: ours.norm(params, s))
-        walk.shared[-1], walk.theirs[-1], walk.ours[-1] = rounded(torch, exact, precision), carried, own
-        params = ours.read(ours.head)
+        self._carry(*self._step("final norm", depth, normed, lambda x: self.ours.norm(params, x)))
+        params = self.ours.read(self.ours.head)
 
-        def their_logits(state: Any, kind: str) -> Any:
+        def logits(state: Any, kind: str) -> Any:
             return reference.logits(state, kind, reference.head(kind))
 
-        step("logits", depth, their_logits, lambda s: ours.logits(params, s))
-        walk.shared[-1], walk.theirs[-1], walk.ours[-1] = kept
-    return rows, walk
+        self._step("logits", depth, logits, lambda x: self.ours.logits(params, x))
+        for states in (walk.shared, walk.theirs, walk.ours):
+            states.pop()
+
+    def _step(
+        self, name: str, depth: int, theirs: Callable[[Any, str], Any], ours: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, Any, np.ndarray]:
+        """Compare a part, alone and carried. Return its exact output, torch's and this program's carried ones."""
+        walk, sample = self.walk, self.sample
+        shared = walk.shared[-1]
+        exact, alone = (
+            sample.of_padded(numpy_of(theirs(self.reference.state(sample.to_padded(shared), kind), kind)))
+            for kind in (walk.exact, walk.precision)
+        )
+        self._add(name, 0, ours(as_state(sample.to_rows(shared), walk)), alone, exact)
+        carried, own = theirs(walk.theirs[-1], walk.precision), ours(walk.ours[-1])
+        self._add(name + CARRIED, depth, own, sample.of_padded(numpy_of(carried)), exact)
+        return exact, carried, own
+
+    def _add(self, name: str, depth: int, own: np.ndarray, theirs: np.ndarray, exact: np.ndarray) -> None:
+        """Add the row of values [R, T, ...] of this program, and [N, ...] of torch and exact ones. The error is that of
+        the worst token, relative in its norm; the note tells the largest difference, and where a row fails its
+        token."""
+        own = self.sample.of_rows(own)
+        error, rounding, worst = worst_token(own, theirs, exact)
+        note = f"largest difference {np.abs(own - theirs).max():.2e}"
+        row = bounded(self.section, name, error, bound_of(self.walk.precision, rounding, depth), note)
+        if not row.holds:
+            example, token = (int(at[worst]) for at in np.nonzero(self.sample.mask))
+            row = replace(row, note=f"{note}, at example {example + 1} of the batch, token {token}")
+        self.rows.append(row)
+
+    def _carry(self, exact: np.ndarray, theirs: Any, own: np.ndarray) -> None:
+        walk = self.walk
+        walk.shared.append(self.reference.state(exact, walk.precision).float().numpy())
+        walk.theirs.append(theirs)
+        walk.ours.append(own)
 
 
 def compare_rotation(reference: Reference, ours: OurLayers, sample: Sample, section: str) -> Row:
@@ -103,24 +137,3 @@ def compare_rotation(reference: Reference, ours: OurLayers, sample: Sample, sect
         return row
     place, pair = np.unravel_index(off.argmax(), off.shape)
     return replace(row, note=f"{row.note}, worst at position {place}, frequency {pair}: rope_theta, or its scaling")
-
-
-def compared(
-    section: str, name: str, precision: str, depth: int, sample: Sample, o: np.ndarray, t: np.ndarray, y: np.ndarray
-) -> Row:
-    """Return the row of tokens' vectors [N, ...] of this program, of torch, and exact ones. The error is that of the
-    worst token, relative in its norm; the note tells the largest difference, and where a row fails its token."""
-    error, own, worst = worst_token(o, t, y)
-    row = bounded(
-        section, name, error, bound_of(precision, own, depth), f"largest difference {np.abs(o - t).max():.2e}"
-    )
-    if row.holds:
-        return row
-    record, token = (int(at[worst]) for at in np.nonzero(sample.mask))
-    return replace(row, note=f"{row.note}, at example {record + 1} of the batch, token {token}")
-
-
-def rounded(torch: Any, states: np.ndarray, precision: str) -> np.ndarray:
-    """Return exact states in float32, rounded to the type that a state has in a precision."""
-    kind = torch.bfloat16 if precision == BF16_WEIGHTS else torch.float32
-    return torch.tensor(states).to(kind).float().numpy()

@@ -13,7 +13,7 @@ import numpy as np
 from llama_jax.proof.bounds import bound_of
 from llama_jax.proof.our_layers import Gradients, OurLayers
 from llama_jax.proof.sample import Sample
-from llama_jax.proof.torch_layers import EXACT, Reference
+from llama_jax.proof.torch_layers import Reference
 from llama_jax.proof.verdict import Row, bounded
 from llama_jax.proof.walk import Walk, as_state, numpy_of
 
@@ -53,7 +53,7 @@ class _Comparison:
         walk, same = self.walk, self.walk.shared[-1]
         params = self.ours.read("norm", self.ours.head)
         state = as_state(self.sample.to_rows(same), walk)
-        exact_loss, dx, exact = self._their_loss(self._padded(same, EXACT), EXACT)
+        exact_loss, dx, exact = self._their_loss(self._padded(same, walk.exact), walk.exact)
         self.shared = self._down(dx)
         their_loss, dx_alone, theirs = self._their_loss(self._padded(same, walk.precision), walk.precision)
         our_loss, dx_ours, ours = self.ours.loss_gradient(params, state)
@@ -70,7 +70,9 @@ class _Comparison:
         """Compare the gradients of layer i."""
         walk, same, params = self.walk, self.walk.shared[i], self.ours.read(i)
         state, gradient = (as_state(self.sample.to_rows(tokens), walk) for tokens in (same, self.shared))
-        dx, exact = self._their_layer(i, self._padded(same, EXACT), self._padded(self.shared, EXACT), EXACT)
+        dx, exact = self._their_layer(
+            i, self._padded(same, walk.exact), self._padded(self.shared, walk.exact), walk.exact
+        )
         x, dy = (self._padded(tokens, walk.precision) for tokens in (same, self.shared))
         dx_alone, theirs = self._their_layer(i, x, dy, walk.precision)
         dx_ours, ours = self.ours.layer_gradient(i, params, state, gradient)
@@ -84,7 +86,7 @@ class _Comparison:
     def of_embedding(self) -> None:
         """Compare the gradient of the embedding, with a tied head's part."""
         walk, params = self.walk, self.ours.read("embed_tokens")
-        exact = self._their_embedding(self._padded(self.shared, EXACT), EXACT)
+        exact = self._their_embedding(self._padded(self.shared, walk.exact), walk.exact)
         theirs = self._their_embedding(self._padded(self.shared, walk.precision), walk.precision)
         ours = self.ours.embed_gradient(params, as_state(self.sample.to_rows(self.shared), walk))
         self._alone("embedding", None, None, None, ours, theirs, exact)
@@ -123,8 +125,7 @@ class _Comparison:
         return {EMBEDDING: numpy_of(grad)}
 
     def _padded(self, tokens: np.ndarray, precision: str) -> Any:
-        kind = self.torch.float64 if precision == EXACT else self.walk.theirs[0].dtype
-        return self.torch.tensor(self.sample.to_padded(tokens)).to(kind)
+        return self.reference.state(self.sample.to_padded(tokens), precision)
 
     def _down(self, dx: Any) -> np.ndarray:
         """Return an exact gradient [B, T, D] as tokens, rounded to the type of a state."""

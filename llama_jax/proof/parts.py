@@ -9,7 +9,7 @@ from typing import Any
 from llama_jax.proof.bounds import bound_of
 from llama_jax.proof.our_layers import OurLayers
 from llama_jax.proof.sample import Sample
-from llama_jax.proof.torch_layers import EXACT, Reference
+from llama_jax.proof.torch_layers import Reference
 from llama_jax.proof.walk import Walk, as_state, numpy_of, worst_token
 
 # What is left of a part whose own parts hold.
@@ -22,24 +22,24 @@ _NONE = "no part alone: the sums of the residual stream"
 
 def differing_part(reference: Reference, ours: OurLayers, sample: Sample, walk: Walk, i: int) -> str:
     """Return the name of the first part of layer i whose output differs on equal input."""
-    torch, precision, params = reference.torch, walk.precision, ours.read(i)
+    precision, params = walk.precision, ours.read(i)
     captured: dict[str, tuple[Any, Any]] = {}
 
     def keep(name: str, module: Any, positional: Any, named: Any, output: Any) -> None:
         given = named["hidden_states"] if "hidden_states" in named else positional[0]
         captured[name] = given, output[0] if isinstance(output, tuple) else output
 
-    x = torch.tensor(sample.to_padded(walk.shared[i])).to(walk.theirs[0].dtype)
+    x, kind = (reference.state(sample.to_padded(walk.shared[i]), p) for p in (precision, walk.exact))
     with reference.layer(i, precision) as layer:
         parts = [(name, part) for name, part in layer.named_modules() if name in ours.parts(i)]
         hooks = [part.register_forward_hook(partial(keep, name), with_kwargs=True) for name, part in parts]
         reference.call(layer, x, walk.arguments[precision][i], precision)
         for hook in hooks:
             hook.remove()
-    with reference.layer(i, EXACT) as layer:
+    with reference.layer(i, walk.exact) as layer:
         for name, (given, output) in captured.items():  # in the order in which they ended: projections before the whole
-            arguments = walk.arguments[EXACT][i] if name == "self_attn" else {}
-            exact = reference.call(layer.get_submodule(name), given.double(), arguments, EXACT)
+            arguments = walk.arguments[walk.exact][i] if name == "self_attn" else {}
+            exact = reference.call(layer.get_submodule(name), given.to(kind.dtype), arguments, walk.exact)
             y, t, inputs = (sample.of_padded(numpy_of(value)) for value in (exact, output, given))
             o = sample.of_rows(ours.part(i, params, name, as_state(sample.to_rows(inputs), walk)))
             error, own, _ = worst_token(o.reshape(len(o), -1), t.reshape(len(t), -1), y.reshape(len(y), -1))

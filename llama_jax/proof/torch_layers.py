@@ -163,6 +163,11 @@ class Reference:
         value = self._read(found)
         return self._resized(value) if name in ("model.embed_tokens.weight", "lm_head.weight") else value
 
+    def state(self, values: np.ndarray, precision: str) -> Any:
+        """Return values as a tensor, rounded to the type that a state between layers has in a precision."""
+        kind = {EXACT: self.torch.float64, BF16_WEIGHTS: self.torch.bfloat16}.get(precision, self.torch.float32)
+        return self.torch.tensor(values).to(kind)
+
     def computing(self, precision: str) -> Any:
         """Return a context in which modules compute in a precision."""
         if precision == EXACT:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.proof.torch_layers import EXACT, FLOAT32
+
 
 @dataclass
 class Walk:
@@ -22,6 +24,12 @@ class Walk:
     theirs: list[Any] = field(default_factory=list)
     ours: list[np.ndarray] = field(default_factory=list)
     arguments: dict[str, list[Any]] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> str:
+        """Return the precision that counts as exact: float64 for float32. For bfloat16 float32 does, whose rounding is
+        2^-15 of bfloat16's, in half the time."""
+        return EXACT if self.precision == FLOAT32 else FLOAT32
 
 
 def as_state(states: np.ndarray, walk: Walk) -> np.ndarray:
