@@ -1,7 +1,8 @@
 """Derive the bound of each error of a certificate from the precision, the depth and the rounding of torch itself.
 
 Notation: u is the unit roundoff, 2^-24 in float32 and 2^-9 in bfloat16. A number that is rounded once is off by at most
-u of itself, by u / sqrt(3) in the mean square. y is the exact result (float64), t torch's in the precision, o ours.
+u of itself. t is torch's result in the precision, o this program's, and y the exact one: torch's in float64, or for
+bfloat16 in float32.
 Errors are relative, in the norm of a token's vector, or of a parameter's gradient.
 
 Both programs round the same operations. They sum in other orders: of n products a running sum is off by about

@@ -70,9 +70,8 @@ class _Comparison:
         """Compare the gradients of layer i."""
         walk, same, params = self.walk, self.walk.shared[i], self.ours.read(i)
         state, gradient = (as_state(self.sample.to_rows(tokens), walk) for tokens in (same, self.shared))
-        dx, exact = self._their_layer(
-            i, self._padded(same, walk.exact), self._padded(self.shared, walk.exact), walk.exact
-        )
+        x, dy = (self._padded(tokens, walk.exact) for tokens in (same, self.shared))
+        dx, exact = self._their_layer(i, x, dy, walk.exact)
         x, dy = (self._padded(tokens, walk.precision) for tokens in (same, self.shared))
         dx_alone, theirs = self._their_layer(i, x, dy, walk.precision)
         dx_ours, ours = self.ours.layer_gradient(i, params, state, gradient)

@@ -29,7 +29,7 @@ def differing_part(reference: Reference, ours: OurLayers, sample: Sample, walk: 
         given = named["hidden_states"] if "hidden_states" in named else positional[0]
         captured[name] = given, output[0] if isinstance(output, tuple) else output
 
-    x, kind = (reference.state(sample.to_padded(walk.shared[i]), p) for p in (precision, walk.exact))
+    x = reference.state(sample.to_padded(walk.shared[i]), precision)
     with reference.layer(i, precision) as layer:
         parts = [(name, part) for name, part in layer.named_modules() if name in ours.parts(i)]
         hooks = [part.register_forward_hook(partial(keep, name), with_kwargs=True) for name, part in parts]
@@ -39,7 +39,8 @@ def differing_part(reference: Reference, ours: OurLayers, sample: Sample, walk: 
     with reference.layer(i, walk.exact) as layer:
         for name, (given, output) in captured.items():  # in the order in which they ended: projections before the whole
             arguments = walk.arguments[walk.exact][i] if name == "self_attn" else {}
-            exact = reference.call(layer.get_submodule(name), given.to(kind.dtype), arguments, walk.exact)
+            kind = next(layer.parameters()).dtype
+            exact = reference.call(layer.get_submodule(name), given.to(kind), arguments, walk.exact)
             y, t, inputs = (sample.of_padded(numpy_of(value)) for value in (exact, output, given))
             o = sample.of_rows(ours.part(i, params, name, as_state(sample.to_rows(inputs), walk)))
             error, own, _ = worst_token(o.reshape(len(o), -1), t.reshape(len(t), -1), y.reshape(len(y), -1))
