@@ -42,6 +42,7 @@ from llama_jax.hf.source import Source
 from llama_jax.model import llama, matmul
 from llama_jax.model.attention import packed_attention
 from llama_jax.model.llama import RunOptions
+from llama_jax.proof import gradients as gradients_module
 from llama_jax.proof import model as proof_model
 from llama_jax.proof import sample as sample_module
 from llama_jax.proof.certify import open_subject
@@ -174,6 +175,29 @@ def test_layers_are_the_whole_model(tmp_path: Path) -> None:
     assert torch.equal(logits, expected.logits)
     assert float(reference.loss(logits, sample.labels)) == float(expected.loss)
     assert all(p.is_meta for p in reference._layers[0].parameters()), "layers are dropped"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_carried_gradients_are_the_whole_models(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's gradients, carried from layer to layer, are those of its whole model: the same operations, so that only
+    the sum of a tied matrix's two parts may round otherwise."""
+    folder, sample = write_model(tmp_path, {**CONFIG, "tie_word_embeddings": tied}), make_sample()
+    found: dict[str, np.ndarray] = {}
+    row_of = gradients_module._Comparison._row
+
+    def recorded(self, section: str, name: str, o: Any, t: Any, y: Any, depth: int) -> Row:
+        found[name] = t
+        return row_of(self, section, name, o, t, y, depth)
+
+    monkeypatch.setattr(gradients_module._Comparison, "_row", recorded)
+    rows = [row for row in rows_of(folder, sample=sample) if row.section == "gradients, float32"]
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    ids, mask, labels = (torch.tensor(a, dtype=torch.int64) for a in (sample.ids, sample.mask, sample.labels))
+    whole(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+    expected = {name: p.grad.numpy() for name, p in whole.named_parameters()}
+    assert {row.name for row in rows} == {"loss", *expected}
+    for name, grad in expected.items():
+        assert np.abs(found[name] - grad).max() <= 2.0**-22 * np.abs(grad).max(), name
 
 
 # --- seeded faults in the folder -----------------------------------------------------------------------------------
