@@ -405,6 +405,7 @@ def test_labels_that_are_not_shifted(three: Path) -> None:
     assert found[0].name == "head and loss" and "forward, float32" not in {row.section for row in found}
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient(three: Path, monkeypatch: pytest.MonkeyPatch, retraced: None) -> None:
     """The gradient of one kind of matrix is a thousandth too large; the forward pass does not show it."""
     right = matmul.weight_gradient
@@ -589,7 +590,8 @@ def test_the_command(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["verdict"] in outcome.out
 
 
-@pytest.mark.parametrize("compat", [slow_unless(False, "4.37"), "5"])
+@pytest.mark.slow
+@pytest.mark.parametrize("compat", ["4.37", "5"])
 def test_a_vocabulary_that_grows(tmp_path: Path, compat: str) -> None:
     """The tokenizer lacks a pad token: both programs add a row, the mean of the others."""
     model = write_tokenizer(write_model(tmp_path / "model"), pad_token=None)
@@ -677,6 +679,7 @@ def test_the_helper_asserts(tmp_path: Path) -> None:
         assert_matches_torch(folder, torch_dir=wrong)
 
 
+@pytest.mark.slow
 def test_the_page_shows_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test that docs/parity.md shows runs as it is written, in twenty lines."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "parity.md").read_text(), re.DOTALL)
