@@ -15,8 +15,9 @@ from llama_jax.setup.arguments import Arguments, parse_arguments
 
 ABOUT = (
     "Prove that this program computes what torch and transformers compute, on a model, its data and the flags of a "
-    "run: tokens, forward pass, loss and gradients. Takes the flags of train_jax.py (train_jax.py --help), writes "
-    "parity.json and parity.html into --output_dir, and exits with 0 only where every row holds."
+    "run: tokens, forward pass, loss and gradients, and updates beside the real Trainer. Takes the flags of "
+    "train_jax.py (train_jax.py --help), writes parity.json and parity.html into --output_dir, and exits with 0 only "
+    "where every row holds."
 )
 
 
@@ -25,6 +26,7 @@ class Parsed(NamedTuple):
 
     args: Arguments
     records: int
+    updates: int
     shrink: int | None
     against: str | None
 
@@ -33,19 +35,24 @@ def parse(argv: Sequence[str]) -> Parsed:
     """Parse a command line. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.parity", description=ABOUT, allow_abbrev=False)
     parser.add_argument("--records", type=int, default=32, help="records whose tokens are compared, by default 32")
+    parser.add_argument(
+        "--updates", type=int, default=3, help="updates to make with the Trainer, by default 3; 0: none"
+    )
     parser.add_argument("--shrink", type=int, metavar="LAYERS", help="compare the first layers of the model only")
     parser.add_argument("--against", metavar="DIR2", help="compare with this folder instead of torch")
     own, rest = parser.parse_known_args(list(argv))
     args = parse_arguments(rest)
     if own.records < 1:
         raise InputError(f"--records {own.records}: should be a number above 0")
+    if own.updates < 0:
+        raise InputError(f"--updates {own.updates}: should be a number of updates, or 0 for none")
     for name in ("model_name_or_path", "data_path"):
         if not getattr(args, name):
             raise InputError(f"--{name} is required")
     for name in ("dry_run", "explain"):
         if getattr(args, name):
             raise InputError(f"--{name}: is for train_jax.py; leave it out")
-    return Parsed(args, own.records, own.shrink, own.against)
+    return Parsed(args, own.records, own.updates, own.shrink, own.against)
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +74,7 @@ def main(argv: list[str]) -> int:
     make_output_dir(folder)
     subject = open_subject(given.args, given.shrink)
     if given.against is None:
-        certificate = certify(subject, argv, given.records, show)
+        certificate = certify(subject, argv, given.records, given.updates, show)
     else:
         certificate = certify_against(subject, given.against, argv, show)
     certificate.write(folder)

@@ -23,6 +23,7 @@ from llama_jax.proof.our_layers import shrunk
 from llama_jax.proof.sample import Sample, choose_sample
 from llama_jax.proof.tokens import compare_tokens
 from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference, import_torch
+from llama_jax.proof.updates import compare_updates
 from llama_jax.proof.verdict import Certificate, Row
 from llama_jax.reporting.progress import say
 from llama_jax.setup.arguments import Arguments
@@ -73,8 +74,11 @@ def open_subject(args: Arguments, layers: int | None) -> Subject:
     return Subject(args, source, job, mesh, layers)
 
 
-def certify(subject: Subject, argv: Sequence[str], records: int, show: Callable[[Sequence[Row]], None]) -> Certificate:
-    """Return the certificate of tokens, forward pass and gradients; `show` is called with each section's rows."""
+def certify(
+    subject: Subject, argv: Sequence[str], records: int, updates: int, show: Callable[[Sequence[Row]], None]
+) -> Certificate:
+    """Return the certificate of tokens, forward pass, gradients and updates; `show` is called with each section's
+    rows."""
     args, source, job = subject.args, subject.source, subject.job
     torch_model = open_reference_model(subject)
     certificate = begin(subject, argv)
@@ -101,6 +105,8 @@ def certify(subject: Subject, argv: Sequence[str], records: int, show: Callable[
                 args.attention,
             )
         )
+    if updates:
+        add(compare_updates(job, source.folder, source.tokenizer_folder, subject.layers, updates))
     return certificate
 
 
