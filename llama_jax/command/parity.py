@@ -39,10 +39,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     args = parse_arguments(rest)
     if own.records < 1:
         raise InputError(f"--records {own.records}: should be a number above 0")
-    for name in ("model_name_or_path", "data_path"):
-        if not getattr(args, name):
-            raise InputError(f"--{name} is required")
-    for name in ("dry_run", "explain"):
+    for name in ("dry_run", "explain", "export_only", "resume_from_checkpoint"):
         if getattr(args, name):
             raise InputError(f"--{name}: is for train_jax.py; leave it out")
     return Parsed(args, own.records, own.shrink, own.against)
