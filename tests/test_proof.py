@@ -453,6 +453,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = write_tokenizer(write_model(folder / "model"))
     write_json(folder / "data.json", ALPACA * 2)
     argv = ["--model_name_or_path", model, "--data_path", folder / "data.json", "--per_device_train_batch_size", 2]
+    argv += ["--updates", 0]  # test_updates.py makes them
     return Case(folder, [*map(str, argv), "--output_dir", str(folder / "out"), "--hf_compat", "5"])
 
 
@@ -578,8 +579,10 @@ def test_a_long_table_shows_failures_and_the_nearest() -> None:
 
 
 def test_the_command(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = run(parity.main, *case.argv, "--bf16", "True", "--shrink", "1")
+    left_out = ["--use_peft", "True", "--label_smoothing_factor", "0.1", "--mesh", "fsdp=1"]
+    outcome = run(parity.main, *case.argv, "--bf16", "True", "--shrink", "1", *left_out)
     assert outcome.code == 0, outcome.out + outcome.err
+    assert all(re.search(f"^{flag}.*: ", outcome.err, re.MULTILINE) for flag in left_out[::2])
     values = json.loads((case.folder / "out" / VALUES).read_text())
     assert values["holds"] and "--shrink 1" in values["command"]
     assert values["digests"]["flags"]["bf16"] is True and len(values["digests"]["model"]["model.safetensors"]) == 64
@@ -649,6 +652,7 @@ def test_folders_against_each_other(case: Case, tmp_path: Path) -> None:
         (["--records", "0"], "--records 0: should be a number above 0"),
         (["--shrink", "3"], "--shrink 3: should be from 1 to the model's 2 layers"),
         (["--dry_run", "v5e-16"], "--dry_run: is for train_jax.py"),
+        (["--resume_from_checkpoint", "True"], "--resume_from_checkpoint: is for train_jax.py"),
         (["--recrods", "3"], "unknown argument --recrods"),
         (["--model_name_or_path", "none"], "none: no such folder"),
     ],

@@ -46,10 +46,7 @@ def parse(argv: Sequence[str]) -> Parsed:
         raise InputError(f"--records {own.records}: should be a number above 0")
     if own.updates < 0:
         raise InputError(f"--updates {own.updates}: should be a number of updates, or 0 for none")
-    for name in ("model_name_or_path", "data_path"):
-        if not getattr(args, name):
-            raise InputError(f"--{name} is required")
-    for name in ("dry_run", "explain"):
+    for name in ("dry_run", "explain", "export_only", "resume_from_checkpoint"):
         if getattr(args, name):
             raise InputError(f"--{name}: is for train_jax.py; leave it out")
     return Parsed(args, own.records, own.updates, own.shrink, own.against)

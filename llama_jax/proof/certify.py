@@ -161,6 +161,10 @@ def _left_out(args: Arguments) -> list[str]:
         lines.append("--load_in_4bit, --load_in_8bit: the base model is compared as its files hold it")
     if args.fp8:
         lines.append("--fp8 True: the projections are compared in bfloat16")
+    if args.tf32:
+        lines.append("--tf32 True: float32 is compared with exact products")
+    if args.mesh != "auto":
+        lines.append(f"--mesh {args.mesh}: the comparison runs on one device")
     if args.label_smoothing_factor:
         lines.append("--label_smoothing_factor: the loss is compared without smoothing")
     return lines
