@@ -89,7 +89,7 @@ def test_equal_updates(ours: updates.Made, case: Run, monkeypatch: pytest.Monkey
         ({"lr_scheduler_type": "constant"}, "update 1: learning rate"),
         ({"warmup_steps": 3}, "update 2: learning rate"),
         ({"label_smoothing_factor": 0.01}, "update 1: loss"),
-        ({"max_grad_norm": 0.4999}, "change of lm_head.weight"),
+        ({"max_grad_norm": 4.0}, "change of lm_head.weight"),
         ({"weight_decay": 0.099}, "change of lm_head.weight"),
         ({"adam_beta1": 0.9001}, "change of lm_head.weight"),
         ({"adam_beta2": 0.998}, "change of lm_head.weight"),
@@ -135,3 +135,15 @@ def test_a_model_that_is_too_large(case: Run, monkeypatch: pytest.MonkeyPatch) -
     subject = open_subject(parse_arguments(case.argv), None)
     (row,) = compare_updates(subject.job, case.folder / "model", case.folder / "model", None, COUNT)
     assert row.holds is None and row.note.endswith("compare fewer layers, --shrink 1")
+
+
+def test_a_sample_of_examples_with_labels(tmp_path: Path, case: Run) -> None:
+    """Prompts that fill --model_max_length have no label: the sample takes later examples, the command refuses none."""
+    long = {"instruction": "Count. " * 40, "input": "", "output": "1"}
+    data = write_json(tmp_path / "data.json", [long] * 9 + ALPACA[:3])
+    argv = [str(data) if word.endswith("data.json") else word for word in case.argv] + ["--model_max_length", "200"]
+    sample = open_subject(parse_arguments(argv), None).sample
+    assert len(sample.examples) == 3 and all((labels[1:] != -100).any() for _, labels in sample.examples)
+    write_json(data, [long] * 3)
+    outcome = run(parity.main, *argv, "--updates", 0)
+    assert outcome.code == 2 and "--model_max_length 200: no example has a label; raise it" in outcome.err

@@ -5,14 +5,17 @@ import platform
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.versions import versions
+from llama_jax.data.examples import IGNORE_INDEX
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.distributed.processes import refuse_several
@@ -20,7 +23,7 @@ from llama_jax.hf.source import Source, training_dtype
 from llama_jax.proof.against import compare_folders
 from llama_jax.proof.model import compare_model
 from llama_jax.proof.our_layers import shrunk
-from llama_jax.proof.sample import Sample, choose_sample
+from llama_jax.proof.sample import ROWS, Sample, choose_sample
 from llama_jax.proof.tokens import compare_tokens
 from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference, import_torch
 from llama_jax.proof.updates import compare_updates
@@ -49,9 +52,13 @@ class Subject:
 
     @property
     def sample(self) -> Sample:
-        """Return examples of the run's first micro-batch."""
-        (numbers, *_) = self.job.order.update(0)[0]
-        return choose_sample(self.job.examples, numbers, self.args.packing, self.args.hf_compat)
+        """Return the run's first examples that have labels. Raises InputError where none has."""
+        order, examples = self.job.order, self.job.examples
+        numbers = (int(number) for k in range(order.updates) for number in order.examples_of(k))
+        labelled = (n for n in numbers if (examples[n][1][1:] != IGNORE_INDEX).any())
+        if not (chosen := list(islice(labelled, ROWS))):
+            raise InputError(f"--model_max_length {self.args.model_max_length}: no example has a label; raise it")
+        return choose_sample(examples, np.asarray(chosen), self.args.packing, self.args.hf_compat)
 
     @property
     def precisions(self) -> list[str]:

@@ -81,7 +81,7 @@ def compare_updates(job: Job, model: Path, tokenizer: Path, layers: int | None, 
         args = replace(job.args, max_steps=count)
         trainers = [_trainers(args, job, model, folder, exact) for exact in (False, True)]
         ours = _ours(args, job, model, tokenizer, folder)
-        # optax rounds 1 - b2^k to float32, off by u / (1 - b2) at most; the step has its root. Torch has it in float64.
+        # optax rounds b2 and 1 - b2^k to float32, off by u / (1 - b2) at most; a step has its root. Torch has float64.
         correction = ROUNDOFF[FLOAT32] / (1 - args.adam_beta2) / 2
         return _rows(ours, *trainers, folder / _INITIAL, layers or job.config.num_hidden_layers, correction)
 
@@ -129,8 +129,8 @@ def _peft(job: Job) -> dict[str, Any] | None:
     """Return the keywords of PEFT's LoraConfig. Both programs leave dropout out: their generators draw otherwise."""
     if job.adapter is None:
         return None
-    known = {key: value for key, value in job.adapter.values.items() if key not in ("peft_type", "peft_version")}
-    return known | {"lora_dropout": 0.0}
+    left_out = ("peft_type", "peft_version", "inference_mode")
+    return {key: value for key, value in job.adapter.values.items() if key not in left_out} | {"lora_dropout": 0.0}
 
 
 def _ask(spec: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +184,11 @@ def _ours(args: Arguments, job: Job, model: Path, tokenizer: Path, folder: Path)
 
 
 def _rows(ours: Made, trainers: Made, exact: Made, initial: Path, layers: int, correction: float) -> list[Row]:
-    """Return the rows of each update, and of each parameter's change over all of them."""
+    """Return the rows of each update, and of each parameter's change over all of them.
+
+    `correction` bounds by how much of itself the change of a weight is off beside torch's error. A loss or norm is off
+    by the same part of its own change, to first order.
+    """
     rows = []
     # 4.37 rounds a logged loss to 4 decimals; its runs have no norms.
     rounded = 0.0 if ours.norms else 5e-5
@@ -197,10 +201,11 @@ def _rows(ours: Made, trainers: Made, exact: Made, initial: Path, layers: int, c
         rows.append(bounded(SECTION, f"update {k + 1}: learning rate", off, _RATE))
     for name, values in (("loss", "losses"), ("gradient norm", "norms")):
         mine, theirs, right = (getattr(made, values) for made in (ours, trainers, exact))
-        worst = 0.0  # an error of the weights stays
+        worst = moved = 0.0  # an error of the weights stays
         for k, value in enumerate(mine):
-            worst = max(worst, _off(theirs[k], right[k], right[k]))
-            bound = bound_of(FLOAT32, worst, layers) + (rounded / abs(right[k]) if name == "loss" else 0.0)
+            worst, moved = max(worst, _off(theirs[k], right[k], right[k])), max(moved, abs(right[k] - right[0]))
+            absolute = correction * moved + (rounded if name == "loss" else 0.0)
+            bound = bound_of(FLOAT32, worst, layers) + (absolute / abs(right[k]) if right[k] else 0.0)
             rows.append(bounded(SECTION, f"update {k + 1}: {name}", _off(value, theirs[k], right[k]), bound))
     return rows + _changes([ours.weights, trainers.weights, exact.weights, initial], layers, correction)
 
