@@ -37,7 +37,7 @@ import llama_jax.command.generate
 import llama_jax.run.loaded
 import train_jax
 from llama_jax.base.errors import run_command
-from llama_jax.command import convert, report
+from llama_jax.command import convert, parity, report
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.setup.arguments import Arguments, parse_arguments
@@ -716,6 +716,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "llama_jax.generate": lambda argv: parse_generate(argv),
     "llama_jax.evaluate": lambda argv: parse_generate(argv, llama_jax.command.evaluate.main),
     "llama_jax.report": lambda argv: report.parse(argv),
+    "llama_jax.parity": lambda argv: parity.parse(argv),
 }
 
 

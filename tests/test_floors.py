@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 # The table of the design: folder -> floor.
 FLOORS = {
-    "command": 7,
+    "command": 8,
+    "proof": 7,
     "run": 6,
     "plan": 5,
     "setup": 4,
@@ -22,7 +23,7 @@ FLOORS = {
     "distributed": 1,
     "base": 0,
 }
-TOP = 8  # train_jax.py, convert_torch_to_flax.py, and the files of llama_jax/ itself
+TOP = 9  # train_jax.py, convert_torch_to_flax.py, and the files of llama_jax/ itself
 HOUSE = sorted([*ROOT.glob("*.py"), *(ROOT / "llama_jax").rglob("*.py")])
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 

@@ -315,12 +315,10 @@ class Llama(nnx.Module):
         the cache; a longer block holds its rows' beginning and attends to itself.
         `states` receives the input of each layer; stacked layers do not support it. `key` draws the adapters' dropout.
         """
-        x = _times(self.embed_tokens(input_ids), self.config.embedding_multiplier)
-        if lengths is None:
-            lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
+        x = self.embed(input_ids)
         slots = input_ids.shape[1] if cache is None else jax.tree.leaves(cache)[0].shape[-2]
-        cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
-        tokens, rotates = Tokens(cos, sin, positions, segment_ids, key), self.config.rope_layers or None
+        tokens = self.tokens(positions, segment_ids, lengths, slots, key)
+        rotates = self.config.rope_layers or None
         if self.run.scan_layers:
             assert states is None
             graphdef, stacked = nnx.split(self.layers)
@@ -328,7 +326,7 @@ class Llama(nnx.Module):
             def run_layer(carry, layer):
                 (x, cache), (weights, number, rotates) = carry, layer
                 own = cache and cache._replace(layer=number)
-                x, own = _run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own)
+                x, own = run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own)
                 return (x, own and own._replace(layer=None)), None
 
             # The cache is carried, so that each layer writes into it. As an output of the scan it would be copied.
@@ -343,10 +341,21 @@ class Llama(nnx.Module):
                 if sharding.sums_gradients() and i + 1 < len(weights) and self.run.lora is None:  # adapters are small
                     x, weights[i + 1] = _in_order(x, weights[i + 1])
                 own = tokens.of_layer(i, rotates and rotates[i])
-                x, layer_cache = _run_block(graphdef, self.run.remat, weights[i], x, own, cache and cache[i])
+                x, layer_cache = run_block(graphdef, self.run.remat, weights[i], x, own, cache and cache[i])
                 caches.append(layer_cache)
             cache = cache and caches
         return self.norm(x), cache
+
+    def embed(self, input_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return the input of the first layer."""
+        return _times(self.embed_tokens(input_ids), self.config.embedding_multiplier)
+
+    def tokens(self, positions: Any, segment_ids: Any, lengths: Any, slots: int, key: Any = None) -> Tokens:
+        """Return the inputs of every layer beside its values. `slots` is the length of a row, or of the cache."""
+        if lengths is None:
+            lengths = jnp.zeros_like(positions) + (jnp.max(positions) + 1)
+        cos, sin = rope_cos_sin(self.config, positions, lengths, max(slots, self.run.longest))
+        return Tokens(cos, sin, positions, segment_ids, key)
 
     def head(self) -> Float[Array, "V D"]:
         """Return the output projection / `logits_scaling` in the compute type; rows past `vocab_size` are padding."""
@@ -386,7 +395,8 @@ _in_order.defvjp(
 )
 
 
-def _run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None):
+def run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None):
+    """Return a layer's output, in the type of `x`, and its cache, by the layer's graph definition and parameters."""
     return _block_function(graphdef, remat)(params, x, tokens, cache)
 
 

@@ -1,0 +1,80 @@
+"""Prove on a model, data and flags that this program computes what torch and transformers compute.
+
+python -m llama_jax.parity --model_name_or_path HF_DIR --data_path data.json --bf16 True
+"""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama_jax.base.bucket import as_path, is_remote
+from llama_jax.base.errors import InputError, Parser
+from llama_jax.base.files import make_output_dir
+from llama_jax.reporting.progress import say
+from llama_jax.setup.arguments import Arguments, parse_arguments
+
+ABOUT = (
+    "Prove that this program computes what torch and transformers compute, on a model, its data and the flags of a "
+    "run: tokens, forward pass, loss and gradients, and updates beside the real Trainer. Takes the flags of "
+    "train_jax.py (train_jax.py --help), writes parity.json and parity.html into --output_dir, and exits with 0 only "
+    "where every row holds."
+)
+
+
+class Parsed(NamedTuple):
+    """Hold a command line: the run's flags, and this command's own."""
+
+    args: Arguments
+    records: int
+    updates: int
+    shrink: int | None
+    against: str | None
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Parse a command line. Raises InputError."""
+    parser = Parser(prog="python -m llama_jax.parity", description=ABOUT, allow_abbrev=False)
+    parser.add_argument("--records", type=int, default=32, help="records whose tokens are compared, by default 32")
+    parser.add_argument(
+        "--updates", type=int, default=3, help="updates to make with the Trainer, by default 3; 0: none"
+    )
+    parser.add_argument("--shrink", type=int, metavar="LAYERS", help="compare the first layers of the model only")
+    parser.add_argument("--against", metavar="DIR2", help="compare with this folder instead of torch")
+    own, rest = parser.parse_known_args(list(argv))
+    args = parse_arguments(rest)
+    if own.records < 1:
+        raise InputError(f"--records {own.records}: should be a number above 0")
+    if own.updates < 0:
+        raise InputError(f"--updates {own.updates}: should be a number of updates, or 0 for none")
+    for name in ("dry_run", "explain", "export_only", "resume_from_checkpoint"):
+        if getattr(args, name):
+            raise InputError(f"--{name}: is for train_jax.py; leave it out")
+    return Parsed(args, own.records, own.updates, own.shrink, own.against)
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; return its exit code: 0 where every row holds, 1 where one fails. Raises InputError."""
+    started = time.monotonic()
+    given = parse(argv)
+    from llama_jax.proof.certify import certify, certify_against, open_subject
+    from llama_jax.proof.torch_layers import import_torch
+    from llama_jax.proof.verdict import PAGE, Row, table
+
+    def show(rows: Sequence[Row]) -> None:
+        print(f"{rows[0].section}\n{table(rows)}", flush=True)
+
+    folder = as_path(given.args.output_dir)
+    if is_remote(folder):
+        raise InputError(f"--output_dir {folder}: a certificate is written to a local folder; give one")
+    if given.against is None:
+        import_torch()
+    make_output_dir(folder)
+    subject = open_subject(given.args, given.shrink)
+    if given.against is None:
+        certificate = certify(subject, argv, given.records, given.updates, show)
+    else:
+        certificate = certify_against(subject, given.against, argv, show)
+    certificate.write(folder)
+    print(certificate.verdict())
+    say(f"{folder / PAGE}: written after {time.monotonic() - started:.0f} s")
+    return 1 if certificate.failed else 0

@@ -1,0 +1,197 @@
+"""Make the certificate of a user's model, data and flags."""
+
+import hashlib
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llama_jax.base.errors import InputError
+from llama_jax.base.versions import versions
+from llama_jax.data.examples import IGNORE_INDEX
+from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import set_up_jax
+from llama_jax.distributed.processes import refuse_several
+from llama_jax.hf.source import Source, training_dtype
+from llama_jax.proof.against import compare_folders
+from llama_jax.proof.model import compare_model
+from llama_jax.proof.our_layers import shrunk
+from llama_jax.proof.sample import ROWS, Sample, choose_sample
+from llama_jax.proof.tokens import compare_tokens
+from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference, import_torch
+from llama_jax.proof.updates import compare_updates
+from llama_jax.proof.verdict import Certificate, Row
+from llama_jax.reporting.progress import say
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job, make_job
+
+COMMAND = "python -m llama_jax.parity"
+PACKAGES = (
+    *("llama_jax", "jax", "jaxlib", "flax", "torch", "transformers", "accelerate", "peft", "tokenizers"),
+    *("safetensors", "numpy"),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Hold what a certificate is about: the flags, the opened model, the job that the run would do, and the devices.
+    `layers` are the first layers that `--shrink` keeps, None for all."""
+
+    args: Arguments
+    source: Source
+    job: Job
+    mesh: Mesh
+    layers: int | None
+
+    @property
+    def sample(self) -> Sample:
+        """Return the run's first examples that have labels. Raises InputError where none has."""
+        order, examples = self.job.order, self.job.examples
+        numbers = (int(number) for k in range(order.updates) for number in order.examples_of(k))
+        labelled = (n for n in numbers if (examples[n][1][1:] != IGNORE_INDEX).any())
+        if not (chosen := list(islice(labelled, ROWS))):
+            raise InputError(f"--model_max_length {self.args.model_max_length}: no example has a label; raise it")
+        return choose_sample(examples, np.asarray(chosen), self.args.packing, self.args.hf_compat)
+
+    @property
+    def precisions(self) -> list[str]:
+        """Return float32 and the run's own precision."""
+        args = self.args
+        kind = args.dtype or training_dtype(self.source, args.hf_compat)
+        own = BF16_WEIGHTS if kind == "bfloat16" else BF16 if args.bf16 else FLOAT32
+        return [*dict.fromkeys([FLOAT32, own])]
+
+
+def open_subject(args: Arguments, layers: int | None) -> Subject:
+    """Open model and data as the run would. Raises InputError."""
+    refuse_several(COMMAND)
+    set_up_jax(args.use_cpu)
+    source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
+    if layers is not None and not 0 < layers <= source.config.num_hidden_layers:
+        raise InputError(f"--shrink {layers}: should be from 1 to the model's {source.config.num_hidden_layers} layers")
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    job = make_job(args, source.config, lambda: source.tokenizer_folder, args.world_size or 1)
+    return Subject(args, source, job, mesh, layers)
+
+
+def certify(
+    subject: Subject, argv: Sequence[str], records: int, updates: int, show: Callable[[Sequence[Row]], None]
+) -> Certificate:
+    """Return the certificate of tokens, forward pass, gradients and updates; `show` is called with each section's
+    rows."""
+    args, source, job = subject.args, subject.source, subject.job
+    torch_model = open_reference_model(subject)
+    certificate = begin(subject, argv)
+
+    def add(rows: Sequence[Row]) -> None:
+        certificate.rows += rows
+        for name in dict.fromkeys(row.section for row in rows):
+            show([row for row in rows if row.section == name])
+
+    for line in _left_out(args):
+        say(line)
+    add(compare_tokens(job, source.tokenizer_folder, records))
+    sample, config = subject.sample, shrunk(job.config, subject.layers)
+    for precision in subject.precisions:
+        add(
+            compare_model(
+                torch_model,
+                source,
+                config,
+                sample,
+                precision,
+                subject.mesh,
+                job.new_ids,
+                args.attention,
+            )
+        )
+    if updates:
+        add(compare_updates(job, source.folder, source.tokenizer_folder, subject.layers, updates))
+    return certificate
+
+
+def certify_against(
+    subject: Subject, other: str, argv: Sequence[str], show: Callable[[Sequence[Row]], None]
+) -> Certificate:
+    """Return the certificate of two folders, the second in `other`. Raises InputError."""
+    second = Source(other, subject.args.allow_pickle)
+    certificate = begin(subject, argv)
+    certificate.digests["against"] = _model_digest(second.folder)
+    config = shrunk(subject.source.config, subject.layers)
+    rows = compare_folders(subject.source, second, config, subject.sample, subject.mesh)
+    certificate.rows += rows
+    for name in dict.fromkeys(row.section for row in rows):
+        show([row for row in rows if row.section == name])
+    return certificate
+
+
+def begin(subject: Subject, argv: Sequence[str]) -> Certificate:
+    """Return a certificate without rows."""
+    found = versions(*PACKAGES)
+    device = subject.mesh.devices.flat[0].device_kind
+    found |= {"python": platform.python_version(), "machine": f"{platform.machine()}, {device}"}
+    digests = {
+        "model": _model_digest(subject.source.folder),
+        "data": subject.job.data_digest,
+        "flags": _given(subject.args),
+    }
+    return Certificate(f"{COMMAND} {shlex.join(argv)}", found, digests)
+
+
+def open_reference_model(subject: Subject) -> Reference:
+    """Return torch's model of the subject. Raises InputError."""
+    import_torch()
+    job, source = subject.job, subject.source
+    resized = bool(job.new_ids) or job.config.vocab_size != source.config.vocab_size
+    return Reference(
+        source.folder,
+        subject.layers,
+        rows=job.config.vocab_size,
+        new_tokens=len(job.new_ids),
+        without_padding_idx=resized and subject.args.hf_compat == "4.37",
+    )
+
+
+def _left_out(args: Arguments) -> list[str]:
+    """Return a line for each flag whose effect the sections do not show."""
+    lines = []
+    if args.use_peft:
+        lines.append("--use_peft: forward pass and gradients are those of the base model")
+    if args.load_in_4bit or args.load_in_8bit:
+        lines.append("--load_in_4bit, --load_in_8bit: the base model is compared as its files hold it")
+    if args.fp8:
+        lines.append("--fp8 True: the projections are compared in bfloat16")
+    if args.tf32:
+        lines.append("--tf32 True: float32 is compared with exact products")
+    if args.mesh != "auto":
+        lines.append(f"--mesh {args.mesh}: the comparison runs on one device")
+    if args.label_smoothing_factor:
+        lines.append("--label_smoothing_factor: the loss is compared without smoothing")
+    return lines
+
+
+def _given(args: Arguments) -> dict[str, Any]:
+    """Return the flags that differ from their defaults."""
+    found = {}
+    for f in fields(args):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if (value := getattr(args, f.name)) != default:
+            found[f.name] = value
+    return found
+
+
+def _model_digest(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model and its tokenizer."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".gguf") and path.is_file():
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found

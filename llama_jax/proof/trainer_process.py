@@ -1,0 +1,157 @@
+"""Make updates with the real Trainer, or write a model's first layers: a program of its own, without JAX.
+
+python llama_jax/proof/trainer_process.py reads a JSON object on the standard input, and prints one in its last line.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+IGNORED = -100
+
+
+def shrink(spec: dict[str, Any]) -> dict[str, Any]:
+    """Write the first `layers` layers of the HF folder `model` as the HF folder `shrunk`, in the folder's own type."""
+    config = transformers.AutoConfig.from_pretrained(spec["model"])
+    config.num_hidden_layers = spec["layers"]
+    for key in ("layer_types", "no_rope_layers"):
+        if getattr(config, key, None):
+            setattr(config, key, getattr(config, key)[: spec["layers"]])
+    model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], config=config, dtype="auto")
+    model.save_pretrained(spec["shrunk"])
+    return {}
+
+
+class Examples:
+    """Hold the examples of a job. `number` finds one by its list of ids, which the Trainer passes on as it is."""
+
+    def __init__(self, path: str):
+        with np.load(path) as file:
+            cuts = np.cumsum(file["lengths"])[:-1]
+            ids, labels = (np.split(file[name], cuts) for name in ("ids", "labels"))
+        self._records = [{"input_ids": i.tolist(), "labels": x.tolist()} for i, x in zip(ids, labels, strict=True)]
+        self.number = {id(record["input_ids"]): n for n, record in enumerate(self._records)}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self._records[i]
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """Make the updates of a run with the Trainer.
+
+    `spec` has `model`, `examples` (npz: ids, labels, lengths), `flags` of TrainingArguments, `exact` (all in float64),
+    `new_tokens` that stanford_alpaca's resize adds, `peft` (LoraConfig's keywords, or null), and `initial` and
+    `weights`, the files to write before and after. The answer has for each update the loss, the logged learning rate,
+    the gradient's norm before clipping and the numbers of its examples.
+    """
+    args = transformers.TrainingArguments(**spec["flags"])
+    examples = Examples(spec["examples"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        spec["model"], attn_implementation="eager", dtype=torch.float32
+    )
+    if new := spec["new_tokens"]:
+        model.resize_token_embeddings(model.config.vocab_size + new)
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = embedding.weight.data
+            rows[-new:] = rows[:-new].mean(0, keepdim=True)
+    if spec["peft"]:
+        import peft
+
+        torch.manual_seed(args.seed)
+        model = peft.get_peft_model(model, peft.LoraConfig(**spec["peft"]))
+    if spec["exact"]:
+        model = model.double()
+
+    def save(path: str) -> None:
+        state = peft.get_peft_model_state_dict(model) if spec["peft"] else model.state_dict()
+        if not spec["peft"] and model.config.tie_word_embeddings:
+            state.pop("lm_head.weight")
+        save_file({name: value.contiguous() for name, value in state.items()}, path)
+
+    save(spec["initial"])
+    collated: deque[list[int]] = deque()  # the loader is a batch ahead of the training
+    done: list[dict[str, Any]] = []
+    current: dict[str, Any] = {"loss": 0.0, "examples": []}
+
+    def collate(records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        collated.append([examples.number[id(record["input_ids"])] for record in records])
+        width = max(len(record["input_ids"]) for record in records)
+
+        def padded(name: str, fill: int) -> torch.Tensor:
+            return torch.tensor([r[name] + [fill] * (width - len(r[name])) for r in records])
+
+        mask = torch.tensor([[1] * (n := len(r["input_ids"])) + [0] * (width - n) for r in records])
+        return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": mask}
+
+    def norm() -> float:
+        return math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None))
+
+    class Recorder(transformers.Trainer):
+        def create_optimizer(self, *a: Any, **k: Any) -> Any:
+            super().create_optimizer(*a, **k)
+            self.optimizer.register_step_pre_hook(before_update)
+            return self.optimizer
+
+        def training_step(self, *a: Any, **k: Any) -> torch.Tensor:
+            with float64() if spec["exact"] else contextlib.nullcontext():
+                loss = super().training_step(*a, **k)
+            if math.isfinite(loss):  # a micro-batch without labels has none
+                current["loss"] += float(loss)
+            current["examples"] += collated.popleft()
+            return loss
+
+    def before_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        current.setdefault("norm", norm())
+        done.append(dict(current))
+        current.clear()
+        current.update(loss=0.0, examples=[])
+
+    trainer = Recorder(model, args, collate, train_dataset=examples)
+    clip = trainer.accelerator.clip_grad_norm_
+
+    def clip_grad_norm_(*a: Any, **k: Any) -> Any:
+        current["norm"] = norm()
+        return clip(*a, **k)
+
+    trainer.accelerator.clip_grad_norm_ = clip_grad_norm_
+    trainer.train()
+    save(spec["weights"])
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    return {"updates": [update | {"rate": rate} for update, rate in zip(done, rates, strict=True)]}
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Let transformers' casts to float32, of norms, softmax and loss, keep float64."""
+    kept = torch.float32, torch.Tensor.float
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    try:
+        yield
+    finally:
+        torch.float32, torch.Tensor.float = kept
+
+
+def main() -> None:
+    """Answer the object on the standard input."""
+    transformers.utils.logging.set_verbosity_error()
+    spec = json.load(sys.stdin)
+    answer = (shrink if "shrunk" in spec else train)(spec)
+    print("\n" + json.dumps(answer))
+
+
+if __name__ == "__main__":
+    sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
+    main()
