@@ -72,6 +72,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
       folder is `adapter` in `output_dir`
     - `nearest` (False): whether bitsandbytes' 8-bit optimizers take the nearest code (`nearest.py`)
     - `pad_token_id` (0): what pads the ids; `attn` ("sdpa"): the attention implementation; `threads` (1): torch's
+    - `resume`: a checkpoint to resume from; the answer is then of the updates after it
 
     The answer is {"error": what the Trainer said} where it refuses or fails; else, for each update,
 
@@ -107,6 +108,8 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state(True)  # they outlive a run, and remember an epoch that was left half-way
     GradientState._reset_state()
     torch.set_num_threads(spec.get("threads", 1))
+    if transformers.__version__.startswith("4.37"):  # whose rng_state.pth the torch of its time unpickles whole
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     if spec.get("nearest"):
         nearest.install()
     output_dir = Path(spec["output_dir"])
@@ -188,7 +191,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
 
     trainer.accelerator.clip_grad_norm_ = clip_grad_norm_
     started = time.monotonic()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=spec.get("resume"))
     seconds = time.monotonic() - started
     trainer.save_state()
     if "peft" in spec:
