@@ -60,8 +60,8 @@ def twister_of(seed: int) -> np.random.MT19937:
 
 @dataclass(frozen=True, eq=False)
 class Resumed:
-    """Describe where the HF Trainer resumes: after `updates` updates, with torch's global generator in the state
-    `generator` (of `np.random.MT19937`), None where the checkpoint has none."""
+    """Describe where the HF Trainer resumes: after `updates` updates, with the state of torch's global generator, None
+    where the checkpoint has none: the 624 words "key" of a Mersenne twister, and the place "pos" of the next."""
 
     updates: int
     generator: dict[str, Any] | None = field(default=None, repr=False)
@@ -278,7 +278,8 @@ def _generator(order: Order, epoch: int) -> np.random.MT19937:
         past = first * (by_sampler + 2 * (order.sampling != "random")) if order.compat == "4.37" else 0
         draws = past + (epoch - first) * (2 + by_sampler)
         if order.resumed.generator and (epoch > first or not skipped):
-            twister.state = order.resumed.generator
+            key = np.asarray(order.resumed.generator["key"], np.uint32)
+            twister.state = {"bit_generator": "MT19937", "state": {**order.resumed.generator, "key": key}}
             draws = (epoch - first - bool(skipped)) * (2 + by_sampler)
     twister.random_raw(max(draws + 2 * max(evaluations, 0), 0), output=False)  # an epoch before has no draws
     return twister

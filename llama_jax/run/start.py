@@ -29,6 +29,7 @@ from llama_jax.run.console import say_plan
 from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.export import model_files
+from llama_jax.run.handover import restore_trainers
 from llama_jax.run.ownership import new_identity
 from llama_jax.run.prepare import Prepared
 from llama_jax.run.tasks import Evaluate, with_tasks
@@ -59,8 +60,13 @@ def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Tr
     assert saved is not None and checkpoint is not None
 
     def read() -> tuple[SavedState, Params]:
-        frozen = prepared.planner.definition.frozen
-        return restore_state(checkpoint, prepared.planner.saved), read_weights(prepared, like=frozen) if frozen else {}
+        planner, trainers = prepared.planner, prepared.trainers
+        if trainers:
+            state = restore_trainers(trainers, prepared.job, planner, prepared.mesh, prepared.quiet)
+        else:
+            state = restore_state(checkpoint, planner.saved)
+        frozen = planner.definition.frozen
+        return state, read_weights(prepared, like=frozen) if frozen else {}
 
     plan, (restored, frozen), files = compile_while(read, prepared, limit)
     if not prepared.goes_on:
