@@ -28,6 +28,7 @@ Json = dict[str, Any]
 
 # The optimizers by a tensor of their state; the first that is found decides.
 _KINDS = {"state2": "adamw_8bit", "state1": "lion_32bit", "exp_avg_sq_row": "adafactor", "exp_avg_sq": "adamw_torch"}
+_BNB = "__bnb_optimizer_quant_state__"  # bitsandbytes 0.49 keeps its tensors in it
 # Folders and files of sharded checkpoints, and the way to whole ones.
 _ZERO = "DeepSpeed's ZeRO shards; merge the weights by `python zero_to_fp32.py {0} OUT` (the script lies in the folder)"
 _FSDP = "FSDP's shards; merge the weights by `accelerate merge-weights {0}/pytorch_model_fsdp_0 OUT`"
@@ -139,6 +140,7 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
         raise InputError(f"{folder / OPTIMIZER}: state is no dictionary of parameters; copy the file again")
     if not (isinstance(scheduler, dict) and isinstance(scheduler.get("last_epoch"), int)):
         raise InputError(f"{folder / SCHEDULER}: holds no last_epoch; copy the file again")
+    moments = {number: {**values, **values.get(_BNB, {})} for number, values in moments.items()}
     files = sorted(folder.glob("rng_state*.pth"))
     first = next((path for path in files if path.name in ("rng_state.pth", "rng_state_0.pth")), None)
     return TrainerCheckpoint(

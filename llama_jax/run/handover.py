@@ -1,34 +1,21 @@
-"""Go on from a checkpoint of the HF Trainer: its flags, its position, and its state as this program's."""
+"""Go on from a checkpoint of the HF Trainer: the flags that it decides, its position, its log."""
 
 import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
-import optax
-from optax import ScaleByAdamState
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.order import Resumed
-from llama_jax.distributed import sharding
-from llama_jax.hf import names, peft
-from llama_jax.hf.load import check_tensors, load_params, place_arrays
-from llama_jax.hf.names import Path as Place
-from llama_jax.hf.names import without_layer
-from llama_jax.hf.readers import open_checkpoint
+from llama_jax.hf import peft
 from llama_jax.hf.tensor import Tensor
-from llama_jax.hf.trainer_checkpoint import OPTIMIZER, SCHEDULER, TrainerCheckpoint, parameter_order
-from llama_jax.model.roles import Params, is_stacked
-from llama_jax.plan.planner import Planner
-from llama_jax.reporting.progress import byte_bar, say
+from llama_jax.hf.trainer_checkpoint import OPTIMIZER, SCHEDULER, TrainerCheckpoint
+from llama_jax.reporting.progress import say
 from llama_jax.run.resume import QUANTIZATION, Facts, SavedRun
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
-from llama_jax.training.moments import StoredAdamState
-from llama_jax.training.optimizer import ClipState
-from llama_jax.training.state import SavedState
+from llama_jax.training.schedule import LISTENING
 
 Json = dict[str, Any]
 
@@ -108,6 +95,19 @@ def _flags(checkpoint: TrainerCheckpoint, args: Arguments) -> Json:
     return flags
 
 
+def _heard(checkpoint: TrainerCheckpoint, rate: float) -> Json:
+    """Return what a schedule that listens to evaluations has heard, as `Schedule.state`. Raises InputError."""
+    values = checkpoint.scheduler
+    if "num_bad_epochs" not in values:
+        raise InputError(f"{checkpoint.folder / SCHEDULER}: is of another --lr_scheduler_type; give the one of then")
+    heard = {"now": rate, "best": values["best"], "bad": values["num_bad_epochs"], "cooling": values["cooldown_counter"]}
+    if "num_good_epochs" in values:
+        average = values.get("_streaming_avg") or {"values": [], "sum": 0.0}
+        heard |= {"good": values["num_good_epochs"], "warming": values["warmup_counter"]}
+        heard |= {"until_reset": values["reset_start"], "window": average["values"], "sum": average["sum"]}
+    return heard
+
+
 def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, job: Job) -> SavedRun:
     """Return what a checkpoint of this program would hold beside the state; report differences of the flags. `facts`
     are those of this run. Raises InputError."""
@@ -135,91 +135,6 @@ def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, j
         facts=dataclasses.replace(facts, optim=checkpoint.optim, adapter=adapter, order=order),
         trainer_state=state,
         left=(),
-        schedule={},
+        schedule=_heard(checkpoint, handover.rate) if job.args.lr_scheduler_type in LISTENING else {},
         handover=handover.to_json(),
     )
-
-
-# -- The state --------------------------------------------------------------------------------------------------------
-
-
-def restore_trainers(
-    checkpoint: TrainerCheckpoint, job: Job, planner: Planner, mesh: jax.sharding.Mesh, quiet: bool | None
-) -> SavedState:
-    """Read the trained weights and the optimizer's state of a checkpoint, tensor by tensor, onto the devices.
-
-    Raises InputError."""
-    place = _Placing(job, planner, mesh)
-    like, folder = planner.saved.params, checkpoint.folder
-    if job.adapter is None:
-        tensors = open_checkpoint(folder, job.args.allow_pickle).tensors
-        tensors = check_tensors(tensors, job.config, str(folder), job.args.allow_nonfinite)
-    else:
-        tensors = peft.read_adapter(folder, job.config, job.args.allow_nonfinite)[1]
-    with byte_bar("reading weights", sum(int(np.prod(t.shape)) * t.dtype.itemsize for t in tensors.values()), quiet):
-        params = place(tensors, like)
-    opt_state = _opt_state(checkpoint, planner, place, mesh)
-    return SavedState(sharding.put_scalar(mesh, np.int32(checkpoint.updates)), params, opt_state)
-
-
-class _Placing:
-    """Place tensors, by the names of the trained parameters, in a tree like these."""
-
-    def __init__(self, job: Job, planner: Planner, mesh: jax.sharding.Mesh):
-        self._job, self._planner, self._mesh = job, planner, mesh
-        self.order = parameter_order(job.config, job.adapter.lora if job.adapter else None)
-
-    def __call__(self, tensors: dict[str, Tensor], like: Params) -> Params:
-        if self._job.adapter is None:
-            placed = load_params(tensors, self._job.config, self._planner.run, like, self._mesh)
-        else:
-            arrays = {path: tensors[name].read(()).astype(np.float32) for name, path in self.order}
-            placed, _ = place_arrays(arrays, like)
-        return jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), placed, like)  # perhaps on the host
-
-
-def _opt_state(checkpoint: TrainerCheckpoint, planner: Planner, place: _Placing, mesh: jax.sharding.Mesh) -> Any:
-    """Return the optimizer's state in the form of this program's checkpoints. Raises InputError."""
-    decayed, spared = _groups(place.order, planner.decayed)
-    values = dict(checkpoint.by_name(decayed, spared))
-    shapes = {name: shape for name, (_, shape) in _table(place).items()}
-    count = sharding.put_scalar(mesh, np.int32(checkpoint.steps))
-
-    def tensors(key: str) -> dict[str, Tensor]:
-        for name, held in values.items():
-            found = held.get(key)
-            if not isinstance(found, Tensor) or found.shape != shapes[name]:
-                shape = [*found.shape] if isinstance(found, Tensor) else "missing"
-                raise InputError(
-                    f"{checkpoint.folder / OPTIMIZER}: {key!r} of {name} is {shape}, should be {[*shapes[name]]}: give "
-                    "the model and the adapter flags of then, or copy the file again"
-                )
-        return {name: held[key] for name, held in values.items()}
-
-    def fill(node: Any) -> Any:
-        if isinstance(node, ClipState):
-            return ClipState(sharding.put_scalar(mesh, np.float32(0)))
-        if isinstance(node, ScaleByAdamState | StoredAdamState):
-            mu, nu = (place(tensors(key), like) for key, like in (("exp_avg", node.mu), ("exp_avg_sq", node.nu)))
-            return node._replace(count=count, mu=mu, nu=nu)
-        return node
-
-    kinds = (ClipState, ScaleByAdamState, StoredAdamState)
-    return jax.tree.map(fill, planner.saved.opt_state, is_leaf=lambda node: isinstance(node, kinds))
-
-
-def _table(place: _Placing) -> dict[str, tuple[Place, tuple[int, ...]]]:
-    job = place._job
-    return peft.name_table(job.adapter.lora, job.config) if job.adapter else names.name_table(job.config)
-
-
-def _groups(order: list[tuple[str, Place]], decayed: Params) -> tuple[list[str], list[str]]:
-    """Return the names of the Trainer's two groups: parameters with weight decay, and those without."""
-    stacked = is_stacked(decayed)
-    groups: tuple[list[str], list[str]] = ([], [])
-    for name, path in order:
-        node: Any = decayed
-        for key in without_layer(path) if stacked else path:
-            node = node[key]
-        groups[0 if node else 1].append(name)
-    return groups

@@ -132,7 +132,7 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
         folder = lambda: source.tokenizer_folder  # noqa: E731
         job = make_job(args, source.config, folder, ranks, disable_bars=quiet, resumed=resumed)
     if handover:
-        job.schedule.given[handover.updates] = handover.rate
+        job.schedule.give(handover.updates, handover.rate)
     if args.profiled and args.profiled[-1] >= job.order.updates:
         raise InputError(f"--profile_updates {args.profile_updates}: the run has {job.order.updates:,} updates")
     for warning in end_warnings(source, job):

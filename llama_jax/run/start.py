@@ -29,10 +29,10 @@ from llama_jax.run.console import say_plan
 from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.evaluation import Evaluation
 from llama_jax.run.export import model_files
-from llama_jax.run.handover import restore_trainers
 from llama_jax.run.ownership import new_identity
 from llama_jax.run.prepare import Prepared
 from llama_jax.run.tasks import Evaluate, with_tasks
+from llama_jax.run.trainers_state import Restored
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import place_losses
@@ -62,7 +62,7 @@ def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Tr
     def read() -> tuple[SavedState, Params]:
         planner, trainers = prepared.planner, prepared.trainers
         if trainers:
-            state = restore_trainers(trainers, prepared.job, planner, prepared.mesh, prepared.quiet)
+            state = Restored(trainers, prepared.job, planner, prepared.mesh).state()
         else:
             state = restore_state(checkpoint, planner.saved)
         frozen = planner.definition.frozen

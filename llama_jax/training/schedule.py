@@ -21,12 +21,15 @@ class Schedule:
     """Give every update a rate that is fixed from the start."""
 
     def __init__(self, rate: Factor):
-        self._rate = rate
-        self.given: dict[int, float] = {}  # rates that a checkpoint fixed, by updates done
+        self._rate, self._given = rate, dict[int, float]()
 
     def rate(self, done: int) -> float:
         """Return the learning rate of the update that follows `done` updates."""
-        return self.given[done] if done in self.given else self._rate(done)
+        return self._given[done] if done in self._given else self._rate(done)
+
+    def give(self, done: int, rate: float) -> None:
+        """Fix the rate of the update that follows `done` updates."""
+        self._given[done] = rate
 
     def observe(self, metric: float) -> None:
         """Take the metric of an evaluation during training (not the metric of `--eval_on_start`)."""
@@ -68,6 +71,9 @@ class _Listening(Schedule):
 
     def rate(self, done: int) -> float:
         return self.now
+
+    def give(self, done: int, rate: float) -> None:
+        """Nothing: `load` sets the rate of the moment."""
 
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.HEARD}
