@@ -127,6 +127,8 @@ def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, j
             say(f"warning: {folder} was made with {state[key]} {flag}, this run has {now}")
     if ("stateful_callbacks" in state) != (job.args.hf_compat == "5"):
         say(f"warning: {folder} was not written by transformers {job.args.hf_compat}; give --hf_compat as it was")
+    if "correct_bias" in checkpoint.groups[0]:
+        say(f"warning: {folder} was made by adamw_hf; this run's adamw_torch differs where epsilon is added and decays")
     adapter: Json = {}
     if (folder / peft.CONFIG).is_file():
         adapter = peft.read_adapter(folder, job.config)[0].values | {k: getattr(job.args, k) for k in QUANTIZATION}

@@ -15,7 +15,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.hf.source import Source, training_dtype
-from llama_jax.hf.trainer_checkpoint import TrainerCheckpoint, is_trainers, read_trainer_checkpoint
+from llama_jax.hf.trainer_checkpoint import is_trainers, read_trainer_checkpoint
 from llama_jax.plan import explain
 from llama_jax.plan.planner import Planner, choose_scan
 from llama_jax.reporting.progress import say, set_level, silence
@@ -24,6 +24,7 @@ from llama_jax.run.handover import Handover, saved_run
 from llama_jax.run.resume import Facts, SavedRun, choose_checkpoint, compare_with_saved
 from llama_jax.run.samples import Samples
 from llama_jax.run.tasks import TrainingTasks, open_tasks
+from llama_jax.run.trainers_state import TrainersState
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
 
@@ -35,7 +36,7 @@ class Prepared:
     """Hold the parts of a run that are settled before weights are read.
 
     `watch` counts the time since the command's start. `resume_from` is the checkpoint to resume and `saved` its JSON,
-    None in a new run; `trainers` is the checkpoint where it is the HF Trainer's. `tokenizer_folder` holds files to export in the place of the job's tokenizer, None where there is
+    None in a new run; `trainers` has the arrays of a checkpoint of the HF Trainer. `tokenizer_folder` holds files to export in the place of the job's tokenizer, None where there is
     one. `samples` answers the questions of `--sample_prompts`, None for none. `tasks` are those of `--eval_tasks`.
     """
 
@@ -50,7 +51,7 @@ class Prepared:
     planner: Planner
     resume_from: Path | None
     saved: SavedRun | None
-    trainers: TrainerCheckpoint | None
+    trainers: TrainersState | None
     tokenizer_folder: Path | None
     samples: Samples | None
     tasks: TrainingTasks | None
@@ -105,7 +106,7 @@ def prepare(args: Arguments, platform: str, mesh: Mesh, started: float | None = 
 
 def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch) -> Prepared:
     """Settle the run as this process sees it: model, data, checkpoint to resume, planner. Raises InputError."""
-    output_dir, saved, trainers, handover = as_path(args.output_dir), None, None, None
+    output_dir, saved, theirs, handover = as_path(args.output_dir), None, None, None
     resume_from = None if args.explain else choose_checkpoint(args, output_dir)
     source = Source(
         args.model_name_or_path,
@@ -118,14 +119,16 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
     for note in source.notes:
         say(note)
     if resume_from and is_trainers(resume_from):
-        trainers = read_trainer_checkpoint(resume_from)
-        handover = Handover.of(trainers, args)
+        if args.export_only:
+            raise InputError(f"--export_only True: {resume_from} is the HF Trainer's, and holds an HF model already")
+        theirs = read_trainer_checkpoint(resume_from)
+        handover = Handover.of(theirs, args)
     elif resume_from:
         saved = SavedRun.read(resume_from)
         handover = Handover(**saved.handover) if saved.handover else None
     if handover:
         args = handover.apply(args, str(resume_from))
-    ranks = args.world_size or (saved and saved.ranks) or (trainers and trainers.ranks) or sharding.batch_ways(mesh)
+    ranks = args.world_size or (saved and saved.ranks) or (theirs and theirs.ranks) or sharding.batch_ways(mesh)
     quiet = args.disable_tqdm or None
     with watch.phase("data"):
         resumed = handover.resumed if handover else None
@@ -139,8 +142,8 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
         say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)
     facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
-    if trainers and handover:
-        saved = saved_run(trainers, handover, facts, job)
+    if theirs and handover:
+        saved = saved_run(theirs, handover, facts, job)
     if saved:
         compare_with_saved(facts, saved, str(resume_from))
         facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
@@ -164,7 +167,7 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
         planner=planner,
         resume_from=resume_from,
         saved=saved,
-        trainers=trainers,
+        trainers=TrainersState(theirs, job, planner, mesh) if theirs else None,
         tokenizer_folder=tokenizer_folder,
         samples=Samples(args.sample_prompts, source, planner) if args.sample_prompts and not args.explain else None,
         tasks=open_tasks(args, source, planner) if args.eval_tasks and job.order.evaluated else None,

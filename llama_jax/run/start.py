@@ -32,7 +32,6 @@ from llama_jax.run.export import model_files
 from llama_jax.run.ownership import new_identity
 from llama_jax.run.prepare import Prepared
 from llama_jax.run.tasks import Evaluate, with_tasks
-from llama_jax.run.trainers_state import Restored
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import place_losses
@@ -61,10 +60,7 @@ def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Tr
 
     def read() -> tuple[SavedState, Params]:
         planner, trainers = prepared.planner, prepared.trainers
-        if trainers:
-            state = Restored(trainers, prepared.job, planner, prepared.mesh).state()
-        else:
-            state = restore_state(checkpoint, planner.saved)
+        state = trainers.read() if trainers else restore_state(checkpoint, planner.saved)
         frozen = planner.definition.frozen
         return state, read_weights(prepared, like=frozen) if frozen else {}
 

@@ -27,9 +27,11 @@ from llama_jax.training.state import SavedState
 _NODES = (ClipState, ScaleByAdamState, StoredAdamState, FactoredState, ScaleByLionState)
 
 
-class Restored:
-    """Read a checkpoint of the HF Trainer for a job. Only adapters, Adafactor's and 8-bit states pass whole through the
-    host's memory; other tensors pass one at a time."""
+class TrainersState:
+    """Read the arrays of an HF Trainer's checkpoint for a job. Raises InputError where they are not the job's.
+
+    Only adapters, Adafactor's and 8-bit states pass whole through the host's memory; other tensors pass one at a time.
+    """
 
     def __init__(self, checkpoint: TrainerCheckpoint, job: Job, planner: Planner, mesh: Mesh):
         self._checkpoint, self._job, self._planner, self._mesh = checkpoint, job, planner, mesh
@@ -38,17 +40,19 @@ class Restored:
         self._order = parameter_order(job.config, self._lora)
         self._shapes = {name: table[name][1] for name, _ in self._order}
         self._path = str(checkpoint.folder / OPTIMIZER)
+        self._weights, self._values = self._open_weights(), self._by_name()
+        for key in {"adamw_torch": ("exp_avg", "exp_avg_sq"), "lion_32bit": ("state1",)}.get(job.args.optim, ()):
+            self._all(key)
 
-    def state(self) -> SavedState:
+    def read(self) -> SavedState:
         """Return the state after the checkpoint's updates. Raises InputError."""
-        self._values = self._by_name()
         self._count = sharding.put_scalar(self._mesh, np.int32(self._checkpoint.steps))
         abstract = self._planner.saved
         opt_state = jax.tree.map(self._fill, abstract.opt_state, is_leaf=lambda node: isinstance(node, _NODES))
         step = sharding.put_scalar(self._mesh, np.int32(self._checkpoint.updates))
-        return SavedState(step, self._place(self._weights(), abstract.params), opt_state)
+        return SavedState(step, self._place(self._weights, abstract.params), opt_state)
 
-    def _weights(self) -> dict[str, Tensor]:
+    def _open_weights(self) -> dict[str, Tensor]:
         folder, job = self._checkpoint.folder, self._job
         if self._lora:
             return peft.read_adapter(folder, job.config, job.args.allow_nonfinite)[1]
@@ -103,11 +107,11 @@ class Restored:
             return self._factored(node)
         if isinstance(node, ScaleByLionState):
             return ScaleByLionState(self._count, self._place(self._all("state1"), node.mu))
-        if isinstance(node, ScaleByAdamState) or (isinstance(node, StoredAdamState) and self._job.args.optim == "adamw_torch"):
+        if self._job.args.optim == "adamw_8bit" and isinstance(node, StoredAdamState):
+            return StoredAdamState(self._count, self._quantized(node.mu, "1"), self._quantized(node.nu, "2"))
+        if isinstance(node, ScaleByAdamState | StoredAdamState):
             mu, nu = self._place(self._all("exp_avg"), node.mu), self._place(self._all("exp_avg_sq"), node.nu)
             return node._replace(count=self._count, mu=mu, nu=nu)
-        if isinstance(node, StoredAdamState):
-            return StoredAdamState(self._count, self._quantized(node.mu, "1"), self._quantized(node.nu, "2"))
         return node
 
     def _factored(self, node: FactoredState) -> FactoredState:
@@ -153,8 +157,8 @@ class Restored:
             for key in without_layer(path) if is_stacked(like) else path:
                 node = node[key]
             if (codes[path].dtype == np.uint8) != node:
-                kinds = "8 bits, in this run 32" if not node else "32 bits, in this run 8"
-                raise InputError(f"{self._path}: state{number} of {name} is kept in {kinds}: give the --hf_compat of then")
+                bits = "32 bits, in this run 8" if node else "8 bits, in this run 32"
+                raise InputError(f"{self._path}: state{number} of {name} is in {bits}: give the --hf_compat of then")
             scales[path] = self._absmax(name, number, shape) if node else np.zeros((), np.float32)
         whole = jax.tree.map(lambda node: node.codes if is_leaf(node) else node, like, is_leaf=is_leaf)
         scalar = sharding.put_scalar(self._mesh, np.float32(0))
