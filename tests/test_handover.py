@@ -5,10 +5,12 @@ The Trainer makes a run with checkpoints, then resumes one of them; `train_jax.p
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from random import getstate as random_state
 from typing import Any
 
 import numpy as np
@@ -31,9 +33,11 @@ from test_live import (
     spelled,
     train_ours,
 )
-from tiny import CONFIG, SISTERS, drawn_cases, run, write_json, write_model
+from tiny import CONFIG, SISTERS, drawn_cases, make_arrays, run, write_json, write_model
 
 import train_jax
+from llama_jax.hf.torch_pickle import read_torch
+from llama_jax.hf.trainer_checkpoint import read_generator
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,10 @@ class Began:
         more: dict[str, Any] | None = None,
     ):
         self.bench, self.compat, self.folder, self.flags = bench, compat, folder, flags
-        self.adapter, self._more = adapter, (more or {}) | ({"peft": settings_of(adapter), "attn": "eager"} if adapter else {})
+        self.adapter, self._more = (
+            adapter,
+            (more or {}) | ({"peft": settings_of(adapter), "attn": "eager"} if adapter else {}),
+        )
         data, eval_data = write_json(folder / "data.json", records_of(count, masked)), folder / "eval.json"
         write_json(eval_data, records_of(7, ()))
         self._spec: dict[str, Any] = {"model": str(bench.model), "data": str(data)}
@@ -113,6 +120,230 @@ def same_8_bits(ours: Ours, hf: dict[str, Any], weights: dict[str, np.ndarray]) 
     for name, expected in weights.items():
         apart = np.abs(ours.weights[name] - expected)
         assert apart.max() <= 1e-4 and (apart > 1e-6).mean() <= 0.01, (name, apart.max(), (apart > 1e-6).mean())
+
+
+# -- Of files ---------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(folder: Path, done: int = 7) -> tuple[Path, Any, Any]:
+    """A model, its records, and a checkpoint of it as the Trainer of transformers 5 writes one, its moments drawn.
+    Returns the checkpoint, and torch's model and optimizer as the Trainer makes them of it."""
+    import torch
+    import transformers
+
+    write_model(folder / "model")
+    write_json(folder / "data.json", records_of(6, ()))
+    checkpoint = write_model(folder / f"checkpoint-{done}", arrays=make_arrays(CONFIG, seed=1))
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    random = torch.Generator().manual_seed(3)
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": 0.5}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in model.named_parameters():
+        groups["norm" in name]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.9), eps=1e-4)
+    for group in groups:
+        for parameter in group["params"]:
+            first, second = (torch.randn(parameter.shape, generator=random) * 1e-2 for _ in range(2))
+            state = {"step": torch.tensor(float(done)), "exp_avg": first, "exp_avg_sq": second**2}
+            optimizer.state[parameter] = state
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    torch.save(optimizer.state_dict(), checkpoint / "optimizer.pt")
+    torch.save({**schedule.state_dict(), "last_epoch": done}, checkpoint / "scheduler.pt")
+    rng = {"python": random_state(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    torch.save(rng, checkpoint / "rng_state.pth")
+    state = {"global_step": done, "epoch": 3.5, "log_history": [], "max_steps": done + 1, "stateful_callbacks": {}}
+    write_json(checkpoint / "trainer_state.json", state)
+    return checkpoint, model, optimizer
+
+
+def resume(folder: Path, checkpoint: Path, **flags: Any) -> Any:
+    """Resume the checkpoint of `write_checkpoint` for one more update, of all records."""
+    paths = {"model_name_or_path": folder / "model", "data_path": folder / "data.json", "output_dir": folder / "out"}
+    flags = {"use_cpu": True, "hf_compat": 5, "learning_rate": 1e-2, "lr_scheduler_type": "constant", **paths, **flags}
+    flags = {"per_device_train_batch_size": 6, "max_steps": 8, "save_strategy": "no", "max_grad_norm": 0.0, **flags}
+    flags["logging_steps"] = 1
+    return run(train_jax.main, *words(flags), "--resume_from_checkpoint", checkpoint)
+
+
+def test_the_next_update_is_torchs(tmp_path: Path) -> None:
+    """Weights as in test_live.py's `same_run`: a gradient's error of 1.5e-8 is divided by epsilon, 1e-4 at the least,
+    and multiplied by the rate 1e-2: 1.5e-6."""
+    import torch
+
+    checkpoint, model, optimizer = write_checkpoint(tmp_path)
+    records = json.loads((tmp_path / "data.json").read_text())
+    width, trained = max(len(r["input_ids"]) for r in records), sum(x != -100 for r in records for x in r["labels"][1:])
+    ids = torch.tensor([r["input_ids"] + [0] * (width - len(r["input_ids"])) for r in records])
+    labels = torch.tensor([r["labels"] + [-100] * (width - len(r["labels"])) for r in records])
+    loss = model(input_ids=ids, labels=labels, num_items_in_batch=trained).loss
+    loss.backward()
+    optimizer.step()
+    outcome = resume(tmp_path, checkpoint)
+    assert outcome.code == 0, outcome.err
+    for flag in ("--weight_decay 0.5", "--adam_beta1 0.8", "--adam_beta2 0.9", "--adam_epsilon 0.0001"):
+        assert flag in outcome.err
+    (line,) = [e for e in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"] if "loss" in e]
+    np.testing.assert_allclose(line["loss"], loss.item(), rtol=1e-5)
+    ours, expected = load_file(tmp_path / "out/model.safetensors"), model.state_dict()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, expected[name].numpy(), rtol=0, atol=1e-5, err_msg=name)
+
+
+def _without(name: str) -> Any:
+    return lambda folder: (folder / name).unlink()
+
+
+def _with(name: str) -> Any:
+    return lambda folder: (folder / name).mkdir()
+
+
+def _saved(change: Any) -> Any:
+    """Change what optimizer.pt holds."""
+
+    def write(folder: Path) -> None:
+        import torch
+
+        value = torch.load(folder / "optimizer.pt")
+        change(value)
+        torch.save(value, folder / "optimizer.pt")
+
+    return write
+
+
+def _rewritten(name: str, change: Any) -> Any:
+    def write(folder: Path) -> None:
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+    return write
+
+
+class Evil:
+    """A pickle that would write a file."""
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {EVIL}",)
+
+
+EVIL = Path(tempfile.gettempdir()) / "llama_jax-evil"
+REFUSED: dict[str, tuple[Any, str]] = {
+    "no optimizer": (_without("optimizer.pt"), "holds no optimizer.pt (of a run with save_only_model?)"),
+    "no scheduler": (_without("scheduler.pt"), "holds no scheduler.pt"),
+    "deepspeed": (_with("global_step7"), "python zero_to_fp32.py"),
+    "fsdp": (_with("pytorch_model_fsdp_0"), "accelerate merge-weights"),
+    "fsdp's optimizer": (_with("optimizer_0"), "accelerate merge-weights"),
+    "cut": (_rewritten("optimizer.pt", lambda data: data[: len(data) // 2]), "optimizer.pt: is damaged"),
+    "no zip": (_rewritten("optimizer.pt", lambda data: b"x" * 99), "optimizer.pt: is damaged"),
+    "evil": (_saved(lambda value: value.update(evil=Evil())), "it names posix.system"),
+    "a parameter less": (_saved(lambda v: v["param_groups"][1]["params"].pop()), "groups hold 16 and 4 parameters"),
+    "no moment": (_saved(lambda v: v["state"][3].pop("exp_avg")), "exp_avg of model.layers.0.self_attn.v_proj.weight"),
+    "another shape": (
+        _saved(lambda v: v["state"][0].update(exp_avg_sq=v["state"][0]["exp_avg_sq"][:258])),
+        "exp_avg_sq of model.embed_tokens.weight is [258, 32], should be [259, 32]",
+    ),
+    "two steps": (_saved(lambda v: v["state"][0]["step"].add_(1)), "'step' differs among the parameters: [7, 8]"),
+    "a momentum": (
+        _saved(lambda v: v.update(state={i: {"momentum_buffer": s["exp_avg"]} for i, s in v["state"].items()})),
+        "holds momentum_buffer, the state of no optimizer that can be taken over",
+    ),
+    "no progress": (_rewritten("trainer_state.json", lambda data: b"{}"), "global_step is None"),
+    "no weights": (_without("model.safetensors"), "no model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, tmp_path: Path, trainers: Path) -> None:
+    change, said = REFUSED[name]
+    shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "checkpoint-7")
+    outcome = resume(tmp_path, tmp_path / "checkpoint-7")
+    assert (outcome.code, outcome.compiled) == (2, 0), outcome.err
+    assert said in outcome.err.splitlines()[-1] and outcome.err.splitlines()[-1].startswith("error: ")
+    assert not EVIL.exists()
+
+
+@pytest.fixture(scope="module")
+def trainers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trainers")
+    write_checkpoint(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"optim": "adafactor"}, "holds the state of adamw_torch: resume it with --optim adamw_torch"),
+        ({"optim": "sgd"}, "holds the state of adamw_torch: resume it with --optim adamw_torch"),
+        ({"use_peft": True}, "trains all parameters, this run trains an adapter"),
+        ({"max_steps": 6}, "is past the 6 updates of this run"),
+        ({"export_only": True}, "--export_only True"),
+        (
+            {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_data_path": "data.json"},
+            "scheduler.pt: is of",
+        ),
+        ({"output_dir": "."}, "go on from it by --resume_from_checkpoint"),
+    ],
+)
+def test_flags_of_another_run(flags: Flags, said: str, trainers: Path, tmp_path: Path) -> None:
+    shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
+    flags = {
+        key: tmp_path / value if key in ("eval_data_path", "output_dir") else value for key, value in flags.items()
+    }
+    outcome = resume(tmp_path, tmp_path / "checkpoint-7", **flags)
+    assert (outcome.code, outcome.compiled) == (2, 0), outcome.err
+    assert said in outcome.err
+
+
+def test_a_flipped_bit_is_no_moment(trainers: Path, tmp_path: Path) -> None:
+    shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoint-7/optimizer.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    outcome = resume(tmp_path, tmp_path / "checkpoint-7")
+    assert outcome.code == 2 and "optimizer.pt: is damaged: a tensor" in outcome.err
+
+
+DTYPES = ("float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool")
+
+
+@given(st.data())
+@settings(max_examples=drawn_cases(100))
+def test_tensors_of_a_file(data: st.DataObject) -> None:
+    """Drawn shapes, types and parts; views into a storage too."""
+    import torch
+
+    shape = data.draw(st.lists(st.integers(1, 5), max_size=3))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    tensor = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 100).to(getattr(torch, dtype))
+    cut = data.draw(st.integers(0, shape[0])) if shape else 0
+    value = {"a": [tensor, {"b": (1, 2.5, None, "x", True)}], 3: tensor[cut:] if shape else tensor}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(value, Path(folder) / "x.pt")
+        read = read_torch(Path(folder) / "x.pt")
+        assert read["a"][1] == value["a"][1]
+        bounds = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape]
+        part = tuple(slice(a, b) for a, b in bounds)
+        for found, expected in ((read["a"][0], tensor), (read[3], value[3])):
+            assert found.shape == tuple(expected.shape) and found.dtype.name == dtype
+            assert np.array_equal(found.read(()).astype(np.float64), expected.double().numpy())
+        assert np.array_equal(read["a"][0].read(part).astype(np.float64), tensor[part].double().numpy())
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 1300))
+@settings(max_examples=drawn_cases(30))
+def test_the_generator_of_a_file(seed: int, drawn: int) -> None:
+    """The next numbers are torch's, wherever in a block of 624 the state lies."""
+    import torch
+
+    torch.manual_seed(seed)
+    torch.randint(0, 2, (drawn,), dtype=torch.int32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rng_state.pth"
+        torch.save({"cpu": torch.get_rng_state(), "numpy": np.random.get_state()}, path)
+        state = read_generator(path)
+    twister = np.random.MT19937()
+    twister.state = {"bit_generator": "MT19937", "state": {**state, "key": np.asarray(state["key"], np.uint32)}}
+    expected = torch.randint(0, 9973, (700,), dtype=torch.int32)  # an output each, modulo
+    assert np.array_equal(twister.random_raw(700) % 9973, expected.numpy())
 
 
 # -- From the Trainer -------------------------------------------------------------------------------------------------
@@ -183,7 +414,9 @@ SCHEDULED: dict[str, Flags] = {
 @pytest.mark.parametrize(("compat", "name"), [("4.37", "plateau"), ("5", "plateau"), ("5", "greedy")])
 def test_schedules_that_listen(bench: Bench, compat: str, name: str, tmp_path: Path) -> None:
     began = Began(bench, compat, tmp_path, {**ACCUMULATED, **SCHEDULED[name]}, 9)
-    hf = began.compare(5, apart=("best_model_checkpoint",))  # evaluations differ by less than a rounding at a rate of 1e-6
+    hf = began.compare(
+        5, apart=("best_model_checkpoint",)
+    )  # evaluations differ by less than a rounding at a rate of 1e-6
     assert hf["rates"][-1] != hf["rates"][0]
 
 
@@ -196,7 +429,13 @@ def test_sister_models(bench: Bench, compat: str, name: str, tmp_path: Path) -> 
 
 
 CHANGED: dict[str, Flags] = {
-    "optimizer": {"learning_rate": 5e-4, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.99, "adam_epsilon": 1e-3},
+    "optimizer": {
+        "learning_rate": 5e-4,
+        "weight_decay": 0.3,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.99,
+        "adam_epsilon": 1e-3,
+    },
     "longer": {"max_steps": 9, "lr_scheduler_type": "cosine"},
     "lines": {"logging_steps": 3, "eval_strategy": "steps", "eval_steps": 1},
     "batch": {"per_device_train_batch_size": 1},
@@ -224,7 +463,9 @@ def test_a_second_resume_goes_on_as_the_first(bench: Bench, tmp_path: Path) -> N
     for done in (5, 7):
         shutil.copytree(tmp_path / "ours" / f"checkpoint-{done}", tmp_path / f"from-{done}" / f"checkpoint-{done}")
         again = train_ours(
-            [*began.argv(f"from-{done}", flags), "--resume_from_checkpoint", "True"], tmp_path / f"from-{done}", first=done
+            [*began.argv(f"from-{done}", flags), "--resume_from_checkpoint", "True"],
+            tmp_path / f"from-{done}",
+            first=done,
         )
         assert again.losses == whole.losses[done - 4 :] and again.rates == whole.rates[done - 4 :]
         assert all(np.array_equal(again.weights[name], array) for name, array in whole.weights.items())

@@ -116,7 +116,7 @@ def test_437_draws_twice_an_epoch_from_one_generator(n, seed):
     """The loader's base seed, which nothing uses, then the sampler's."""
     generator = torch.Generator().manual_seed(seed)
     expected = []
-    for epoch in range(5):
+    for _ in range(5):
         torch.empty((), dtype=torch.int64).random_(generator=generator)
         drawn = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
         expected.append(torch_randperm(n, drawn))

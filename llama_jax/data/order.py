@@ -8,7 +8,7 @@ import math
 from array import array
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -141,7 +141,10 @@ class Order:
             ends = (B * epochs[:, None] + within).ravel()
             ends = ends[ends > first]
         elif B <= A:
-            ends = np.union1d(B * np.arange(epoch + 1, epoch + count + 1, dtype=np.int64), first + A * np.arange(1, count + 1, dtype=np.int64))
+            ends = np.union1d(
+                B * np.arange(epoch + 1, epoch + count + 1, dtype=np.int64),
+                first + A * np.arange(1, count + 1, dtype=np.int64),
+            )
         else:
             ends = first + A * np.arange(1, count + 1, dtype=np.int64)
         return ends[:count]
@@ -278,8 +281,9 @@ def _generator(order: Order, epoch: int) -> np.random.MT19937:
         past = first * (by_sampler + 2 * (order.sampling != "random")) if order.compat == "4.37" else 0
         draws = past + (epoch - first) * (2 + by_sampler)
         if order.resumed.generator and (epoch > first or not skipped):
-            key = np.asarray(order.resumed.generator["key"], np.uint32)
-            twister.state = {"bit_generator": "MT19937", "state": {**order.resumed.generator, "key": key}}
+            state = order.resumed.generator
+            words = {"key": np.asarray(state["key"], np.uint32), "pos": state["pos"]}
+            twister.state = cast(Any, {"bit_generator": "MT19937", "state": words})
             draws = (epoch - first - bool(skipped)) * (2 + by_sampler)
     twister.random_raw(max(draws + 2 * max(evaluations, 0), 0), output=False)  # an epoch before has no draws
     return twister

@@ -118,7 +118,9 @@ class _Archive:
             raise ValueError(f"storage {key} is not where the archive has it")
         return _Storage(dtype, size, info.header_offset + _LOCAL_HEADER.size + name + more, info.CRC)
 
-    def _tensor(self, storage: _Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    def _tensor(
+        self, storage: _Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    ) -> Tensor:
         """Return a tensor of a storage, from its element `first`. Raises ValueError where it is not contiguous."""
         shape = tuple(shape)
         count, step = math.prod(shape), 1
@@ -126,7 +128,9 @@ class _Archive:
             if n > 1 and given != step:
                 raise ValueError("a tensor is not contiguous")
             step *= n
-        if not (isinstance(storage, _Storage) and min((first, *shape), default=0) >= 0 and first + count <= storage.size):
+        if not (
+            isinstance(storage, _Storage) and min((first, *shape), default=0) >= 0 and first + count <= storage.size
+        ):
             raise ValueError("a tensor is not within its storage")
         read = functools.partial(_read, self._path, storage, first, shape)
         return Tensor(shape, storage.dtype, file=self._path.name, read=read)
@@ -140,9 +144,11 @@ def _read(path: Path, storage: _Storage, first: int, shape: tuple[int, ...], ind
     count = (rows.stop - rows.start) * row
     place = storage.offset + (first + rows.start * row) * storage.dtype.itemsize
     values = np.fromfile(path, storage.dtype, count, offset=place)
-    if values.size < count or (count == storage.size and zlib.crc32(values.view(np.uint8)) != storage.crc):
+    if values.size < count or (count == storage.size and zlib.crc32(values.view(np.uint8).data) != storage.crc):
         raise InputError(f"{path}: is damaged: a tensor {[*shape]} is not what was saved; copy it again")
-    return values.reshape(rows.stop - rows.start, *shape[1:])[(slice(None), *index[1:])] if shape else values.reshape(())
+    return (
+        values.reshape(rows.stop - rows.start, *shape[1:])[(slice(None), *index[1:])] if shape else values.reshape(())
+    )
 
 
 class _Unpickler(pickle.Unpickler):

@@ -91,8 +91,8 @@ class TrainerCheckpoint:
         sizes, wanted = [len(group["params"]) for group in self.groups], [len(decayed), len(spared)]
         if sizes != wanted:
             raise InputError(
-                f"{self.folder / OPTIMIZER}: its groups hold {_and(sizes)} parameters, those of this run {_and(wanted)} "
-                "(with and without weight decay): give the model, the adapter flags and the --hf_compat of then"
+                f"{self.folder / OPTIMIZER}: its groups hold {_and(sizes)} parameters, this run's {_and(wanted)} (with "
+                "and without weight decay): give the model, the adapter flags and the --hf_compat of then"
             )
         for group, in_group in zip(self.groups, (decayed, spared), strict=True):
             for number, name in zip(group["params"], in_group, strict=True):
@@ -149,7 +149,7 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
         groups=optimizer["param_groups"],
         moments=moments,
         scheduler=scheduler,
-        generator=_generator(first) if first else None,
+        generator=read_generator(first) if first else None,
         ranks=len(files) or None,
     )
 
@@ -160,7 +160,7 @@ def _are_groups(groups: Any) -> bool:
     )
 
 
-def _generator(path: Path) -> Json:
+def read_generator(path: Path) -> Json:
     """Read the state of torch's generator on the CPU, a Mersenne twister, of an rng_state.pth. Raises InputError.
 
     Its bytes: the seed, 8; the outputs left before the next 624, 4; a flag, 4; the next output's place, 8; 624 words of
@@ -183,11 +183,10 @@ def parameter_order(config: LlamaConfig, lora: Lora | None) -> list[tuple[str, P
     """Return the trained parameters' names, of `names.name_table` or of `peft.name_table`, with their paths, as torch's
     model has them: by module, each with its weight before its bias, tied ones once."""
     modules = names.module_names(config)
-    if lora is None:
-        table, prefix, ends = names.name_table(config), "", ("weight", "bias")
-    else:
+    ends = ("weight", "bias", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    table, prefix = names.name_table(config), ""
+    if lora is not None:
         table, prefix = peft.name_table(lora, config), "base_model.model."
-        ends = ("weight", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
     found = [name for module in modules for end in ends if (name := f"{prefix}{module}.{end}") in table]
     first = {path: name for name in reversed(found) for path in [table[name][0]]}
     return [(name, table[name][0]) for name in found if first[table[name][0]] == name]

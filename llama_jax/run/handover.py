@@ -5,7 +5,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-
 from llama_jax.base.errors import InputError
 from llama_jax.data.order import Resumed
 from llama_jax.hf import peft
@@ -24,8 +23,9 @@ Json = dict[str, Any]
 class Handover:
     """Hold what a run keeps of the HF Trainer's checkpoint that it goes on from, in its own checkpoints too.
 
-    The Trainer resumed after `updates`, with its generator's state as in `Resumed`. `flags` have the checkpoint's values
-    where the Trainer takes them, and not those of the command line. `rate` is the learning rate of the next update.
+    The Trainer resumes after `updates`, with its generator's state as in `Resumed`. `flags` have the checkpoint's
+    values, which the Trainer takes instead of those of the command line. `rate` is the learning rate of the next
+    update.
     """
 
     updates: int
@@ -87,8 +87,9 @@ def _flags(checkpoint: TrainerCheckpoint, args: Arguments) -> Json:
         flags["adam_epsilon"] = eps
     for name in ("logging", "eval", "save"):
         steps, total = state.get(f"{name}_steps"), state.get("max_steps")
-        known = isinstance(steps, int | float) and isinstance(total, int) and steps > 0
-        if known and getattr(args, f"{name}_strategy") == "steps" and args.every(name, total) != steps:
+        if not (isinstance(steps, int | float) and isinstance(total, int) and steps > 0):
+            continue
+        if getattr(args, f"{name}_strategy") == "steps" and args.every(name, total) != steps:
             flags[f"{name}_steps"] = steps
     if args.hf_compat == "4.37" and isinstance(state.get("train_batch_size"), int):
         flags["per_device_train_batch_size"] = state["train_batch_size"]
@@ -100,7 +101,12 @@ def _heard(checkpoint: TrainerCheckpoint, rate: float) -> Json:
     values = checkpoint.scheduler
     if "num_bad_epochs" not in values:
         raise InputError(f"{checkpoint.folder / SCHEDULER}: is of another --lr_scheduler_type; give the one of then")
-    heard = {"now": rate, "best": values["best"], "bad": values["num_bad_epochs"], "cooling": values["cooldown_counter"]}
+    heard = {
+        "now": rate,
+        "best": values["best"],
+        "bad": values["num_bad_epochs"],
+        "cooling": values["cooldown_counter"],
+    }
     if "num_good_epochs" in values:
         average = values.get("_streaming_avg") or {"values": [], "sum": 0.0}
         heard |= {"good": values["num_good_epochs"], "warming": values["warmup_counter"]}

@@ -36,8 +36,9 @@ class Prepared:
     """Hold the parts of a run that are settled before weights are read.
 
     `watch` counts the time since the command's start. `resume_from` is the checkpoint to resume and `saved` its JSON,
-    None in a new run; `trainers` has the arrays of a checkpoint of the HF Trainer. `tokenizer_folder` holds files to export in the place of the job's tokenizer, None where there is
-    one. `samples` answers the questions of `--sample_prompts`, None for none. `tasks` are those of `--eval_tasks`.
+    None in a new run; `trainers` has the arrays of a checkpoint of the HF Trainer. `tokenizer_folder` holds files to
+    export in the place of the job's tokenizer, None where there is one. `samples` answers the questions of
+    `--sample_prompts`, None for none. `tasks` are those of `--eval_tasks`.
     """
 
     args: Arguments
@@ -131,9 +132,14 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
     ranks = args.world_size or (saved and saved.ranks) or (theirs and theirs.ranks) or sharding.batch_ways(mesh)
     quiet = args.disable_tqdm or None
     with watch.phase("data"):
-        resumed = handover.resumed if handover else None
-        folder = lambda: source.tokenizer_folder  # noqa: E731
-        job = make_job(args, source.config, folder, ranks, disable_bars=quiet, resumed=resumed)
+        job = make_job(
+            args,
+            source.config,
+            lambda: source.tokenizer_folder,
+            ranks,
+            disable_bars=quiet,
+            resumed=handover.resumed if handover else None,
+        )
     if handover:
         job.schedule.give(handover.updates, handover.rate)
     if args.profiled and args.profiled[-1] >= job.order.updates:

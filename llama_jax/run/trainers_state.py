@@ -1,4 +1,4 @@
-"""Read the weights and the optimizer of a checkpoint of the HF Trainer into the arrays of this program's checkpoints."""
+"""Read the weights and the optimizer of an HF Trainer's checkpoint into the arrays of this program's checkpoints."""
 
 import math
 from typing import Any
@@ -40,13 +40,13 @@ class TrainersState:
         self._order = parameter_order(job.config, self._lora)
         self._shapes = {name: table[name][1] for name, _ in self._order}
         self._path = str(checkpoint.folder / OPTIMIZER)
-        self._weights, self._values = self._open_weights(), self._by_name()
+        self._weights, self._values, self._steps = self._open_weights(), self._by_name(), checkpoint.steps
         for key in {"adamw_torch": ("exp_avg", "exp_avg_sq"), "lion_32bit": ("state1",)}.get(job.args.optim, ()):
             self._all(key)
 
     def read(self) -> SavedState:
         """Return the state after the checkpoint's updates. Raises InputError."""
-        self._count = sharding.put_scalar(self._mesh, np.int32(self._checkpoint.steps))
+        self._count = sharding.put_scalar(self._mesh, np.int32(self._steps))
         abstract = self._planner.saved
         opt_state = jax.tree.map(self._fill, abstract.opt_state, is_leaf=lambda node: isinstance(node, _NODES))
         step = sharding.put_scalar(self._mesh, np.int32(self._checkpoint.updates))
