@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import getstate as random_state
 from typing import Any
@@ -33,6 +34,7 @@ from test_live import (
     spelled,
     train_ours,
 )
+from test_processes import free_port
 from tiny import CONFIG, SISTERS, drawn_cases, make_arrays, run, write_json, write_model
 
 import train_jax
@@ -469,3 +471,36 @@ def test_a_second_resume_goes_on_as_the_first(bench: Bench, tmp_path: Path) -> N
         )
         assert again.losses == whole.losses[done - 4 :] and again.rates == whole.rates[done - 4 :]
         assert all(np.array_equal(again.weights[name], array) for name, array in whole.weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compat", COMPATS)
+def test_two_ranks(compat: str, tmp_path: Path) -> None:
+    """Two processes of the Trainer, each with its rng_state_k.pth; resumed in the second epoch and at its start."""
+    model, data = write_model(tmp_path / "model"), write_json(tmp_path / "data.json", records_of(13, ()))
+    flags = {**ACCUMULATED, **SAVED, "per_device_train_batch_size": 1, "max_steps": 11}
+    spec = {"model": str(model), "data": str(data), "argv": spelled(compat, flags)}
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [Server(compat, place | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+
+    def both(name: str, **more: Any) -> dict[str, Any]:
+        with ThreadPoolExecutor(2) as pool:  # they wait for one another
+            asked = [pool.submit(s.train, {**spec, **more, "output_dir": str(tmp_path / name)}) for s in ranks]
+            answers = [answer.result() for answer in asked]
+        assert not [a for a in answers if "error" in a], answers
+        return {**answers[0], "losses": np.mean([a["losses"] for a in answers], axis=0)}
+
+    try:
+        both("hf")
+        for done in (5, 3 if compat == "4.37" else 4):
+            checkpoint = tmp_path / "hf" / f"checkpoint-{done}"
+            assert (checkpoint / "rng_state_1.pth").exists()
+            hf, out = both(f"hf-{done}", resume=str(checkpoint)), tmp_path / f"ours-{done}"
+            given = ["--model_name_or_path", str(model), "--data_path", str(data), "--output_dir", str(out)]
+            given += ["--use_cpu", "True", "--hf_compat", compat, *spelled(compat, flags)]
+            ours = train_ours([*given, "--resume_from_checkpoint", str(checkpoint)], out, first=done)
+            same_run(ours, hf, load_file(hf["weights"]))
+            same_log(ours, hf, compat)
+    finally:
+        for server in ranks:
+            server.close()
