@@ -135,19 +135,20 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
 
         torch.manual_seed(args.seed)
         model = peft.get_peft_model(model, peft.LoraConfig(**spec["peft"]))
-    collated: deque[list[int]] = deque()  # a loader is a batch ahead of the training
+    collated: deque[tuple[list[int], Any]] = deque()  # a loader is a batch ahead; resumed, 4.37 begins past epochs too
 
     def collate(records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         numbers = [data.number.get(id(record["input_ids"])) for record in records]
-        if None not in numbers:
-            collated.append([n for n in numbers if n is not None])
         width = max(len(record["input_ids"]) for record in records)
 
         def padded(values: list[list[int]], pad: int) -> torch.Tensor:
             return torch.tensor([v + [pad] * (width - len(v)) for v in values])
 
+        ids = padded([r["input_ids"] for r in records], spec.get("pad_token_id", 0))
+        if None not in numbers:
+            collated.append(([n for n in numbers if n is not None], ids))
         return {
-            "input_ids": padded([r["input_ids"] for r in records], spec.get("pad_token_id", 0)),
+            "input_ids": ids,
             "labels": padded([r["labels"] for r in records], -100),
             "attention_mask": padded([r.get("attention_mask", [1] * len(r["input_ids"])) for r in records], 0),
         }
@@ -177,9 +178,13 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
             return self.optimizer
 
         def training_step(self, *a: Any, **k: Any) -> torch.Tensor:
+            ids = (a[1] if len(a) > 1 else k["inputs"])["input_ids"]
+            numbers, seen = collated.popleft()
+            while not torch.equal(seen, ids):
+                numbers, seen = collated.popleft()
             loss = super().training_step(*a, **k)
             losses.append(float(loss))
-            order.append(collated.popleft())
+            order.append(numbers)
             return loss
 
     trainer = Recorder(model, args, collate, train_dataset=data, eval_dataset=eval_data)

@@ -4,20 +4,22 @@ The Trainer makes a run with checkpoints, then resumes one of them; `train_jax.p
 `same_log` of test_live.py compare the two: losses, norms, rates, weights, log.
 """
 
+import dataclasses
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import getstate as random_state
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from hf_trainer import Server
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_adapters import settings_of, words
@@ -37,7 +39,9 @@ from test_live import (
 from test_processes import free_port
 from tiny import CONFIG, SISTERS, drawn_cases, make_arrays, run, write_json, write_model
 
+import convert_torch_to_flax
 import train_jax
+from llama_jax.data.order import Order, Resumed, generator_after
 from llama_jax.hf.torch_pickle import read_torch
 from llama_jax.hf.trainer_checkpoint import read_generator
 
@@ -98,15 +102,19 @@ class Began:
     def checkpoint(self, done: int) -> Path:
         return self.folder / "hf" / f"checkpoint-{done}"
 
-    def compare(self, done: int, flags: Flags | None = None, apart: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Resume after so many updates in both, perhaps by other flags; assert that they do the same, but for the keys
-        `apart` of trainer_state.json, and return what the Trainer did."""
+    def compare(
+        self, done: int, flags: Flags | None = None, apart: tuple[str, ...] = (), checkpoint: Path | None = None
+    ) -> dict[str, Any]:
+        """Resume after so many updates in both, perhaps by other flags, or from a checkpoint that is not the run's own;
+        assert that they do the same, but for the keys `apart` of trainer_state.json, and return what the Trainer did.
+        """
+        checkpoint = checkpoint or self.checkpoint(done)
         flags = {**self.flags, **(flags or {}), **SAVED}
         print(self.compat, "after", done, "of", self.updates, "with", *spelled(self.compat, flags))
-        hf = self.theirs(f"hf-{done}", flags, resume=str(self.checkpoint(done)))
+        hf = self.theirs(f"hf-{done}", flags, resume=str(checkpoint))
         assert len(hf["losses"]) == hf["state"]["max_steps"] - done
         out = self.folder / f"ours-{done}"
-        argv = [*self.argv(out.name, flags), "--resume_from_checkpoint", str(self.checkpoint(done))]
+        argv = [*self.argv(out.name, flags), "--resume_from_checkpoint", str(checkpoint)]
         ours = train_ours(argv, out, first=done)
         weights = f"hf-{done}/adapter/adapter_model.safetensors" if self.adapter else f"hf-{done}/final.safetensors"
         (same_8_bits if "8bit" in flags.get("optim", "") else same_run)(ours, hf, load_file(self.folder / weights))
@@ -430,6 +438,72 @@ def test_sister_models(bench: Bench, compat: str, name: str, tmp_path: Path) -> 
     Began(bench._replace(model=model), compat, tmp_path, {**ACCUMULATED, "weight_decay": 0.5}, 9).compare(3)
 
 
+class Case(NamedTuple):
+    """A run of the Trainer, resumed after `done` updates."""
+
+    examples: int
+    batch: int
+    accumulation: int
+    updates: int
+    done: int
+    sampling: str
+    seed: int
+    every: int  # updates from evaluation to evaluation, 0 for none
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    updates = draw(st.integers(4, 14))
+    return Case(
+        examples=draw(st.integers(3, 9)),
+        batch=draw(st.integers(1, 2)),
+        accumulation=draw(st.integers(1, 3)),
+        updates=updates,
+        done=draw(st.integers(1, updates - 1)),
+        sampling=draw(st.sampled_from(["random", "random", "group_by_length", "sequential"])),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        every=draw(st.sampled_from([0, 0, 1, 2, 3])),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compat", COMPATS)
+def test_orders_of_resumed_trainers(bench: Bench, compat: str) -> None:
+    """The examples of each update after a resume: runs of many short epochs, resumed anywhere."""
+    tried = 0
+
+    @settings(max_examples=drawn_cases(120, in_ci=15))
+    @given(cases())
+    def both(case: Case) -> None:
+        nonlocal tried
+        assume(compat == "5" or case.sampling != "sequential")
+        flags = {"per_device_train_batch_size": case.batch, "gradient_accumulation_steps": case.accumulation}
+        flags |= {"max_steps": case.updates, "seed": case.seed, "train_sampling_strategy": case.sampling}
+        flags |= {"eval_strategy": "steps", "eval_steps": case.every} if case.every else {}
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            began = Began(bench, compat, Path(folder), flags, case.examples)
+            checkpoint = began.checkpoint(case.done)
+            hf = began.theirs("resumed", {**flags, **SAVED}, resume=str(checkpoint))
+            generator = read_generator(checkpoint / "rng_state.pth")
+        lengths = np.asarray([len(r["input_ids"]) for r in records_of(case.examples, ())])
+        evaluated = tuple(range(case.every, case.updates + 1, case.every)) if case.every else ()
+        if case.every and compat == "5":
+            evaluated = tuple(sorted({*evaluated, case.updates}))
+        order = Order(case.examples, case.batch, case.accumulation, 1, compat, case.seed, max_steps=case.updates,
+                      sampling=case.sampling, lengths=lengths, evaluated=evaluated,
+                      resumed=Resumed(case.done, generator))  # fmt: skip
+        found = [[m.tolist() for (m,) in order.update(k)] for k in range(case.done, case.updates)]
+        assert found == hf["order"], case
+        whole = dataclasses.replace(order, resumed=None)
+        state: Any = generator_after(whole, case.done).state["state"]
+        # 5's sampler draws from a generator of its own, and the loader's base seed from it too.
+        assert (state["key"].tolist(), state["pos"]) == (generator["key"], generator["pos"]), case
+        tried += 1
+
+    both()
+    assert tried
+
+
 CHANGED: dict[str, Flags] = {
     "optimizer": {
         "learning_rate": 5e-4,
@@ -504,3 +578,91 @@ def test_two_ranks(compat: str, tmp_path: Path) -> None:
     finally:
         for server in ranks:
             server.close()
+
+
+# -- And back ---------------------------------------------------------------------------------------------------------
+
+RETURNED: dict[str, tuple[str, Flags]] = {
+    "adamw 5": ("5", {"weight_decay": 0.1}),
+    "adamw 4.37": ("4.37", {"weight_decay": 0.1, "lr_scheduler_type": "cosine"}),
+    "sgd": ("5", {"optim": "sgd", "learning_rate": 0.05}),
+    "adafactor": ("4.37", {"optim": "adafactor"}),
+    "evaluated": ("4.37", {"eval_strategy": "steps", "eval_steps": 2}),
+    "by length": ("5", {"train_sampling_strategy": "group_by_length"}),
+    "greedy": ("5", SCHEDULED["greedy"]),
+}
+
+
+def returned(began: Began, name: str, flags: Flags, done: int) -> dict[str, Any]:
+    """Make a Trainer's checkpoint of one of ours, and resume it in both."""
+    folder = began.folder / "back" / f"checkpoint-{done}"
+    argv = ["--model_name_or_path", began.folder / name / folder.name, "--output_dir", folder, "--to_hf_trainer"]
+    outcome = run(convert_torch_to_flax.main, *argv)
+    assert outcome.code == 0, outcome.err
+    return began.compare(done, flags, checkpoint=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RETURNED)
+def test_the_trainer_goes_on(bench: Bench, name: str, tmp_path: Path) -> None:
+    """One of our checkpoints goes back: the Trainer's updates are those of our run that goes on from the same folder,
+    and in the first epoch those of our run that was never interrupted."""
+    compat, flags = RETURNED[name]
+    began = Began(bench, compat, tmp_path, {**ACCUMULATED, "max_steps": 8, **flags}, 11)
+    whole = train_ours(began.argv("whole", {**began.flags, **SAVED}), tmp_path / "whole")
+    for done in (2, 5):
+        hf = returned(began, "whole", began.flags, done)
+        if done == 2:
+            np.testing.assert_allclose(hf["losses"], whole.losses[done:], rtol=1e-5)
+            np.testing.assert_allclose(hf["rates"], whole.rates[done:], rtol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_go_back(bench: Bench, name: str, tmp_path: Path) -> None:
+    adapter = {"lora_dropout": 0.0, **ADAPTERS[name]}
+    began = Began(bench, "5", tmp_path, {**ACCUMULATED, "weight_decay": 0.1}, 11, adapter=adapter)
+    train_ours(began.argv("whole", {**began.flags, **SAVED}), tmp_path / "whole")
+    returned(began, "whole", began.flags, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compat", COMPATS)
+def test_drawn_runs_go_back(bench: Bench, compat: str) -> None:
+    """Some of them are runs that the Trainer began and ours went on with."""
+
+    @settings(max_examples=drawn_cases(15))
+    @given(handed_over(compat), st.booleans())
+    def both(case: tuple[Flags, int, tuple[int, ...], int], theirs: bool) -> None:
+        flags, count, masked, done = case
+        with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
+            began = Began(bench, compat, Path(folder), flags, count, masked)
+            done = min(done, began.updates - 1)
+            first = done // 2 if theirs else 0
+            argv = began.argv("whole", {**flags, **SAVED})
+            if first:
+                argv += ["--resume_from_checkpoint", str(began.checkpoint(first))]
+            train_ours(argv, Path(folder) / "whole", first=first)
+            returned(began, "whole", flags, done)
+
+    both()
+
+
+def test_refused_to_go_back(trainers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(*argv: Any) -> str:
+        outcome = run(convert_torch_to_flax.main, "--output_dir", tmp_path / "back", "--to_hf_trainer", *argv)
+        assert outcome.code == 2 and not (tmp_path / "back").exists(), outcome.err
+        return outcome.err
+
+    assert "takes a run's checkpoint-N" in said("--model_name_or_path", trainers / "checkpoint-7")
+    assert "--verify: does not go with" in said("--model_name_or_path", trainers, "--verify")
+    flags = {
+        "model_name_or_path": trainers / "model",
+        "data_path": trainers / "data.json",
+        "output_dir": tmp_path / "o",
+    }
+    flags |= {"use_cpu": True, "hf_compat": 5, "max_steps": 1, "optim": "lion_32bit"}
+    assert run(train_jax.main, *words(flags)).code == 0
+    assert "was made by --optim lion_32bit" in said("--model_name_or_path", tmp_path / "o/checkpoint-1")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "torch is not installed" in said("--model_name_or_path", tmp_path / "o/checkpoint-1")

@@ -254,7 +254,7 @@ def _permuted(order: Order, epoch: int) -> np.ndarray:
         return np.arange(n)
     if (order.sampling, order.compat) == ("random", "5"):
         return randperm(n, (order.seed if order.data_seed is None else order.data_seed) + epoch)
-    twister = _generator(order, epoch)
+    twister = _generator(order, epoch, order.evaluations_before(epoch))
     twister.random_raw(2, output=False)  # the base seed of the epoch's loader
     if order.sampling == "random":
         return randperm(n, int(twister.random_raw(2)[-1]))
@@ -262,18 +262,24 @@ def _permuted(order: Order, epoch: int) -> np.ndarray:
     return group_by_length(_permutation(n, twister), order.lengths, order.per_device_batch * order.accumulation)
 
 
-def _generator(order: Order, epoch: int) -> np.random.MT19937:
-    """Return torch's global generator as the loader of an epoch finds it.
+def generator_after(order: Order, done: int) -> np.random.MT19937:
+    """Return torch's global generator as the Trainer saves it after so many updates."""
+    begun = -(-int(order.bounds[done]) // order.batches_per_epoch)
+    return _generator(order, begun, int(np.searchsorted(order.evaluated, done, "right")))
+
+
+def _generator(order: Order, epoch: int, evaluations: int) -> np.random.MT19937:
+    """Return torch's global generator as the loader of an epoch finds it, after so many evaluations.
 
     An epoch draws the loader's base seed, a 64-bit number of two 32-bit outputs, and what the sampler takes: another
-    64-bit number, or n - 1 outputs. The loader of an evaluation draws a base seed too.
+    64-bit number, n - 1 outputs, or none. The loader of an evaluation draws a base seed too.
 
     The resumed Trainer seeds the generator anew. 4.37 then lets the sampler of each past epoch draw, for `random`
     without the base seed. In the middle of an epoch, the permutation is drawn before the generator gets the state of
     the checkpoint: so its order is not that of the interrupted epoch, but in the first.
     """
-    by_sampler = 2 if order.sampling == "random" else order.examples - 1
-    twister, evaluations = twister_of(order.seed), order.evaluations_before(epoch)
+    by_sampler = {"random": 2 * (order.compat == "4.37"), "group_by_length": order.examples - 1}.get(order.sampling, 0)
+    twister = twister_of(order.seed)
     draws = epoch * (2 + by_sampler)
     if order.resumed:
         first, skipped = order._position()

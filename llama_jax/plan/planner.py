@@ -35,14 +35,14 @@ from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.matmul import check_fp8
 from llama_jax.model.remat import REMAT
-from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight, Params
+from llama_jax.model.roles import EmbeddingTable, Params
 from llama_jax.plan.chips import Named, host_rate
 from llama_jax.plan.memory import activation_bytes, logit_bytes, score_bytes, weight_bytes
 from llama_jax.plan.operations import operations
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import Guard, abstract_losses
-from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.optimizer import decayed_roles, make_optimizer
 from llama_jax.training.optimizer_names import OPTIMIZERS, WITHOUT_MOMENTS
 from llama_jax.training.parts import passing_bytes
 from llama_jax.training.state import TrainState, abstract_saved, abstract_state, saving_bytes
@@ -198,10 +198,7 @@ class Planner:
     @property
     def decayed(self) -> Params:
         """Return a tree of booleans over the trained parameters: true for those that a weight decay applies to."""
-        # 4.37 exempts norms from the decay by their class, of which LLaMA's alone is registered.
-        of_437 = self.job.args.hf_compat == "4.37" and self.job.config.model_type != "llama"
-        norms = (NormWeight,) if of_437 else ()
-        return self.definition.having(MatmulWeight, EmbeddingTable, AdapterWeight, *norms)
+        return self.definition.having(*decayed_roles(self.job.args.hf_compat, self.job.config.model_type))
 
     def _optimizer(self, blocks: np.ndarray | None = None) -> optax.GradientTransformationExtraArgs:
         args = self.job.args

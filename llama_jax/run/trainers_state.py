@@ -62,13 +62,7 @@ class TrainersState:
     def _by_name(self) -> dict[str, dict[str, Any]]:
         """Return the optimizer's tensors by the names of parameters, which the Trainer deals to two groups: those with
         weight decay, and those without."""
-        stacked, groups = is_stacked(self._planner.decayed), ([], [])  # type: Any, tuple[list[str], list[str]]
-        for name, path in self._order:
-            node: Any = self._planner.decayed
-            for key in without_layer(path) if stacked else path:
-                node = node[key]
-            groups[0 if node else 1].append(name)
-        return dict(self._checkpoint.by_name(*groups))
+        return dict(self._checkpoint.by_name(*deal(self._order, self._planner.decayed)))
 
     def _place(self, tensors: dict[str, Tensor], like: Params) -> Params:
         """Place tensors, by the names of all trained parameters, in a tree like theirs."""
@@ -122,7 +116,11 @@ class TrainersState:
         """
         parts: list[dict[Path, np.ndarray]] = [{}, {}, {}]
         for name, path in self._order:
-            shape, padded, one = self._shapes[name], self._padded_shape(path), np.zeros(1, np.float32)
+            shape, padded, one = (
+                self._shapes[name],
+                leaf_at(self._planner.saved.params, path).shape,
+                np.zeros(1, np.float32),
+            )
             if len(shape) == 1:
                 arrays = [one, one, self._tensor(name, "exp_avg_sq", shape).read(())]
             else:
@@ -135,13 +133,6 @@ class TrainersState:
         trees = (node.v_row, node.v_col, node.v)
         return FactoredState(self._count, *map(self._place_arrays, parts, trees))
 
-    def _padded_shape(self, path: Path) -> tuple[int, ...]:
-        """Return the shape of a parameter with the mesh's padding."""
-        leaf: Any = self._planner.saved.params
-        for key in path:
-            leaf = leaf[key]
-        return leaf.shape
-
     def _quantized(self, like: Params, number: str) -> Params:
         """Return the first or the second of Adam's moments in 8 bits; of small tensors and embeddings in 32."""
 
@@ -153,9 +144,7 @@ class TrainersState:
         for name, path in self._order:
             shape = self._shapes[name]
             codes[path] = self._tensor(name, f"state{number}", shape).read(())
-            node: Any = wanted
-            for key in without_layer(path) if is_stacked(like) else path:
-                node = node[key]
+            node = leaf_at(wanted, path)
             if (codes[path].dtype == np.uint8) != node:
                 bits = "32 bits, in this run 8" if node else "8 bits, in this run 32"
                 raise InputError(f"{self._path}: state{number} of {name} is in {bits}: give the --hf_compat of then")
@@ -181,3 +170,21 @@ class TrainersState:
             raise InputError(f"{self._path}: qmap{number} of {name} is not bitsandbytes' dynamic code; copy it again")
         absmax = self._tensor(name, f"absmax{number}", (blocks,)).read(())
         return absmax if shape[-1] % BLOCK else absmax.reshape(*shape[:-1], -1)
+
+
+def deal(order: list[tuple[str, Path]], decayed: Params) -> tuple[list[str], list[str]]:
+    """Return the names of the Trainer's two groups of parameters, with weight decay and without, each in order.
+
+    `decayed` is a tree of booleans over the parameters."""
+    groups: tuple[list[str], list[str]] = ([], [])
+    for name, path in order:
+        groups[0 if leaf_at(decayed, path) else 1].append(name)
+    return groups
+
+
+def leaf_at(tree: Params, path: Path) -> Any:
+    """Return the leaf at a path of the unstacked tree; of stacked layers, the leaf of all."""
+    node: Any = tree
+    for key in without_layer(path) if is_stacked(tree) else path:
+        node = node[key]
+    return node

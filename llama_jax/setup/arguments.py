@@ -23,7 +23,7 @@ from llama_jax.setup.deepspeed import differences
 from llama_jax.setup.flags import OtherFlags, overridden, read_json, read_others, resolve_optimizer, suggest_flag
 from llama_jax.setup.help import help_page
 from llama_jax.training.optimizer_names import OPTIMIZERS, WITHOUT_MOMENTS
-from llama_jax.training.schedule import LISTENING, SCHEDULES
+from llama_jax.training.schedule import LISTENING, SCHEDULES, warmup_updates
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _INTERVALS = ("logging", "eval", "save")
@@ -538,9 +538,7 @@ class Arguments:
 
     def warmup_updates(self, updates: int) -> int:
         """Return the number of updates that warm up, of all `updates`."""
-        if self.warmup_steps >= 1:
-            return int(self.warmup_steps)
-        return math.ceil(updates * (self.warmup_steps or self.warmup_ratio))
+        return warmup_updates(self.warmup_steps, self.warmup_ratio, updates)
 
     def every(self, name: str, updates: int) -> int:
         """Return `logging_steps`, `eval_steps` or `save_steps` as a number of updates, by default 500."""

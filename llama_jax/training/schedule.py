@@ -338,6 +338,11 @@ SCHEDULES = (*_FIXED, *LISTENING)
 _NOT_IN_4_37 = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy")
 
 
+def warmup_updates(steps: float, ratio: float, updates: int) -> int:
+    """Return the number of updates that warm up, of all, by `--warmup_steps` and `--warmup_ratio`."""
+    return int(steps) if steps >= 1 else math.ceil(updates * (steps or ratio))
+
+
 def make_schedule(kind: str, peak: float, warmup: int, total: int, compat: str, kwargs: dict[str, Any]) -> Schedule:
     """Make the schedule `--lr_scheduler_type kind --lr_scheduler_kwargs kwargs` as the Trainer of `compat` makes it.
 
