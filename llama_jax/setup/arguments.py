@@ -226,7 +226,9 @@ class Arguments:
     save_total_limit: int | None = _flag(None, "checkpoints to keep, by default all; the best stays")
     overwrite_output_dir: bool = _flag(False, "replace output_dir's checkpoints and model")
     resume_from_checkpoint: str | None = _flag(
-        None, "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's"
+        None,
+        "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's, the HF "
+        "Trainer's too",
     )
     export_only: bool = _flag(False, "export the last checkpoint, without training")
     eval_strategy: str = _flag("no", "when to evaluate: no, steps or epoch", **_STRATEGIES)
