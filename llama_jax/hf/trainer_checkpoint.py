@@ -4,6 +4,7 @@ Sources: `transformers.Trainer` 4.37 and 5, torch's optimizers, PEFT. `training_
 never read.
 """
 
+import contextlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.base.bucket import is_remote
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object, refuse_foreign_link
 from llama_jax.hf import names, peft
@@ -107,6 +109,18 @@ def _number(value: Any) -> float:
     return float(value.read(())) if isinstance(value, Tensor) else float(value)
 
 
+@contextlib.contextmanager
+def understanding(folder: Path) -> Iterator[None]:
+    """Turn an exception over values of unexpected kinds into an InputError that names the checkpoint."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as e:
+        why = f"{type(e).__name__}: {e}"[:100]
+        raise InputError(f"{folder}: its values are not those of the HF Trainer ({why}); copy it again") from None
+
+
 def is_trainers(folder: Path) -> bool:
     """Return whether a folder holds a checkpoint of the HF Trainer, by its progress file."""
     return (folder / STATE).is_file() and not is_checkpoint(folder)
@@ -114,6 +128,8 @@ def is_trainers(folder: Path) -> bool:
 
 def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     """Read the small files of a checkpoint, and describe the tensors of the optimizer. Raises InputError."""
+    if is_remote(folder):
+        raise InputError(f"{folder}: a checkpoint of the HF Trainer is read from a local folder; copy it here")
     for pattern, what in _SHARDED:
         if found := sorted(folder.glob(pattern)):
             raise InputError(

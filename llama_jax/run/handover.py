@@ -9,7 +9,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.data.order import Resumed
 from llama_jax.hf import peft
 from llama_jax.hf.tensor import Tensor
-from llama_jax.hf.trainer_checkpoint import OPTIMIZER, SCHEDULER, TrainerCheckpoint
+from llama_jax.hf.trainer_checkpoint import OPTIMIZER, SCHEDULER, TrainerCheckpoint, understanding
 from llama_jax.reporting.progress import say
 from llama_jax.run.resume import QUANTIZATION, Facts, SavedRun
 from llama_jax.setup.arguments import Arguments
@@ -36,13 +36,14 @@ class Handover:
     @classmethod
     def of(cls, checkpoint: TrainerCheckpoint, args: Arguments) -> "Handover":
         """Return what a run by these flags takes over. Raises InputError."""
-        group = next(group for group in checkpoint.groups if group["params"])
-        return cls(
-            updates=checkpoint.updates,
-            generator=checkpoint.generator,
-            flags=_flags(checkpoint, args),
-            rate=_rate(checkpoint, group),
-        )
+        with understanding(checkpoint.folder):
+            group = next(group for group in checkpoint.groups if group["params"])
+            return cls(
+                updates=checkpoint.updates,
+                generator=checkpoint.generator,
+                flags=_flags(checkpoint, args),
+                rate=_rate(checkpoint, group),
+            )
 
     def to_json(self) -> Json:
         """Return the values as JSON."""
@@ -101,7 +102,7 @@ def _heard(checkpoint: TrainerCheckpoint, rate: float) -> Json:
     values = checkpoint.scheduler
     if "num_bad_epochs" not in values:
         raise InputError(f"{checkpoint.folder / SCHEDULER}: is of another --lr_scheduler_type; give the one of then")
-    heard = {
+    heard: Json = {
         "now": rate,
         "best": values["best"],
         "bad": values["num_bad_epochs"],

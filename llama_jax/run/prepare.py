@@ -15,7 +15,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.hf.source import Source, training_dtype
-from llama_jax.hf.trainer_checkpoint import is_trainers, read_trainer_checkpoint
+from llama_jax.hf.trainer_checkpoint import is_trainers, read_trainer_checkpoint, understanding
 from llama_jax.plan import explain
 from llama_jax.plan.planner import Planner, choose_scan
 from llama_jax.reporting.progress import say, set_level, silence
@@ -65,7 +65,8 @@ class Prepared:
     @property
     def goes_on(self) -> bool:
         """Return whether the run goes on in its own folder."""
-        return self.resume_from is not None and self.resume_from.parent == self.output_dir
+        ours = self.resume_from if self.trainers is None else None
+        return ours is not None and ours.parent == self.output_dir
 
     @property
     def quiet(self) -> bool | None:
@@ -149,7 +150,8 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
     dtype = args.dtype or training_dtype(source, args.hf_compat)
     facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
     if theirs and handover:
-        saved = saved_run(theirs, handover, facts, job)
+        with understanding(theirs.folder):
+            saved = saved_run(theirs, handover, facts, job)
     if saved:
         compare_with_saved(facts, saved, str(resume_from))
         facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
@@ -158,6 +160,10 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
                 f"{resume_from}: its layers are stacked, and --offload_optimizer needs each by itself; leave it out"
             )
     planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
+    trainers = None
+    if theirs:
+        with understanding(theirs.folder):
+            trainers = TrainersState(theirs, job, planner, mesh)
     # Read now: a problem with the tokenizer is reported before the run, not after it.
     tokenizer_folder = None if job.tokenizer or args.explain else source.tokenizer_to_copy()
     say(planner.attention_line)
@@ -173,7 +179,7 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
         planner=planner,
         resume_from=resume_from,
         saved=saved,
-        trainers=TrainersState(theirs, job, planner, mesh) if theirs else None,
+        trainers=trainers,
         tokenizer_folder=tokenizer_folder,
         samples=Samples(args.sample_prompts, source, planner) if args.sample_prompts and not args.explain else None,
         tasks=open_tasks(args, source, planner) if args.eval_tasks and job.order.evaluated else None,
