@@ -216,13 +216,13 @@ def weights_of(folder: Path, out: str, **flags: Any) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_the_state(name: str, trainers: Path, tmp_path: Path) -> None:
-    """Equal but for the order of sums. A moment in bfloat16 is off by 2^-9, and an update, mostly of the rate's size,
+    """Equal but for the order of sums, as in the test above. A moment in bfloat16 is off by 2^-9, and an update, mostly of the rate's size,
     1e-2, by some 2e-5."""
     shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
     plain, found = weights_of(tmp_path, "plain"), weights_of(tmp_path, "form", **FORMS[name])
     for key, array in plain.items():
         apart = np.abs(found[key] - array)
-        assert np.median(apart) <= 1e-4 if "bfloat16" in name else apart.max() <= 1e-6, key
+        assert np.median(apart) <= 1e-4 if "bfloat16" in name else apart.max() <= 1e-5, key
 
 
 def on_a_mesh(folder: str, optim: str) -> None:
@@ -286,7 +286,7 @@ class Evil:
         return os.system, (f"touch {EVIL}",)
 
 
-EVIL = Path(tempfile.gettempdir()) / "llama_jax-evil"
+EVIL = Path(tempfile.gettempdir()) / f"llama_jax-evil-{os.getpid()}"
 REFUSED: dict[str, tuple[Any, str]] = {
     "no optimizer": (_without("optimizer.pt"), "holds no optimizer.pt (of a run with save_only_model?)"),
     "no scheduler": (_without("scheduler.pt"), "holds no scheduler.pt"),
@@ -380,14 +380,15 @@ def test_tensors_of_a_file(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     tensor = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 100).to(getattr(torch, dtype))
     cut = data.draw(st.integers(0, shape[0])) if shape else 0
-    value = {"a": [tensor, {"b": (1, 2.5, None, "x", True)}], 3: tensor[cut:] if shape else tensor}
+    turned = tensor.T if len(shape) == 2 else tensor
+    value = {"turned": turned, "a": [tensor, {"b": (1, 2.5, None, "x", True)}], 3: tensor[cut:] if shape else tensor}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(value, Path(folder) / "x.pt")
         read = read_torch(Path(folder) / "x.pt")
         assert read["a"][1] == value["a"][1]
         bounds = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in shape]
         part = tuple(slice(a, b) for a, b in bounds)
-        for found, expected in ((read["a"][0], tensor), (read[3], value[3])):
+        for found, expected in ((read["a"][0], tensor), (read[3], value[3]), (read["turned"], turned)):
             assert found.shape == tuple(expected.shape) and found.dtype.name == dtype
             assert np.array_equal(found.read(()).astype(np.float64), expected.double().numpy())
         assert np.array_equal(read["a"][0].read(part).astype(np.float64), tensor[part].double().numpy())

@@ -85,6 +85,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--merge_adapter", help="write an HF folder that has this PEFT folder's adapter in its weights")
     parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 digests")
-    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
+    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin")
     parser.add_argument("--allow_nonfinite", action="store_true", help="read and write weights with NaN or Inf")
     return parser.parse_args(argv)

@@ -76,7 +76,8 @@ def read_torch(path: Path) -> Any:
         raise
     except (zipfile.BadZipFile, NotImplementedError):
         raise InputError(
-            f"{path}: is damaged, or in torch's format of before 1.6; copy it again, or torch.load and torch.save it"
+            f"{path}: is damaged, or in torch's format of before 1.6; copy it again, or torch.load it and "
+            "torch.save it again"
         ) from None
     except Exception as e:  # a damaged pickle raises many classes
         why = (str(e).splitlines() or [type(e).__name__])[0][:100]
@@ -118,37 +119,51 @@ class _Archive:
             raise ValueError(f"storage {key} is not where the archive has it")
         return _Storage(dtype, size, info.header_offset + _LOCAL_HEADER.size + name + more, info.CRC)
 
-    def _tensor(
-        self, storage: _Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
-    ) -> Tensor:
-        """Return a tensor of a storage, from its element `first`. Raises ValueError where it is not contiguous."""
-        shape = tuple(shape)
-        count, step = math.prod(shape), 1
-        for n, given in zip(reversed(shape), reversed(stride), strict=True):
-            if n > 1 and given != step:
-                raise ValueError("a tensor is not contiguous")
-            step *= n
-        if not (
-            isinstance(storage, _Storage) and min((first, *shape), default=0) >= 0 and first + count <= storage.size
-        ):
+    def _tensor(self, storage: Any, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+        """Return a tensor of a storage, from its element `first`. Raises ValueError where it is not within it."""
+        shape, stride = tuple(shape), tuple(stride)
+        count, span = math.prod(shape), 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+        whole = isinstance(storage, _Storage) and min(first, 0, *shape, *stride) == 0
+        if not whole or first + max(count, span if count else 0) > storage.size:
             raise ValueError("a tensor is not within its storage")
-        read = functools.partial(_read, self._path, storage, first, shape)
+        expected = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        if all(n < 2 or a == b for n, a, b in zip(shape, stride, expected, strict=True)):
+            read = functools.partial(_read, self._path, storage, first, shape)
+        else:
+            read = functools.partial(_read_strided, self._path, storage, first, span if count else 0, shape, stride)
         return Tensor(shape, storage.dtype, file=self._path.name, read=read)
 
 
 def _read(path: Path, storage: _Storage, first: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    """Read a part of a contiguous tensor: its rows, then of these the part. Raises InputError for a storage that is
-    read as a whole and is not what was saved."""
+    """Read a part of a contiguous tensor: its rows, then of these the part."""
     row = math.prod(shape[1:])
     rows = index[0] if index else slice(0, shape[0] if shape else 1)
-    count = (rows.stop - rows.start) * row
-    place = storage.offset + (first + rows.start * row) * storage.dtype.itemsize
-    values = np.fromfile(path, storage.dtype, count, offset=place)
+    count = rows.stop - rows.start
+    values = _elements(path, storage, first + rows.start * row, count * row)
+    return values.reshape(count, *shape[1:])[(slice(None), *index[1:])] if shape else values.reshape(())
+
+
+def _read_strided(
+    path: Path,
+    storage: _Storage,
+    first: int,
+    span: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    index: Index,
+) -> np.ndarray:
+    """Read a part of a tensor that is not contiguous, such as a transposed one: its whole span, then the part."""
+    values = _elements(path, storage, first, span)
+    steps = [step * values.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(values, shape, steps)[index or ...].copy()
+
+
+def _elements(path: Path, storage: _Storage, first: int, count: int) -> np.ndarray:
+    """Read elements of a storage. Raises InputError for a whole storage that is not what was saved."""
+    values = np.fromfile(path, storage.dtype, count, offset=storage.offset + first * storage.dtype.itemsize)
     if values.size < count or (count == storage.size and zlib.crc32(values.view(np.uint8).data) != storage.crc):
-        raise InputError(f"{path}: is damaged: a tensor {[*shape]} is not what was saved; copy it again")
-    return (
-        values.reshape(rows.stop - rows.start, *shape[1:])[(slice(None), *index[1:])] if shape else values.reshape(())
-    )
+        raise InputError(f"{path}: is damaged: a tensor is not what was saved; copy it again")
+    return values
 
 
 class _Unpickler(pickle.Unpickler):

@@ -92,7 +92,7 @@ class Arguments:
     model_max_length: int = _flag(
         512, "longest example in tokens, bos included; longer examples are cut, except records of input_ids"
     )
-    allow_pickle: bool = _flag(False, "unpickle pytorch_model*.bin; needs torch >= 2.10")
+    allow_pickle: bool = _flag(False, "read pytorch_model*.bin, its tensors alone")
     allow_nonfinite: bool = _flag(False, "read and write weights with NaN or Inf")
     cache_dir: str | None = _flag(None, "folder for tokenized data; by default ~/.cache/llama_jax/data")
 
