@@ -216,8 +216,8 @@ def weights_of(folder: Path, out: str, **flags: Any) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_the_state(name: str, trainers: Path, tmp_path: Path) -> None:
-    """Equal but for the order of sums, as in the test above. A moment in bfloat16 is off by 2^-9, and an update, mostly of the rate's size,
-    1e-2, by some 2e-5."""
+    """Equal but for the order of sums, as in the test above. A moment in bfloat16 is off by 2^-9, and an update, mostly
+    of the rate's size, 1e-2, by some 2e-5."""
     shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
     plain, found = weights_of(tmp_path, "plain"), weights_of(tmp_path, "form", **FORMS[name])
     for key, array in plain.items():
