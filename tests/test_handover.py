@@ -45,6 +45,7 @@ import train_jax
 from llama_jax.data.order import Order, Resumed, generator_after
 from llama_jax.hf.torch_pickle import read_torch
 from llama_jax.hf.trainer_checkpoint import read_generator
+from llama_jax.hf.trainer_writer import write_generators
 
 
 @pytest.fixture(scope="module")
@@ -397,7 +398,7 @@ def test_tensors_of_a_file(data: st.DataObject) -> None:
 @given(st.integers(0, 2**63 - 1), st.integers(0, 1300))
 @settings(max_examples=drawn_cases(30))
 def test_the_generator_of_a_file(seed: int, drawn: int) -> None:
-    """The next numbers are torch's, wherever in a block of 624 the state lies."""
+    """The next numbers are torch's, wherever in a block of 624 the state lies, and of a state written back too."""
     import torch
 
     torch.manual_seed(seed)
@@ -406,9 +407,13 @@ def test_the_generator_of_a_file(seed: int, drawn: int) -> None:
         path = Path(folder) / "rng_state.pth"
         torch.save({"cpu": torch.get_rng_state(), "numpy": np.random.get_state()}, path)
         state = read_generator(path)
-    twister = np.random.MT19937()
-    twister.state = {"bit_generator": "MT19937", "state": {**state, "key": np.asarray(state["key"], np.uint32)}}
-    expected = torch.randint(0, 9973, (700,), dtype=torch.int32)  # an output each, modulo
+        twister = np.random.MT19937()
+        twister.state = {"bit_generator": "MT19937", "state": {**state, "key": np.asarray(state["key"], np.uint32)}}
+        expected = torch.randint(0, 9973, (700,), dtype=torch.int32)  # an output each, modulo
+        write_generators(Path(folder), twister, 1, ["back.pth"])
+        back = torch.load(Path(folder) / "back.pth", weights_only=False)
+    torch.set_rng_state(back["cpu"])
+    assert torch.equal(torch.randint(0, 9973, (700,), dtype=torch.int32), expected)
     assert np.array_equal(twister.random_raw(700) % 9973, expected.numpy())
 
 
