@@ -358,6 +358,13 @@ def test_flags_of_another_run(flags: Flags, said: str, trainers: Path, tmp_path:
     assert said in outcome.err
 
 
+def test_torch_is_not_needed(trainers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    outcome = resume(tmp_path, tmp_path / "checkpoint-7")
+    assert outcome.code == 0, outcome.err
+
+
 def test_a_flipped_bit_is_no_moment(trainers: Path, tmp_path: Path) -> None:
     shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "checkpoint-7/optimizer.pt"
