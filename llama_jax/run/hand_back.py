@@ -45,21 +45,9 @@ def hand_back(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
     """Write the folder: weights and tokenizer, or the adapter, optimizer, schedule, progress and generators.
 
     The host holds the checkpoint's arrays. Raises InputError before the first file is written."""
-    import_torch(FLAG)
-    if is_remote(checkpoint) or is_remote(folder):
-        raise InputError(f"{FLAG}: reads and writes local folders; copy {checkpoint} here")
-    if number(checkpoint.name) not in find_steps(checkpoint.parent):
-        raise InputError(f"{FLAG} takes a run's checkpoint-N as --model_name_or_path; {checkpoint} is none")
-    saved = SavedRun.read(checkpoint)
-    facts, state = saved.facts, saved.trainer_state
-    if facts.optim not in WRITABLE:
-        raise InputError(f"{FLAG}: {checkpoint} was made by --optim {facts.optim}; {', '.join(WRITABLE)} can go back")
-    if not facts.update:
-        raise InputError(
-            f"{FLAG}: {checkpoint} is of before 2026-11-28 and lacks the run's flags: resume it to save anew"
-        )
-    config = _config(facts.model)
-    adapter = peft.read_adapter(checkpoint, config) if facts.adapter else None
+    saved = _open(checkpoint, folder)
+    config, done = _config(saved.facts.model), saved.trainer_state["global_step"]
+    adapter = peft.read_adapter(checkpoint, config) if saved.facts.adapter else None
     lora = adapter[0].lora if adapter else None
     arrays, order = host_state(checkpoint), _order(saved)
     refuse_other_kind(folder, flax=False)
@@ -72,23 +60,44 @@ def hand_back(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
         convert.to_hf(Source(checkpoint), folder, None, verify=False)
     scheduler, rate = _schedule(saved, order)
     write_scheduler(folder, scheduler)
+    definition = define(config, RunOptions(lora=lora), sharding.make_mesh())
     parameters = parameter_order(config, lora)
-    roles = define(config, RunOptions(lora=lora), sharding.make_mesh()).having(
-        *decayed_roles(order.compat, config.model_type)
-    )
-    groups = deal(parameters, roles)
+    groups = deal(parameters, definition.having(*decayed_roles(order.compat, config.model_type)))
     shapes = peft.name_table(lora, config) if lora else names.name_table(config)
     moments = {name: _moments(arrays, path, shapes[name][1]) for name, path in parameters}
-    write_optimizer(folder, facts.optim, groups, _settings(facts, rate), {n: m for n, m in moments.items() if m})
-    ranks, done = order.ranks, state["global_step"]
-    files = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{k}.pth" for k in range(ranks)]
+    moments = {name: held for name, held in moments.items() if held}
+    write_optimizer(folder, saved.facts.optim, groups, _settings(saved.facts, rate), moments)
+    files = ["rng_state.pth"] if order.ranks == 1 else [f"rng_state_{k}.pth" for k in range(order.ranks)]
     write_generators(folder, generator_after(order, done), order.seed, files)
+    write_json(folder / STATE, _progress(saved))
+
+
+def _open(checkpoint: pathlib.Path, folder: pathlib.Path) -> SavedRun:
+    """Read the JSON of a checkpoint that can go back. Raises InputError."""
+    import_torch(FLAG)
+    if is_remote(checkpoint) or is_remote(folder):
+        raise InputError(f"{FLAG}: reads and writes local folders; copy {checkpoint} here")
+    if number(checkpoint.name) not in find_steps(checkpoint.parent):
+        raise InputError(f"{FLAG} takes a run's checkpoint-N as --model_name_or_path; {checkpoint} is none")
+    saved = SavedRun.read(checkpoint)
+    if saved.facts.optim not in WRITABLE:
+        known = f"{', '.join(WRITABLE)} can go back"
+        raise InputError(f"{FLAG}: {checkpoint} was made by --optim {saved.facts.optim}; {known}")
+    if not saved.facts.update:
+        why = "is of before 2026-11-28 and lacks the run's flags"
+        raise InputError(f"{FLAG}: {checkpoint} {why}: resume it to save anew")
+    return saved
+
+
+def _progress(saved: SavedRun) -> Json:
+    """Return trainer_state.json, and report what does not go back."""
+    state = saved.trainer_state
     if best := state["best_model_checkpoint"]:
         say(f"warning: the best checkpoint so far, {best}, stays where it is: the Trainer keeps its metric alone")
     if left := [action for action in saved.left if action.endswith("evaluate")]:
-        say(f"warning: an evaluation was still due after update {done} ({', '.join(left)}): the Trainer leaves it out")
+        say(f"warning: an evaluation was still due ({', '.join(left)}): the Trainer leaves it out")
     callbacks = {"stateful_callbacks": CALLBACKS} if "stateful_callbacks" in state else {}
-    write_json(folder / STATE, {**state, "best_model_checkpoint": None, **callbacks})
+    return {**state, "best_model_checkpoint": None, **callbacks}
 
 
 def _config(values: Json) -> LlamaConfig:
