@@ -72,6 +72,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
       folder is `adapter` in `output_dir`
     - `nearest` (False): whether bitsandbytes' 8-bit optimizers take the nearest code (`nearest.py`)
     - `pad_token_id` (0): what pads the ids; `attn` ("sdpa"): the attention implementation; `threads` (1): torch's
+    - `resume`: a checkpoint to resume from; the answer is then of the updates after it
 
     The answer is {"error": what the Trainer said} where it refuses or fails; else, for each update,
 
@@ -107,6 +108,8 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
     AcceleratorState._reset_state(True)  # they outlive a run, and remember an epoch that was left half-way
     GradientState._reset_state()
     torch.set_num_threads(spec.get("threads", 1))
+    if transformers.__version__.startswith("4.37"):  # whose rng_state.pth the torch of its time unpickles whole
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
     if spec.get("nearest"):
         nearest.install()
     output_dir = Path(spec["output_dir"])
@@ -132,19 +135,20 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
 
         torch.manual_seed(args.seed)
         model = peft.get_peft_model(model, peft.LoraConfig(**spec["peft"]))
-    collated: deque[list[int]] = deque()  # a loader is a batch ahead of the training
+    collated: deque[tuple[list[int], Any]] = deque()  # a loader is a batch ahead; resumed, 4.37 begins past epochs too
 
     def collate(records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         numbers = [data.number.get(id(record["input_ids"])) for record in records]
-        if None not in numbers:
-            collated.append([n for n in numbers if n is not None])
         width = max(len(record["input_ids"]) for record in records)
 
         def padded(values: list[list[int]], pad: int) -> torch.Tensor:
             return torch.tensor([v + [pad] * (width - len(v)) for v in values])
 
+        ids = padded([r["input_ids"] for r in records], spec.get("pad_token_id", 0))
+        if None not in numbers:
+            collated.append(([n for n in numbers if n is not None], ids))
         return {
-            "input_ids": padded([r["input_ids"] for r in records], spec.get("pad_token_id", 0)),
+            "input_ids": ids,
             "labels": padded([r["labels"] for r in records], -100),
             "attention_mask": padded([r.get("attention_mask", [1] * len(r["input_ids"])) for r in records], 0),
         }
@@ -174,9 +178,13 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
             return self.optimizer
 
         def training_step(self, *a: Any, **k: Any) -> torch.Tensor:
+            ids = (a[1] if len(a) > 1 else k["inputs"])["input_ids"]
+            numbers, seen = collated.popleft()
+            while not torch.equal(seen, ids):
+                numbers, seen = collated.popleft()
             loss = super().training_step(*a, **k)
             losses.append(float(loss))
-            order.append(collated.popleft())
+            order.append(numbers)
             return loss
 
     trainer = Recorder(model, args, collate, train_dataset=data, eval_dataset=eval_data)
@@ -188,7 +196,7 @@ def _train(spec: dict[str, Any]) -> dict[str, Any]:
 
     trainer.accelerator.clip_grad_norm_ = clip_grad_norm_
     started = time.monotonic()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=spec.get("resume"))
     seconds = time.monotonic() - started
     trainer.save_state()
     if "peft" in spec:

@@ -110,8 +110,9 @@ class Ours(NamedTuple):
     weights: dict[str, np.ndarray]
 
 
-def train_ours(argv: list[str], out: Path) -> Ours:
-    """`train_jax.py`, its metrics as they come from the devices and the rates as they are asked for."""
+def train_ours(argv: list[str], out: Path, first: int = 0) -> Ours:
+    """`train_jax.py`, its metrics as they come from the devices and the rates as they are asked for, of the updates
+    after the `first`."""
     metrics: list[Any] = []
     rates: dict[int, float] = {}
     fit = llama_jax.run.trainer.fit
@@ -131,11 +132,11 @@ def train_ours(argv: list[str], out: Path) -> Ours:
         patch.setattr(llama_jax.run.trainer, "fit", watched)
         outcome = run(train_jax.main, *argv)
     assert outcome.code == 0, outcome.err
-    assert [m.step for m in metrics] == list(range(1, len(metrics) + 1))
+    assert [m.step for m in metrics] == list(range(first + 1, first + len(metrics) + 1))
     return Ours(
         [m.loss for m in metrics],
         [m.grad_norm for m in metrics],
-        [rates[k] for k in range(len(metrics))],
+        [rates[m.step - 1] for m in metrics],
         json.loads((out / "trainer_state.json").read_text()),
         [line for line in outcome.out.splitlines() if line.startswith("{")],
         sorted(p.name for p in out.glob("checkpoint-*")),
@@ -220,7 +221,7 @@ def same_log(ours: Ours, hf: dict[str, Any], compat: str) -> None:
                 same_value(key, line[key], value, compat, f"{key} of line {number}, {expected}")
     for state in (mine, theirs):
         state.pop("stateful_callbacks", None)  # of torch's callbacks
-        path = state["best_model_checkpoint"]
+        path = state.get("best_model_checkpoint")
         state["best_model_checkpoint"] = path and Path(path).name
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():

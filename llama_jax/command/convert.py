@@ -7,6 +7,8 @@ from llama_jax.base.errors import InputError, Parser
 from llama_jax.base.files import make_output_dir
 from llama_jax.reporting.progress import say
 
+_ELSEWHERE = ("to_hf", "merge_adapter", "dtype", "verify", "tokenizer_name", "allow_pickle", "allow_nonfinite")
+
 
 def main(argv: list[str]) -> int:
     """Run `convert_torch_to_flax.py` and return its exit code. Raises InputError."""
@@ -20,6 +22,18 @@ def main(argv: list[str]) -> int:
 
     refuse_several("convert_torch_to_flax.py")
     set_up_jax(use_cpu=True)
+    if args.to_hf_trainer:
+        from llama_jax.run.hand_back import hand_back
+
+        given = [flag for flag in _ELSEWHERE if getattr(args, flag)]
+        if given:
+            raise InputError(
+                f"--{given[0]}: does not go with --to_hf_trainer, which writes a run's checkpoint as it is"
+            )
+        folder = as_path(args.output_dir)
+        hand_back(as_path(args.model_name_or_path), folder)
+        say(f"done: go on from it in the HF Trainer, trainer.train(resume_from_checkpoint={str(folder)!r})")
+        return 0
     dtype = numpy_dtype(args.dtype) if args.dtype else None
     bad = args.allow_nonfinite
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name, allow_nonfinite=bad)
@@ -57,14 +71,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--model_name_or_path",
         required=True,
-        help="HF folder, hub name or .gguf file; with --to_hf a Flax folder or a run's checkpoint-N",
+        help="HF folder, hub name or .gguf file; with --to_hf a Flax folder or a run's checkpoint-N, with "
+        "--to_hf_trainer the latter",
     )
     parser.add_argument("--tokenizer_name", help="folder or hub name of another tokenizer than the model's own")
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument("--to_hf", action="store_true", help="write an HF folder from a Flax one or a checkpoint")
+    parser.add_argument(
+        "--to_hf_trainer",
+        action="store_true",
+        help="write a run's checkpoint-N as one of the HF Trainer, with the optimizer's state (needs torch)",
+    )
     parser.add_argument("--merge_adapter", help="write an HF folder that has this PEFT folder's adapter in its weights")
     parser.add_argument("--dtype", help="type to store (float32), or with --to_hf to write (that of the original)")
     parser.add_argument("--verify", action="store_true", help="read everything back and compare SHA-256 digests")
-    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
+    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin")
     parser.add_argument("--allow_nonfinite", action="store_true", help="read and write weights with NaN or Inf")
     return parser.parse_args(argv)

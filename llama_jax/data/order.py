@@ -8,7 +8,7 @@ import math
 from array import array
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,16 +58,13 @@ def twister_of(seed: int) -> np.random.MT19937:
     return twister
 
 
-def epoch_seed(compat: str, seed: int, data_seed: int | None, epoch: int, evaluations: int = 0) -> int:
-    """Return the seed of an epoch's random permutation, epochs from 0, after so many evaluations.
+@dataclass(frozen=True, eq=False)
+class Resumed:
+    """Describe where the HF Trainer resumes: after `updates` updates, with the state of torch's global generator, None
+    where the checkpoint has none: the 624 words "key" of a Mersenne twister, and the place "pos" of the next."""
 
-    5: (data_seed or seed) + epoch. 4.37: each epoch draws two 64-bit numbers from the global generator, each of two
-    32-bit outputs, the high one first. The first number is the loader's base seed; the second is the sampler's, whose
-    low half is the seed. The loader of an evaluation draws a base seed from the same generator.
-    """
-    if compat == "5":
-        return (seed if data_seed is None else data_seed) + epoch
-    return int(twister_of(seed).random_raw(4 * epoch + 2 * evaluations + 4)[-1])
+    updates: int
+    generator: dict[str, Any] | None = field(default=None, repr=False)
 
 
 # Compared and hashed by identity: `lengths` has no cheap hash, and an order's epochs are cached by the order.
@@ -82,6 +79,9 @@ class Order:
     `lengths` in tokens, [examples]. `evaluated` holds the numbers of updates done at which the run evaluates, 0 for
     before the first. Evaluations change the order of later epochs if it comes from the global generator. As `updates`
     does not depend on `evaluated`, `dataclasses.replace` may set the field.
+
+    `resumed` is set where the HF Trainer would resume its own checkpoint, whose faults the order then has (`_position`,
+    `_generator`). Updates before are then not those that were made, only as long.
     """
 
     examples: int
@@ -97,6 +97,7 @@ class Order:
     sampling: str = "random"
     lengths: np.ndarray | None = field(default=None, repr=False)
     evaluated: tuple[int, ...] = field(default=(), repr=False)
+    resumed: Resumed | None = None
     batches_per_epoch: int = field(init=False)
     updates_per_epoch: int = field(init=False)
     updates: int = field(init=False)
@@ -117,26 +118,45 @@ class Order:
         set_(self, "batches_per_epoch", batches)
         set_(self, "updates_per_epoch", per_epoch)
         set_(self, "updates", updates)
-        set_(self, "bounds", self._bounds(batches, updates))
+        bounds = np.concatenate([[0], self._ends(0, updates)])
+        if self.resumed and self.resumed.updates < updates:
+            done, (epoch, skipped) = self.resumed.updates, self._position()
+            first = epoch * batches + skipped
+            bounds = np.concatenate([bounds[:done] + first - bounds[done], [first], self._ends(first, updates - done)])
+        set_(self, "bounds", bounds)
 
-    def _bounds(self, batches: int, updates: int) -> np.ndarray:
-        """Return the ends of updates in the run's count of micro-batches, int64 [updates + 1], from 0.
+    def _ends(self, first: int, count: int) -> np.ndarray:
+        """Return the ends of `count` updates in the run's count of micro-batches, int64, where the first begins with
+        micro-batch `first`.
 
         5: an update ends after `accumulation` micro-batches of the epoch, and at the epoch's end. 4.37: the count runs
         on over epochs, so that a tail carries over; only an epoch of at most `accumulation` micro-batches ends with an
         update.
         """
-        A = self.accumulation
-        epoch_ends = batches * np.arange(1, updates + 1, dtype=np.int64)
+        A, B = self.accumulation, self.batches_per_epoch
+        epoch = first // B
         if self.compat == "5":
-            within = np.minimum(A * np.arange(1, -(-batches // A) + 1), batches)
-            epochs = -(-updates // len(within))
-            ends = (batches * np.arange(epochs)[:, None] + within).ravel()
-        elif batches <= A:
-            ends = np.union1d(epoch_ends, A * np.arange(1, updates + 1, dtype=np.int64))
+            within = np.minimum(A * np.arange(1, -(-B // A) + 1), B)
+            epochs = np.arange(epoch, epoch + count // len(within) + 2, dtype=np.int64)
+            ends = (B * epochs[:, None] + within).ravel()
+            ends = ends[ends > first]
+        elif B <= A:
+            ends = np.union1d(
+                B * np.arange(epoch + 1, epoch + count + 1, dtype=np.int64),
+                first + A * np.arange(1, count + 1, dtype=np.int64),
+            )
         else:
-            ends = A * np.arange(1, updates + 1, dtype=np.int64)
-        return np.concatenate([[0], ends[:updates]])
+            ends = first + A * np.arange(1, count + 1, dtype=np.int64)
+        return ends[:count]
+
+    def _position(self) -> tuple[int, int]:
+        """Return the epoch in which the HF Trainer resumes, and the micro-batches of it that the Trainer passes over.
+
+        The Trainer finds both from the number of updates. 4.37 thus forgets the tails that it has carried over.
+        """
+        assert self.resumed
+        epoch, updates = divmod(self.resumed.updates, self.updates_per_epoch)
+        return epoch, updates * self.accumulation
 
     def micro_batch(self, m: int) -> list[np.ndarray]:
         """Return the example indices of micro-batch m, one array a rank."""
@@ -164,12 +184,12 @@ class Order:
     def reduce(self, ufunc: np.ufunc, values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
         """Reduce `values` [examples] by the ufunc, from 0, over the examples of each span of micro-batches.
 
-        Span i is `bounds[i]` to `bounds[i + 1]`, ascending from 0. Returns int64 [len(bounds) - 1], fast for millions.
+        Span i is `bounds[i]` to `bounds[i + 1]`, ascending. Returns int64 [len(bounds) - 1], fast for millions.
         """
         result = np.zeros(len(bounds) - 1, np.int64)
         per_epoch, size = self.batches_per_epoch, self.per_device_batch * self.ranks
-        for epoch in range(-(-int(bounds[-1]) // per_epoch)):
-            first = np.searchsorted(bounds, epoch * per_epoch, "right") - 1
+        for epoch in range(int(bounds[0]) // per_epoch, -(-int(bounds[-1]) // per_epoch)):
+            first = max(int(np.searchsorted(bounds, epoch * per_epoch, "right")) - 1, 0)
             last = min(int(np.searchsorted(bounds, (epoch + 1) * per_epoch)), len(result))
             within = np.clip(bounds[first : last + 1] - epoch * per_epoch, 0, per_epoch) * size
             dealt = _epoch_order(self, epoch)[: within[-1]]
@@ -188,7 +208,9 @@ class Order:
         Evaluations are counted by epoch, and only where they change the order.
         """
         facts = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("bounds", "lengths", "evaluated")
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("bounds", "lengths", "evaluated", "resumed")
         }
         moved = self.sampling == "group_by_length" or (self.sampling, self.compat) == ("random", "4.37")
         epochs = range(-(-int(self.bounds[-1]) // self.batches_per_epoch)) if moved else range(0)
@@ -222,13 +244,52 @@ def _epoch_order(order: Order, epoch: int) -> np.ndarray:
 
 
 def _permuted(order: Order, epoch: int) -> np.ndarray:
-    n, evaluations = order.examples, order.evaluations_before(epoch)
+    """Return the order of an epoch's examples on one rank.
+
+    5 permutes under the seed (data_seed or seed) + epoch. 4.37 takes the low half of a 64-bit number of torch's global
+    generator for the seed; a permutation that is grouped by length comes from the global generator itself.
+    """
+    n = order.examples
     if order.sampling == "sequential":
         return np.arange(n)
+    if (order.sampling, order.compat) == ("random", "5"):
+        return randperm(n, (order.seed if order.data_seed is None else order.data_seed) + epoch)
+    twister = _generator(order, epoch, order.evaluations_before(epoch))
+    twister.random_raw(2, output=False)  # the base seed of the epoch's loader
     if order.sampling == "random":
-        return randperm(n, epoch_seed(order.compat, order.seed, order.data_seed, epoch=epoch, evaluations=evaluations))
-    # Both versions permute by the global generator: an epoch draws the loader's base seed, then n - 1 outputs.
+        return randperm(n, int(twister.random_raw(2)[-1]))
     assert order.lengths is not None, "group_by_length needs lengths"
-    twister = twister_of(order.seed)
-    twister.random_raw(2 * (epoch + 1 + evaluations) + (n - 1) * epoch, output=False)
     return group_by_length(_permutation(n, twister), order.lengths, order.per_device_batch * order.accumulation)
+
+
+def generator_after(order: Order, done: int) -> np.random.MT19937:
+    """Return torch's global generator as the Trainer saves it after so many updates."""
+    begun = -(-int(order.bounds[done]) // order.batches_per_epoch)
+    return _generator(order, begun, int(np.searchsorted(order.evaluated, done, "right")))
+
+
+def _generator(order: Order, epoch: int, evaluations: int) -> np.random.MT19937:
+    """Return torch's global generator as the loader of an epoch finds it, after so many evaluations.
+
+    An epoch draws the loader's base seed, a 64-bit number of two 32-bit outputs, and what the sampler takes: another
+    64-bit number, n - 1 outputs, or none. The loader of an evaluation draws a base seed too.
+
+    The resumed Trainer seeds the generator anew. 4.37 then lets the sampler of each past epoch draw, for `random`
+    without the base seed. In the middle of an epoch, the permutation is drawn before the generator gets the state of
+    the checkpoint: so its order is not that of the interrupted epoch, but in the first.
+    """
+    by_sampler = {"random": 2 * (order.compat == "4.37"), "group_by_length": order.examples - 1}.get(order.sampling, 0)
+    twister = twister_of(order.seed)
+    draws = epoch * (2 + by_sampler)
+    if order.resumed:
+        first, skipped = order._position()
+        evaluations -= int(np.searchsorted(order.evaluated, order.resumed.updates, "right"))
+        past = first * (by_sampler + 2 * (order.sampling != "random")) if order.compat == "4.37" else 0
+        draws = past + (epoch - first) * (2 + by_sampler)
+        if order.resumed.generator and (epoch > first or not skipped):
+            state = order.resumed.generator
+            words = {"key": np.asarray(state["key"], np.uint32), "pos": state["pos"]}
+            twister.state = cast(Any, {"bit_generator": "MT19937", "state": words})
+            draws = (epoch - first - bool(skipped)) * (2 + by_sampler)
+    twister.random_raw(max(draws + 2 * max(evaluations, 0), 0), output=False)  # an epoch before has no draws
+    return twister

@@ -7,6 +7,7 @@ marker `llama_jax.json`, or of an adapter `adapter_config.json`.
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from llama_jax.model.roles import Params, is_stacked
 
 STATE, RUN = "state", "run"  # the folders of a checkpoint; the HF Trainer writes neither
 FORMAT = 2  # of the JSON since 2026-11-29, which is sealed
+
+# The fields of a state's named tuples, of which orbax makes keys; no parameter has such a name.
+_FIELDS = re.compile(r"\['(step|params|opt_state|count|mu|nu|v|v_row|v_col|grad_norm|codes|absmax)'\]")
 
 Json = dict[str, Any]
 
@@ -123,8 +127,8 @@ def check_digests(checkpoint: Path, state: Any, values: Json) -> None:
     saved = values.get("digests", {})  # checkpoints of before 2026-11-27 have none
     with restoring(checkpoint):
         found: Json = (sums if "format" in values else _old_digests)(state) if saved else {}
-        if isinstance(state, dict):  # a part: its keys are names of the state's fields
-            found = {path.replace("['params']", ".params", 1): value for path, value in found.items()}
+        if isinstance(state, dict):  # of a file or a part: its keys are names of the state's fields
+            found = {_FIELDS.sub(r".\1", path): value for path, value in found.items()}
         wrong = [path for path, value in found.items() if saved[path] != value]
         if wrong:
             raise ValueError(f"{len(wrong)} of {len(found)} arrays are not what was saved, {wrong[0]} first")
@@ -196,6 +200,18 @@ def host_tensors(checkpoint: Path, table: Mapping[str, tuple[Place, tuple[int, .
     return tensors
 
 
+def host_state(checkpoint: Path) -> Json:
+    """Read all arrays of a checkpoint to the host, as a tree with numbers for layers. Raises InputError and Damaged."""
+    values = read_sealed(checkpoint)
+    with restoring(checkpoint), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(absolute(checkpoint) / STATE).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(restore_args=on_host)
+        state = _numbered(checkpointer.restore(absolute(checkpoint) / STATE, args=args))
+    check_digests(checkpoint, jax.tree.map(jnp.asarray, state), values)
+    return state
+
+
 def _in_memory(array: np.ndarray) -> Tensor:
     """Describe an array of the host as a tensor of a file."""
     return Tensor(array.shape, array.dtype, STATE, lambda index: array[index].copy())
@@ -224,6 +240,8 @@ def _saved_params(checkpoint: Path) -> Params:
 
 def _numbered(tree: Any) -> Any:
     """Return a tree of strings as keys with the numbers among them as int."""
+    if isinstance(tree, list):
+        return [_numbered(value) for value in tree]
     if not isinstance(tree, dict):
         return tree
     return {int(key) if key.isdecimal() else key: _numbered(value) for key, value in tree.items()}

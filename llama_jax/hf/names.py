@@ -46,6 +46,16 @@ def name_table(config: LlamaConfig) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return table
 
 
+def module_names(config: LlamaConfig) -> list[str]:
+    """Return the names of all modules of transformers' model, in its order."""
+    attention = ["self_attn", *PROJECTIONS[:4], *(f"self_attn.{n}_norm" for n in ("qk" if config.qk_norm else ""))]
+    layer = [*attention, "mlp", *PROJECTIONS[4:], "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
+    layers = [
+        f"model.layers.{i}{end}" for i in range(config.num_hidden_layers) for end in ("", *(f".{n}" for n in layer))
+    ]
+    return ["model", "model.embed_tokens", "model.layers", *layers, "model.norm", "model.rotary_emb", "lm_head"]
+
+
 def projection_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Return {projection: (outputs, inputs)} of a layer, by the names of `model.lora.PROJECTIONS`."""
     table, result = name_table(config), {}

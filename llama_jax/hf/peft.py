@@ -255,7 +255,7 @@ def _adapted(settings: dict[str, Any], config: LlamaConfig, where: str) -> list[
     PEFT's rules: names match whole or after a dot, a regular expression matches the whole name, `layers_to_transform`
     narrows matches after a dot alone, and excluded and saved modules get no adapter.
     """
-    modules = _modules(config)
+    modules = names.module_names(config)
     targets = settings["target_modules"]
     if isinstance(targets, str) and settings["layers_to_transform"] is not None:
         _refuse(where, "layers_to_transform", "has no meaning where target_modules is a string; give a list of names")
@@ -300,16 +300,6 @@ _FIX = (
     f"give a list of {', '.join(name.split('.')[1] for name in PROJECTIONS)}, all-linear, or a regular expression that "
     "matches whole names like model.layers.0.self_attn.q_proj"
 )
-
-
-def _modules(config: LlamaConfig) -> list[str]:
-    """Return the names of all modules of transformers' model, in its order."""
-    attention = ["self_attn", *PROJECTIONS[:4], *(f"self_attn.{n}_norm" for n in ("qk" if config.qk_norm else ""))]
-    layer = [*attention, "mlp", *PROJECTIONS[4:], "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
-    layers = [
-        f"model.layers.{i}{end}" for i in range(config.num_hidden_layers) for end in ("", *(f".{n}" for n in layer))
-    ]
-    return ["model", "model.embed_tokens", "model.layers", *layers, "model.norm", "model.rotary_emb", "lm_head"]
 
 
 def _ends(name: str, ends: Iterable[str]) -> bool:

@@ -3,7 +3,6 @@
 import functools
 import math
 import os
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from llama_jax.hf.checkpoint import is_checkpoint
 from llama_jax.hf.hub import SMALL
 from llama_jax.hf.names import IGNORED
 from llama_jax.hf.tensor import Index, Tensor
+from llama_jax.hf.torch_pickle import read_torch
 
 HEADER_BYTES = 32 << 20  # of a safetensors file; 100 bytes a tensor
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -85,9 +85,7 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         if not index.exists() and not single.exists():
             continue
         if suffix == "bin" and not allow_pickle:
-            raise InputError(
-                f"{folder}: holds only pickled weights ({stem}*.bin); --allow_pickle reads them (torch >= 2.10)"
-            )
+            raise InputError(f"{folder}: holds only pickled weights ({stem}*.bin); --allow_pickle reads them")
         if single.exists():  # takes precedence over an index, as in transformers
             return opener(single)
         return _open_indexed(folder, index, opener)
@@ -169,39 +167,15 @@ def _check_length(path: Path, header: Any, start: int) -> None:
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
-    check_regular(path)
-    try:
-        import torch
-    except ImportError:
-        raise InputError(f"{path}: reading .bin files needs torch >= 2.10, which is not installed") from None
-    if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
-        raise InputError(f"{path}: torch {torch.__version__} is too old to unpickle safely; 2.10 or newer is needed")
-    kinds = {torch.float64: np.float64, torch.float32: np.float32, torch.float16: np.float16}
-    kinds[torch.bfloat16] = ml_dtypes.bfloat16
-
-    def load() -> dict[str, Any]:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-    def read(name: str, index: Index) -> np.ndarray:
-        part = load()[name].detach()[index or ...]  # a saved parameter requires a gradient
-        if part.dtype == torch.bfloat16:
-            return part.contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
-        return part.numpy().copy()
-
-    if not zipfile.is_zipfile(path):
-        raise InputError(
-            f"{path}: is damaged, or in torch's format of before 1.6; torch.load it and torch.save it again"
-        )
-    try:
-        state = load()
-    except Exception as e:  # torch raises many classes for a damaged file
-        raise InputError(f"{path}: torch cannot read it: {str(e).splitlines()[0]}") from None
+    state = read_torch(path)
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds a {type(state).__name__}; save the model's state_dict() in it")
-    for name, t in state.items():
-        if not isinstance(t, torch.Tensor) or t.layout != torch.strided:
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: {name!r} is not a dense tensor; save the model's state_dict() alone")
-    return _tensors(path, {name: (t.shape, kinds.get(t.dtype)) for name, t in state.items()}, read)
+    floating = {np.dtype(kind) for kind in _DTYPES.values()}
+    kinds = {name: (t.shape, t.dtype if t.dtype in floating else None) for name, t in state.items()}
+    return _tensors(path, kinds, lambda name, index: state[name].read(index))
 
 
 def _tensors(path: Path, kinds: dict[str, tuple[Iterable[int], Any]], read) -> dict[str, Tensor]:

@@ -35,14 +35,14 @@ from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.matmul import check_fp8
 from llama_jax.model.remat import REMAT
-from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
+from llama_jax.model.roles import EmbeddingTable, Params
 from llama_jax.plan.chips import Named, host_rate
 from llama_jax.plan.memory import activation_bytes, logit_bytes, score_bytes, weight_bytes
 from llama_jax.plan.operations import operations
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import Guard, abstract_losses
-from llama_jax.training.optimizer import make_optimizer
+from llama_jax.training.optimizer import decayed_roles, make_optimizer
 from llama_jax.training.optimizer_names import OPTIMIZERS, WITHOUT_MOMENTS
 from llama_jax.training.parts import passing_bytes
 from llama_jax.training.state import TrainState, abstract_saved, abstract_state, saving_bytes
@@ -195,20 +195,23 @@ class Planner:
         a_key = config.num_attention_heads * (12 * config.head_dim + PASSES * 4 * OPERATIONS_A_BYTE)
         return tokens * (1 + row * config.num_hidden_layers * a_key / without) + BLOCK * blocks
 
+    @property
+    def decayed(self) -> Params:
+        """Return a tree of booleans over the trained parameters: true for those that a weight decay applies to."""
+        return self.definition.having(*decayed_roles(self.job.args.hf_compat, self.job.config.model_type))
+
     def _optimizer(self, blocks: np.ndarray | None = None) -> optax.GradientTransformationExtraArgs:
         args = self.job.args
-        # 4.37 exempts norms from the decay by their class, of which LLaMA's alone is registered.
         adapter = self.job.adapter
         adapters = peft.name_table(adapter.lora, self.job.config).values() if adapter else ()
         tensors = dict([*name_table(self.job.config).values(), *adapters])
-        norms = (NormWeight,) if args.hf_compat == "4.37" and self.job.config.model_type != "llama" else ()
         return make_optimizer(
             args.optim,
             b1=args.adam_beta1,
             b2=args.adam_beta2,
             eps=args.adam_epsilon,
             weight_decay=args.weight_decay,
-            decays=self.definition.having(MatmulWeight, EmbeddingTable, AdapterWeight, *norms),
+            decays=self.decayed,
             max_grad_norm=args.max_grad_norm,
             moments=args.adam_moments_dtype,
             # Embeddings keep 32 bits in 5; 4.37 looks for a class that it does not use.

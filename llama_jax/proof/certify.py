@@ -54,7 +54,8 @@ class Subject:
     def sample(self) -> Sample:
         """Return the run's first examples that have labels. Raises InputError where none has."""
         order, examples = self.job.order, self.job.examples
-        numbers = (int(number) for k in range(order.updates) for number in order.examples_of(k))
+        epoch = range(min(order.updates, order.updates_per_epoch))
+        numbers = (int(number) for k in epoch for number in order.examples_of(k))
         labelled = (n for n in numbers if (examples[n][1][1:] != IGNORE_INDEX).any())
         if not (chosen := list(islice(labelled, ROWS))):
             raise InputError(f"--model_max_length {self.args.model_max_length}: no example has a label; raise it")

@@ -40,7 +40,7 @@ class Milestones:
     `first` is the step of the checkpoint that the run resumes, 0 for none; `left` names the actions still due there.
     `goes_on` is whether that checkpoint lies in `output_dir`. A stop does not wait for an evaluation: the state is
     saved, the resumed run makes the evaluation, and `unfinished` is true. `bad` watches the updates; `finite` is the
-    step of the last checkpoint without NaN and Inf, None for none.
+    step of the last checkpoint without NaN and Inf, None for none. `handover` is that of `SavedRun`.
     """
 
     _: KW_ONLY
@@ -61,6 +61,7 @@ class Milestones:
     reports: Reports
     samples: Samples | None
     watch: Stopwatch
+    handover: dict[str, Any] | None = None
     unfinished: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -158,6 +159,7 @@ class Milestones:
                 schedule=self.job.schedule.state(),
                 log_window=self.run_log.window,
                 guard=self.guard_values(state),
+                handover=self.handover,
             )
             best, kept = self._log.best_step, None if finite else self.finite
             self.checkpoints.save(step, state.saved, saved.to_json(), best=best, finite=kept)

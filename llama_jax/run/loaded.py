@@ -37,7 +37,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     bits.add_argument("--load_in_8bit", action="store_true", help="keep the projections in 8 bits (int8)")
     bits.add_argument("--load_in_4bit", action="store_true", help="keep the projections in 4 bits (NF4)")
     parser.add_argument("--use_cpu", action="store_true")
-    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin (torch >= 2.10)")
+    parser.add_argument("--allow_pickle", action="store_true", help="read pytorch_model*.bin")
     parser.add_argument("--mesh", help="the layout of all devices, as tensor=4; the default is one device")
 
 

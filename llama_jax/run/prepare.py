@@ -15,14 +15,16 @@ from llama_jax.base.errors import InputError
 from llama_jax.distributed import processes, sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.hf.source import Source, training_dtype
+from llama_jax.hf.trainer_checkpoint import is_trainers, read_trainer_checkpoint, understanding
 from llama_jax.plan import explain
 from llama_jax.plan.planner import Planner, choose_scan
 from llama_jax.reporting.progress import say, set_level, silence
 from llama_jax.reporting.stopwatch import Stopwatch
-from llama_jax.run.checkpoint import number
+from llama_jax.run.handover import Handover, saved_run
 from llama_jax.run.resume import Facts, SavedRun, choose_checkpoint, compare_with_saved
 from llama_jax.run.samples import Samples
 from llama_jax.run.tasks import TrainingTasks, open_tasks
+from llama_jax.run.trainers_state import TrainersState
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
 
@@ -34,8 +36,9 @@ class Prepared:
     """Hold the parts of a run that are settled before weights are read.
 
     `watch` counts the time since the command's start. `resume_from` is the checkpoint to resume and `saved` its JSON,
-    None in a new run. `tokenizer_folder` holds files to export in the place of the job's tokenizer, None where there is
-    one. `samples` answers the questions of `--sample_prompts`, None for none. `tasks` are those of `--eval_tasks`.
+    None in a new run; `trainers` has the arrays of a checkpoint of the HF Trainer. `tokenizer_folder` holds files to
+    export in the place of the job's tokenizer, None where there is one. `samples` answers the questions of
+    `--sample_prompts`, None for none. `tasks` are those of `--eval_tasks`.
     """
 
     args: Arguments
@@ -49,6 +52,7 @@ class Prepared:
     planner: Planner
     resume_from: Path | None
     saved: SavedRun | None
+    trainers: TrainersState | None
     tokenizer_folder: Path | None
     samples: Samples | None
     tasks: TrainingTasks | None
@@ -56,12 +60,13 @@ class Prepared:
     @property
     def resume_step(self) -> int:
         """Return the number of updates before this start, 0 in a new run."""
-        return number(self.resume_from.name) if self.resume_from else 0
+        return self.saved.trainer_state["global_step"] if self.saved else 0
 
     @property
     def goes_on(self) -> bool:
         """Return whether the run goes on in its own folder."""
-        return self.resume_from is not None and self.resume_from.parent == self.output_dir
+        ours = self.resume_from if self.trainers is None else None
+        return ours is not None and ours.parent == self.output_dir
 
     @property
     def quiet(self) -> bool | None:
@@ -103,7 +108,7 @@ def prepare(args: Arguments, platform: str, mesh: Mesh, started: float | None = 
 
 def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch) -> Prepared:
     """Settle the run as this process sees it: model, data, checkpoint to resume, planner. Raises InputError."""
-    output_dir, saved = as_path(args.output_dir), None
+    output_dir, saved, theirs, handover = as_path(args.output_dir), None, None, None
     resume_from = None if args.explain else choose_checkpoint(args, output_dir)
     source = Source(
         args.model_name_or_path,
@@ -115,18 +120,38 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
         raise InputError(f"output_dir {output_dir} is the folder of the model that is trained; choose another")
     for note in source.notes:
         say(note)
-    if resume_from:
+    if resume_from and is_trainers(resume_from):
+        if args.export_only:
+            raise InputError(f"--export_only True: {resume_from} is the HF Trainer's, and holds an HF model already")
+        theirs = read_trainer_checkpoint(resume_from)
+        handover = Handover.of(theirs, args)
+    elif resume_from:
         saved = SavedRun.read(resume_from)
-    ranks = args.world_size or (saved and saved.ranks) or sharding.batch_ways(mesh)
+        handover = Handover(**saved.handover) if saved.handover else None
+    if handover:
+        args = handover.apply(args, str(resume_from))
+    ranks = args.world_size or (saved and saved.ranks) or (theirs and theirs.ranks) or sharding.batch_ways(mesh)
     quiet = args.disable_tqdm or None
     with watch.phase("data"):
-        job = make_job(args, source.config, lambda: source.tokenizer_folder, ranks, disable_bars=quiet)
+        job = make_job(
+            args,
+            source.config,
+            lambda: source.tokenizer_folder,
+            ranks,
+            disable_bars=quiet,
+            resumed=handover.resumed if handover else None,
+        )
+    if handover:
+        job.schedule.give(handover.updates, handover.rate)
     if args.profiled and args.profiled[-1] >= job.order.updates:
         raise InputError(f"--profile_updates {args.profile_updates}: the run has {job.order.updates:,} updates")
     for warning in end_warnings(source, job):
         say(f"warning: {warning}")
     dtype = args.dtype or training_dtype(source, args.hf_compat)
     facts = Facts.of(job, dtype=dtype, scan_layers=choose_scan(job, platform))
+    if theirs and handover:
+        with understanding(theirs.folder):
+            saved = saved_run(theirs, handover, facts, job)
     if saved:
         compare_with_saved(facts, saved, str(resume_from))
         facts = dataclasses.replace(facts, scan_layers=saved.facts.scan_layers)
@@ -135,6 +160,10 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
                 f"{resume_from}: its layers are stacked, and --offload_optimizer needs each by itself; leave it out"
             )
     planner = Planner(job, mesh, platform, dtype=dtype, scan_layers=facts.scan_layers)
+    trainers = None
+    if theirs:
+        with understanding(theirs.folder):
+            trainers = TrainersState(theirs, job, planner, mesh)
     # Read now: a problem with the tokenizer is reported before the run, not after it.
     tokenizer_folder = None if job.tokenizer or args.explain else source.tokenizer_to_copy()
     say(planner.attention_line)
@@ -150,6 +179,7 @@ def _prepared_alone(args: Arguments, platform: str, mesh: Mesh, watch: Stopwatch
         planner=planner,
         resume_from=resume_from,
         saved=saved,
+        trainers=trainers,
         tokenizer_folder=tokenizer_folder,
         samples=Samples(args.sample_prompts, source, planner) if args.sample_prompts and not args.explain else None,
         tasks=open_tasks(args, source, planner) if args.eval_tasks and job.order.evaluated else None,

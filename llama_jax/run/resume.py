@@ -10,6 +10,7 @@ from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
 from llama_jax.hf.checkpoint import Damaged
 from llama_jax.hf.remote import FLAX_JSON
+from llama_jax.hf.trainer_checkpoint import is_trainers
 from llama_jax.model.config import LlamaConfig
 from llama_jax.reporting.progress import say
 from llama_jax.run.checkpoint import find_foreign, find_steps, number, read_run, set_aside
@@ -90,7 +91,7 @@ class SavedRun:
     `left` names the actions of `ACTIONS` that are still due at the checkpoint's update. `schedule` is
     `Schedule.state()`; `log_window` is `RunLog.window`, None in checkpoints written before 2026-11-26. `guard` is
     `Milestones.guard_values`, None before 2026-11-29. `run` is the identity of the run, set by `Checkpoints` and ""
-    before 2026-11-29.
+    before 2026-11-29. `handover` is `Handover.to_json` of a run that the HF Trainer began, else None.
     """
 
     facts: Facts
@@ -100,6 +101,7 @@ class SavedRun:
     log_window: Json | None = None
     guard: Json | None = None
     run: str = ""
+    handover: Json | None = None
 
     @property
     def ranks(self) -> int | None:
@@ -119,6 +121,7 @@ class SavedRun:
             log_window=values.get("log_window"),
             guard=values.get("guard"),
             run=values.get("run", ""),
+            handover=values.get("handover"),
         )
 
     @classmethod
@@ -184,6 +187,8 @@ def _named_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
     if not wanted or wanted.lower() in ("false", "no", "0"):
         return None
     path = as_path(wanted)
+    if is_trainers(path):
+        return path
     if number(path.name) not in find_steps(path.parent):
         raise InputError(
             f"--resume_from_checkpoint {wanted}: is not a checkpoint of this program; {output_dir} has "
@@ -201,7 +206,7 @@ def pass_over_damaged(args: Arguments, output_dir: Path) -> None:
             path = _named_checkpoint(args, output_dir)
         else:
             path = output_dir / f"checkpoint-{steps[-1]}" if (steps := find_steps(output_dir)) else None
-        if path is None:
+        if path is None or is_trainers(path):
             return
         try:
             saved = SavedRun.read(path)
@@ -224,10 +229,12 @@ def pass_over(args: Arguments, checkpoint: Path, damage: Damaged) -> None:
 
 
 def _as_model(path: Path) -> str:
-    """Return the proposal to start from the weights of an HF Trainer's checkpoint, "" where `path` is no HF model."""
+    """Return the proposals to go on from an HF Trainer's checkpoint, "" where `path` is none."""
+    if is_trainers(path):
+        return f"; it is the HF Trainer's: go on from it by --resume_from_checkpoint {path}, in another --output_dir"
     if not (path / "config.json").is_file() or (path / FLAX_JSON).is_file():  # the latter: a part of our own
         return ""
-    return f"; it is the HF Trainer's: train on from its weights, with a new optimizer, by --model_name_or_path {path}"
+    return f"; it is an HF model: train on from its weights, with a new optimizer, by --model_name_or_path {path}"
 
 
 def _kind(facts: Facts) -> str:

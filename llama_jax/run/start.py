@@ -59,8 +59,10 @@ def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Tr
     assert saved is not None and checkpoint is not None
 
     def read() -> tuple[SavedState, Params]:
-        frozen = prepared.planner.definition.frozen
-        return restore_state(checkpoint, prepared.planner.saved), read_weights(prepared, like=frozen) if frozen else {}
+        planner, trainers = prepared.planner, prepared.trainers
+        state = trainers.read() if trainers else restore_state(checkpoint, planner.saved)
+        frozen = planner.definition.frozen
+        return state, read_weights(prepared, like=frozen) if frozen else {}
 
     plan, (restored, frozen), files = compile_while(read, prepared, limit)
     if not prepared.goes_on:

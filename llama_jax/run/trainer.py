@@ -293,6 +293,7 @@ def make_updates(
             reports=reports,
             samples=prepared.samples,
             watch=prepared.watch,
+            handover=prepared.saved.handover if prepared.saved else None,
         )
         stopped = milestones.begin(state)
 

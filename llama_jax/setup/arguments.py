@@ -23,7 +23,7 @@ from llama_jax.setup.deepspeed import differences
 from llama_jax.setup.flags import OtherFlags, overridden, read_json, read_others, resolve_optimizer, suggest_flag
 from llama_jax.setup.help import help_page
 from llama_jax.training.optimizer_names import OPTIMIZERS, WITHOUT_MOMENTS
-from llama_jax.training.schedule import LISTENING, SCHEDULES
+from llama_jax.training.schedule import LISTENING, SCHEDULES, warmup_updates
 
 _STRATEGIES = {"choices": ["no", "steps", "epoch"]}
 _INTERVALS = ("logging", "eval", "save")
@@ -92,7 +92,7 @@ class Arguments:
     model_max_length: int = _flag(
         512, "longest example in tokens, bos included; longer examples are cut, except records of input_ids"
     )
-    allow_pickle: bool = _flag(False, "unpickle pytorch_model*.bin; needs torch >= 2.10")
+    allow_pickle: bool = _flag(False, "read pytorch_model*.bin, its tensors alone")
     allow_nonfinite: bool = _flag(False, "read and write weights with NaN or Inf")
     cache_dir: str | None = _flag(None, "folder for tokenized data; by default ~/.cache/llama_jax/data")
 
@@ -226,7 +226,9 @@ class Arguments:
     save_total_limit: int | None = _flag(None, "checkpoints to keep, by default all; the best stays")
     overwrite_output_dir: bool = _flag(False, "replace output_dir's checkpoints and model")
     resume_from_checkpoint: str | None = _flag(
-        None, "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's"
+        None,
+        "True for the last checkpoint in output_dir, auto for the last if any, or the path of any run's, the HF "
+        "Trainer's too",
     )
     export_only: bool = _flag(False, "export the last checkpoint, without training")
     eval_strategy: str = _flag("no", "when to evaluate: no, steps or epoch", **_STRATEGIES)
@@ -538,9 +540,7 @@ class Arguments:
 
     def warmup_updates(self, updates: int) -> int:
         """Return the number of updates that warm up, of all `updates`."""
-        if self.warmup_steps >= 1:
-            return int(self.warmup_steps)
-        return math.ceil(updates * (self.warmup_steps or self.warmup_ratio))
+        return warmup_updates(self.warmup_steps, self.warmup_ratio, updates)
 
     def every(self, name: str, updates: int) -> int:
         """Return `logging_steps`, `eval_steps` or `save_steps` as a number of updates, by default 500."""

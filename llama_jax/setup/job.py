@@ -15,7 +15,7 @@ from llama_jax.data.cache import data_digest, load_examples, save_examples
 from llama_jax.data.chat import writes_the_date
 from llama_jax.data.examples import Examples, check_examples, tokenize
 from llama_jax.data.normalisation import training_loss
-from llama_jax.data.order import Order, group_by_length, randperm
+from llama_jax.data.order import Order, Resumed, group_by_length, randperm
 from llama_jax.data.readers import Reader
 from llama_jax.data.records import CHAT, FORMS, TOKENIZED, Bad, read_records, without
 from llama_jax.data.sources import find_sources
@@ -104,10 +104,12 @@ def make_job(
     ranks: int,
     disable_bars: bool | None = None,
     say: Say = say,
+    resumed: Resumed | None = None,
 ) -> Job:
     """Read and tokenize the data; settle order, schedule and the actions after updates. Raises InputError.
 
-    `ranks` are the HF Trainer's, whatever the number of devices.
+    `ranks` are the HF Trainer's, whatever the number of devices. `resumed` is set where a checkpoint of the HF Trainer
+    began the run.
     """
     folder: Path | None = None
     with contextlib.suppress(InputError):  # raised again below, where the data is text
@@ -137,7 +139,7 @@ def make_job(
 
     _check_positions(examples, eval_examples, config, say)
 
-    order = _order(args, examples, ranks)
+    order = _order(args, examples, ranks, resumed)
     log_at, eval_at, save_at = (args.due(name, order) for name in ("logging", "eval", "save"))
     evaluated = [k for k in range(1, order.updates + 1) if eval_at(k)]
     order = dataclasses.replace(order, evaluated=(*([0] if args.eval_on_start else []), *evaluated))
@@ -167,7 +169,7 @@ def make_job(
     )
 
 
-def _order(args: Arguments, examples: Examples, ranks: int) -> Order:
+def _order(args: Arguments, examples: Examples, ranks: int, resumed: Resumed | None) -> Order:
     """Return the order of the examples, without evaluations."""
     return Order(
         len(examples),
@@ -182,6 +184,7 @@ def _order(args: Arguments, examples: Examples, ranks: int) -> Order:
         drop_last=args.dataloader_drop_last,
         sampling=args.train_sampling_strategy,
         lengths=examples.lengths,
+        resumed=resumed,
     )
 
 

@@ -10,13 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from llama_jax.base.errors import InputError
 from llama_jax.model.definition import pick
+from llama_jax.model.roles import AdapterWeight, EmbeddingTable, MatmulWeight, NormWeight
 from llama_jax.training.moments import EXACT_BELOW, Blockwise, Exact, Rounded, Store, scale_by_stored_adam
 from llama_jax.training.optimizer_names import OPTIMIZERS
 
 Shapes = Mapping[tuple, tuple[int, ...]]
+
+
+def decayed_roles(compat: str, model_type: str) -> tuple[type[nnx.Param], ...]:
+    """Return the roles of parameters that the Trainer's weight decay applies to."""
+    # 4.37 exempts norms from the decay by their class, of which LLaMA's alone is registered.
+    norms = (NormWeight,) if compat == "4.37" and model_type != "llama" else ()
+    return MatmulWeight, EmbeddingTable, AdapterWeight, *norms
 
 
 class ClipState(NamedTuple):

@@ -21,11 +21,15 @@ class Schedule:
     """Give every update a rate that is fixed from the start."""
 
     def __init__(self, rate: Factor):
-        self._rate = rate
+        self._rate, self._given = rate, dict[int, float]()
 
     def rate(self, done: int) -> float:
         """Return the learning rate of the update that follows `done` updates."""
-        return self._rate(done)
+        return self._given[done] if done in self._given else self._rate(done)
+
+    def give(self, done: int, rate: float) -> None:
+        """Fix the rate of the update that follows `done` updates."""
+        self._given[done] = rate
 
     def observe(self, metric: float) -> None:
         """Take the metric of an evaluation during training (not the metric of `--eval_on_start`)."""
@@ -67,6 +71,9 @@ class _Listening(Schedule):
 
     def rate(self, done: int) -> float:
         return self.now
+
+    def give(self, done: int, rate: float) -> None:
+        """Nothing: `load` sets the rate of the moment."""
 
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.HEARD}
@@ -329,6 +336,11 @@ _FIXED: dict[str, Callable[..., Factor]] = {
 LISTENING: dict[str, type[_Listening]] = {"reduce_lr_on_plateau": Plateau, "greedy": Greedy}
 SCHEDULES = (*_FIXED, *LISTENING)
 _NOT_IN_4_37 = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy")
+
+
+def warmup_updates(steps: float, ratio: float, updates: int) -> int:
+    """Return the number of updates that warm up, of all, by `--warmup_steps` and `--warmup_ratio`."""
+    return int(steps) if steps >= 1 else math.ceil(updates * (steps or ratio))
 
 
 def make_schedule(kind: str, peak: float, warmup: int, total: int, compat: str, kwargs: dict[str, Any]) -> Schedule:

@@ -1,0 +1,208 @@
+"""Read a `checkpoint-N` folder of the HF Trainer without torch: progress, optimizer, schedule, generator.
+
+Sources: `transformers.Trainer` 4.37 and 5, torch's optimizers, PEFT. `training_args.bin` is a pickle of classes and is
+never read.
+"""
+
+import contextlib
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.base.bucket import is_remote
+from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json_object, refuse_foreign_link
+from llama_jax.hf import names, peft
+from llama_jax.hf.checkpoint import is_checkpoint
+from llama_jax.hf.names import Path as Place
+from llama_jax.hf.tensor import Tensor
+from llama_jax.hf.torch_pickle import read_torch
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.lora import Lora
+
+STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
+
+Json = dict[str, Any]
+
+# The optimizers by a tensor of their state; the first that is found decides.
+_KINDS = {"state2": "adamw_8bit", "state1": "lion_32bit", "exp_avg_sq_row": "adafactor", "exp_avg_sq": "adamw_torch"}
+_BNB = "__bnb_optimizer_quant_state__"  # bitsandbytes 0.49 keeps its tensors in it
+# Folders and files of sharded checkpoints, and the way to whole ones.
+_ZERO = "DeepSpeed's ZeRO shards; merge the weights by `python zero_to_fp32.py {0} OUT` (the script lies in the folder)"
+_FSDP = "FSDP's shards; merge the weights by `accelerate merge-weights {0}/pytorch_model_fsdp_0 OUT`"
+_SHARDED = (
+    ("global_step*", _ZERO),
+    ("pytorch_model_fsdp_*", _FSDP),
+    ("optimizer_[0-9]*", _FSDP),
+    ("optimizer.bin", "FSDP's whole state, without optimizer.pt; copy the weights to OUT"),
+    ("rank*-of-*-optimizer.pt", "FSDP's shards on XLA; merge the weights by torch_xla's consolidate_sharded_ckpts"),
+)
+
+
+@dataclass(frozen=True)
+class TrainerCheckpoint:
+    """Hold a checkpoint of the HF Trainer: `state` is trainer_state.json, `groups` are the optimizer's groups of
+    parameters and `moments` its tensors by the parameter's number, `scheduler` is the state of scheduler.pt.
+
+    `generator` is `Resumed.generator`, None without rng_state*.pth; `ranks` is the number of these files.
+    """
+
+    folder: Path
+    state: Json
+    groups: list[Json]
+    moments: dict[int, Json]
+    scheduler: Json
+    generator: Json | None
+    ranks: int | None
+
+    @property
+    def updates(self) -> int:
+        """Return the number of updates made."""
+        return self.state["global_step"]
+
+    @property
+    def optim(self) -> str:
+        """Return the optimizer whose state this is, by the names of `--optim`. Raises InputError."""
+        found = {key for values in self.moments.values() for key, value in values.items() if isinstance(value, Tensor)}
+        for key, optim in _KINDS.items():
+            if key in found:
+                return optim
+        if found - {"step"}:
+            known = ", ".join([*_KINDS.values(), "sgd without momentum"])
+            raise InputError(
+                f"{self.folder / OPTIMIZER}: holds {', '.join(sorted(found))}, the state of no optimizer that can be "
+                f"taken over ({known}); start from the weights by --model_name_or_path {self.folder}"
+            )
+        return "sgd"
+
+    @property
+    def steps(self) -> int:
+        """Return the number of updates that the optimizer counted, for all parameters the same. Raises InputError."""
+        counted = {int(_number(values["step"])) for values in self.moments.values() if "step" in values}
+        if len(counted) > 1:
+            raise InputError(f"{self.folder / OPTIMIZER}: 'step' differs among the parameters: {sorted(counted)[:4]}")
+        return counted.pop() if counted else self.updates
+
+    def by_name(self, decayed: Sequence[str], spared: Sequence[str]) -> Iterator[tuple[str, Json]]:
+        """Yield the names of trained parameters with their tensors. The Trainer's first group holds the `decayed`
+        parameters, its second the others. Raises InputError for groups of other sizes."""
+        sizes, wanted = [len(group["params"]) for group in self.groups], [len(decayed), len(spared)]
+        if sizes != wanted:
+            raise InputError(
+                f"{self.folder / OPTIMIZER}: its groups hold {_and(sizes)} parameters, this run's {_and(wanted)} (with "
+                "and without weight decay): give the model, the adapter flags and the --hf_compat of then"
+            )
+        for group, in_group in zip(self.groups, (decayed, spared), strict=True):
+            for number, name in zip(group["params"], in_group, strict=True):
+                yield name, self.moments.get(number, {})
+
+
+def _and(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _number(value: Any) -> float:
+    return float(value.read(())) if isinstance(value, Tensor) else float(value)
+
+
+@contextlib.contextmanager
+def understanding(folder: Path) -> Iterator[None]:
+    """Turn an exception over values of unexpected kinds into an InputError that names the checkpoint."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as e:
+        why = f"{type(e).__name__}: {e}"[:100]
+        raise InputError(f"{folder}: its values are not those of the HF Trainer ({why}); copy it again") from None
+
+
+def is_trainers(folder: Path) -> bool:
+    """Return whether a folder holds a checkpoint of the HF Trainer, by its progress file."""
+    return (folder / STATE).is_file() and not is_checkpoint(folder)
+
+
+def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
+    """Read the small files of a checkpoint, and describe the tensors of the optimizer. Raises InputError."""
+    if is_remote(folder):
+        raise InputError(f"{folder}: a checkpoint of the HF Trainer is read from a local folder; copy it here")
+    for pattern, what in _SHARDED:
+        if found := sorted(folder.glob(pattern)):
+            raise InputError(
+                f"{found[0]}: is of {what.format(folder)}, and start from them, with a new optimizer, by "
+                "--model_name_or_path OUT"
+            )
+    state = read_json_object(folder / STATE)
+    if type(state.get("global_step")) is not int or state["global_step"] < 1:
+        raise InputError(f"{folder / STATE}: global_step is {state.get('global_step')!r}; should be a number above 0")
+    if not isinstance(state.get("log_history"), list):
+        raise InputError(f"{folder / STATE}: log_history is missing; copy the file again")
+    for name in (OPTIMIZER, SCHEDULER):
+        if not (folder / name).exists():
+            raise InputError(
+                f"{folder}: holds no {name} (of a run with save_only_model?), so no run can go on from it; start from "
+                f"its weights, with a new optimizer, by --model_name_or_path {folder}"
+            )
+        refuse_foreign_link(folder, folder / name)
+    optimizer, scheduler = read_torch(folder / OPTIMIZER), read_torch(folder / SCHEDULER)
+    if not (isinstance(optimizer, dict) and _are_groups(optimizer.get("param_groups"))):
+        raise InputError(f"{folder / OPTIMIZER}: param_groups is no list of groups with params; copy the file again")
+    moments = optimizer.get("state")
+    if not (isinstance(moments, dict) and all(isinstance(values, dict) for values in moments.values())):
+        raise InputError(f"{folder / OPTIMIZER}: state is no dictionary of parameters; copy the file again")
+    if not (isinstance(scheduler, dict) and isinstance(scheduler.get("last_epoch"), int)):
+        raise InputError(f"{folder / SCHEDULER}: holds no last_epoch; copy the file again")
+    moments = {number: {**values, **values.get(_BNB, {})} for number, values in moments.items()}
+    files = sorted(folder.glob("rng_state*.pth"))
+    first = next((path for path in files if path.name in ("rng_state.pth", "rng_state_0.pth")), None)
+    return TrainerCheckpoint(
+        folder=folder,
+        state=state,
+        groups=optimizer["param_groups"],
+        moments=moments,
+        scheduler=scheduler,
+        generator=read_generator(first) if first else None,
+        ranks=len(files) or None,
+    )
+
+
+def _are_groups(groups: Any) -> bool:
+    return isinstance(groups, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+
+
+def read_generator(path: Path) -> Json:
+    """Read the state of torch's generator on the CPU, a Mersenne twister, of an rng_state.pth. Raises InputError.
+
+    Its bytes: the seed, 8; the outputs left before the next 624, 4; a flag, 4; the next output's place, 8; 624 words of
+    8 bytes; a cached normal.
+    """
+    refuse_foreign_link(path.parent, path)
+    values = read_torch(path)
+    cpu = values.get("cpu") if isinstance(values, dict) else None
+    if not isinstance(cpu, Tensor) or cpu.dtype != np.uint8 or cpu.shape != (5056,):
+        raise InputError(f"{path}: 'cpu' is no generator's state of 5056 bytes; copy the file again")
+    data = cpu.read(()).tobytes()
+    left, place = struct.unpack_from("<i4xQ", data, 8)
+    words = np.frombuffer(data, np.uint64, 624, 24)
+    if left not in range(1, 625) or place > 624 or words.max() >= 1 << 32:
+        raise InputError(f"{path}: 'cpu' is no state of a Mersenne twister; copy the file again")
+    return {"key": words.tolist(), "pos": 624 if left == 1 else place}
+
+
+def parameter_order(config: LlamaConfig, lora: Lora | None) -> list[tuple[str, Place]]:
+    """Return the trained parameters' names, of `names.name_table` or of `peft.name_table`, with their paths, as torch's
+    model has them: by module, each with its weight before its bias, tied ones once."""
+    modules = names.module_names(config)
+    ends = ("weight", "bias", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+    table, prefix = names.name_table(config), ""
+    if lora is not None:
+        table, prefix = peft.name_table(lora, config), "base_model.model."
+    found = [name for module in modules for end in ends if (name := f"{prefix}{module}.{end}") in table]
+    first = {path: name for name in reversed(found) for path in [table[name][0]]}
+    return [(name, table[name][0]) for name in found if first[table[name][0]] == name]

@@ -1,0 +1,149 @@
+"""Go on from a checkpoint of the HF Trainer: the flags that it decides, its position, its log."""
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from llama_jax.base.errors import InputError
+from llama_jax.data.order import Resumed
+from llama_jax.hf import peft
+from llama_jax.hf.tensor import Tensor
+from llama_jax.hf.trainer_checkpoint import OPTIMIZER, SCHEDULER, TrainerCheckpoint, understanding
+from llama_jax.reporting.progress import say
+from llama_jax.run.resume import QUANTIZATION, Facts, SavedRun
+from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.job import Job
+from llama_jax.training.schedule import LISTENING
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Hold what a run keeps of the HF Trainer's checkpoint that it goes on from, in its own checkpoints too.
+
+    The Trainer resumes after `updates`, with its generator's state as in `Resumed`. `flags` have the checkpoint's
+    values, which the Trainer takes instead of those of the command line. `rate` is the learning rate of the next
+    update.
+    """
+
+    updates: int
+    generator: Json | None
+    flags: Json
+    rate: float
+
+    @classmethod
+    def of(cls, checkpoint: TrainerCheckpoint, args: Arguments) -> "Handover":
+        """Return what a run by these flags takes over. Raises InputError."""
+        with understanding(checkpoint.folder):
+            group = next(group for group in checkpoint.groups if group["params"])
+            return cls(
+                updates=checkpoint.updates,
+                generator=checkpoint.generator,
+                flags=_flags(checkpoint, args),
+                rate=_rate(checkpoint, group),
+            )
+
+    def to_json(self) -> Json:
+        """Return the values as JSON."""
+        return dataclasses.asdict(self)
+
+    @property
+    def resumed(self) -> Resumed:
+        """Return the position in the order."""
+        return Resumed(self.updates, self.generator)
+
+    def apply(self, args: Arguments, name: str) -> Arguments:
+        """Return the flags with those of the checkpoint, and report each that differs."""
+        args = copy.copy(args)
+        for flag, value in self.flags.items():
+            if (given := getattr(args, flag)) != value:
+                setattr(args, flag, value)
+                said = "the default" if given is None else given
+                say(f"--{flag} {value}, as in {name}, and not {said}: so the HF Trainer resumes")
+        return args
+
+
+def _rate(checkpoint: TrainerCheckpoint, group: Json) -> float:
+    rate = group.get("lr")
+    rate = rate.read(()).item() if isinstance(rate, Tensor) else rate
+    if not isinstance(rate, int | float):
+        raise InputError(f"{checkpoint.folder / OPTIMIZER}: param_groups have no lr; copy the file again")
+    return float(rate)
+
+
+def _flags(checkpoint: TrainerCheckpoint, args: Arguments) -> Json:
+    """Return the flags that the Trainer takes from a checkpoint: the optimizer's, by torch's load_state_dict, the peak
+    of the schedule, the intervals of its actions and, in 4.37, the batch size."""
+    groups, state, flags = checkpoint.groups, checkpoint.state, dict[str, Any]()
+    if peaks := checkpoint.scheduler.get("base_lrs"):
+        flags["learning_rate"] = float(peaks[0])
+    if groups[0]["params"]:
+        flags["weight_decay"] = float(groups[0].get("weight_decay", 0.0))
+    betas, eps = groups[0].get("betas"), groups[0].get("eps")
+    if isinstance(betas, tuple | list):
+        flags |= {"adam_beta1": float(betas[0]), "adam_beta2": float(betas[1])}
+    if isinstance(eps, float):
+        flags["adam_epsilon"] = eps
+    for name in ("logging", "eval", "save"):
+        steps, total = state.get(f"{name}_steps"), state.get("max_steps")
+        if not (isinstance(steps, int | float) and isinstance(total, int) and steps > 0):
+            continue
+        if getattr(args, f"{name}_strategy") == "steps" and args.every(name, total) != steps:
+            flags[f"{name}_steps"] = steps
+    if args.hf_compat == "4.37" and isinstance(state.get("train_batch_size"), int):
+        flags["per_device_train_batch_size"] = state["train_batch_size"]
+    return flags
+
+
+def _heard(checkpoint: TrainerCheckpoint, rate: float) -> Json:
+    """Return what a schedule that listens to evaluations has heard, as `Schedule.state`. Raises InputError."""
+    values = checkpoint.scheduler
+    if "num_bad_epochs" not in values:
+        raise InputError(f"{checkpoint.folder / SCHEDULER}: is of another --lr_scheduler_type; give the one of then")
+    heard: Json = {
+        "now": rate,
+        "best": values["best"],
+        "bad": values["num_bad_epochs"],
+        "cooling": values["cooldown_counter"],
+    }
+    if "num_good_epochs" in values:
+        average = values.get("_streaming_avg") or {"values": [], "sum": 0.0}
+        heard |= {"good": values["num_good_epochs"], "warming": values["warmup_counter"]}
+        heard |= {"until_reset": values["reset_start"], "window": average["values"], "sum": average["sum"]}
+    return heard
+
+
+def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, job: Job) -> SavedRun:
+    """Return what a checkpoint of this program would hold beside the state; report differences of the flags. `facts`
+    are those of this run. Raises InputError."""
+    state, folder = checkpoint.state, checkpoint.folder
+    done = checkpoint.scheduler["last_epoch"]
+    if "base_lrs" in checkpoint.scheduler and done != checkpoint.updates:
+        raise InputError(
+            f"{folder / SCHEDULER}: last_epoch is {done} after {checkpoint.updates} updates (fp16 skips updates): the "
+            f"schedule cannot go on; start from the weights by --model_name_or_path {folder}"
+        )
+    for key, flag, now in (
+        ("max_steps", "updates of the run", job.order.updates),
+        ("num_train_epochs", "epochs", job.num_train_epochs),
+        ("train_batch_size", "examples a micro-batch", job.args.per_device_train_batch_size),
+    ):
+        if state.get(key) not in (None, now):
+            say(f"warning: {folder} was made with {state[key]} {flag}, this run has {now}")
+    if ("stateful_callbacks" in state) != (job.args.hf_compat == "5"):
+        say(f"warning: {folder} was not written by transformers {job.args.hf_compat}; give --hf_compat as it was")
+    if "correct_bias" in checkpoint.groups[0]:
+        say(f"warning: {folder} was made by adamw_hf; this run's adamw_torch differs where epsilon is added and decays")
+    adapter: Json = {}
+    if (folder / peft.CONFIG).is_file():
+        adapter = peft.read_adapter(folder, job.config)[0].values | {k: getattr(job.args, k) for k in QUANTIZATION}
+    order = {**facts.order, "ranks": checkpoint.ranks or facts.order["ranks"]}
+    return SavedRun(
+        facts=dataclasses.replace(facts, optim=checkpoint.optim, adapter=adapter, order=order),
+        trainer_state=state,
+        left=(),
+        schedule=_heard(checkpoint, handover.rate) if job.args.lr_scheduler_type in LISTENING else {},
+        handover=handover.to_json(),
+    )
