@@ -286,15 +286,14 @@ def check_fp8(config: LlamaConfig, mesh, kernel: str) -> bool:
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     run = RunOptions(compute_dtype=jnp.bfloat16, fp8=True, attention=Kernel(kernel, SEGMENTS))
-    in_float32 = gradients(RunOptions(), product)
-    off = {}
+    in_float32, mean = gradients(RunOptions(), product), dict[str, float]()
     for name, einsum in (("fast sums", product), ("exact sums", exact_sums)):
         value, found = gradients(run, einsum)
-        off[name] = float(np.mean(jax.tree.leaves(jax.tree.map(distance, found["layers"], in_float32[1]["layers"]))))
+        mean[name] = float(np.mean(jax.tree.leaves(jax.tree.map(distance, found["layers"], in_float32[1]["layers"]))))
         print(
-            f"fp8, {name}: loss {value:.5f} (float32 {in_float32[0]:.5f}), gradients off by {off[name]:.1e} in the mean"
+            f"fp8, {name}: loss {value:.5f} (float32 {in_float32[0]:.5f}), gradients off by {mean[name]:.1e} on average"
         )
-    fine = off["fast sums"] < FAST * off["exact sums"]
+    fine = mean["fast sums"] < FAST * mean["exact sums"]
     print("fp8: fast sums add little" if fine else "fp8: fast sums add too much  WRONG", flush=True)
     return good and fine
 

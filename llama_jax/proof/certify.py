@@ -52,14 +52,12 @@ class Subject:
 
     @property
     def sample(self) -> Sample:
-        """Return the run's first examples that have labels. Raises InputError where none has."""
+        """Return the run's first examples that have labels."""
         order, examples = self.job.order, self.job.examples
         epoch = range(min(order.updates, order.updates_per_epoch))
         numbers = (int(number) for k in epoch for number in order.examples_of(k))
         labelled = (n for n in numbers if (examples[n][1][1:] != IGNORE_INDEX).any())
-        if not (chosen := list(islice(labelled, ROWS))):
-            raise InputError(f"--model_max_length {self.args.model_max_length}: no example has a label; raise it")
-        return choose_sample(examples, np.asarray(chosen), self.args.packing, self.args.hf_compat)
+        return choose_sample(examples, np.asarray(list(islice(labelled, ROWS))), self.args.packing, self.args.hf_compat)
 
     @property
     def precisions(self) -> list[str]:

@@ -59,7 +59,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     """
     args = transformers.TrainingArguments(**spec["flags"])
     examples = Examples(spec["examples"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         spec["model"], attn_implementation="eager", dtype=torch.float32
     )
     if new := spec["new_tokens"]:
@@ -101,9 +101,9 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
     class Recorder(transformers.Trainer):
         def create_optimizer(self, *a: Any, **k: Any) -> Any:
-            super().create_optimizer(*a, **k)
-            self.optimizer.register_step_pre_hook(before_update)
-            return self.optimizer
+            optimizer: Any = super().create_optimizer(*a, **k)
+            optimizer.register_step_pre_hook(before_update)
+            return optimizer
 
         def training_step(self, *a: Any, **k: Any) -> torch.Tensor:
             with float64() if spec["exact"] else contextlib.nullcontext():
@@ -136,12 +136,13 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
     """Let transformers' casts to float32, of norms, softmax and loss, keep float64."""
-    kept = torch.float32, torch.Tensor.float
-    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    module: Any = torch
+    kept = module.float32, module.Tensor.float
+    module.float32, module.Tensor.float = module.float64, module.Tensor.double
     try:
         yield
     finally:
-        torch.float32, torch.Tensor.float = kept
+        module.float32, module.Tensor.float = kept
 
 
 def main() -> None:

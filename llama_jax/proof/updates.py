@@ -79,11 +79,11 @@ def compare_updates(job: Job, model: Path, tokenizer: Path, layers: int | None, 
             _ask({"model": str(model), "layers": layers, "shrunk": str(folder / "model")})
             model = folder / "model"
         args = replace(job.args, max_steps=count)
-        trainers = [_trainers(args, job, model, folder, exact) for exact in (False, True)]
+        trainers, exact = (_trainers(args, job, model, folder, is_exact) for is_exact in (False, True))
         ours = _ours(args, job, model, tokenizer, folder)
         # optax rounds b2 and 1 - b2^k to float32, off by u / (1 - b2) at most; a step has its root. Torch has float64.
         correction = ROUNDOFF[FLOAT32] / (1 - args.adam_beta2) / 2
-        return _rows(ours, *trainers, folder / _INITIAL, layers or job.config.num_hidden_layers, correction)
+        return _rows(ours, trainers, exact, folder / _INITIAL, layers or job.config.num_hidden_layers, correction)
 
 
 def _reason(job: Job, layers: int | None, count: int) -> str:
@@ -122,7 +122,8 @@ def _trainers(args: Arguments, job: Job, model: Path, folder: Path, exact: bool)
     spec = {"model": str(model), "examples": str(examples), "flags": flags, "exact": exact, "weights": str(weights)}
     spec |= {"initial": str(folder / _INITIAL)}
     done = _ask(spec | {"new_tokens": len(job.new_ids), "peft": _peft(job)})["updates"]
-    return Made(*([update[key] for update in done] for key in ("loss", "rate", "norm", "examples")), weights)
+    losses, rates, norms, numbers = ([update[key] for update in done] for key in ("loss", "rate", "norm", "examples"))
+    return Made(losses, rates, norms, numbers, weights)
 
 
 def _peft(job: Job) -> dict[str, Any] | None:
