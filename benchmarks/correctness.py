@@ -224,7 +224,7 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
 
 def check_fp8(config: LlamaConfig, mesh, kernel: str) -> bool:
     """Compare each product of fp8, forward and backward, with the same fp8 values multiplied in float32; then print how
-    far the gradients of a model are from those in float32, with the fast sums of its forward pass and without.
+    far the gradients of a model are from those in float32, in the mean, with the fast sums of its forward pass and not.
 
     Two runs of a model are no measure: a difference in the last bit of bf16 moves values across fp8's wide steps, and
     after some ten roundings as many values differ as in two independent roundings.

@@ -4,6 +4,7 @@ The Trainer makes its updates in float32 and float64 in this process; train_jax.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,11 @@ def rows_beside(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(updates, "_ours", lambda *_: ours)
     torch.set_num_threads(1)
     subject = open_subject(parse_arguments(case.argv), None)
-    return compare_updates(subject.job, case.folder / "model", case.folder / "model", None, COUNT)
+    return compared(subject.job, case).rows
+
+
+def compared(job: Any, case: Run) -> updates.Compared:
+    return compare_updates(job, case.folder / "model", case.folder / "model", None, COUNT, lambda folder: [])
 
 
 def test_equal_updates(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +118,11 @@ def test_the_command(more: str, case: Run, tmp_path: Path) -> None:
     """Each program in its own process; an adapter's dropout is left out by both."""
     outcome = run(parity.main, *case.argv, "--output_dir", tmp_path, "--updates", COUNT, *more.split())
     assert outcome.code == 0, outcome.out + outcome.err
-    assert f"update {COUNT}: " in (tmp_path / "parity.json").read_text()
+    values = json.loads((tmp_path / "parity.json").read_text())
+    sections = {row["section"] for row in values["rows"]}
+    assert {"updates, float32"} | ({"the exported folder, float32"} if "peft" not in more else set()) <= sections
+    assert [len(curve) for curve in values["curves"]["loss"].values()] == [COUNT, COUNT]
+    assert '<div class="curve" data-name="loss">' in (tmp_path / "parity.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -126,14 +135,14 @@ def test_the_command(more: str, case: Run, tmp_path: Path) -> None:
 )
 def test_what_is_not_compared(flags: str, reason: str, case: Run) -> None:
     subject = open_subject(parse_arguments([*case.argv, *flags.split()]), None)
-    (row,) = compare_updates(subject.job, case.folder / "model", case.folder / "model", None, COUNT)
+    (row,) = compared(subject.job, case).rows
     assert row.holds is None and reason in row.note
 
 
 def test_a_model_that_is_too_large(case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(updates, "host_memory", lambda: 1_200_000)
     subject = open_subject(parse_arguments(case.argv), None)
-    (row,) = compare_updates(subject.job, case.folder / "model", case.folder / "model", None, COUNT)
+    (row,) = compared(subject.job, case).rows
     assert row.holds is None and row.note.endswith("compare fewer layers, --shrink 1")
 
 

@@ -4,7 +4,7 @@ import hashlib
 import platform
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,18 @@ def certify(
                 args.attention,
             )
         )
+
+    def exported(folder: Path) -> list[Row]:
+        made = Source(folder)
+        rows = compare_model(
+            Reference(folder), made, made.config, sample, FLOAT32, subject.mesh, kernel=args.attention, gradients=False
+        )
+        return [replace(row, section="the exported folder, float32") for row in rows]
+
     if updates:
-        add(compare_updates(job, source.folder, source.tokenizer_folder, subject.layers, updates))
+        folders = source.folder, source.tokenizer_folder
+        rows, certificate.curves = compare_updates(job, *folders, subject.layers, updates, exported)
+        add(rows)
     return certificate
 
 

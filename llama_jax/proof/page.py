@@ -19,6 +19,7 @@ def as_page(values: dict[str, Any]) -> str:
     sections: dict[str, list[dict[str, Any]]] = {}
     for row in values["rows"]:
         sections.setdefault(row["section"], []).append(row)
+    curves = values["curves"]
     parts = {
         "CLASS": "holds" if values["holds"] else "fails",
         "VERDICT": html.escape(values["verdict"]),
@@ -27,9 +28,11 @@ def as_page(values: dict[str, Any]) -> str:
             f"<tr><td>{html.escape(name)}<td>{html.escape(_plain(value))}"
             for name, value in {**values["versions"], **values["digests"]}.items()
         ),
-        "TABLES": "".join(_table(name, rows) for name, rows in sections.items()),
+        "TABLES": "".join(_table(name, rows) for name, rows in sections.items())
+        + "".join(f'<h2>{name} of each update</h2><div class="curve" data-name="{name}"></div>' for name in curves),
         # No text of a model can end the script: "<" stands for itself in JSON's strings alone.
         "DATA": json.dumps(finite(sections)).replace("<", "\\u003c"),
+        "CURVES": json.dumps(finite(curves)),
         "PLOTLY": offline.get_plotlyjs(),
     }
     text = TEMPLATE.read_text(encoding="utf-8")

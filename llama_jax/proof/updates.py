@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -22,7 +23,8 @@ from llama_jax.base.versions import versions
 from llama_jax.distributed.platform import host_memory
 from llama_jax.proof.bounds import ROUNDOFF, bound_of
 from llama_jax.proof.torch_layers import FLOAT32
-from llama_jax.proof.verdict import Row, bounded
+from llama_jax.proof.verdict import Curves, Row, bounded
+from llama_jax.reporting.progress import say
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 
@@ -68,22 +70,37 @@ class Made:
     weights: Path
 
 
-def compare_updates(job: Job, model: Path, tokenizer: Path, layers: int | None, count: int) -> list[Row]:
-    """Return the rows of the first `count` updates of a job's run, of the first `layers` layers (None: all) of the HF
-    folder `model`. Raises InputError."""
+class Compared(NamedTuple):
+    """Hold the rows of the updates, and the curves of both programs."""
+
+    rows: list[Row]
+    curves: Curves
+
+
+def compare_updates(
+    job: Job, model: Path, tokenizer: Path, layers: int | None, count: int, exported: Callable[[Path], list[Row]]
+) -> Compared:
+    """Compare the first `count` updates of a job's run, of the first `layers` layers (None: all) of the HF folder
+    `model`. `exported` returns rows of the folder that the run exports. Raises InputError."""
     if reason := _reason(job, layers, count):
-        return [Row(SECTION, "the Trainer's updates", None, None, None, reason)]
+        return Compared([Row(SECTION, "the Trainer's updates", None, None, None, reason)], {})
     with TemporaryDirectory(prefix="llama_jax-parity-") as temporary:
         folder = Path(temporary)
         if layers is not None:
             _ask({"model": str(model), "layers": layers, "shrunk": str(folder / "model")})
             model = folder / "model"
         args = replace(job.args, max_steps=count)
+        say(f"parity: the Trainer makes {count} updates, in float32 and in float64")
         trainers, exact = (_trainers(args, job, model, folder, is_exact) for is_exact in (False, True))
+        say(f"parity: train_jax.py makes the {count} updates")
         ours = _ours(args, job, model, tokenizer, folder)
         # optax rounds b2 and 1 - b2^k to float32, off by u / (1 - b2) at most; a step has its root. Torch has float64.
         correction = ROUNDOFF[FLOAT32] / (1 - args.adam_beta2) / 2
-        return _rows(ours, trainers, exact, folder / _INITIAL, layers or job.config.num_hidden_layers, correction)
+        rows = _rows(ours, trainers, exact, folder / _INITIAL, layers or job.config.num_hidden_layers, correction)
+        curves: Curves = {"loss": {"HF Trainer": trainers.losses, "llama_jax": ours.losses}}
+        if ours.norms:
+            curves["gradient norm"] = {"HF Trainer": trainers.norms, "llama_jax": ours.norms}
+        return Compared(rows + (exported(ours.weights.parent) if job.adapter is None else []), curves)
 
 
 def _reason(job: Job, layers: int | None, count: int) -> str:

@@ -11,6 +11,8 @@ from llama_jax.base.files import dump_json, write_text
 from llama_jax.proof.page import as_page
 from llama_jax.reporting.page import finite
 
+# By the name of a quantity and of a program, its value in each update.
+Curves = dict[str, dict[str, list[float]]]
 VALUES, PAGE = "parity.json", "parity.html"
 SHOWN = 12  # rows of a section that are printed, if all hold
 
@@ -48,12 +50,13 @@ def bounded(section: str, name: str, error: float, bound: float, note: str = "")
 @dataclass
 class Certificate:
     """Hold the rows of a comparison, and the facts by which a colleague repeats it: the command, versions of packages,
-    digests of model, data and flags."""
+    digests of model, data and flags. `curves` are drawn on the page."""
 
     command: str
     versions: dict[str, str]
     digests: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    curves: Curves = field(default_factory=dict)
 
     @property
     def failed(self) -> list[Row]:
