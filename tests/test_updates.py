@@ -113,7 +113,7 @@ def test_another_flag_is_named(
         assert failing[0] == row
 
 
-@pytest.mark.parametrize("more", ["", "--use_peft True --lora_r 4 --lora_dropout 0.1", "--shrink 1"], ids=str)
+@pytest.mark.parametrize("more", ["--use_peft True --lora_r 4 --lora_dropout 0.1", "--shrink 1"], ids=str)
 def test_the_command(more: str, case: Run, tmp_path: Path) -> None:
     """Each program in its own process; an adapter's dropout is left out by both."""
     outcome = run(parity.main, *case.argv, "--output_dir", tmp_path, "--updates", COUNT, *more.split())
