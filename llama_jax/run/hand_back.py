@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from llama_jax.distributed import sharding
 from llama_jax.hf import convert, names, peft
 from llama_jax.hf.checkpoint import host_state
 from llama_jax.hf.names import Path
-from llama_jax.hf.source import Source, refuse_other_kind
+from llama_jax.hf.source import Source
 from llama_jax.hf.trainer_checkpoint import STATE, parameter_order
 from llama_jax.hf.trainer_writer import (
     CALLBACKS,
@@ -44,14 +45,24 @@ FLAG = "--to_hf_trainer"
 def hand_back(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
     """Write the folder: weights and tokenizer, or the adapter, optimizer, schedule, progress and generators.
 
-    The host holds the checkpoint's arrays. Raises InputError before the first file is written."""
+    The folder appears whole: files are written beside it first. The host holds the checkpoint's arrays. Raises
+    InputError before the first file is written."""
     saved = _open(checkpoint, folder)
+    make_output_dir(folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.resolve().parent) as temporary:
+        part = pathlib.Path(temporary, folder.name)
+        part.mkdir()
+        _write(saved, checkpoint, part)
+        part.chmod(folder.stat().st_mode)
+        part.replace(folder)
+
+
+def _write(saved: SavedRun, checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
+    """Write all files of the folder."""
     config, done = _config(saved.facts.model), saved.trainer_state["global_step"]
     adapter = peft.read_adapter(checkpoint, config) if saved.facts.adapter else None
     lora = adapter[0].lora if adapter else None
     arrays, order = host_state(checkpoint), _order(saved)
-    refuse_other_kind(folder, flax=False)
-    make_output_dir(folder)
     if adapter:
         tensors = [(name, tensor.read(())) for name, tensor in adapter[1].items()]
         peft.write_adapter(folder, tensors, adapter[0])
@@ -79,7 +90,13 @@ def _open(checkpoint: pathlib.Path, folder: pathlib.Path) -> SavedRun:
         raise InputError(f"{FLAG}: reads and writes local folders; copy {checkpoint} here")
     if number(checkpoint.name) not in find_steps(checkpoint.parent):
         raise InputError(f"{FLAG} takes a run's checkpoint-N as --model_name_or_path; {checkpoint} is none")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"--output_dir {folder}: is not empty, and the Trainer would read its files; name a new folder"
+        )
     saved = SavedRun.read(checkpoint)
+    if (named := number(folder.name)) not in (-1, step := saved.trainer_state["global_step"]):
+        raise InputError(f"--output_dir {folder}: holds update {step}, not {named}; call it checkpoint-{step}")
     if saved.facts.optim not in WRITABLE:
         known = f"{', '.join(WRITABLE)} can go back"
         raise InputError(f"{FLAG}: {checkpoint} was made by --optim {saved.facts.optim}; {known}")

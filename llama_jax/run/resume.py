@@ -148,6 +148,9 @@ def choose_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
     """Return the checkpoint to resume from, None for a new run. Raises InputError."""
     if foreign := find_foreign(output_dir):
         path = output_dir / foreign[-1]
+        if is_trainers(path):
+            on = "" if args.resume_from_checkpoint else f", and go on from it by --resume_from_checkpoint {path}"
+            raise InputError(f"{output_dir}: holds the HF Trainer's {path.name}; choose another --output_dir{on}")
         raise InputError(
             f"{path}: is not a checkpoint of this program{_as_model(path)}; move it away, or choose another "
             "--output_dir"
@@ -187,7 +190,15 @@ def _named_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
     if not wanted or wanted.lower() in ("false", "no", "0"):
         return None
     path = as_path(wanted)
+    if inside := [f"checkpoint-{step}" for step in find_steps(path)] or find_foreign(path):
+        raise InputError(
+            f"--resume_from_checkpoint {wanted}: is a run's folder; name a checkpoint in it, as {path / inside[-1]}"
+        )
     if is_trainers(path):
+        if output_dir.resolve().is_relative_to(path.resolve()):
+            raise InputError(
+                f"--output_dir {output_dir}: is in the checkpoint that the run goes on from; choose another folder"
+            )
         return path
     if number(path.name) not in find_steps(path.parent):
         raise InputError(
@@ -229,9 +240,7 @@ def pass_over(args: Arguments, checkpoint: Path, damage: Damaged) -> None:
 
 
 def _as_model(path: Path) -> str:
-    """Return the proposals to go on from an HF Trainer's checkpoint, "" where `path` is none."""
-    if is_trainers(path):
-        return f"; it is the HF Trainer's: go on from it by --resume_from_checkpoint {path}, in another --output_dir"
+    """Return the proposal to start from the weights of an HF model, "" where `path` is none."""
     if not (path / "config.json").is_file() or (path / FLAX_JSON).is_file():  # the latter: a part of our own
         return ""
     return f"; it is an HF model: train on from its weights, with a new optimizer, by --model_name_or_path {path}"
