@@ -5,11 +5,17 @@ The Trainer makes its updates in float32 and float64 in this process; train_jax.
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
+import numpy as np
 import pytest
-from tiny import ALPACA, CONFIG, run, write_json, write_model, write_tokenizer
+from tiny import ALPACA, CONFIG, ROOT, make_arrays, run, write_json, write_model, write_tokenizer
 
 from llama_jax.command import parity
 from llama_jax.proof import updates
@@ -45,9 +51,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def ours(case: Run, tmp_path_factory: pytest.TempPathFactory) -> updates.Made:
     args = dataclasses.replace(parse_arguments(case.argv), max_steps=COUNT)
-    subject = open_subject(args, None)
-    made = tmp_path_factory.mktemp("ours")
-    return updates._ours(args, subject.job, case.folder / "model", case.folder / "model", made)
+    job, made = open_subject(args, None).job, tmp_path_factory.mktemp("ours")
+    updates._ask(
+        {"model": str(case.folder / "model"), "layers": None, "new_tokens": 1, "prepared": str(made / "model")}
+    )
+    return updates._ours(args, job, made / "model", case.folder / "model", made)
 
 
 def rows_beside(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> list[Row]:
@@ -59,10 +67,9 @@ def rows_beside(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch, 
     def ask(spec: dict[str, Any]) -> dict[str, Any]:
         AcceleratorState._reset_state(True)  # they outlive a run
         GradientState._reset_state()
-        for key, value in change.items():
-            place = spec if key in spec else spec["flags"]
-            place[key] = value
-        return trainer_process.train(spec)
+        if "prepared" in spec:
+            return trainer_process.prepare(spec)
+        return trainer_process.train({**spec, "flags": {**spec["flags"], **change}})
 
     monkeypatch.setattr(updates, "_ask", ask)
     monkeypatch.setattr(updates, "_ours", lambda *_: ours)
@@ -88,8 +95,8 @@ def test_equal_updates(ours: updates.Made, case: Run, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "change, row",
     [
-        ({"seed": 43}, "update 1: examples"),
-        ({"gradient_accumulation_steps": 1}, "update 1: examples"),
+        ({"seed": 43}, "update 1: order of the examples"),
+        ({"gradient_accumulation_steps": 1}, "update 1: order of the examples"),
         ({"learning_rate": 1.001e-2}, "update 2: learning rate"),
         ({"lr_scheduler_type": "constant"}, "update 1: learning rate"),
         ({"warmup_steps": 3}, "update 2: learning rate"),
@@ -100,7 +107,6 @@ def test_equal_updates(ours: updates.Made, case: Run, monkeypatch: pytest.Monkey
         ({"adam_beta2": 0.998}, "change of lm_head.weight"),
         ({"adam_epsilon": 1e-6}, "change of lm_head.weight"),
         ({"optim": "sgd"}, "change of lm_head.weight"),
-        ({"new_tokens": 0}, "change of lm_head.weight"),
     ],
     ids=str,
 )
@@ -113,16 +119,91 @@ def test_another_flag_is_named(
         assert failing[0] == row
 
 
-@pytest.mark.parametrize("more", ["--use_peft True --lora_r 4 --lora_dropout 0.1", "--shrink 1"], ids=str)
-def test_the_command(more: str, case: Run, tmp_path: Path) -> None:
-    """Each program in its own process; an adapter's dropout is left out by both."""
-    outcome = run(parity.main, *case.argv, "--output_dir", tmp_path, "--updates", COUNT, *more.split())
-    assert outcome.code == 0, outcome.out + outcome.err
-    values = json.loads((tmp_path / "parity.json").read_text())
-    sections = {row["section"] for row in values["rows"]}
-    assert {"updates, float32"} | ({"the exported folder, float32"} if "peft" not in more else set()) <= sections
-    assert [len(curve) for curve in values["curves"]["loss"].values()] == [COUNT, COUNT]
-    assert '<div class="curve" data-name="loss">' in (tmp_path / "parity.html").read_text()
+COMMANDS: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "float16 weights": ({"dtype": "float16"}, np.float16, "--hf_compat 4.37"),
+    "adapter of a tied model": (
+        {"dtype": "bfloat16", "tie_word_embeddings": True},
+        ml_dtypes.bfloat16,
+        "--use_peft True --lora_dropout 0.1 --shrink 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command(name: str, case: Run, tmp_path: Path) -> None:
+    """Each program in a process of its own, ours on one of the two devices that are visible. The tokenizer adds a row;
+    an adapter's dropout is left out by both. The files' type does not matter: both train in float32."""
+    changes, kind, more = COMMANDS[name]
+    config = {**CONFIG, **changes}
+    arrays = {key: array.astype(kind) for key, array in make_arrays(config).items()}
+    write_tokenizer(write_model(tmp_path / "model", config, arrays), pad_token=None)
+    words = [str(tmp_path / "model") if word == str(case.folder / "model") else word for word in case.argv]
+    words = [str(tmp_path / "out") if word == str(case.folder / "out") else word for word in words]
+    if "--hf_compat" in more:
+        words = words[: words.index("--hf_compat")] + words[words.index("--hf_compat") + 2 :]
+    given = [*words, "--dtype", "float32", "--updates", "2", *more.split()]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = [sys.executable, "-m", "llama_jax.parity", *given]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads((tmp_path / "out/parity.json").read_text())
+    rows = [row for row in values["rows"] if row["section"] == updates.SECTION]
+    assert sum(bool(row["error"]) for row in rows) > 5
+    assert ("--use_peft" in more) or any(row["section"] == "the exported folder, float32" for row in values["rows"])
+    assert [len(curve) for curve in values["curves"]["loss"].values()] == [2, 2]
+    assert '<div class="curve" data-name="loss">' in (tmp_path / "out/parity.html").read_text()
+
+
+def test_a_program_that_fails(case: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate has the other sections, and the line of the error."""
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ValueError('a first line\\nand a second')\n")
+    monkeypatch.setattr(updates, "_PROCESS", broken)
+    argv = [str(tmp_path / "out") if word == str(case.folder / "out") else word for word in case.argv]
+    outcome = run(parity.main, *argv, "--shrink", 1)
+    assert outcome.code == 1 and "the Trainer ended with 1: ValueError: a first line" in outcome.out
+    values = json.loads((tmp_path / "out/parity.json").read_text())
+    assert {"tokens", "gradients, float32", updates.SECTION} <= {row["section"] for row in values["rows"]}
+
+
+def test_stopped(case: Run, tmp_path: Path) -> None:
+    """SIGTERM ends the programs that are running, and leaves no file in the temporary folder."""
+    slow = "import time; print('started', file=open('started', 'w')); time.sleep(600)"
+    code = "import sys; from pathlib import Path; from llama_jax.proof import updates; "
+    code += "from llama_jax.command.parity import main; updates._PROCESS = Path('slow.py'); "
+    code += f"Path('slow.py').write_text({slow!r}); sys.exit(main(sys.argv[1:]))"
+    argv = ["--output_dir" if word == "--output_dir" else word for word in case.argv]
+    argv = [str(tmp_path / "out") if word == str(case.folder / "out") else word for word in argv]
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code, *argv, "--shrink", "1"], cwd=tmp_path, env=environment)
+    waiting = Path(tmp_path / "started")
+    while not waiting.exists() and process.poll() is None:
+        time.sleep(0.1)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.terminate()
+    assert process.wait(60) == 143 and not Path(f"/proc/{child}").exists()
+    assert not list((tmp_path / "temporary").glob("llama_jax-parity-*"))
+
+
+ONES = np.ones(100)
+
+
+@pytest.mark.parametrize(
+    "ours, trainers, exact, holds",
+    [
+        (1.1, 1.1, 1.1, True),
+        (1.1 + 1e-6, 1.1, 1.1, False),
+        (1.1 + 1e-6, 1.1 + 1e-6, 1.1, True),
+        (1.0, 1.1, 1.1, False),  # a layer that ours leaves out
+        (1.1, 1.0, 1.0, False),
+        (1.0, 1.0, 1.0, None),  # a rate of 0
+        (1.0 + 2e-7, 1.0 + 1e-7, 1.0 + 2e-7, None),  # a change of some roundings of float32
+    ],
+)
+def test_a_change(ours: float, trainers: float, exact: float, holds: bool | None) -> None:
+    row = updates._change("w", ONES * ours, ONES * trainers, ONES * exact, ONES, 2, 0.0)
+    assert row.holds is holds and (row.bound or row.note)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +211,7 @@ def test_the_command(more: str, case: Run, tmp_path: Path) -> None:
     [
         ("--optim lion_32bit", "--optim lion_32bit"),
         ("--world_size 2", "leave --world_size out"),
+        ("--adam_moments_dtype bfloat16", "leave --adam_moments_dtype out"),
         ("--use_peft True --load_in_8bit True", "leave --load_in_4bit and --load_in_8bit out"),
     ],
 )

@@ -3,6 +3,8 @@
 python -m llama_jax.parity --model_name_or_path HF_DIR --data_path data.json --bf16 True
 """
 
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +12,7 @@ from typing import NamedTuple
 from llama_jax.base.bucket import as_path, is_remote
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.base.files import make_output_dir
+from llama_jax.base.stopping import STOPPED
 from llama_jax.reporting.progress import say
 from llama_jax.setup.arguments import Arguments, parse_arguments
 
@@ -34,22 +37,24 @@ class Parsed(NamedTuple):
 def parse(argv: Sequence[str]) -> Parsed:
     """Parse a command line. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.parity", description=ABOUT, allow_abbrev=False)
-    parser.add_argument("--records", type=int, default=32, help="records whose tokens are compared, by default 32")
-    parser.add_argument(
-        "--updates", type=int, default=3, help="updates to make with the Trainer, by default 3; 0: none"
-    )
+    parser.add_argument("--records", type=int, help="records whose tokens are compared, by default 32")
+    parser.add_argument("--updates", type=int, help="updates to make beside the Trainer, by default 3; 0: none")
     parser.add_argument("--shrink", type=int, metavar="LAYERS", help="compare the first layers of the model only")
     parser.add_argument("--against", metavar="DIR2", help="compare with this folder instead of torch")
     own, rest = parser.parse_known_args(list(argv))
     args = parse_arguments(rest)
-    if own.records < 1:
-        raise InputError(f"--records {own.records}: should be a number above 0")
-    if own.updates < 0:
-        raise InputError(f"--updates {own.updates}: should be a number of updates, or 0 for none")
+    for name in ("records", "updates") if own.against else ():
+        if getattr(own, name) is not None:
+            raise InputError(f"--{name}: does not go with --against, which compares weights and logits; leave it out")
+    records, updates = (32 if own.records is None else own.records), (3 if own.updates is None else own.updates)
+    if records < 1:
+        raise InputError(f"--records {records}: should be a number above 0")
+    if updates < 0:
+        raise InputError(f"--updates {updates}: should be a number of updates, or 0 for none")
     for name in ("dry_run", "explain", "export_only", "resume_from_checkpoint"):
         if getattr(args, name):
             raise InputError(f"--{name}: is for train_jax.py; leave it out")
-    return Parsed(args, own.records, own.updates, own.shrink, own.against)
+    return Parsed(args, records, updates, own.shrink, own.against)
 
 
 def main(argv: list[str]) -> int:
@@ -69,6 +74,8 @@ def main(argv: list[str]) -> int:
     if given.against is None:
         import_torch()
     make_output_dir(folder)
+    # As at Ctrl-C: programs that this one has started end, and its temporary folder goes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     subject = open_subject(given.args, given.shrink)
     if given.against is None:
         certificate = certify(subject, argv, given.records, given.updates, show)

@@ -1,6 +1,6 @@
 """Derive the bound of each error of a certificate from the precision, the depth and the rounding of torch itself.
 
-Notation: u is the unit roundoff, 2^-24 in float32 and 2^-9 in bfloat16. A number that is rounded once is off by at most
+Notation: u is the unit roundoff, 2^-24 in float32 and 2^-8 in bfloat16. A number that is rounded once is off by at most
 u of itself. t is torch's result in the precision, o this program's, and y the exact one: torch's in float64, or for
 bfloat16 in float32.
 Errors are relative, in the norm of a token's vector, or of a parameter's gradient.
@@ -23,7 +23,7 @@ depth as independent errors are, in the root of their number.
 
 import math
 
-ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "bfloat16 weights": 2.0**-9}
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "bfloat16 weights": 2.0**-8}
 SPREAD, FLOOR = 8.0, 4.0
 
 

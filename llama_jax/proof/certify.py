@@ -23,7 +23,7 @@ from llama_jax.hf.source import Source, training_dtype
 from llama_jax.proof.against import compare_folders
 from llama_jax.proof.model import compare_model
 from llama_jax.proof.our_layers import shrunk
-from llama_jax.proof.sample import ROWS, Sample, choose_sample
+from llama_jax.proof.sample import ROWS, TOKENS, Sample, choose_sample
 from llama_jax.proof.tokens import compare_tokens
 from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference, import_torch
 from llama_jax.proof.updates import compare_updates
@@ -94,10 +94,13 @@ def certify(
         for name in dict.fromkeys(row.section for row in rows):
             show([row for row in rows if row.section == name])
 
-    for line in _left_out(args):
+    for line in [*_left_out(args), *(_of_updates(args) if updates else [])]:
         say(line)
     add(compare_tokens(job, source.tokenizer_folder, records))
     sample, config = subject.sample, shrunk(job.config, subject.layers)
+    if (window := config.sliding_window) and window >= TOKENS:
+        note = f"the {TOKENS} tokens of a sample do not reach past {window}"
+        add([Row("forward", "sliding window", None, None, None, note)])
     for precision in subject.precisions:
         add(
             compare_model(
@@ -183,6 +186,19 @@ def _left_out(args: Arguments) -> list[str]:
         lines.append(f"--mesh {args.mesh}: the comparison runs on one device")
     if args.label_smoothing_factor:
         lines.append("--label_smoothing_factor: the loss is compared without smoothing")
+    return lines
+
+
+def _of_updates(args: Arguments) -> list[str]:
+    """Return a line for each flag that the updates are made without."""
+    lines = []
+    if args.hf_compat == "4.37":
+        lines.append("--hf_compat 4.37: the updates are made under 5, the rules of the Trainer that is installed")
+    names = [name for name in ("bf16", "fp8", "tf32", "dtype") if getattr(args, name) not in (False, None, "float32")]
+    if names:
+        lines.append(f"{', '.join(f'--{name}' for name in names)}: the updates are made in float32, on the CPU")
+    if args.use_peft and args.lora_dropout:
+        lines.append("--lora_dropout: the updates are made without")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Make updates with the real Trainer, or write a model's first layers: a program of its own, without JAX.
+"""Prepare a model, or make updates of it with the real Trainer: a program of its own, without JAX.
 
 python llama_jax/proof/trainer_process.py reads a JSON object on the standard input, and prints one in its last line.
 """
@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -20,15 +19,22 @@ from safetensors.torch import save_file
 IGNORED = -100
 
 
-def shrink(spec: dict[str, Any]) -> dict[str, Any]:
-    """Write the first `layers` layers of the HF folder `model` as the HF folder `shrunk`, in the folder's own type."""
+def prepare(spec: dict[str, Any]) -> dict[str, Any]:
+    """Write the HF folder `model` as the folder `prepared`, in float32: its first `layers` layers (null: all), and
+    `new_tokens` rows of the vocabulary more, the mean of the others as in stanford_alpaca."""
     config = transformers.AutoConfig.from_pretrained(spec["model"])
-    config.num_hidden_layers = spec["layers"]
-    for key in ("layer_types", "no_rope_layers"):
-        if getattr(config, key, None):
-            setattr(config, key, getattr(config, key)[: spec["layers"]])
-    model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], config=config, dtype="auto")
-    model.save_pretrained(spec["shrunk"])
+    if layers := spec["layers"]:
+        config.num_hidden_layers = layers
+        for key in ("layer_types", "no_rope_layers"):
+            if getattr(config, key, None):
+                setattr(config, key, getattr(config, key)[:layers])
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], config=config, dtype=torch.float32)
+    if new := spec["new_tokens"]:
+        model.resize_token_embeddings(model.config.vocab_size + new, mean_resizing=False)
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+            rows = embedding.weight.data
+            rows[-new:] = rows[:-new].mean(0, keepdim=True)
+    model.save_pretrained(spec["prepared"])
     return {}
 
 
@@ -36,10 +42,7 @@ class Examples:
     """Hold the examples of a job. `number` finds one by its list of ids, which the Trainer passes on as it is."""
 
     def __init__(self, path: str):
-        with np.load(path) as file:
-            cuts = np.cumsum(file["lengths"])[:-1]
-            ids, labels = (np.split(file[name], cuts) for name in ("ids", "labels"))
-        self._records = [{"input_ids": i.tolist(), "labels": x.tolist()} for i, x in zip(ids, labels, strict=True)]
+        self._records = [json.loads(line) for line in Path(path).read_text().splitlines()]
         self.number = {id(record["input_ids"]): n for n, record in enumerate(self._records)}
 
     def __len__(self) -> int:
@@ -52,21 +55,16 @@ class Examples:
 def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Make the updates of a run with the Trainer.
 
-    `spec` has `model`, `examples` (npz: ids, labels, lengths), `flags` of TrainingArguments, `exact` (all in float64),
-    `new_tokens` that stanford_alpaca's resize adds, `peft` (LoraConfig's keywords, or null), and `initial` and
-    `weights`, the files to write before and after. The answer has for each update the loss, the logged learning rate,
-    the gradient's norm before clipping and the numbers of its examples.
+    `spec` has `model`, `examples` (JSONL of input_ids and labels), `flags` of TrainingArguments, `exact` (all in
+    float64), `peft` (LoraConfig's keywords, or null), and `initial` and `weights`, the files to write before and after.
+    The answer has for each update the loss, the logged learning rate, the gradient's norm before clipping and the
+    numbers of its examples.
     """
     args = transformers.TrainingArguments(**spec["flags"])
     examples = Examples(spec["examples"])
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         spec["model"], attn_implementation="eager", dtype=torch.float32
     )
-    if new := spec["new_tokens"]:
-        model.resize_token_embeddings(model.config.vocab_size + new)
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
-            rows = embedding.weight.data
-            rows[-new:] = rows[:-new].mean(0, keepdim=True)
     if spec["peft"]:
         import peft
 
@@ -79,7 +77,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         state = peft.get_peft_model_state_dict(model) if spec["peft"] else model.state_dict()
         if not spec["peft"] and model.config.tie_word_embeddings:
             state.pop("lm_head.weight")
-        save_file({name: value.contiguous() for name, value in state.items()}, path)
+        # A clone: PEFT saves a tied head beside its embedding, and safetensors refuses tensors that share memory.
+        save_file({name: value.clone().contiguous() for name, value in state.items()}, path)
 
     save(spec["initial"])
     collated: deque[list[int]] = deque()  # the loader is a batch ahead of the training
@@ -106,9 +105,10 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             return optimizer
 
         def training_step(self, *a: Any, **k: Any) -> torch.Tensor:
+            learned = (a[1]["labels"][:, 1:] != IGNORED).any()
             with float64() if spec["exact"] else contextlib.nullcontext():
                 loss = super().training_step(*a, **k)
-            if math.isfinite(loss):  # a micro-batch without labels has none
+            if learned:  # else the loss is NaN
                 current["loss"] += float(loss)
             current["examples"] += collated.popleft()
             return loss
@@ -149,7 +149,7 @@ def main() -> None:
     """Answer the object on the standard input."""
     transformers.utils.logging.set_verbosity_error()
     spec = json.load(sys.stdin)
-    answer = (shrink if "shrunk" in spec else train)(spec)
+    answer = (prepare if "prepared" in spec else train)(spec)
     print("\n" + json.dumps(answer))
 
 
