@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     own, rest = parser.parse_known_args(list(argv))
     args = parse_arguments(rest)
     for name in ("records", "updates") if own.against else ():
-        if getattr(own, name) is not None:
+        if getattr(own, name):
             raise InputError(f"--{name}: does not go with --against, which compares weights and logits; leave it out")
     records, updates = (32 if own.records is None else own.records), (3 if own.updates is None else own.updates)
     if records < 1:
