@@ -889,6 +889,13 @@ def test_tensors_of_no_numbers(name: str, tmp_path: Path) -> None:
         read_torch(zipped(tmp_path / "x.pt", b"\x80\x02" + tensor_of(*BAD[name]) + b"."))
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 2), (0, 2, 2)])
+def test_strides_of_no_step(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """An axis that takes no step may have any stride; NumPy's are below 2**63 bytes."""
+    far = tensor_of(shape, (1 << 62, 1, 2)) if shape[0] else tensor_of(shape, (1, 1 << 62, 1))
+    assert read_torch(zipped(tmp_path / "x.pt", b"\x80\x02" + far + b".")).read(()).shape == shape
+
+
 def test_opcodes_of_no_torch_file(tmp_path: Path) -> None:
     """Of the protocols that torch's are not, and those that call a class in other ways."""
     for data in (b"Np0\n.", b"(iposix\nsystem\n.", b"\x82\x01.", b"I1\n.", b"\x97."):

@@ -185,15 +185,16 @@ class _Archive:
         shape, stride = tuple(shape), tuple(stride)
         whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (first, *shape, *stride))
         if not whole or not isinstance(storage, _Storage) or len(shape) > MAX_DIMENSIONS:
-            raise ValueError("a tensor's shape, stride, place or storage is none")
+            raise ValueError("a tensor's shape, stride, offset or storage is not one")
+        stride = tuple(step if n > 1 else 0 for n, step in zip(shape, stride, strict=True))  # of one row, of any size
         count, span = math.prod(shape), 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if first + max(count, span if count else 0) > storage.size:
             raise ValueError("a tensor is not within its storage")
         expected = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        if all(n < 2 or a == b for n, a, b in zip(shape, stride, expected, strict=True)):
+        if not count or all(n < 2 or a == b for n, a, b in zip(shape, stride, expected, strict=True)):
             read = functools.partial(_read, self._path, storage, first, shape)
         else:
-            read = functools.partial(_read_strided, self._path, storage, first, span if count else 0, shape, stride)
+            read = functools.partial(_read_strided, self._path, storage, first, span, shape, stride)
         return TorchTensor(shape, storage.dtype, file=self._path.name, read=read)
 
 
