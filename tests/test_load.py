@@ -710,8 +710,10 @@ def test_pickled_parameters_and_what_else_a_bin_may_hold(model: Model, mesh: Mes
     assert_same_bits(load(model.folder, RunOptions(), mesh, allow_pickle=True), arrays, np.float32)
     for value, options, named in (
         ({**parameters, "epoch": 3}, {}, "'epoch'"),
-        ({**parameters, NORM: torch.ones(12).to_sparse()}, {}, "_rebuild_sparse_tensor"),
+        ({**parameters, NORM: torch.ones(12).to_sparse()}, {}, f"_rebuild_sparse_tensor in '{NORM}', not plain"),
         ([*parameters.values()], {}, "state_dict()"),
+        (dict(enumerate(parameters.values())), {}, "has a int for a name; save the model's state_dict()"),
+        (torch.nn.Linear(2, 3), {}, "holds torch.nn.modules.linear.Linear, not plain tensors: save the model's state_"),
         (parameters, {"_use_new_zipfile_serialization": False}, "torch.save it again"),
     ):
         torch.save(value, path, **options)

@@ -167,10 +167,12 @@ def _check_length(path: Path, header: Any, start: int) -> None:
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
-    state = read_torch(path)
+    state = read_torch(path, "holds {}, not plain tensors: save the model's state_dict(), or use safetensors")
     if not isinstance(state, dict):
         raise InputError(f"{path}: holds a {type(state).__name__}; save the model's state_dict() in it")
     for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise InputError(f"{path}: has a {type(name).__name__} for a name; save the model's state_dict() in it")
         if not isinstance(tensor, Tensor):
             raise InputError(f"{path}: {name!r} is not a dense tensor; save the model's state_dict() alone")
     floating = {np.dtype(kind) for kind in _DTYPES.values()}

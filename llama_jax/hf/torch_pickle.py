@@ -1,20 +1,22 @@
 """Read a file of `torch.save` without torch and without executing any of it: numbers, texts, containers, tensors.
 
 The file is a zip archive, stored without compression: a pickle, and beside it a member of raw bytes for each storage.
-The pickle may name few classes and functions, and this module has its own in their place.
+The pickle may name few classes and functions, and this module has its own in their place. A pickle can also set the
+state of whatever it holds, and take a tuple apart: so no object of NumPy or of Python's own is ever among its values.
 """
 
 import functools
 import io
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +26,7 @@ from llama_jax.base.files import check_regular
 from llama_jax.hf.tensor import Index, Tensor
 
 PICKLE_BYTES = 64 << 20  # 200 bytes a tensor
+MAX_DIMENSIONS = 64  # of NumPy
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip's member: the signature, the lengths of the name and of more
 _STORAGES = {
     "FloatStorage": np.float32,
@@ -45,10 +48,47 @@ _OPAQUE = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
 }
+# The opcodes of a torch file, by any of the protocols that `torch.save` offers.
+_PUTS = {"BINPUT", "LONG_BINPUT"}
+_TEXTS = {"BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_OPCODES = {
+    *("PROTO", "FRAME", "STOP", "MARK", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
+    *("MEMOIZE", "BINGET", "LONG_BINGET", *_PUTS, *_TEXTS),
+    *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND", "APPENDS"),
+    *("EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET"),
+}
+
+
+class _UnknownName(Exception):
+    """Report a class or function that this module has nothing for."""
+
+
+class _Fixed:
+    """Refuse a state from the pickle (its opcode BUILD), which could replace any attribute."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("it sets the state of an object that has none")
+
+
+class _Function(_Fixed):
+    """Stand for a class or function that the pickle may call.
+
+    It is no tuple, as the pickle could call another function with its parts.
+    """
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
 
 
 class Opaque:
     """Stand for a value that is not read."""
+
+    __slots__ = ()
 
     def __init__(self, *args: Any):
         pass
@@ -57,7 +97,21 @@ class Opaque:
         pass
 
 
-class _Storage(NamedTuple):
+class Dictionary(dict):
+    """Stand for an OrderedDict. The state of a model's is `_metadata`, which is not read."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class TorchTensor(_Fixed, Tensor):
+    """Describe a tensor of the file."""
+
+
+@dataclass(frozen=True)
+class _Storage(_Fixed):
     """Hold the type of a storage, the number of its elements, the place of its first byte in the file, and the CRC-32
     of its bytes."""
 
@@ -67,13 +121,18 @@ class _Storage(NamedTuple):
     crc: int
 
 
-def read_torch(path: Path) -> Any:
-    """Return the value of a file of `torch.save`; its tensors stay on disk, as `Tensor`. Raises InputError."""
+def read_torch(path: Path, refusal: str = "it names {}, which this reader does not take") -> Any:
+    """Return the value of a file of `torch.save`; its tensors stay on disk, as `Tensor`.
+
+    Raises InputError; `refusal` is what it says, with the name in it, of a file that names other classes or functions.
+    """
     check_regular(path)
     try:
         return _Archive(path).load()
     except InputError:
         raise
+    except _UnknownName as e:
+        raise InputError(f"{path}: {refusal.format(e)}") from None
     except (zipfile.BadZipFile, NotImplementedError):
         raise InputError(
             f"{path}: is damaged, or in torch's format of before 1.6; copy it again, or torch.load it and "
@@ -99,12 +158,14 @@ class _Archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
                 raise ValueError("its members are compressed, which torch's are not")
             self._root = pickles[0].removesuffix("data.pkl")
-            if f"{self._root}byteorder" in members and archive.read(f"{self._root}byteorder") != b"little":
-                raise ValueError("its numbers are big-endian")
+            order = members.get(f"{self._root}byteorder")
+            if order and (order.file_size != len(b"little") or archive.read(order) != b"little"):
+                raise ValueError("its numbers are not little-endian")
             self._members, self._pickle = members, archive.read(pickles[0])
 
     def load(self) -> Any:
         """Return the value of the pickle."""
+        _check(self._pickle)
         return _Unpickler(self._pickle, self._storage, self._tensor).load()
 
     def _storage(self, dtype: np.dtype, key: str, size: int) -> _Storage:
@@ -122,16 +183,19 @@ class _Archive:
     def _tensor(self, storage: Any, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
         """Return a tensor of a storage, from its element `first`. Raises ValueError where it is not within it."""
         shape, stride = tuple(shape), tuple(stride)
+        whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (first, *shape, *stride))
+        if not whole or not isinstance(storage, _Storage) or len(shape) > MAX_DIMENSIONS:
+            raise ValueError("a tensor's shape, stride, offset or storage is not one")
+        stride = tuple(step if n > 1 else 0 for n, step in zip(shape, stride, strict=True))  # of one row, of any size
         count, span = math.prod(shape), 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        whole = isinstance(storage, _Storage) and min(first, 0, *shape, *stride) == 0
-        if not whole or first + max(count, span if count else 0) > storage.size:
+        if first + max(count, span if count else 0) > storage.size:
             raise ValueError("a tensor is not within its storage")
         expected = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        if all(n < 2 or a == b for n, a, b in zip(shape, stride, expected, strict=True)):
+        if not count or all(n < 2 or a == b for n, a, b in zip(shape, stride, expected, strict=True)):
             read = functools.partial(_read, self._path, storage, first, shape)
         else:
-            read = functools.partial(_read_strided, self._path, storage, first, span if count else 0, shape, stride)
-        return Tensor(shape, storage.dtype, file=self._path.name, read=read)
+            read = functools.partial(_read_strided, self._path, storage, first, span, shape, stride)
+        return TorchTensor(shape, storage.dtype, file=self._path.name, read=read)
 
 
 def _read(path: Path, storage: _Storage, first: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
@@ -166,30 +230,60 @@ def _elements(path: Path, storage: _Storage, first: int, count: int) -> np.ndarr
     return values
 
 
+def _check(data: bytes) -> None:
+    """Check a pickle before any of it is done. Raises _UnknownName, ValueError for what no torch file has.
+
+    The unpickler's memo has room up to its largest index, which a file of 200 bytes could have at 4 billion.
+    """
+    value: Any
+    key = None  # the text before a value: its key in a dictionary
+    for count, (opcode, value, _) in enumerate(pickletools.genops(data)):
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"its pickle holds {opcode.name}, which torch's do not")
+        if opcode.name in _PUTS and value > count:
+            raise ValueError("its pickle counts more values than it has")
+        if opcode.name == "GLOBAL":
+            module, _, name = value.partition(" ")
+            if (module, name) not in _NAMES:
+                raise _UnknownName(_spelled(module, name) + (f" in {key[:100]!r}" if key else ""))
+        elif opcode.name in _TEXTS:
+            key = key if value == "storage" else value  # the first text of a storage's identifier
+        elif opcode.name not in ("MARK", "MEMOIZE", *_PUTS):
+            key = None
+
+
+def _spelled(module: str, name: str) -> str:
+    return f"{module}.{name}"[:100]
+
+
+# What stands for a name, but for tensors: these are the file's.
+_NAMES: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): Dictionary,
+    ("torch._utils", "_rebuild_tensor_v2"): None,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+    ("torch", "Size"): tuple,
+    **dict.fromkeys(_OPAQUE, Opaque),
+    **{("torch", name): name for name in _STORAGES},
+}
+
+
 class _Unpickler(pickle.Unpickler):
     """Unpickle with the classes and functions of this module alone."""
 
     def __init__(self, data: bytes, storage: Callable[..., _Storage], tensor: Callable[..., Tensor]):
         super().__init__(io.BytesIO(data))
-        self._storage = storage
-        self._known = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): tensor,
-            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-            ("torch", "Size"): tuple,
-            **{("torch", name): np.dtype(dtype) for name, dtype in _STORAGES.items()},
-            **dict.fromkeys(_OPAQUE, Opaque),
-        }
+        self._storage, self._tensor = storage, tensor
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name of the pickle. Raises ValueError for other names."""
-        if (module, name) not in self._known:
-            raise ValueError(f"it names {module}.{name}, which is no part of a trainer's checkpoint")
-        return self._known[module, name]
+        """Return what stands for a name of the pickle: a text for a storage's type. Raises _UnknownName for others."""
+        if (module, name) not in _NAMES:
+            raise _UnknownName(_spelled(module, name))
+        found = _NAMES[module, name]
+        return found if isinstance(found, str) else _Function(found or self._tensor)
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Return a storage by torch's identifier: ("storage", type, key, location, elements)."""
-        kind, dtype, key, _, size = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
+        kind, name, key, _, size = pid
+        if kind != "storage" or name not in _STORAGES or type(key) is not str or type(size) is not int:
             raise ValueError("it has storages of an unknown kind")
-        return self._storage(dtype, str(key), int(size))
+        return self._storage(np.dtype(_STORAGES[name]), key, size)
