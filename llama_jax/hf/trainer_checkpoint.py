@@ -5,6 +5,7 @@ never read.
 """
 
 import contextlib
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,35 @@ STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.p
 
 Json = dict[str, Any]
 
-# The optimizers by a tensor of their state; the first that is found decides.
-_KINDS = {"state2": "adamw_8bit", "state1": "lion_32bit", "exp_avg_sq_row": "adafactor", "exp_avg_sq": "adamw_torch"}
+ADAMW_32 = "adamw_32bit"  # bitsandbytes' AdamW, whose moments are those of adamw_torch
+# The optimizers by the keys of their state, "step" left out. 8-bit states keep small tensors in 32 bits.
+_KINDS = {
+    "exp_avg exp_avg_sq": "adamw_torch",
+    "RMS exp_avg_sq": "adafactor",
+    "RMS exp_avg_sq_col exp_avg_sq_row": "adafactor",
+    "RMS exp_avg_sq exp_avg_sq_col exp_avg_sq_row": "adafactor",
+    "absmax1 absmax2 qmap1 qmap2 state1 state2": "adamw_8bit",
+    "state1 state2": ADAMW_32,
+    "state1": "lion_32bit",
+}
+_OTHERS = {
+    "exp_avg exp_avg_sq max_exp_avg_sq": "AdamW with amsgrad",
+    "RMS exp_avg exp_avg_sq": "Adafactor with beta1",
+    "RMS exp_avg exp_avg_sq_col exp_avg_sq_row": "Adafactor with beta1",
+    "RMS exp_avg exp_avg_sq exp_avg_sq_col exp_avg_sq_row": "Adafactor with beta1",
+    "absmax1 qmap1 state1": "lion_8bit or rmsprop_bnb_8bit",
+    "momentum_buffer": "sgd with momentum",
+}
+_SETTINGS = {  # of a group: those that another optimizer's name stands for where they are set
+    "amsgrad": "AdamW with amsgrad",
+    "maximize": "an optimizer with maximize",
+    "momentum": "sgd with momentum",
+    "beta1": "Adafactor with beta1",
+    "scale_parameter": "Adafactor with scale_parameter",
+    "relative_step": "Adafactor with relative_step",
+}
+# The types of a state's tensors, other than float32.
+_TYPES = {"exp_avg": ("bfloat16",), "exp_avg_sq": ("bfloat16",)} | dict.fromkeys(("state1", "state2"), ("uint8",))
 _BNB = "__bnb_optimizer_quant_state__"  # bitsandbytes 0.49 keeps its tensors in it
 # Folders and files of sharded checkpoints, and the way to whole ones.
 _ZERO = "DeepSpeed's ZeRO shards; merge the weights by `python zero_to_fp32.py {0} OUT` (the script lies in the folder)"
@@ -66,26 +94,69 @@ class TrainerCheckpoint:
 
     @property
     def optim(self) -> str:
-        """Return the optimizer whose state this is, by the names of `--optim`. Raises InputError."""
-        found = {key for values in self.moments.values() for key, value in values.items() if isinstance(value, Tensor)}
-        for key, optim in _KINDS.items():
-            if key in found:
-                return optim
-        if found - {"step"}:
-            known = ", ".join([*_KINDS.values(), "sgd without momentum"])
-            raise InputError(
-                f"{self.folder / OPTIMIZER}: holds {', '.join(sorted(found))}, the state of no optimizer that can be "
-                f"taken over ({known}); start from the weights by --model_name_or_path {self.folder}"
-            )
-        return "sgd"
+        """Return the optimizer whose state this is, by the names of `--optim`, or `ADAMW_32`. Raises InputError for
+        others, by name."""
+        keys = sorted(
+            {key for values in self.moments.values() for key, value in values.items() if value is not None} - {"step"}
+        )
+        optim, group = _KINDS.get(" ".join(keys)), next((g for g in self.groups if g["params"]), self.groups[0])
+        other = _OTHERS.get(" ".join(keys)) or next((name for key, name in _SETTINGS.items() if group.get(key)), None)
+        if not keys and "momentum" in group:
+            optim = "sgd"
+        elif not keys:
+            raise self._unusable("has an empty state (was it saved before the first update?)")
+        betas = group.get("betas")
+        if optim in (ADAMW_32, "adamw_8bit") and isinstance(betas, Sequence) and len(betas) > 2:
+            other = "ademamix"
+        if optim == "lion_32bit" and (group.get("eps") or (isinstance(betas, Sequence) and not betas[-1])):
+            other = "rmsprop_bnb"  # it has an epsilon, and a second beta of 0
+        if optim is None or other:
+            other = other or f"an optimizer with {', '.join(keys)}"
+            raise self._unusable(f"holds the state of {other}, which this program does not have")
+        for key in set(keys) - {"RMS"}:
+            if wrong := self._types(key) - {"float32", *_TYPES.get(key, ())}:
+                raise self._unusable(f"holds {key} in {', '.join(sorted(wrong))}, as no state of {optim} does")
+        if optim != "adamw_8bit" and "uint8" in self._types("state1"):
+            raise self._unusable("holds state1 in uint8 without its qmap1")
+        return optim
+
+    @property
+    def moments_dtype(self) -> str:
+        """Return the type of AdamW's moments, "" for other optimizers. Raises InputError where they have several."""
+        found = self._types("exp_avg") | self._types("exp_avg_sq")
+        if self.optim != "adamw_torch":
+            return "float32" if self.optim == ADAMW_32 else ""
+        if len(found) != 1:
+            raise self._unusable(f"holds moments in {' and '.join(sorted(found))}")
+        return found.pop()
+
+    def _types(self, key: str) -> set[str]:
+        held = [values[key] for values in self.moments.values() if key in values]
+        return {value.dtype.name if isinstance(value, Tensor) else type(value).__name__ for value in held}
+
+    def _unusable(self, what: str) -> InputError:
+        return InputError(
+            f"{self.folder / OPTIMIZER}: {what}; start from its weights with a new optimizer: --model_name_or_path "
+            f"{self.folder}"
+        )
 
     @property
     def steps(self) -> int:
-        """Return the number of updates that the optimizer counted, for all parameters the same. Raises InputError."""
-        counted = {int(_number(values["step"])) for values in self.moments.values() if "step" in values}
+        """Return the number of updates that the optimizer counted, for all parameters that of the folder. Raises
+        InputError."""
+        path = self.folder / OPTIMIZER
+        counted = sorted(
+            {_number(values["step"], path, "step") for values in self.moments.values() if "step" in values}
+        )
         if len(counted) > 1:
-            raise InputError(f"{self.folder / OPTIMIZER}: 'step' differs among the parameters: {sorted(counted)[:4]}")
-        return counted.pop() if counted else self.updates
+            raise InputError(f"{path}: 'step' differs among the parameters: {[int(n) for n in counted[:4]]}")
+        if counted and counted[0] != self.updates:
+            raise InputError(
+                f"{path}: counts {counted[0]:g} updates, and {STATE} {self.updates}: the files are of two checkpoints, "
+                "or updates were skipped; copy the folder again, or start from its weights with a new optimizer: "
+                f"--model_name_or_path {self.folder}"
+            )
+        return self.updates
 
     def by_name(self, decayed: Sequence[str], spared: Sequence[str]) -> Iterator[tuple[str, Json]]:
         """Yield the names of trained parameters with their tensors. The Trainer's first group holds the `decayed`
@@ -105,8 +176,14 @@ def _and(numbers: Sequence[int]) -> str:
     return " and ".join(map(str, numbers))
 
 
-def _number(value: Any) -> float:
-    return float(value.read(())) if isinstance(value, Tensor) else float(value)
+def _number(value: Any, path: Path, key: str, below: float = math.inf) -> float:
+    """Return a number from 0 to less than `below`. Raises InputError for another value of the file's key."""
+    if isinstance(value, Tensor):
+        value = value.read(()).tolist()
+    if type(value) not in (int, float) or not 0 <= value < below:
+        wanted = "0 or more, and finite" if below == math.inf else f"from 0 to below {below:g}"
+        raise InputError(f"{path}: {key} is {repr(value)[:40]}; should be a number {wanted}: copy the file again")
+    return float(value)
 
 
 @contextlib.contextmanager

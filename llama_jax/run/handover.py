@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.order import Resumed
 from llama_jax.hf import peft
+from llama_jax.hf.readers import open_checkpoint
 from llama_jax.hf.tensor import Tensor
-from llama_jax.hf.trainer_checkpoint import OPTIMIZER, SCHEDULER, TrainerCheckpoint, understanding
+from llama_jax.hf.trainer_checkpoint import ADAMW_32, OPTIMIZER, SCHEDULER, TrainerCheckpoint, understanding
 from llama_jax.reporting.progress import say
 from llama_jax.run.resume import QUANTIZATION, Facts, SavedRun
 from llama_jax.setup.arguments import Arguments
@@ -115,6 +118,31 @@ def _heard(checkpoint: TrainerCheckpoint, rate: float) -> Json:
     return heard
 
 
+def _dtype(tensors: Mapping[str, Tensor], folder: Path) -> str:
+    """Return the type of a checkpoint's weights, of several the widest. Raises InputError for one that is not trained
+    in."""
+    dtype = max({tensor.dtype for tensor in tensors.values()}, key=lambda kind: (kind.itemsize, kind.name)).name
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(
+            f"{folder}: its weights are in {dtype}, in which no run goes on; start from them with a new optimizer: "
+            f"--model_name_or_path {folder} --dtype float32"
+        )
+    return dtype
+
+
+def _optim(checkpoint: TrainerCheckpoint, job: Job) -> str:
+    """Return the `--optim` that goes on with the checkpoint's state. Raises InputError."""
+    if checkpoint.optim != ADAMW_32:
+        return checkpoint.optim
+    if job.args.optim == "adamw_8bit":  # which keeps small tensors in 32 bits
+        return "adamw_8bit"
+    say(
+        f"warning: {checkpoint.folder} was made by bitsandbytes' AdamW in 32 bits; this run's adamw_torch decays the "
+        "weights before an update and not after"
+    )
+    return "adamw_torch"
+
+
 def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, job: Job) -> SavedRun:
     """Return what a checkpoint of this program would hold beside the state; report differences of the flags. `facts`
     are those of this run. Raises InputError."""
@@ -138,10 +166,20 @@ def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, j
         say(f"warning: {folder} was made by adamw_hf; this run's adamw_torch differs where epsilon is added and decays")
     adapter: Json = {}
     if (folder / peft.CONFIG).is_file():
-        adapter = peft.read_adapter(folder, job.config)[0].values | {k: getattr(job.args, k) for k in QUANTIZATION}
+        found, tensors = peft.read_adapter(folder, job.config, job.args.allow_nonfinite)
+        adapter = found.values | {k: getattr(job.args, k) for k in QUANTIZATION}
+    else:
+        tensors = open_checkpoint(folder, job.args.allow_pickle).tensors
     order = {**facts.order, "ranks": checkpoint.ranks or facts.order["ranks"]}
     return SavedRun(
-        facts=dataclasses.replace(facts, optim=checkpoint.optim, adapter=adapter, order=order),
+        facts=dataclasses.replace(
+            facts,
+            dtype=_dtype(tensors, folder),
+            optim=_optim(checkpoint, job),
+            adapter=adapter,
+            order=order,
+            moments=checkpoint.moments_dtype or facts.moments,
+        ),
         trainer_state=state,
         left=(),
         schedule=_heard(checkpoint, handover.rate) if job.args.lr_scheduler_type in LISTENING else {},
