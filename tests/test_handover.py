@@ -163,7 +163,8 @@ def write_checkpoint(folder: Path, done: int = 7) -> tuple[Path, Any, Any]:
     torch.save({**schedule.state_dict(), "last_epoch": done}, checkpoint / "scheduler.pt")
     rng = {"python": random_state(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     torch.save(rng, checkpoint / "rng_state.pth")
-    state = {"global_step": done, "epoch": 3.5, "log_history": [], "max_steps": done + 1, "stateful_callbacks": {}}
+    state = {"global_step": done, "epoch": 1.0 * done, "max_steps": done + 1, "total_flos": 0.0, "log_history": []}
+    state |= {"stateful_callbacks": {}}
     write_json(checkpoint / "trainer_state.json", state)
     return checkpoint, model, optimizer
 
@@ -258,15 +259,15 @@ def _with(name: str) -> Any:
     return lambda folder: (folder / name).mkdir()
 
 
-def _saved(change: Any) -> Any:
-    """Change what optimizer.pt holds."""
+def _saved(change: Any, name: str = "optimizer.pt") -> Any:
+    """Change what a file of torch holds."""
 
     def write(folder: Path) -> None:
         import torch
 
-        value = torch.load(folder / "optimizer.pt")
+        value = torch.load(folder / name)
         change(value)
-        torch.save(value, folder / "optimizer.pt")
+        torch.save(value, folder / name)
 
     return write
 
@@ -293,6 +294,20 @@ def _sgd(value: Any, **settings: Any) -> None:
     for group in value["param_groups"]:
         del group["betas"], group["eps"]
         group.update({"momentum": 0, "dampening": 0, "nesterov": False, **settings})
+
+
+def _json(name: str = "trainer_state.json", **values: Any) -> Any:
+    return lambda folder: write_json(folder / name, {**json.loads((folder / name).read_text()), **values})
+
+
+def _generators(*ends: str) -> Any:
+    def write(folder: Path) -> None:
+        data = (folder / "rng_state.pth").read_bytes()
+        (folder / "rng_state.pth").unlink()
+        for end in ends:
+            (folder / f"rng_state{end}.pth").write_bytes(data)
+
+    return write
 
 
 def _weights_in(dtype: str) -> Any:
@@ -367,7 +382,27 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "other updates": (_each(lambda s: s["step"].fill_(3)), "counts 3 updates, and trainer_state.json 7"),
     "step inf": (_each(lambda s: s["step"].fill_(float("inf"))), "optimizer.pt: step is inf; should be a number"),
     "no groups": (_saved(lambda v: v.update(param_groups=[])), "its values are not those of the HF Trainer"),
-    "text for numbers": (_saved(lambda v: v["param_groups"][0].update(betas=("a", "b"))), "its values are not those"),
+    "text for numbers": (_set(betas=("a", "b")), "optimizer.pt: betas is 'a'; should be a number from 0 to below 1"),
+    "a rate of NaN": (_set(lr=float("nan")), "optimizer.pt: lr is nan; should be a number 0 or more"),
+    "no rate": (_set(lr=None), "optimizer.pt: lr is None; should be a number"),
+    "a large beta": (_set(betas=(0.9, 3.0)), "optimizer.pt: betas is 3.0; should be a number from 0 to below 1"),
+    "a negative decay": (_set(weight_decay=-5.0), "optimizer.pt: weight_decay is -5.0; should be a number 0 or more"),
+    "no epsilon": (_set(eps="x"), "optimizer.pt: eps is 'x'; should be a number"),
+    "a peak of NaN": (_saved(lambda v: v.update(base_lrs=[float("nan")]), "scheduler.pt"), "base_lrs is nan"),
+    "peaks of text": (_saved(lambda v: v.update(base_lrs="x"), "scheduler.pt"), "base_lrs is 'x'; should be a list"),
+    "two peaks": (_saved(lambda v: v.update(base_lrs=[1.0, 2.0]), "scheduler.pt"), "base_lrs differ among the groups"),
+    "two rates": (_set(1, lr=5e-2), "lr differs among the groups of parameters, 0.01 and 0.05"),
+    "two betas": (_set(1, betas=(0.1, 0.2)), "betas differs among the groups of parameters, [0.8, 0.9] and [0.1, 0.2]"),
+    "two epsilons": (_set(1, eps=1e-8), "eps differs among the groups of parameters"),
+    "decayed norms": (_set(1, weight_decay=0.3), "weight_decay of the second group is 0.3, and the Trainer's is 0"),
+    "no quantization": (_each(lambda s: s.update(__bnb_optimizer_quant_state__=5)), "__ is no dictionary; copy"),
+    "flops of text": (_json(total_flos="a"), "trainer_state.json: total_flos is 'a'; should be a number"),
+    "no epoch": (_json(epoch=None), "trainer_state.json: epoch is None; should be a number"),
+    "a negative batch": (_json(train_batch_size=-3), "trainer_state.json: train_batch_size is -3; should be a number"),
+    "another model": (_json("config.json", rms_norm_eps=1e-2), "holds another model: it has rms_norm_eps 0.01, this"),
+    "a rank missing": (_generators("_1"), "holds rng_state_1.pth, which are not of one run"),
+    "a gap of ranks": (_generators("_0", "_2"), "holds rng_state_0.pth, rng_state_2.pth, which are not of one run"),
+    "ranks and none": (_generators("", "_0"), "holds rng_state.pth, rng_state_0.pth, which are not of one run"),
     "no progress": (_rewritten("trainer_state.json", lambda data: b"{}"), "global_step is None"),
     "no weights": (_without("model.safetensors"), "no model.safetensors"),
 }
@@ -436,6 +471,46 @@ def test_adamw_of_bitsandbytes_in_32_bits(trainers: Path, tmp_path: Path) -> Non
     assert all(np.array_equal(found[name], array) for name, array in plain.items())
     outcome = resume(tmp_path, tmp_path / "checkpoint-7", output_dir=tmp_path / "lion", optim="lion_32bit")
     assert outcome.code == 2 and "holds the state of adamw_torch" in outcome.err
+
+
+WARNED: dict[str, tuple[Any, str, str]] = {
+    "another epoch": (_json(epoch=3.5), "5", "is at epoch 3.5 after 7 updates, this run would be at 7: other data"),
+    "no generator": (_generators(), "4.37", "holds no rng_state.pth, so that later epochs have another order"),
+}
+
+
+@pytest.mark.parametrize("name", WARNED)
+def test_warned(name: str, trainers: Path, tmp_path: Path) -> None:
+    """--dtype bfloat16 ends the run after the warnings, before it compiles."""
+    change, compat, said = WARNED[name]
+    shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
+    for expected in (False, True):
+        if expected:
+            change(tmp_path / "checkpoint-7")
+        outcome = resume(tmp_path, tmp_path / "checkpoint-7", hf_compat=compat, dtype="bfloat16")
+        assert outcome.code == 2 and (said in outcome.err) == expected, outcome.err
+
+
+def test_an_adapter_of_another_base(trainers: Path, tmp_path: Path) -> None:
+    shutil.copytree(trainers / "model", tmp_path / "model")
+    shutil.copytree(trainers / "model", tmp_path / "other")
+    shutil.copy(trainers / "data.json", tmp_path)
+    flags: Flags = {
+        "use_peft": True,
+        "lora_r": 2,
+        "lora_target_modules": ["q_proj"],
+        "data_path": tmp_path / "data.json",
+    }
+    flags |= {"use_cpu": True, "hf_compat": 5, "max_steps": 1, "per_device_train_batch_size": 6}
+    flags |= {"model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "ours"}
+    assert run(train_jax.main, *words(flags)).code == 0
+    argv = ["--model_name_or_path", tmp_path / "ours/checkpoint-1", "--output_dir", tmp_path / "back/checkpoint-1"]
+    assert run(convert_torch_to_flax.main, *argv, "--to_hf_trainer").code == 0
+    for model in ("model", "other"):
+        flags |= {"model_name_or_path": tmp_path / model, "output_dir": tmp_path / "out", "dtype": "bfloat16"}
+        outcome = run(train_jax.main, *words(flags), "--resume_from_checkpoint", tmp_path / "back/checkpoint-1")
+        assert outcome.code == 2 and "holds parameters in float32" in outcome.err
+        assert ("is an adapter of " in outcome.err) == (model == "other"), outcome.err
 
 
 def test_a_flipped_bit_is_no_moment(trainers: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ class TrainerCheckpoint:
         InputError."""
         path = self.folder / OPTIMIZER
         counted = sorted(
-            {_number(values["step"], path, "step") for values in self.moments.values() if "step" in values}
+            {check_number(values["step"], path, "step") for values in self.moments.values() if "step" in values}
         )
         if len(counted) > 1:
             raise InputError(f"{path}: 'step' differs among the parameters: {[int(n) for n in counted[:4]]}")
@@ -176,8 +176,9 @@ def _and(numbers: Sequence[int]) -> str:
     return " and ".join(map(str, numbers))
 
 
-def _number(value: Any, path: Path, key: str, below: float = math.inf) -> float:
-    """Return a number from 0 to less than `below`. Raises InputError for another value of the file's key."""
+def check_number(value: Any, path: Path, key: str, below: float = math.inf) -> float:
+    """Return a number from 0 to less than `below`, perhaps a tensor's. Raises InputError for another value of the
+    file's key."""
     if isinstance(value, Tensor):
         value = value.read(()).tolist()
     if type(value) not in (int, float) or not 0 <= value < below:
@@ -216,6 +217,11 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     state = read_json_object(folder / STATE)
     if type(state.get("global_step")) is not int or state["global_step"] < 1:
         raise InputError(f"{folder / STATE}: global_step is {state.get('global_step')!r}; should be a number above 0")
+    for key in ("epoch", "total_flos"):
+        check_number(state.get(key), folder / STATE, key)
+    batch = state.get("train_batch_size")
+    if batch is not None and (type(batch) is not int or batch < 1):  # the key is of 4.35
+        raise InputError(f"{folder / STATE}: train_batch_size is {repr(batch)[:40]}; should be a number above 0")
     if not isinstance(state.get("log_history"), list):
         raise InputError(f"{folder / STATE}: log_history is missing; copy the file again")
     for name in (OPTIMIZER, SCHEDULER):
@@ -233,16 +239,20 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
         raise InputError(f"{folder / OPTIMIZER}: state is no dictionary of parameters; copy the file again")
     if not (isinstance(scheduler, dict) and isinstance(scheduler.get("last_epoch"), int)):
         raise InputError(f"{folder / SCHEDULER}: holds no last_epoch; copy the file again")
+    for values in moments.values():
+        if not isinstance(values.get(_BNB, {}), dict):
+            raise InputError(f"{folder / OPTIMIZER}: {_BNB} is no dictionary; copy the file again")
     moments = {number: {**values, **values.get(_BNB, {})} for number, values in moments.items()}
-    files = sorted(folder.glob("rng_state*.pth"))
-    first = next((path for path in files if path.name in ("rng_state.pth", "rng_state_0.pth")), None)
+    _check_settings(optimizer["param_groups"], folder / OPTIMIZER)
+    _check_peaks(scheduler.get("base_lrs"), folder / SCHEDULER)
+    files = _generator_files(folder)
     return TrainerCheckpoint(
         folder=folder,
         state=state,
         groups=optimizer["param_groups"],
         moments=moments,
         scheduler=scheduler,
-        generator=read_generator(first) if first else None,
+        generator=read_generator(files[0]) if files else None,
         ranks=len(files) or None,
     )
 
@@ -251,6 +261,67 @@ def _are_groups(groups: Any) -> bool:
     return isinstance(groups, list) and all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     )
+
+
+def _check_settings(groups: list[Json], path: Path) -> None:
+    """Refuse settings of the optimizer that are no numbers, or that differ among the groups of parameters. Raises
+    InputError."""
+    read = []
+    for group in groups:
+        if not group["params"]:
+            continue
+        eps, betas = group.get("eps", 0.0), group.get("betas", ())
+        if not isinstance(betas, tuple | list):
+            raise InputError(f"{path}: betas is {repr(betas)[:40]}; should be two numbers: copy the file again")
+        read.append(
+            {
+                "lr": check_number(group.get("lr"), path, "lr"),
+                "betas": [check_number(beta, path, "betas", below=1) for beta in betas],
+                "eps": [check_number(x, path, "eps") for x in (eps if isinstance(eps, tuple | list) else [eps])],
+            }
+        )
+        decay = check_number(group.get("weight_decay", 0.0), path, "weight_decay")
+        if len(read) == 2 and decay:
+            raise InputError(
+                f"{path}: weight_decay of the second group is {decay:g}, and the Trainer's is 0; this program has no "
+                "groups of one's own: start from the weights with a new optimizer by --model_name_or_path "
+                f"{path.parent}"
+            )
+    for values in read[1:]:
+        for key, value in values.items():
+            if value != read[0][key]:
+                raise InputError(
+                    f"{path}: {key} differs among the groups of parameters, {read[0][key]} and {value}; this program "
+                    "has one for all: start from the weights with a new optimizer by --model_name_or_path "
+                    f"{path.parent}"
+                )
+
+
+def _check_peaks(peaks: Any, path: Path) -> None:
+    """Refuse a schedule's peaks that are no numbers, or that differ. Raises InputError."""
+    if peaks is None:
+        return
+    if not isinstance(peaks, list) or not peaks:
+        raise InputError(f"{path}: base_lrs is {repr(peaks)[:40]}; should be a list of numbers: copy the file again")
+    found = {check_number(peak, path, "base_lrs") for peak in peaks}
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: base_lrs differ among the groups of parameters, {sorted(found)}; this program has one for all: "
+            f"start from the weights with a new optimizer by --model_name_or_path {path.parent}"
+        )
+
+
+def _generator_files(folder: Path) -> list[Path]:
+    """Return the files of the generators, of each rank one, in order. Raises InputError where one is missing or too
+    many."""
+    found = {path.name for path in folder.glob("rng_state*.pth")}
+    ranks = [f"rng_state_{rank}.pth" for rank in range(len(found))]
+    if found and found not in ({"rng_state.pth"}, set(ranks)):
+        raise InputError(
+            f"{folder}: holds {', '.join(sorted(found))}, which are not of one run: should be rng_state.pth alone, or "
+            "rng_state_0.pth and the next ones without a gap; copy the missing ones, and remove those of other runs"
+        )
+    return [folder / name for name in (["rng_state.pth"] if found == {"rng_state.pth"} else ranks)]
 
 
 def read_generator(path: Path) -> Json:
