@@ -242,7 +242,7 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     for values in moments.values():
         if not isinstance(values.get(_BNB, {}), dict):
             raise InputError(f"{folder / OPTIMIZER}: {_BNB} is no dictionary; copy the file again")
-    moments = {number: {**values, **values.get(_BNB, {})} for number, values in moments.items()}
+    moments = {number: {**values.pop(_BNB, {}), **values} for number, values in moments.items()}
     _check_settings(optimizer["param_groups"], folder / OPTIMIZER)
     _check_peaks(scheduler.get("base_lrs"), folder / SCHEDULER)
     files = _generator_files(folder)

@@ -199,9 +199,9 @@ def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, j
     if (folder / peft.CONFIG).is_file():
         found, tensors = peft.read_adapter(folder, job.config, job.args.allow_nonfinite)
         adapter = found.values | {k: getattr(job.args, k) for k in QUANTIZATION}
-        then, now = found.values.get("base_model_name_or_path"), job.args.model_name_or_path
-        if isinstance(then, str) and now and Path(then).name != Path(now).name:
-            say(f"warning: {folder} is an adapter of {then}, and this run's --model_name_or_path is {now}")
+        base, given = found.values.get("base_model_name_or_path"), job.args.model_name_or_path
+        if isinstance(base, str) and given and Path(base).name != Path(given).name:
+            say(f"warning: {folder} is an adapter of {base}, and this run's --model_name_or_path is {given}")
     else:
         model = _model(folder / "config.json")
         tensors = open_checkpoint(folder, job.args.allow_pickle).tensors
