@@ -218,7 +218,7 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     if type(state.get("global_step")) is not int or state["global_step"] < 1:
         raise InputError(f"{folder / STATE}: global_step is {state.get('global_step')!r}; should be a number above 0")
     for key in ("epoch", "total_flos"):
-        check_number(state.get(key), folder / STATE, key)
+        check_number(state.get(key, 0), folder / STATE, key)
     batch = state.get("train_batch_size")
     if batch is not None and (type(batch) is not int or batch < 1):  # the key is of 4.35
         raise InputError(f"{folder / STATE}: train_batch_size is {repr(batch)[:40]}; should be a number above 0")

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from llama_jax.setup.job import Job
 from llama_jax.training.schedule import LISTENING
 
 Json = dict[str, Any]
+SMALL = 4096  # elements; bitsandbytes' 8-bit optimizers keep smaller tensors in 32 bits
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ def _optim(checkpoint: TrainerCheckpoint, job: Job) -> str:
     """Return the `--optim` that goes on with the checkpoint's state. Raises InputError."""
     if checkpoint.optim != ADAMW_32:
         return checkpoint.optim
-    if job.args.optim == "adamw_8bit":  # which keeps small tensors in 32 bits
+    sizes = [math.prod(values["state1"].shape) for values in checkpoint.moments.values() if "state1" in values]
+    if job.args.optim == "adamw_8bit" and max(sizes) < SMALL:
         return "adamw_8bit"
     say(
         f"warning: {checkpoint.folder} was made by bitsandbytes' AdamW in 32 bits; this run's adamw_torch decays the "
@@ -159,8 +162,8 @@ def _compare_epochs(checkpoint: TrainerCheckpoint, job: Job) -> None:
     """Warn where the checkpoint has trained other epochs than this run would have by its update.
 
     In 4.37, a Trainer that was resumed has passed over micro-batches, at most those that it passes over now."""
-    done, epoch = checkpoint.updates, checkpoint.state["epoch"]
-    if done > job.order.updates:
+    done, epoch = checkpoint.updates, checkpoint.state.get("epoch")
+    if epoch is None or done > job.order.updates:
         return
     least, most = (order.epoch_at(done) for order in (dataclasses.replace(job.order, resumed=None), job.order))
     if not least * (1 - 1e-6) <= epoch <= most * (1 + 1e-6):

@@ -149,8 +149,7 @@ class TrainersState:
             node = leaf_at(wanted, path)
             if (codes[path].dtype == np.uint8) != node:
                 bits = "32 bits, in this run 8" if node else "8 bits, in this run 32"
-                fix = "give --optim adamw_torch, or the --hf_compat of then" if node else "give the --hf_compat of then"
-                raise InputError(f"{self._path}: state{number} of {name} is in {bits}: {fix}")
+                raise InputError(f"{self._path}: state{number} of {name} is in {bits}: give the --hf_compat of then")
             scales[path] = self._absmax(name, number, shape) if node else np.zeros((), np.float32)
         whole = jax.tree.map(lambda node: node.codes if is_leaf(node) else node, like, is_leaf=is_leaf)
         scalar = sharding.put_scalar(self._mesh, np.float32(0))
