@@ -5,6 +5,7 @@ never read.
 """
 
 import contextlib
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,35 @@ STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.p
 
 Json = dict[str, Any]
 
-# The optimizers by a tensor of their state; the first that is found decides.
-_KINDS = {"state2": "adamw_8bit", "state1": "lion_32bit", "exp_avg_sq_row": "adafactor", "exp_avg_sq": "adamw_torch"}
+ADAMW_32 = "adamw_32bit"  # bitsandbytes' AdamW, whose moments are those of adamw_torch
+# The optimizers by the keys of their state, "step" left out. 8-bit states keep small tensors in 32 bits.
+_KINDS = {
+    "exp_avg exp_avg_sq": "adamw_torch",
+    "RMS exp_avg_sq": "adafactor",
+    "RMS exp_avg_sq_col exp_avg_sq_row": "adafactor",
+    "RMS exp_avg_sq exp_avg_sq_col exp_avg_sq_row": "adafactor",
+    "absmax1 absmax2 qmap1 qmap2 state1 state2": "adamw_8bit",
+    "state1 state2": ADAMW_32,
+    "state1": "lion_32bit",
+}
+_OTHERS = {
+    "exp_avg exp_avg_sq max_exp_avg_sq": "AdamW with amsgrad",
+    "RMS exp_avg exp_avg_sq": "Adafactor with beta1",
+    "RMS exp_avg exp_avg_sq_col exp_avg_sq_row": "Adafactor with beta1",
+    "RMS exp_avg exp_avg_sq exp_avg_sq_col exp_avg_sq_row": "Adafactor with beta1",
+    "absmax1 qmap1 state1": "lion_8bit or rmsprop_bnb_8bit",
+    "momentum_buffer": "sgd with momentum",
+}
+_SETTINGS = {  # of a group: those that another optimizer's name stands for where they are set
+    "amsgrad": "AdamW with amsgrad",
+    "maximize": "an optimizer with maximize",
+    "momentum": "sgd with momentum",
+    "beta1": "Adafactor with beta1",
+    "scale_parameter": "Adafactor with scale_parameter",
+    "relative_step": "Adafactor with relative_step",
+}
+# The types of a state's tensors, other than float32.
+_TYPES = {"exp_avg": ("bfloat16",), "exp_avg_sq": ("bfloat16",)} | dict.fromkeys(("state1", "state2"), ("uint8",))
 _BNB = "__bnb_optimizer_quant_state__"  # bitsandbytes 0.49 keeps its tensors in it
 # Folders and files of sharded checkpoints, and the way to whole ones.
 _ZERO = "DeepSpeed's ZeRO shards; merge the weights by `python zero_to_fp32.py {0} OUT` (the script lies in the folder)"
@@ -66,26 +94,69 @@ class TrainerCheckpoint:
 
     @property
     def optim(self) -> str:
-        """Return the optimizer whose state this is, by the names of `--optim`. Raises InputError."""
-        found = {key for values in self.moments.values() for key, value in values.items() if isinstance(value, Tensor)}
-        for key, optim in _KINDS.items():
-            if key in found:
-                return optim
-        if found - {"step"}:
-            known = ", ".join([*_KINDS.values(), "sgd without momentum"])
-            raise InputError(
-                f"{self.folder / OPTIMIZER}: holds {', '.join(sorted(found))}, the state of no optimizer that can be "
-                f"taken over ({known}); start from the weights by --model_name_or_path {self.folder}"
-            )
-        return "sgd"
+        """Return the optimizer whose state this is, by the names of `--optim`, or `ADAMW_32`. Raises InputError for
+        others, by name."""
+        keys = sorted(
+            {key for values in self.moments.values() for key, value in values.items() if value is not None} - {"step"}
+        )
+        optim, group = _KINDS.get(" ".join(keys)), next((g for g in self.groups if g["params"]), self.groups[0])
+        other = _OTHERS.get(" ".join(keys)) or next((name for key, name in _SETTINGS.items() if group.get(key)), None)
+        if not keys and "momentum" in group:
+            optim = "sgd"
+        elif not keys:
+            raise self._unusable("has an empty state (was it saved before the first update?)")
+        betas = group.get("betas")
+        if optim in (ADAMW_32, "adamw_8bit") and isinstance(betas, Sequence) and len(betas) > 2:
+            other = "ademamix"
+        if optim == "lion_32bit" and (group.get("eps") or (isinstance(betas, Sequence) and not betas[-1])):
+            other = "rmsprop_bnb"  # it has an epsilon, and a second beta of 0
+        if optim is None or other:
+            other = other or f"an optimizer with {', '.join(keys)}"
+            raise self._unusable(f"holds the state of {other}, which this program does not have")
+        for key in set(keys) - {"RMS"}:
+            if wrong := self._types(key) - {"float32", *_TYPES.get(key, ())}:
+                raise self._unusable(f"holds {key} in {', '.join(sorted(wrong))}, as no state of {optim} does")
+        if optim != "adamw_8bit" and "uint8" in self._types("state1"):
+            raise self._unusable("holds state1 in uint8 without its qmap1")
+        return optim
+
+    @property
+    def moments_dtype(self) -> str:
+        """Return the type of AdamW's moments, "" for other optimizers. Raises InputError where they have several."""
+        found = self._types("exp_avg") | self._types("exp_avg_sq")
+        if self.optim != "adamw_torch":
+            return "float32" if self.optim == ADAMW_32 else ""
+        if len(found) != 1:
+            raise self._unusable(f"holds moments in {' and '.join(sorted(found))}")
+        return found.pop()
+
+    def _types(self, key: str) -> set[str]:
+        held = [values[key] for values in self.moments.values() if key in values]
+        return {value.dtype.name if isinstance(value, Tensor) else type(value).__name__ for value in held}
+
+    def _unusable(self, what: str) -> InputError:
+        return InputError(
+            f"{self.folder / OPTIMIZER}: {what}; start from its weights with a new optimizer: --model_name_or_path "
+            f"{self.folder}"
+        )
 
     @property
     def steps(self) -> int:
-        """Return the number of updates that the optimizer counted, for all parameters the same. Raises InputError."""
-        counted = {int(_number(values["step"])) for values in self.moments.values() if "step" in values}
+        """Return the number of updates that the optimizer counted, for all parameters that of the folder. Raises
+        InputError."""
+        path = self.folder / OPTIMIZER
+        counted = sorted(
+            {check_number(values["step"], path, "step") for values in self.moments.values() if "step" in values}
+        )
         if len(counted) > 1:
-            raise InputError(f"{self.folder / OPTIMIZER}: 'step' differs among the parameters: {sorted(counted)[:4]}")
-        return counted.pop() if counted else self.updates
+            raise InputError(f"{path}: 'step' differs among the parameters: {[int(n) for n in counted[:4]]}")
+        if counted and counted[0] != self.updates:
+            raise InputError(
+                f"{path}: counts {counted[0]:g} updates, and {STATE} {self.updates}: the files are of two checkpoints, "
+                "or updates were skipped; copy the folder again, or start from its weights with a new optimizer: "
+                f"--model_name_or_path {self.folder}"
+            )
+        return self.updates
 
     def by_name(self, decayed: Sequence[str], spared: Sequence[str]) -> Iterator[tuple[str, Json]]:
         """Yield the names of trained parameters with their tensors. The Trainer's first group holds the `decayed`
@@ -105,8 +176,15 @@ def _and(numbers: Sequence[int]) -> str:
     return " and ".join(map(str, numbers))
 
 
-def _number(value: Any) -> float:
-    return float(value.read(())) if isinstance(value, Tensor) else float(value)
+def check_number(value: Any, path: Path, key: str, below: float = math.inf) -> float:
+    """Return a number from 0 to less than `below`, perhaps a tensor's. Raises InputError for another value of the
+    file's key."""
+    if isinstance(value, Tensor):
+        value = value.read(()).tolist()
+    if type(value) not in (int, float) or not 0 <= value < below:
+        wanted = "0 or more, and finite" if below == math.inf else f"from 0 to below {below:g}"
+        raise InputError(f"{path}: {key} is {repr(value)[:40]}; should be a number {wanted}: copy the file again")
+    return float(value)
 
 
 @contextlib.contextmanager
@@ -139,6 +217,11 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     state = read_json_object(folder / STATE)
     if type(state.get("global_step")) is not int or state["global_step"] < 1:
         raise InputError(f"{folder / STATE}: global_step is {state.get('global_step')!r}; should be a number above 0")
+    for key in ("epoch", "total_flos"):
+        check_number(state.get(key, 0), folder / STATE, key)
+    batch = state.get("train_batch_size")
+    if batch is not None and (type(batch) is not int or batch < 1):  # the key is of 4.35
+        raise InputError(f"{folder / STATE}: train_batch_size is {repr(batch)[:40]}; should be a number above 0")
     if not isinstance(state.get("log_history"), list):
         raise InputError(f"{folder / STATE}: log_history is missing; copy the file again")
     for name in (OPTIMIZER, SCHEDULER):
@@ -156,16 +239,20 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
         raise InputError(f"{folder / OPTIMIZER}: state is no dictionary of parameters; copy the file again")
     if not (isinstance(scheduler, dict) and isinstance(scheduler.get("last_epoch"), int)):
         raise InputError(f"{folder / SCHEDULER}: holds no last_epoch; copy the file again")
-    moments = {number: {**values, **values.get(_BNB, {})} for number, values in moments.items()}
-    files = sorted(folder.glob("rng_state*.pth"))
-    first = next((path for path in files if path.name in ("rng_state.pth", "rng_state_0.pth")), None)
+    for values in moments.values():
+        if not isinstance(values.get(_BNB, {}), dict):
+            raise InputError(f"{folder / OPTIMIZER}: {_BNB} is no dictionary; copy the file again")
+    moments = {number: {**values.pop(_BNB, {}), **values} for number, values in moments.items()}
+    _check_settings(optimizer["param_groups"], folder / OPTIMIZER)
+    _check_peaks(scheduler.get("base_lrs"), folder / SCHEDULER)
+    files = _generator_files(folder)
     return TrainerCheckpoint(
         folder=folder,
         state=state,
         groups=optimizer["param_groups"],
         moments=moments,
         scheduler=scheduler,
-        generator=read_generator(first) if first else None,
+        generator=read_generator(files[0]) if files else None,
         ranks=len(files) or None,
     )
 
@@ -174,6 +261,67 @@ def _are_groups(groups: Any) -> bool:
     return isinstance(groups, list) and all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     )
+
+
+def _check_settings(groups: list[Json], path: Path) -> None:
+    """Refuse settings of the optimizer that are no numbers, or that differ among the groups of parameters. Raises
+    InputError."""
+    read = []
+    for group in groups:
+        if not group["params"]:
+            continue
+        eps, betas = group.get("eps", 0.0), group.get("betas", ())
+        if not isinstance(betas, tuple | list):
+            raise InputError(f"{path}: betas is {repr(betas)[:40]}; should be two numbers: copy the file again")
+        read.append(
+            {
+                "lr": check_number(group.get("lr"), path, "lr"),
+                "betas": [check_number(beta, path, "betas", below=1) for beta in betas],
+                "eps": [check_number(x, path, "eps") for x in (eps if isinstance(eps, tuple | list) else [eps])],
+            }
+        )
+        decay = check_number(group.get("weight_decay", 0.0), path, "weight_decay")
+        if len(read) == 2 and decay:
+            raise InputError(
+                f"{path}: weight_decay of the second group is {decay:g}, and the Trainer's is 0; this program has no "
+                "groups of one's own: start from the weights with a new optimizer by --model_name_or_path "
+                f"{path.parent}"
+            )
+    for values in read[1:]:
+        for key, value in values.items():
+            if value != read[0][key]:
+                raise InputError(
+                    f"{path}: {key} differs among the groups of parameters, {read[0][key]} and {value}; this program "
+                    "has one for all: start from the weights with a new optimizer by --model_name_or_path "
+                    f"{path.parent}"
+                )
+
+
+def _check_peaks(peaks: Any, path: Path) -> None:
+    """Refuse a schedule's peaks that are no numbers, or that differ. Raises InputError."""
+    if peaks is None:
+        return
+    if not isinstance(peaks, list) or not peaks:
+        raise InputError(f"{path}: base_lrs is {repr(peaks)[:40]}; should be a list of numbers: copy the file again")
+    found = {check_number(peak, path, "base_lrs") for peak in peaks}
+    if len(found) > 1:
+        raise InputError(
+            f"{path}: base_lrs differ among the groups of parameters, {sorted(found)}; this program has one for all: "
+            f"start from the weights with a new optimizer by --model_name_or_path {path.parent}"
+        )
+
+
+def _generator_files(folder: Path) -> list[Path]:
+    """Return the files of the generators, of each rank one, in order. Raises InputError where one is missing or too
+    many."""
+    found = {path.name for path in folder.glob("rng_state*.pth")}
+    ranks = [f"rng_state_{rank}.pth" for rank in range(len(found))]
+    if found and found not in ({"rng_state.pth"}, set(ranks)):
+        raise InputError(
+            f"{folder}: holds {', '.join(sorted(found))}, which are not of one run: should be rng_state.pth alone, or "
+            "rng_state_0.pth and the next ones without a gap; copy the missing ones, and remove those of other runs"
+        )
+    return [folder / name for name in (["rng_state.pth"] if found == {"rng_state.pth"} else ranks)]
 
 
 def read_generator(path: Path) -> Json:

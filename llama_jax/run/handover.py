@@ -2,21 +2,35 @@
 
 import copy
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llama_jax.base.errors import InputError
+from llama_jax.base.files import read_json_object, refuse_foreign_link
 from llama_jax.data.order import Resumed
 from llama_jax.hf import peft
+from llama_jax.hf.readers import open_checkpoint
 from llama_jax.hf.tensor import Tensor
-from llama_jax.hf.trainer_checkpoint import OPTIMIZER, SCHEDULER, TrainerCheckpoint, understanding
+from llama_jax.hf.trainer_checkpoint import (
+    ADAMW_32,
+    OPTIMIZER,
+    SCHEDULER,
+    TrainerCheckpoint,
+    check_number,
+    understanding,
+)
+from llama_jax.model.config import LlamaConfig
 from llama_jax.reporting.progress import say
-from llama_jax.run.resume import QUANTIZATION, Facts, SavedRun
+from llama_jax.run.resume import QUANTIZATION, Facts, SavedRun, as_json_values
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 from llama_jax.training.schedule import LISTENING
 
 Json = dict[str, Any]
+SMALL = 4096  # elements; bitsandbytes' 8-bit optimizers keep smaller tensors in 32 bits
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Handover:
                 updates=checkpoint.updates,
                 generator=checkpoint.generator,
                 flags=_flags(checkpoint, args),
-                rate=_rate(checkpoint, group),
+                rate=check_number(group.get("lr"), checkpoint.folder / OPTIMIZER, "lr"),
             )
 
     def to_json(self) -> Json:
@@ -65,20 +79,12 @@ class Handover:
         return args
 
 
-def _rate(checkpoint: TrainerCheckpoint, group: Json) -> float:
-    rate = group.get("lr")
-    rate = rate.read(()).item() if isinstance(rate, Tensor) else rate
-    if not isinstance(rate, int | float):
-        raise InputError(f"{checkpoint.folder / OPTIMIZER}: param_groups have no lr; copy the file again")
-    return float(rate)
-
-
 def _flags(checkpoint: TrainerCheckpoint, args: Arguments) -> Json:
     """Return the flags that the Trainer takes from a checkpoint: the optimizer's, by torch's load_state_dict, the peak
     of the schedule, the intervals of its actions and, in 4.37, the batch size."""
     groups, state, flags = checkpoint.groups, checkpoint.state, dict[str, Any]()
     if peaks := checkpoint.scheduler.get("base_lrs"):
-        flags["learning_rate"] = float(peaks[0])
+        flags["learning_rate"] = check_number(peaks[0], checkpoint.folder / SCHEDULER, "base_lrs")
     if groups[0]["params"]:
         flags["weight_decay"] = float(groups[0].get("weight_decay", 0.0))
     betas, eps = groups[0].get("betas"), groups[0].get("eps")
@@ -115,6 +121,58 @@ def _heard(checkpoint: TrainerCheckpoint, rate: float) -> Json:
     return heard
 
 
+def _dtype(tensors: Mapping[str, Tensor], folder: Path) -> str:
+    """Return the type of a checkpoint's weights, of several the widest. Raises InputError for one that is not trained
+    in."""
+    dtype = max({tensor.dtype for tensor in tensors.values()}, key=lambda kind: (kind.itemsize, kind.name)).name
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(
+            f"{folder}: its weights are in {dtype}, in which no run goes on; start from them with a new optimizer: "
+            f"--model_name_or_path {folder} --dtype float32"
+        )
+    return dtype
+
+
+def _optim(checkpoint: TrainerCheckpoint, job: Job) -> str:
+    """Return the `--optim` that goes on with the checkpoint's state. Raises InputError."""
+    if checkpoint.optim != ADAMW_32:
+        return checkpoint.optim
+    sizes = [math.prod(values["state1"].shape) for values in checkpoint.moments.values() if "state1" in values]
+    if job.args.optim == "adamw_8bit" and max(sizes) < SMALL:
+        return "adamw_8bit"
+    say(
+        f"warning: {checkpoint.folder} was made by bitsandbytes' AdamW in 32 bits; this run's adamw_torch decays the "
+        "weights before an update and not after"
+    )
+    return "adamw_torch"
+
+
+def _model(path: Path) -> Json:
+    """Return the architecture of a checkpoint's config.json, as in `Facts`; {} where the file is missing. The
+    padding's row is left out: the Trainer writes the tokenizer's there, after it has made the model with another."""
+    if not path.is_file():
+        return {}
+    refuse_foreign_link(path.parent, path)
+    values = as_json_values(LlamaConfig.from_hf(read_json_object(path), str(path)))
+    del values["pad_token_id"]
+    return values
+
+
+def _compare_epochs(checkpoint: TrainerCheckpoint, job: Job) -> None:
+    """Warn where the checkpoint has trained other epochs than this run would have by its update.
+
+    In 4.37, a Trainer that was resumed has passed over micro-batches, at most those that it passes over now."""
+    done, epoch = checkpoint.updates, checkpoint.state.get("epoch")
+    if epoch is None or done > job.order.updates:
+        return
+    least, most = (order.epoch_at(done) for order in (dataclasses.replace(job.order, resumed=None), job.order))
+    if not least * (1 - 1e-6) <= epoch <= most * (1 + 1e-6):
+        say(
+            f"warning: {checkpoint.folder} is at epoch {epoch:.6g} after {done} updates, this run would be at "
+            f"{least:.6g}: other data, another batch size, gradient_accumulation_steps or number of ranks"
+        )
+
+
 def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, job: Job) -> SavedRun:
     """Return what a checkpoint of this program would hold beside the state; report differences of the flags. `facts`
     are those of this run. Raises InputError."""
@@ -136,12 +194,31 @@ def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, j
         say(f"warning: {folder} was not written by transformers {job.args.hf_compat}; give --hf_compat as it was")
     if "correct_bias" in checkpoint.groups[0]:
         say(f"warning: {folder} was made by adamw_hf; this run's adamw_torch differs where epsilon is added and decays")
+    if job.args.hf_compat == "4.37" and checkpoint.generator is None:
+        say(f"warning: {folder} holds no rng_state.pth, so that later epochs have another order than the Trainer's")
+    _compare_epochs(checkpoint, job)
     adapter: Json = {}
+    model = facts.model
     if (folder / peft.CONFIG).is_file():
-        adapter = peft.read_adapter(folder, job.config)[0].values | {k: getattr(job.args, k) for k in QUANTIZATION}
+        found, tensors = peft.read_adapter(folder, job.config, job.args.allow_nonfinite)
+        adapter = found.values | {k: getattr(job.args, k) for k in QUANTIZATION}
+        base, given = found.values.get("base_model_name_or_path"), job.args.model_name_or_path
+        if isinstance(base, str) and given and Path(base).name != Path(given).name:
+            say(f"warning: {folder} is an adapter of {base}, and this run's --model_name_or_path is {given}")
+    else:
+        model = _model(folder / "config.json")
+        tensors = open_checkpoint(folder, job.args.allow_pickle).tensors
     order = {**facts.order, "ranks": checkpoint.ranks or facts.order["ranks"]}
     return SavedRun(
-        facts=dataclasses.replace(facts, optim=checkpoint.optim, adapter=adapter, order=order),
+        facts=dataclasses.replace(
+            facts,
+            dtype=_dtype(tensors, folder),
+            optim=_optim(checkpoint, job),
+            adapter=adapter,
+            order=order,
+            model=model,
+            moments=checkpoint.moments_dtype or facts.moments,
+        ),
         trainer_state=state,
         left=(),
         schedule=_heard(checkpoint, handover.rate) if job.args.lr_scheduler_type in LISTENING else {},

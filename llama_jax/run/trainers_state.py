@@ -15,7 +15,7 @@ from llama_jax.hf.load import check_tensors, load_params, place_arrays
 from llama_jax.hf.names import Path, name_table, without_layer
 from llama_jax.hf.readers import open_checkpoint
 from llama_jax.hf.tensor import Tensor
-from llama_jax.hf.trainer_checkpoint import OPTIMIZER, TrainerCheckpoint, parameter_order
+from llama_jax.hf.trainer_checkpoint import ADAMW_32, OPTIMIZER, TrainerCheckpoint, parameter_order
 from llama_jax.model.roles import Params, is_stacked
 from llama_jax.plan.planner import Planner
 from llama_jax.setup.job import Job
@@ -41,7 +41,8 @@ class TrainersState:
         self._shapes = {name: table[name][1] for name, _ in self._order}
         self._path = str(checkpoint.folder / OPTIMIZER)
         self._weights, self._values, self._steps = self._open_weights(), self._by_name(), checkpoint.steps
-        for key in {"adamw_torch": ("exp_avg", "exp_avg_sq"), "lion_32bit": ("state1",)}.get(job.args.optim, ()):
+        self._adam = ("state1", "state2") if checkpoint.optim == ADAMW_32 else ("exp_avg", "exp_avg_sq")
+        for key in {"adamw_torch": self._adam, "lion_32bit": ("state1",)}.get(job.args.optim, ()):
             self._all(key)
 
     def read(self) -> SavedState:
@@ -104,7 +105,8 @@ class TrainersState:
         if self._job.args.optim == "adamw_8bit" and isinstance(node, StoredAdamState):
             return StoredAdamState(self._count, self._quantized(node.mu, "1"), self._quantized(node.nu, "2"))
         if isinstance(node, ScaleByAdamState | StoredAdamState):
-            mu, nu = self._place(self._all("exp_avg"), node.mu), self._place(self._all("exp_avg_sq"), node.nu)
+            first, second = map(self._all, self._adam)
+            mu, nu = self._place(first, node.mu), self._place(second, node.nu)
             return node._replace(count=self._count, mu=mu, nu=nu)
         return node
 
