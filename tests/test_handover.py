@@ -386,7 +386,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another optimizer": (_each(lambda s: _only(s, square_avg=s["exp_avg"])), "an optimizer with square_avg"),
     "empty": (_saved(lambda v: v.update(state={})), "has an empty state"),
-    "other updates": (_each(lambda s: s["step"].fill_(3)), "counts 3 updates, and trainer_state.json 7"),
+    "other updates": (_each(lambda s: s["step"].fill_(9)), "counts 9 updates, and trainer_state.json 7"),
     "step inf": (_each(lambda s: s["step"].fill_(float("inf"))), "optimizer.pt: step is inf; should be a number"),
     "no groups": (_saved(lambda v: v.update(param_groups=[])), "its values are not those of the HF Trainer"),
     "text for numbers": (_set(betas=("a", "b")), "optimizer.pt: betas is 'a'; should be a number from 0 to below 1"),
@@ -447,7 +447,7 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_data_path": "data.json"},
             "scheduler.pt: is of",
         ),
-        ({"output_dir": "."}, "go on from it by --resume_from_checkpoint"),
+        ({"output_dir": "."}, "holds the HF Trainer's checkpoint-7; choose another --output_dir"),
     ],
 )
 def test_flags_of_another_run(flags: Flags, said: str, trainers: Path, tmp_path: Path) -> None:
@@ -487,6 +487,11 @@ def test_adamw_of_bitsandbytes_in_32_bits(trainers: Path, tmp_path: Path) -> Non
 
 
 WARNED: dict[str, tuple[Any, str, str]] = {
+    "skipped updates": (
+        _each(lambda s: s["step"].fill_(6)),
+        "5",
+        "optimizer.pt counts 6 of 7 updates: some were skipped",
+    ),
     "another epoch": (_json(epoch=3.5), "5", "is at epoch 3.5 after 7 updates, this run would be at 7: other data"),
     "no generator": (_generators(), "4.37", "holds no rng_state.pth, so that later epochs have another order"),
 }

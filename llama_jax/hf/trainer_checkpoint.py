@@ -142,21 +142,21 @@ class TrainerCheckpoint:
 
     @property
     def steps(self) -> int:
-        """Return the number of updates that the optimizer counted, for all parameters that of the folder. Raises
-        InputError."""
+        """Return the number of updates that the optimizer counted, the same for all parameters: fewer than the folder's
+        where some were skipped, as by a loss scaler. Raises InputError."""
         path = self.folder / OPTIMIZER
         counted = sorted(
             {check_number(values["step"], path, "step") for values in self.moments.values() if "step" in values}
         )
         if len(counted) > 1:
             raise InputError(f"{path}: 'step' differs among the parameters: {[int(n) for n in counted[:4]]}")
-        if counted and counted[0] != self.updates:
+        if counted and counted[0] > self.updates:
             raise InputError(
-                f"{path}: counts {counted[0]:g} updates, and {STATE} {self.updates}: the files are of two checkpoints, "
-                "or updates were skipped; copy the folder again, or start from its weights with a new optimizer: "
-                f"--model_name_or_path {self.folder}"
+                f"{path}: counts {counted[0]:g} updates, and {STATE} {self.updates}: the files are of two checkpoints; "
+                "copy the folder again, or start from its weights with a new optimizer: --model_name_or_path "
+                f"{self.folder}"
             )
-        return self.updates
+        return int(counted[0]) if counted else self.updates
 
     def by_name(self, decayed: Sequence[str], spared: Sequence[str]) -> Iterator[tuple[str, Json]]:
         """Yield the names of trained parameters with their tensors. The Trainer's first group holds the `decayed`

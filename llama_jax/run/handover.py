@@ -192,6 +192,11 @@ def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, j
             say(f"warning: {folder} was made with {state[key]} {flag}, this run has {now}")
     if ("stateful_callbacks" in state) != (job.args.hf_compat == "5"):
         say(f"warning: {folder} was not written by transformers {job.args.hf_compat}; give --hf_compat as it was")
+    if checkpoint.steps < checkpoint.updates:
+        say(
+            f"warning: {folder / OPTIMIZER} counts {checkpoint.steps} of {checkpoint.updates} updates: "
+            "some were skipped"
+        )
     if "correct_bias" in checkpoint.groups[0]:
         say(f"warning: {folder} was made by adamw_hf; this run's adamw_torch differs where epsilon is added and decays")
     if job.args.hf_compat == "4.37" and checkpoint.generator is None:
