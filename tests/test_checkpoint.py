@@ -172,7 +172,9 @@ def test_the_trainers_checkpoint(flags: dict, job: Job) -> None:
     write_json(folder / "trainer_state.json", {})
     outcome = run(train_jax.main, *job.argv("hf", **flags))
     assert outcome.code == 2 and outcome.compiled == 0, outcome.err
-    assert f"{folder}: is not a checkpoint of this program" in outcome.err
+    assert (
+        f"{out}: holds the HF Trainer's checkpoint-500; choose another --output_dir, and go on from it" in outcome.err
+    )
     assert (folder / "trainer_state.json").exists()
 
 

@@ -149,7 +149,8 @@ def choose_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
     if foreign := find_foreign(output_dir):
         path = output_dir / foreign[-1]
         if is_trainers(path):
-            on = "" if args.resume_from_checkpoint else f", and go on from it by --resume_from_checkpoint {path}"
+            is_named = args.resume_from_checkpoint and not resumes_newest(args)
+            on = "" if is_named else f", and go on from it by --resume_from_checkpoint {path}"
             raise InputError(f"{output_dir}: holds the HF Trainer's {path.name}; choose another --output_dir{on}")
         raise InputError(
             f"{path}: is not a checkpoint of this program{_as_model(path)}; move it away, or choose another "
