@@ -46,7 +46,7 @@ from llama_jax.model.llama import RunOptions
 from llama_jax.proof import gradients as gradients_module
 from llama_jax.proof import model as proof_model
 from llama_jax.proof import sample as sample_module
-from llama_jax.proof.certify import open_subject
+from llama_jax.proof.certify import begin, open_subject
 from llama_jax.proof.forward import compare_rotation
 from llama_jax.proof.model import compare_model
 from llama_jax.proof.our_layers import OurLayers
@@ -576,6 +576,16 @@ def test_a_long_table_shows_failures_and_the_nearest() -> None:
     text = table(rows)
     assert "row 3 " in text and "FAILS: why" in text and "row 49" in text and "row 10" not in text
     assert "... and 38 rows more, 38 hold" in text
+
+
+def test_a_certificate_holds_no_secret(subject: Any) -> None:
+    """It is made to be passed on."""
+    url = "https://me:word@host/x?sig=secret"
+    args = dataclasses.replace(subject.args, data_path=[url], run_name=url)
+    given = ["--data_path", url, "--hub_token", "hf_secret"]
+    certificate = begin(dataclasses.replace(subject, args=args), given)
+    text = json.dumps(dataclasses.asdict(certificate))
+    assert "https://host/x?***" in text and "hf_secret" not in text and "sig=" not in text and "me:word" not in text
 
 
 def test_the_command(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

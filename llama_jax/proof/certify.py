@@ -4,16 +4,16 @@ import hashlib
 import platform
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.base.errors import InputError
+from llama_jax.base.secrets import without_secrets
 from llama_jax.base.versions import versions
 from llama_jax.data.examples import IGNORE_INDEX
 from llama_jax.distributed import sharding
@@ -29,6 +29,7 @@ from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference,
 from llama_jax.proof.updates import compare_updates
 from llama_jax.proof.verdict import Certificate, Row
 from llama_jax.reporting.progress import say
+from llama_jax.run.facts import changed_flags
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, make_job
 
@@ -152,9 +153,9 @@ def begin(subject: Subject, argv: Sequence[str]) -> Certificate:
     digests = {
         "model": _model_digest(subject.source.folder),
         "data": subject.job.data_digest,
-        "flags": _given(subject.args),
+        "flags": changed_flags(subject.args),
     }
-    return Certificate(f"{COMMAND} {shlex.join(argv)}", found, digests)
+    return Certificate(f"{COMMAND} {shlex.join(without_secrets(argv))}", found, digests)
 
 
 def open_reference_model(subject: Subject) -> Reference:
@@ -200,16 +201,6 @@ def _of_updates(args: Arguments) -> list[str]:
     if args.use_peft and args.lora_dropout:
         lines.append("--lora_dropout: the updates are made without")
     return lines
-
-
-def _given(args: Arguments) -> dict[str, Any]:
-    """Return the flags that differ from their defaults."""
-    found = {}
-    for f in fields(args):
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if (value := getattr(args, f.name)) != default:
-            found[f.name] = value
-    return found
 
 
 def _model_digest(folder: Path) -> dict[str, str]:
