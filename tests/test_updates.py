@@ -158,7 +158,7 @@ def test_a_program_that_fails(case: Run, tmp_path: Path, monkeypatch: pytest.Mon
     """The certificate has the other sections, and the line of the error."""
     broken = tmp_path / "broken.py"
     broken.write_text("raise ValueError('a first line\\nand a second')\n")
-    monkeypatch.setattr(updates, "_PROCESS", broken)
+    monkeypatch.setattr(updates, "_PROCESS", [str(broken)])
     argv = [str(tmp_path / "out") if word == str(case.folder / "out") else word for word in case.argv]
     outcome = run(parity.main, *argv, "--shrink", 1)
     assert outcome.code == 1 and "the Trainer ended with 1: ValueError: a first line" in outcome.out
@@ -170,7 +170,7 @@ def test_stopped(case: Run, tmp_path: Path) -> None:
     """SIGTERM ends the programs that are running, and leaves no file in the temporary folder."""
     slow = "import time; print('started', file=open('started', 'w')); time.sleep(600)"
     code = "import sys; from pathlib import Path; from llama_jax.proof import updates; "
-    code += "from llama_jax.command.parity import main; updates._PROCESS = Path('slow.py'); "
+    code += "from llama_jax.command.parity import main; updates._PROCESS = ['slow.py']; "
     code += f"Path('slow.py').write_text({slow!r}); sys.exit(main(sys.argv[1:]))"
     argv = ["--output_dir" if word == "--output_dir" else word for word in case.argv]
     argv = [str(tmp_path / "out") if word == str(case.folder / "out") else word for word in argv]

@@ -5,6 +5,7 @@ import platform
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from llama_jax.proof.model import compare_model
 from llama_jax.proof.our_layers import shrunk
 from llama_jax.proof.sample import ROWS, TOKENS, Sample, choose_sample
 from llama_jax.proof.tokens import compare_tokens
-from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference, import_torch
+from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference
 from llama_jax.proof.updates import compare_updates
 from llama_jax.proof.verdict import Certificate, Row
 from llama_jax.reporting.progress import say
@@ -90,11 +91,7 @@ def certify(
     torch_model = open_reference_model(subject)
     certificate = begin(subject, argv)
 
-    def add(rows: Sequence[Row]) -> None:
-        certificate.rows += rows
-        for name in dict.fromkeys(row.section for row in rows):
-            show([row for row in rows if row.section == name])
-
+    add = partial(_add, certificate, show)
     for line in [*_left_out(args), *(_of_updates(args) if updates else [])]:
         say(line)
     add(compare_tokens(job, source.tokenizer_folder, records))
@@ -139,10 +136,15 @@ def certify_against(
     certificate.digests["against"] = _model_digest(second.folder)
     config = shrunk(subject.source.config, subject.layers)
     rows = compare_folders(subject.source, second, config, subject.sample, subject.mesh)
+    _add(certificate, show, rows)
+    return certificate
+
+
+def _add(certificate: Certificate, show: Callable[[Sequence[Row]], None], rows: Sequence[Row]) -> None:
+    """Add rows to a certificate, and show each of their sections."""
     certificate.rows += rows
     for name in dict.fromkeys(row.section for row in rows):
         show([row for row in rows if row.section == name])
-    return certificate
 
 
 def begin(subject: Subject, argv: Sequence[str]) -> Certificate:
@@ -160,7 +162,6 @@ def begin(subject: Subject, argv: Sequence[str]) -> Certificate:
 
 def open_reference_model(subject: Subject) -> Reference:
     """Return torch's model of the subject. Raises InputError."""
-    import_torch()
     job, source = subject.job, subject.source
     resized = bool(job.new_ids) or job.config.vocab_size != source.config.vocab_size
     return Reference(

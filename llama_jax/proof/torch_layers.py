@@ -60,10 +60,7 @@ class Reference:
         except Exception as e:  # of many classes
             raise InputError(f"{folder}: transformers cannot read it: {str(e).splitlines()[0]}") from None
         if layers is not None:
-            config.num_hidden_layers = layers
-            for key in ("layer_types", "no_rope_layers"):
-                if getattr(config, key, None):
-                    setattr(config, key, getattr(config, key)[:layers])
+            keep_layers(config, layers)
         self._rows, self._new_tokens = rows or config.vocab_size, new_tokens
         config.vocab_size = self._rows
         if without_padding_idx:
@@ -215,6 +212,14 @@ class Reference:
 
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
+
+
+def keep_layers(config: Any, layers: int) -> None:
+    """Leave the first layers in a config of transformers."""
+    config.num_hidden_layers = layers
+    for key in ("layer_types", "no_rope_layers"):
+        if getattr(config, key, None):
+            setattr(config, key, getattr(config, key)[:layers])
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Prepare a model, or make updates of it with the real Trainer: a program of its own, without JAX.
 
-python llama_jax/proof/trainer_process.py reads a JSON object on the standard input, and prints one in its last line.
+python -m llama_jax.proof.trainer_process reads a JSON object on the standard input, and prints one in its last line.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from llama_jax.proof.torch_layers import keep_layers
+
 IGNORED = -100
 
 
@@ -24,10 +26,7 @@ def prepare(spec: dict[str, Any]) -> dict[str, Any]:
     `new_tokens` rows of the vocabulary more, the mean of the others as in stanford_alpaca."""
     config = transformers.AutoConfig.from_pretrained(spec["model"])
     if layers := spec["layers"]:
-        config.num_hidden_layers = layers
-        for key in ("layer_types", "no_rope_layers"):
-            if getattr(config, key, None):
-                setattr(config, key, getattr(config, key)[:layers])
+        keep_layers(config, layers)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], config=config, dtype=torch.float32)
     if new := spec["new_tokens"]:
         model.resize_token_embeddings(model.config.vocab_size + new, mean_resizing=False)
@@ -154,5 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
     main()

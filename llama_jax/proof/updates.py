@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +28,7 @@ from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
 
 SECTION = "updates, float32"
-_PROCESS = Path(__file__).with_name("trainer_process.py")
+_PROCESS = ["-m", "llama_jax.proof.trainer_process"]
 _INITIAL = "initial.safetensors"
 _RATE = 2.0**-22  # relative: both programs round a rate of float64, and products on the way, to float32
 MOST = 0.5  # a bound above it would hold for weights that stay as they are
@@ -86,6 +86,7 @@ class Failed(Exception):
 def _compared(
     job: Job, model: Path, tokenizer: Path, layers: int | None, count: int, exported: Callable[[Path], list[Row]]
 ) -> Compared:
+    """Make the updates and compare them. Raises Failed."""
     with TemporaryDirectory(prefix="llama_jax-parity-") as temporary:
         folder = Path(temporary)
         if layers or job.new_ids:
@@ -172,13 +173,17 @@ def _records(job: Job, folder: Path) -> Path:
 
 def _ask(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the answer of `trainer_process`. Raises Failed."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    return json.loads(_run("the Trainer", [sys.executable, str(_PROCESS)], environment, json.dumps(spec)))
+    variables = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    return json.loads(_run("the Trainer", _PROCESS, variables, json.dumps(spec)))
 
 
-def _run(name: str, command: list[str], environment: dict[str, str], given: str = "") -> str:
-    """Return the last line that a program prints. Raises Failed with the line of its error."""
-    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+def _run(name: str, command: list[str], variables: dict[str, str], given: str = "") -> str:
+    """Run Python with the words of a command; return the last line that it prints. Raises Failed with the line of its
+    error."""
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), **variables}
+    words = [sys.executable, *command]
+    done = subprocess.run(words, input=given, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         # An exception's text may have several lines: the first one follows the last line of the traceback.
@@ -189,22 +194,16 @@ def _run(name: str, command: list[str], environment: dict[str, str], given: str 
 
 def _ours(args: Arguments, job: Job, model: Path, tokenizer: Path, folder: Path) -> Made:
     """Make the updates by train_jax.py on one CPU device, under the rules of transformers 5, which is installed."""
-    output, flags = folder / "ours", dict[str, Any]()
-    for field in fields(args):
-        value = getattr(args, field.name)
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if value != default and field.name in (*_TRAINERS, *_OURS):
-            flags[field.name] = value
+    output = folder / "ours"
+    flags = {name: value for name in (*_TRAINERS, *_OURS) if (value := getattr(args, name)) is not None}
     flags |= {"model_name_or_path": model, "tokenizer_name": tokenizer, "data_path": _records(job, folder)}
     flags |= {"output_dir": output, "max_steps": args.max_steps, "hf_compat": "5", "world_size": 1}
     flags |= {"use_cpu": True, "dtype": "float32", "save_strategy": "no", "report_to": "none"}
     flags |= {"logging_strategy": "steps", "logging_steps": 1} | ({"lora_dropout": 0.0} if args.use_peft else {})
-    command = [sys.executable, "-m", "train_jax"]
+    command = ["-m", "train_jax"]
     for name, value in flags.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), "XLA_FLAGS": ""}
-    _run("train_jax.py", command, environment)
+    _run("train_jax.py", command, {"XLA_FLAGS": ""})
     log = [x for x in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in x]
     order = replace(job.order, compat="5", max_steps=args.max_steps)
     examples = [order.examples_of(k).tolist() for k in range(args.max_steps)]

@@ -27,10 +27,10 @@ from llama_jax.reporting.progress import say
 from llama_jax.run.resume import QUANTIZATION, Facts, SavedRun, as_json_values
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job
+from llama_jax.training.moments import EXACT_BELOW
 from llama_jax.training.schedule import LISTENING
 
 Json = dict[str, Any]
-SMALL = 4096  # elements; bitsandbytes' 8-bit optimizers keep smaller tensors in 32 bits
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _optim(checkpoint: TrainerCheckpoint, job: Job) -> str:
     if checkpoint.optim != ADAMW_32:
         return checkpoint.optim
     sizes = [math.prod(values["state1"].shape) for values in checkpoint.moments.values() if "state1" in values]
-    if job.args.optim == "adamw_8bit" and max(sizes) < SMALL:
+    if job.args.optim == "adamw_8bit" and max(sizes) < EXACT_BELOW:
         return "adamw_8bit"
     say(
         f"warning: {checkpoint.folder} was made by bitsandbytes' AdamW in 32 bits; this run's adamw_torch decays the "
