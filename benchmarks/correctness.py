@@ -243,7 +243,7 @@ def check_fp8(config: LlamaConfig, mesh, kernel: str) -> bool:
             matmul._einsum = product
 
     def products(x, weight, dy):
-        (y,), pull = jax.vjp(lambda x, weight: matmul.project_fp8(None, False, x, [weight]), x, weight)
+        (y,), pull = jax.vjp(lambda x, weight: matmul.project_fp8(None, matmul.SCATTER, x, [weight]), x, weight)
         return y, *pull([dy])
 
     def values(x, dtype):

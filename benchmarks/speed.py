@@ -22,16 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from make_model import SHAPES, raw_config
-from work import PROFILED, lengths_of, measured
+from work import PROFILED, measured, planner_of
 
 PEERS = ("trainer", "compiled", "fsdp", "fsdp_checkpointed", "peft", "peft_compiled", "peft_checkpointed")
-SEED_FLAGS = (
-    "--num_train_epochs 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine"
-)
 
 
 def ours(args: argparse.Namespace) -> dict:
@@ -39,34 +34,14 @@ def ours(args: argparse.Namespace) -> dict:
     from correctness import random_params
 
     from llama_jax.distributed import sharding
-    from llama_jax.distributed.platform import memory_limit, memory_use, set_up_jax
+    from llama_jax.distributed.platform import memory_limit, memory_use
     from llama_jax.distributed.profile import time_spent, tracing
-    from llama_jax.model.config import LlamaConfig
-    from llama_jax.plan.planner import Planner, choose_scan
-    from llama_jax.setup.arguments import parse_arguments
-    from llama_jax.setup.job import make_job
     from llama_jax.training.fit import fit
     from llama_jax.training.state import init_state
 
     raw = raw_config(args.shape, args.layers)
-    config = LlamaConfig.from_hf(raw)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "data.jsonl"
-        flags = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache {SEED_FLAGS}"
-        flags += f" --bf16 True --tf32 True --logging_steps 1 {args.flags}"
-        arguments = parse_arguments(flags.split())
-        platform = set_up_jax(arguments.use_cpu, arguments.tf32)
-        mesh = sharding.make_mesh(spec=arguments.mesh)
-        lengths, batch, accumulation = lengths_of(args, sharding.batch_ways(mesh))
-        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = batch, accumulation
-        arguments.model_max_length = int(lengths.max())
-        with data.open("w") as file:
-            for n in lengths:
-                ids = rng.integers(0, config.vocab_size, n).tolist()
-                file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
-        job = make_job(arguments, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
-    planner = Planner(job, mesh, platform, arguments.dtype or "float32", choose_scan(job, platform))
+    planner = planner_of(args, raw)
+    job, mesh, lengths = planner.job, planner.mesh, planner.job.examples.lengths
     started = time.monotonic()
     plan = planner.settle(memory_limit())
     compiled_in = time.monotonic() - started

@@ -1,6 +1,10 @@
 """Define the work that `speed.py` and its peers are timed at, and the figures of a run."""
 
 import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +14,9 @@ from llama_jax.plan.operations import operations
 
 PEAK = 989e12
 PROFILED = 4  # updates, after the timed ones
+SEED_FLAGS = (
+    "--num_train_epochs 1 --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine"
+)
 
 
 def lengths_of(args: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int, int]:
@@ -24,6 +31,34 @@ def lengths_of(args: argparse.Namespace, ranks: int) -> tuple[np.ndarray, int, i
         return alpaca(args.tokenizer, args.data_path, 512).lengths, 1, micro_batches
     drawn = np.random.default_rng(0).lognormal(4.72, 0.5, 52002)  # mean 127 tokens
     return np.clip(drawn, 30, 512).astype(int), 1, micro_batches
+
+
+def planner_of(args: argparse.Namespace, raw: dict, devices: list | None = None) -> Any:
+    """Return the planner of a run of `args.work` with train_jax.py's `args.flags`, over random token ids: on these
+    devices of a dry run, else on those that jax finds, for which jax is set up. The peers' processes need no jax."""
+    from llama_jax.distributed import sharding
+    from llama_jax.distributed.platform import set_up_jax
+    from llama_jax.plan.planner import Planner, choose_scan
+    from llama_jax.setup.arguments import parse_arguments
+    from llama_jax.setup.job import make_job
+
+    config, rng = LlamaConfig.from_hf(raw), np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.jsonl"
+        flags = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache {SEED_FLAGS}"
+        flags += f" --bf16 True --logging_steps 1 {args.flags}"
+        arguments = parse_arguments(flags.split())
+        platform = devices[0].platform if devices else set_up_jax(arguments.use_cpu, tf32=True)
+        mesh = sharding.make_mesh(devices, arguments.mesh)
+        lengths, batch, accumulation = lengths_of(args, sharding.batch_ways(mesh))
+        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = batch, accumulation
+        arguments.model_max_length = int(lengths.max())
+        with data.open("w") as file:
+            for n in lengths:
+                ids = rng.integers(0, config.vocab_size, n).tolist()
+                file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+        job = make_job(arguments, config, lambda: Path(folder), sharding.batch_ways(mesh), True)
+    return Planner(job, mesh, platform, arguments.dtype or "float32", choose_scan(job, platform))
 
 
 def count_flops(raw: dict, lengths: np.ndarray, lora: Lora | None = None) -> float:

@@ -174,6 +174,8 @@ def test_bad_input(tmp_path: Path) -> None:
     untyped = {k: v for k, v in CONFIG.items() if k != "torch_dtype"}
     outcome = dry_run(tmp_path, untyped, "--dry_run", "h200:1", "--hf_compat", "5")
     assert outcome.code == 2 and "give --dtype" in outcome.err
+    outcome = dry_run(tmp_path, CONFIG, "--dry_run", "h200:1", "--bf16", "False", "--gradient_sum_dtype", "bfloat16")
+    assert outcome.code == 2 and "needs --bf16 True" in outcome.err
 
 
 def test_a_whole_folder_and_a_real_run_still_need_weights(tmp_path: Path) -> None:
@@ -199,9 +201,15 @@ def test_a_tiny_model_on_a_tpu(libtpu: None, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_tiny_model_at_full_effort(libtpu: None, tmp_path: Path) -> None:
     raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
-    full = dry_run(tmp_path, raw, "--dry_run", "v5e-4")
+    option = "xla_tpu_scoped_vmem_limit_kib=65536"
+    full = dry_run(tmp_path, raw, "--dry_run", "v5e-4", "--remat", "matmuls", "--compiler_options", option)
     assert full.code == 0 and re.search(r"v5e-4: fits: [\d.]+ of 15.43 GiB", full.out), full.out
-    assert row(full.out, "peak") < 0.2 and "the compiler's estimate" in full.out
+    assert row(full.out, "peak") < 0.2 and f"compiler options: {option}\n" in full.out
+    assert re.search(r"[\d.]+ ms  by its schedule, without kernels: \d+ of work, \d+ of waiting", full.out), full.out
+    # Kept outputs and statistics: the backward pass does not run the forward kernel again.
+    layers = raw["num_hidden_layers"]
+    for kernel in ("fwd_segmented_residuals", "dkv_segmented_no_residuals", "dq_segmented_no_residuals"):
+        assert f"splash_mqa_{kernel} {layers} times" in full.out, full.out
 
 
 @pytest.mark.slow

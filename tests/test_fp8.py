@@ -32,7 +32,17 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.lora import PROJECTIONS, Lora, Rank
-from llama_jax.model.matmul import GRADIENTS, VALUES, Scaled, check_fp8, project_fp8, quantize, weight_gradient
+from llama_jax.model.matmul import (
+    GRADIENTS,
+    SCATTER,
+    VALUES,
+    Scaled,
+    Sum,
+    check_fp8,
+    project_fp8,
+    quantize,
+    weight_gradient,
+)
 from llama_jax.training.fit import put_batch
 from llama_jax.training.state import abstract_state, init_state
 from llama_jax.training.step import losses_of
@@ -70,7 +80,7 @@ def test_rounding(dtype: Any) -> None:
 def test_a_bad_number_stays_one(wrong: float) -> None:
     x = np.ones((1, 2, 4), np.float32)
     x[0, 1, 2] = wrong
-    out = jax.jit(lambda x, w: project_fp8(P(), False, x, [w])[0])(x, np.ones((3, 4), np.float32))
+    out = jax.jit(lambda x, w: project_fp8(P(), SCATTER, x, [w])[0])(x, np.ones((3, 4), np.float32))
     assert np.isnan(np.asarray(out)).all()
 
 
@@ -93,7 +103,7 @@ def test_products(dtype: Any) -> None:
     x, w, dy = (rng.normal(size=s).astype(np.float32) for s in ((2, 24, 80), (48, 80), (2, 24, 48)))
     x[0, 3] *= 100  # a row that takes most of the range
     x, w, dy = (np.asarray(jnp.asarray(a).astype(dtype)) for a in (x, w, dy))
-    y, pull = jax.vjp(lambda x, w: project_fp8(P(), False, x, [w])[0], jnp.asarray(x), jnp.asarray(w))
+    y, pull = jax.vjp(lambda x, w: project_fp8(P(), SCATTER, x, [w])[0], jnp.asarray(x), jnp.asarray(w))
     dx, dw = pull(jnp.asarray(dy))
     assert y.dtype == dx.dtype == dw.dtype == dtype
     qx, qw, qdy = quantize(x, VALUES), quantize(w, VALUES), quantize(dy, GRADIENTS)
@@ -124,7 +134,7 @@ def check_meshes(specs: list[str]) -> None:
 
             @jax.jit
             def both(x, w, dy):
-                y, pull = jax.vjp(lambda x, w: project_fp8(sharding.ACT_BTF, False, x, [w])[0], x, w)
+                y, pull = jax.vjp(lambda x, w: project_fp8(sharding.ACT_BTF, SCATTER, x, [w])[0], x, w)
                 return y, *pull(dy)
 
             out = both(*placed)
@@ -142,7 +152,9 @@ def check_meshes(specs: list[str]) -> None:
             for a, of, kind in ((dy, sharding.ACT_BTF, GRADIENTS), (x, sharding.ACT_BTD, VALUES))
         ]
         transposed = [Scaled(jnp.moveaxis(a.values, -1, 0), a.unit) for a in operands]
-        got = jax.jit(weight_gradient, static_argnums=(2, 3, 4))(*transposed, sharding.COLUMN_FD, True, jnp.bfloat16)
+        got = jax.jit(weight_gradient, static_argnums=(2, 3, 4))(
+            *transposed, sharding.COLUMN_FD, Sum(exchange=True), jnp.bfloat16
+        )
         expected = np.einsum("BTO,BTI->OI", *map(exact, operands))
     assert differences(got.astype(jnp.float32), expected) < 2.0**-8  # a rounding of each share, and of the sum
 

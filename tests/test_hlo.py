@@ -2,11 +2,13 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llama_jax.plan.hlo import Program, _axes
+from llama_jax.plan.schedule import read_schedule
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 2}
 
@@ -136,7 +138,8 @@ def test_a_program() -> None:
         ("all-reduce", ("tensor",)): (20, 1),  # twice half of 4 + 16 bytes
         ("reduce-scatter", ("fsdp", "tensor")): (576, 1),  # 3 of 4 parts of (128 + 64) x 4; another's channel again
     }
-    assert program.estimated_cycles == 5 * 100 + 7
+    assert program.name == "jit_step" and sum(program.cycles.values()) == program.cycles["elementwise"] == 5 * 100 + 7
+    assert [c.kind for c in program.collectives({"fsdp": 2, "tensor": 2}) if c.waits] == ["all-reduce"]
     assert program.largest(1) == [("f32[1000,1000]", 4_000_000, "jit(step)/made")]
 
 
@@ -183,3 +186,122 @@ ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {{
 """
     (found,) = Program(text).collectives({"data": 1, "fsdp": 4})
     assert (found.kind, found.times, found.sent) == ("all-gather", 1, 256 * 8 * 2 * 3 // 4)
+
+
+COMPILED = """HloModule jit_step
+
+%product (a: bf16[4,4]) -> bf16[4,4] {
+  %a = bf16[4,4]{1,0} parameter(0)
+  %copied = bf16[4,4]{0,1} copy(%a)
+  ROOT %dot.1 = bf16[4,4]{1,0} convolution(%a, %copied), dim_labels=bf_io->bf
+}
+
+%moved (b: bf16[4,4]) -> f32[4,4] {
+  %b = bf16[4,4]{1,0} parameter(0)
+  ROOT %wide = f32[4,4]{1,0} convert(%b)
+}
+
+%body (r: (s32[], bf16[4,4])) -> (s32[], bf16[4,4]) {
+  %r = (s32[], bf16[4,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%r), index=0
+  %one = s32[] constant(1)
+  %up = s32[] add(%j, %one), backend_config={"estimated_cycles":"1"}
+  %y = bf16[4,4]{1,0} get-tuple-element(%r), index=1
+  %kernel_fwd_residuals.3 = bf16[4,4]{1,0} custom-call(%y), custom_call_target="tpu_custom_call", metadata={x={
+}}
+  %z = bf16[4,4]{1,0} fusion(%kernel_fwd_residuals.3), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"10"}
+  ROOT %t = (s32[], bf16[4,4]{1,0}) tuple(%up, %z)
+}
+
+%cond (r.1: (s32[], bf16[4,4])) -> pred[] {
+  %r.1 = (s32[], bf16[4,4]{1,0}) parameter(0)
+  %j.1 = s32[] get-tuple-element(%r.1), index=0
+  %layers = s32[] constant(6)
+  ROOT %lt.1 = pred[] compare(%j.1, %layers), direction=LT
+}
+
+ENTRY %main (w: bf16[4,4]) -> f32[4,4] {
+  %w = bf16[4,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %init = (s32[], bf16[4,4]{1,0}) tuple(%zero, %w)
+  %loop = (s32[], bf16[4,4]{1,0}) while(%init), condition=%cond, body=%body
+  %end = bf16[4,4]{1,0} get-tuple-element(%loop), index=1
+  %kernel_fwd_residuals = bf16[4,4]{1,0} custom-call(%end), custom_call_target="tpu_custom_call"
+  ROOT %out = f32[4,4]{1,0} fusion(%kernel_fwd_residuals), kind=kLoop, calls=%moved, backend_config={"estimated_cycles":"100"}
+}
+"""
+
+
+def test_cycles_and_kernels_of_a_tpu() -> None:
+    """Each by the kind of its work, times the trips of its loop."""
+    program = Program(COMPILED)
+    assert program.cycles == {"matmul": 6 * 10, "elementwise": 6, "copy": 100}
+    assert program.kernels == {"kernel_fwd_residuals": 7}
+
+
+SCHEDULE = """hlo_module {
+  name: "jit_step"
+  computations {
+    name: "body"
+    instructions {
+      name: "z"
+      opcode: "fusion"
+      id: 71
+    }
+    id: 7
+  }
+  computations {
+    name: "main"
+    instructions {
+      name: "loop"
+      opcode: "while"
+      id: 12
+    }
+    instructions {
+      name: "out"
+      opcode: "fusion"
+      id: 13
+    }
+    id: 1
+  }
+}
+computation_schedules {
+  computation_id: 7
+  instructions {
+    id: 71
+    end_timestamp_cycles: 30.5
+  }
+  scheduler_statistics {
+    total_wasted_cycles: 20
+    total_cycles: 30.5
+  }
+}
+computation_schedules {
+  computation_id: 1
+  instructions {
+    id: 12
+    start_timestamp_cycles: 5
+    end_timestamp_cycles: 188
+  }
+  instructions {
+    id: 13
+    start_timestamp_cycles: 188
+    end_timestamp_cycles: 200
+  }
+  scheduler_statistics {
+    total_cycles: 200
+  }
+}
+"""
+
+
+def test_a_schedule(tmp_path: Path) -> None:
+    """The loop's body counts six times, and its interval in the caller not at all."""
+    program = Program(COMPILED)
+    assert read_schedule(tmp_path, program) is None
+    file = tmp_path / "jit_step.schedule.txt"
+    file.write_text(SCHEDULE)
+    assert read_schedule(tmp_path, program) == (6 * 10.5 + 17, 6 * 20)
+    file.write_text(SCHEDULE.replace('"body"', '"another"'))
+    with pytest.raises(ValueError, match="another"):
+        read_schedule(tmp_path, program)

@@ -42,7 +42,7 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.lora import _drawn
-from llama_jax.model.matmul import weight_gradient
+from llama_jax.model.matmul import SCATTER, Sum, weight_gradient
 from llama_jax.model.roles import EmbeddingTable, MatmulWeight
 from llama_jax.reporting.run_log import RunLog
 from llama_jax.training.fit import put_batch
@@ -324,20 +324,21 @@ def check_types(folder: str) -> None:
     """As the partitioner leaves the program: the CPU's compiler then has all sums in float32."""
     jax.config.update("jax_enable_compilation_cache", False)  # what is found there is not dumped
     for spec, scan in (("fsdp=8", False), ("data=2,fsdp=4", True)):
-        for exchange in (False, True):
-            compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16, exchange=exchange)
+        for how in (SCATTER, Sum(exchange=True), Sum(rounded=True)):
+            compiled_step(spec, scan_layers=scan, compute_dtype=jnp.bfloat16, sums=how)
     dumps = list(Path(folder).glob("*jit_update*after_spmd-partitioning*"))
-    assert len(dumps) == 4
-    unrolled = exchanged = 0
+    assert len(dumps) == 6
+    unrolled = exchanged = rounded = 0
     for dump in dumps:
         text = dump.read_text()
         kinds = Counter(re.findall(rf"= (\w+)\[[\d,]*\]\S* ({KINDS})\(", text))
-        # Of each matrix but the embedding the copy in bfloat16 is gathered; no sum over devices is in bfloat16.
+        # Of each matrix but the embedding the copy in bfloat16 is gathered. Sums over devices are in bfloat16 on
+        # request only, of a layer's matrices.
         assert kinds["bf16", "all-gather"] >= len(MATRICES) + 1 and kinds["f32", "all-gather"] == 1, kinds
-        assert not kinds["bf16", "all-reduce"], kinds
-        if kinds[
-            "bf16", "all-to-all"
-        ]:  # shares of the gradients of a layer's matrices, which devices add by themselves
+        if kinds["bf16", "all-reduce"]:
+            assert kinds["bf16", "all-reduce"] >= len(MATRICES) and not kinds["bf16", "all-to-all"], kinds
+            rounded += 1
+        elif kinds["bf16", "all-to-all"]:  # shares of those gradients, which devices add by themselves
             assert kinds["bf16", "all-to-all"] >= len(MATRICES) and kinds["f32", "all-reduce"] >= 2, kinds
             exchanged += 1
         else:
@@ -350,7 +351,7 @@ def check_types(folder: str) -> None:
         ]
         assert waited in ([], [sorted(n // 8 for n in MATRICES)] * (L - 1))
         unrolled += bool(waited)
-    assert unrolled == exchanged == 2
+    assert unrolled == 3 and exchanged == rounded == 2
 
 
 def check_weight_gradient(specs: list[str]) -> None:
@@ -366,7 +367,9 @@ def check_weight_gradient(specs: list[str]) -> None:
                 placed = placed[::-1]
             with jax.set_mesh(sharding.make_mesh(spec=spec)):
                 operands = [jax.device_put(a.astype(jnp.bfloat16), of) for a, of in zip((dy, x), placed, strict=True)]
-                got = jax.jit(weight_gradient, static_argnums=(2, 3, 4))(*operands, weight, True, jnp.bfloat16)
+                got = jax.jit(weight_gradient, static_argnums=(2, 3, 4))(
+                    *operands, weight, Sum(exchange=True), jnp.bfloat16
+                )
             assert got.sharding.spec == weight and got.dtype == jnp.bfloat16
             np.testing.assert_array_equal(np.asarray(got), exact.astype(jnp.bfloat16), f"{spec}, {weight}")
 

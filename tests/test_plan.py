@@ -136,7 +136,7 @@ def test_bytes_kept_for_the_backward_pass(kv_heads: int, bf16: bool, tmp_path: P
     for layers in (2, 3):
         raw = {**CONFIG, "num_hidden_layers": layers, "num_key_value_heads": kv_heads, "intermediate_size": 80}
         plans = planner(tmp_path, raw, bf16=bf16)
-        for remat in ("full", "attention", "matmuls"):
+        for remat in ("full", "attention", "qkv", "matmuls"):
             plan = plans.make(Option(128, remat))
             block = abstract_batch(plans.mesh, (1, 128))
 
@@ -196,6 +196,21 @@ def test_operations_are_those_of_the_compiled_update(flags: dict[str, Any], tmp_
         of_weights -= 2 * 2 * 4 * 64 * 64
     assert of_weights == pytest.approx(without, rel=1e-6)
     assert of_attention / 2 == pytest.approx(expected - without, rel=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["matmuls", "qkv", slow_unless(False, "attention"), "full"])
+def test_operations_that_are_made_again(remat: str, tmp_path: Path) -> None:
+    """Of products with weights, in the compiled update: recomputation leaves out what no gradient needs."""
+    raw = {**RAW, "hidden_size": 64, "intermediate_size": 192}
+    plans = planner(tmp_path, raw, attention="xla")
+    plan = plans.make(Option(10**4, remat))
+    plan.compile(plan.largest_block, plans.mesh)
+    rows, length = plan.largest_block
+    of_weights, _ = dot_operations(Program(plan.steps.programs[plan.largest_block].as_text()))
+    config = replace(plans.job.config, vocab_size=384)  # its rows on a device
+    model, made = operations(config, rows * length, 1e-9, remat)
+    assert of_weights == pytest.approx(made, rel=1e-6)
+    assert (made > model) == (remat != "matmuls")
 
 
 def test_rows_of_plain_attention_are_short(tmp_path: Path) -> None:
@@ -404,7 +419,7 @@ def test_nothing_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_every_choice_is_the_same_run(tmp_path: Path) -> None:
     weights = []
-    sizes = {"none": "auto", "matmuls": 128, "attention": "auto", "full": 128, "auto": "auto"}
+    sizes = {"none": "auto", "matmuls": 128, "qkv": "auto", "attention": "auto", "full": 128, "auto": "auto"}
     for remat, size in sizes.items():
         flags = {"remat": remat, "max_tokens_per_device": size, "output_dir": tmp_path / remat}
         outcome = run(train_jax.main, *argv(tmp_path, **flags, adam_epsilon=1e-4))
@@ -429,6 +444,39 @@ def test_gradient_checkpointing_is_full(tmp_path: Path) -> None:
 def test_a_size_that_is_none(value: str, tmp_path: Path) -> None:
     outcome = run(train_jax.main, *argv(tmp_path, max_tokens_per_device=value))
     assert outcome.code == 2 and "--max_tokens_per_device" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("xla_nothing=1", "No such compile option: 'xla_nothing'"),
+        ("xla_cpu_enable_fast_math=maybe", "'maybe' is not a valid bool value"),
+        ("--xla_cpu_enable_fast_math=true", "should be NAME=VALUE, without dashes"),
+        ("xla_cpu_enable_fast_math", "should be NAME=VALUE, without dashes"),
+        ("a=1,a=2", "a is given twice"),
+    ],
+)
+def test_refused_compiler_options(options: str, told: str, tmp_path: Path) -> None:
+    outcome = run(train_jax.main, *argv(tmp_path), f"--compiler_options={options}")
+    assert outcome.code == 2 and told in outcome.err.splitlines()[-1], (outcome.code, outcome.err)
+    assert "Traceback" not in outcome.err and not list((tmp_path / "out").glob("*"))
+
+
+def test_compiler_options_reach_every_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of true and false are booleans, as XLA needs them."""
+    seen = []
+    true = jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self, options=None: (seen.append(options), true(self, options))[1]
+    )
+    options = {
+        "compiler_options": "xla_cpu_enable_fast_math=true, xla_cpu_max_isa=SSE4_2",
+        "max_tokens_per_device": 128,
+    }
+    plans = planner(tmp_path, **options)
+    plan = plans.make(plans.options(None)[0])
+    plan.compile(plan.largest_block, plans.mesh)
+    assert seen == [{"xla_cpu_enable_fast_math": True, "xla_cpu_max_isa": "SSE4_2"}] * 2  # a block's, the optimizer's
 
 
 def test_scanned_or_not() -> None:

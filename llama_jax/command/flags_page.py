@@ -38,7 +38,8 @@ _ORIGIN = {
         "allow_pickle allow_nonfinite on_nonfinite max_bad_updates skip_loss_spikes adam_moments_dtype "
         "offload_optimizer export_only "
         "dtype fp8 hf_compat "
-        "max_tokens_per_device remat accumulation packing attention scan_layers mesh coordinator_address num_processes "
+        "max_tokens_per_device remat accumulation packing attention scan_layers compiler_options gradient_sum_dtype "
+        "mesh coordinator_address num_processes "
         "process_id watchdog_seconds compare_with profile_updates sample_prompts "
         "explain dry_run dry_run_effort show_examples config",
     }.items()

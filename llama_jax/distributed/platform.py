@@ -4,14 +4,21 @@ import logging
 import os
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.errors import JaxRuntimeError
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.base.errors import InputError
 from llama_jax.base.files import cache_folder
 
 MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for allocations that jax does not count
+
+# XLA's options for a run's programs, by jax's name of a TPU.
+TPU_OPTIONS: Mapping[str, Mapping[str, str]] = {}
 
 
 def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: bool = False) -> str:
@@ -47,16 +54,19 @@ def _ignore_abandoned(problem: Any) -> None:
         sys.__unraisablehook__(problem)
 
 
-def compiler_options(mesh: Mesh, fp8: bool, scattered: int | None = None) -> dict[str, Any]:
-    """Return XLA's options for a program on these devices: none but for GPUs.
+def compiler_options(
+    mesh: Mesh, fp8: bool, scattered: int | None = None, given: Sequence[tuple[str, str | bool]] = ()
+) -> dict[str, Any]:
+    """Return XLA's options for a program on these devices: those of the platform, and the `given` ones over them.
 
-    Products of fp8 are left to cuBLAS: XLA's search for kernels of its own takes minutes at 32 layers, and finds none.
-    With `scattered`, gathers are combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of
-    results. An update of 7B on four GPUs is 3.5% shorter. GPUs of one process exchange data by their copy engines,
-    beside the multiprocessors: 1.5% shorter on two.
+    `TPU_OPTIONS` has those of TPUs. On GPUs products of fp8 are left to cuBLAS: XLA's search for kernels of its own
+    takes minutes at 32 layers, and finds none. With `scattered`, gathers are combined up to 1 GiB instead of 30 MiB,
+    and scatters up to `scattered` bytes of results. An update of 7B on four GPUs is 3.5% shorter. GPUs of one process
+    exchange data by their copy engines, beside the multiprocessors: 1.5% shorter on two.
     """
-    if mesh.devices.flat[0].platform != "gpu":
-        return {}
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return dict(TPU_OPTIONS.get(device.device_kind, {})) | dict(given)
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False} if fp8 else {}
     if mesh.size > 1 and scattered is not None:
         options |= {
@@ -64,7 +74,20 @@ def compiler_options(mesh: Mesh, fp8: bool, scattered: int | None = None) -> dic
             "xla_gpu_reduce_scatter_combine_threshold_bytes": scattered,
             "xla_gpu_use_memcpy_local_p2p": True,
         }
-    return options
+    return options | dict(given)
+
+
+def check_compiler_options(mesh: Mesh, given: Sequence[tuple[str, str | bool]]) -> None:
+    """Compile an empty program with each of the options. Raises InputError for an option that the compiler of these
+    devices refuses."""
+    value = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    program = jax.jit(lambda x: x).lower(value)
+    for name, setting in given:
+        try:
+            program.compile({name: setting})
+        except (JaxRuntimeError, ValueError) as e:
+            why = " ".join(str(e).splitlines()[0].split()).removeprefix("INVALID_ARGUMENT: ")
+            raise InputError(f"--compiler_options {name}={setting}: the compiler refuses it: {why}") from None
 
 
 def memory_use() -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.base.errors import InputError
@@ -213,22 +214,28 @@ def packed_attention(
     positions: Int[Array, "B T"],
     interpret: bool = False,
     scores: Scores = PLAIN,
+    names: tuple[str, str, str] = ("q", "k", "v"),
 ) -> Float[Array, "B T N H"]:
     """Return `attention` of packed rows to themselves, by the kernel of the run.
 
     A row's segments are 1, 2, ... side by side, and padding (0) is at its end. The output for padding is finite and
-    differs between kernels. `interpret` runs splash on the CPU.
+    differs between kernels. `interpret` runs splash on the CPU. The inputs have `names` for recomputation
+    (`checkpoint_name`), and the output "attention": splash's in the kernel's own layout, the softmax's statistics with
+    it, so that the backward pass runs no kernel of the forward pass.
     """
-    if kernel.of(q_BTNH.shape[1]) == "xla":
-        return attention(q_BTNH, k_BTKH, v_BTKH, segment_ids, positions, segment_ids, positions, scores)
-    if kernel.name == "blockwise":
-        T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+    if kernel.name == "splash":
+        inner = partial(_splash, interpret=interpret, scores=scores, names=names)
+        return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids)
+    q, k, v = (checkpoint_name(x, name) for x, name in zip((q_BTNH, k_BTKH, v_BTKH), names, strict=True))
+    T, H = q.shape[1], q.shape[3]
+    if kernel.of(T) == "xla":
+        out = attention(q, k, v, segment_ids, positions, segment_ids, positions, scores)
+    elif kernel.name == "blockwise":
         inner = partial(blockwise, factor=scores.factor(H), window=scores.within(T))
-        return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids, positions)
-    inner = partial(_splash, interpret=interpret, scores=scores)
-    if kernel.name == "cudnn":
-        inner = partial(_cudnn, segments=kernel.segments, scores=scores)
-    return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids)
+        out = _on_devices(inner, q, k, v, segment_ids, positions)
+    else:
+        out = _on_devices(partial(_cudnn, segments=kernel.segments, scores=scores), q, k, v, segment_ids)
+    return checkpoint_name(out, "attention")
 
 
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int, scores: Scores):
@@ -267,25 +274,33 @@ def splash_block(T: int, dtype: Any) -> int:
     return max(block for block in range(128, most + 1, 128) if T % block == 0)
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool, scores: Scores):
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool, scores: Scores, names: tuple[str, str, str]):
     """Call jax's Splash attention for TPUs: blocks with visible keys only, segments masked inside them."""
     splash, masks = splash_attention()
     _, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     block = splash_block(T, q_BTNH.dtype)
-    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash.BlockSizes(**cast(Any, {f"block_{name}": block for name in names}))
+    of = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = splash.BlockSizes(**cast(Any, {f"block_{name}": block for name in of}))
     window = scores.within(T)
     mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     heads = masks.MultiHeadMask([mask] * (N // K))
-    kernel = splash.make_splash_mqa(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = splash.make_splash_mqa(
+        heads,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
     if q_BTNH.dtype != jnp.float32:
         kernel = _with_precision("default", kernel)
 
     def row(q_TNH, k_TKH, v_TKH, ids_T):
         q_KGTH = jnp.transpose((q_TNH * scores.factor(H)).reshape(T, K, N // K, H), (1, 2, 0, 3))
-        k_KTH, v_KTH = jnp.swapaxes(k_TKH, 0, 1), jnp.swapaxes(v_TKH, 0, 1)
-        out_KGTH = jax.vmap(kernel, (0, 0, 0, None))(q_KGTH, k_KTH, v_KTH, splash.SegmentIds(ids_T, ids_T))
+        operands = (q_KGTH, jnp.swapaxes(k_TKH, 0, 1), jnp.swapaxes(v_TKH, 0, 1))
+        operands = (checkpoint_name(x, name) for x, name in zip(operands, names, strict=True))
+        out_KGTH = jax.vmap(kernel, (0, 0, 0, None))(*operands, splash.SegmentIds(ids_T, ids_T))
         return jnp.transpose(out_KGTH, (2, 0, 1, 3)).reshape(T, N, H)
 
     return jax.vmap(row)(q_BTNH, k_BTKH, v_BTKH, segment_ids)

@@ -26,7 +26,7 @@ from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, kee
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
-from llama_jax.model.matmul import Scaled, project, project_fp8, project_scaled
+from llama_jax.model.matmul import SCATTER, Scaled, Sum, project, project_fp8, project_scaled
 from llama_jax.model.quantized import Quantization, dequantize, empty, is_quantized, quantized_matmul
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params, ProjectionWeight
@@ -44,10 +44,11 @@ class RunOptions:
     `compute_dtype` is the type of matmuls, None for the parameters' own; `rope_dtype` the type of the rotation, None
     for the residual stream's (float32 under `--bf16`, as transformers 5; transformers 4.37 rotates in `compute_dtype`).
     `fp8` multiplies with the projections' weights in fp8; the head stays in the compute type. `scan_layers` stacks the
-    layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `exchange` selects how devices add
+    layers on a leading axis under `lax.scan`. `remat` is a key of `remat.REMAT`. `sums` selects how devices add
     their gradient shares (`matmul.weight_gradient`). `attention` is the kernel for packed rows and for prompts.
     `longest` bounds the `lengths` of tokens where a block is shorter: a micro-batch may span several blocks. `lora`
     holds the adapters, and `quantization` the format of the projections below them, None for plain weights.
+    `compiler_options` are XLA's, name and value, over those of `platform.compiler_options`.
     """
 
     param_dtype: Any = jnp.float32
@@ -56,11 +57,12 @@ class RunOptions:
     fp8: bool = False
     scan_layers: bool = False
     remat: str = "none"
-    exchange: bool = False
+    sums: Sum = SCATTER
     attention: Kernel = XLA
     longest: int = 0
     lora: Lora | None = None
     quantization: Quantization | None = None
+    compiler_options: tuple[tuple[str, str | bool], ...] = ()
 
     @property
     def projection_dtype(self) -> Any:
@@ -120,7 +122,7 @@ class Linear(nnx.Module):
         self.bias = None if zeros is None else Bias(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
-        self.exchange, self.fp8 = run.exchange, run.fp8
+        self.sums, self.fp8 = run.sums, run.fp8
         rank = run.lora.of(layer, name) if run.lora else None
         kind, number = run.compute_dtype or jnp.float32, PROJECTIONS.index(name)
         self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
@@ -150,7 +152,7 @@ def project_all(linears: Sequence[Linear], x: Float[Array, "B T I"], key: Any) -
     lows: list[Any] = [None] * len(linears)
     matrices = [linear.adapter.lora_A.weight[...].astype(linear.dtype) for linear in linears if linear.adapter]
     if key is None and len(matrices) == len(linears):
-        low = project(sharding.ACT_BTD, False, x.astype(linears[0].dtype), jnp.concatenate(matrices))
+        low = project(sharding.ACT_BTD, SCATTER, x.astype(linears[0].dtype), jnp.concatenate(matrices))
         lows = jnp.split(low, np.cumsum([len(matrix) for matrix in matrices[:-1]]), axis=-1)
     for i, (linear, base, low) in enumerate(zip(linears, outputs, lows, strict=True)):
         if linear.bias is not None:
@@ -170,8 +172,8 @@ def _products(linears: Sequence[Linear], x: Float[Array, "B T I"]) -> list[Float
         return [project_scaled(one.out, x, weight) for weight in weights]
     weights = [linear.matrix() for linear in linears]
     if one.fp8:
-        return project_fp8(one.out, one.exchange, x, weights)
-    return [project(one.out, one.exchange, x, weight) for weight in weights]
+        return project_fp8(one.out, one.sums, x, weights)
+    return [project(one.out, one.sums, x, weight) for weight in weights]
 
 
 class RMSNorm(nnx.Module):
@@ -218,14 +220,14 @@ class Attention(nnx.Module):
         dtype = self.rope_dtype or x.dtype
         cos, sin = tokens.cos.astype(dtype), tokens.sin.astype(dtype)
         q, k = apply_rope(q, cos, sin).astype(v.dtype), apply_rope(k, cos, sin).astype(v.dtype)
-        q, k, v = (checkpoint_name(y, name) for y, name in zip((q, k, v), names, strict=True))
         if cache is not None:
             cache = cache.write(k, v, tokens.positions)
         if cache is None or x.shape[1] > 1:
-            out = packed_attention(self.kernel, q, k, v, tokens.segment_ids, tokens.positions, scores=self.scores)
+            out = packed_attention(
+                self.kernel, q, k, v, tokens.segment_ids, tokens.positions, scores=self.scores, names=names
+            )
         else:
             out = cached_attention(q, *cache.of_layer(), tokens.positions, self.scores)
-        out = checkpoint_name(out, "attention")
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
         return checkpoint_name(self.o_proj(out, tokens.key), "o_proj"), cache
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from llama_jax.distributed import sharding
 from llama_jax.distributed.sharding import placed
-from llama_jax.model.matmul import project
+from llama_jax.model.matmul import SCATTER, project
 from llama_jax.model.quantized import dequantize, is_quantized
 from llama_jax.model.roles import AdapterWeight, Params, is_stacked
 
@@ -114,8 +114,8 @@ class Adapter(nnx.Module):
             dropped = jnp.where(kept, dropped / (1 - self.dropout), 0)
         a, b = self.lora_A.weight[...], self.lora_B.weight[...]
         if low is None:
-            low = project(sharding.ACT_BTD, False, dropped, a.astype(self.dtype))
-        y = project(self.out, False, low, b.astype(self.dtype)) * self.scaling
+            low = project(sharding.ACT_BTD, SCATTER, dropped, a.astype(self.dtype))
+        y = project(self.out, SCATTER, low, b.astype(self.dtype)) * self.scaling
         if self.lora_magnitude is None:
             return y
         # PEFT: the norm of W + s B A is a constant of the update; the base's output is of the dropped input too.

@@ -23,6 +23,17 @@ VALUES, GRADIENTS = jnp.float8_e4m3fn, jnp.float8_e5m2
 _FP8_GPUS = r"\b(H100|H200|H800|H20|GH200|L4|L20|L40S?|G?B[123]00|Ada Generation|GeForce RTX [45]0\d\d)\b"
 
 
+class Sum(NamedTuple):
+    """Select how devices add their shares of a weight's gradient: by an exchange of parts (`weight_gradient`), and
+    `rounded` to the products' type before they are added."""
+
+    exchange: bool = False
+    rounded: bool = False
+
+
+SCATTER = Sum()
+
+
 class Scaled(NamedTuple):
     """Hold a tensor in fp8: `values` times `unit`, a float32 scalar that is a power of two."""
 
@@ -88,16 +99,16 @@ def _einsum(form: str, a: Any, b: Any, out: P | None, dtype: Any, fast: bool = F
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def project(out: P, exchange: bool, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
+def project(out: P, how: Sum, x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Array, "B T O"]:
     """Return x @ weight.T, placed by `out`; the weight's gradient is `weight_gradient`."""
     return _einsum("BTI,OI->BTO", x, weight, placed(out), x.dtype)
 
 
-def _project_bwd(out: P, exchange: bool, operands: tuple[jax.Array, jax.Array], dy: jax.Array):
+def _project_bwd(out: P, how: Sum, operands: tuple[jax.Array, jax.Array], dy: jax.Array):
     x, weight = operands
     like_x, like_weight = (jax.typeof(operand).sharding.spec for operand in operands)
     dx = _einsum("BTO,OI->BTI", dy, weight, placed(like_x), dy.dtype)
-    return dx, weight_gradient(dy, x, like_weight, exchange, dy.dtype)
+    return dx, weight_gradient(dy, x, like_weight, how, dy.dtype)
 
 
 project.defvjp(lambda *args: (project(*args), args[2:]), _project_bwd)
@@ -105,13 +116,13 @@ project.defvjp(lambda *args: (project(*args), args[2:]), _project_bwd)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def project_fp8(
-    out: P, exchange: bool, x: Float[Array, "B T I"], weights: Sequence[Float[Array, "O I"]]
+    out: P, how: Sum, x: Float[Array, "B T I"], weights: Sequence[Float[Array, "O I"]]
 ) -> list[Float[Array, "B T O"]]:
     """Return x @ weight.T for each weight as `project`, by products of fp8. They share the fp8 values of `x`."""
-    return _project_fp8_fwd(out, exchange, x, weights)[0]
+    return _project_fp8_fwd(out, how, x, weights)[0]
 
 
-def _project_fp8_fwd(out: P, exchange: bool, x: jax.Array, weights: Sequence[jax.Array]):
+def _project_fp8_fwd(out: P, how: Sum, x: jax.Array, weights: Sequence[jax.Array]):
     scaled, units = quantize(x, VALUES), []
     ys = []
     for weight in weights:
@@ -121,7 +132,7 @@ def _project_fp8_fwd(out: P, exchange: bool, x: jax.Array, weights: Sequence[jax
     return ys, (_transposed(scaled), weights, units)
 
 
-def _project_fp8_bwd(out: P, exchange: bool, residuals: tuple[Scaled, Sequence[jax.Array], list], dys: list):
+def _project_fp8_bwd(out: P, how: Sum, residuals: tuple[Scaled, Sequence[jax.Array], list], dys: list):
     x, weights, units = residuals
     *like, last = sharding.spec_of(x.values)
     dx, gradients = None, []
@@ -129,7 +140,7 @@ def _project_fp8_bwd(out: P, exchange: bool, residuals: tuple[Scaled, Sequence[j
         scaled, of_weight = quantize(dy, GRADIENTS), _transposed(_rounded(weight, unit, VALUES))
         part = _einsum("BTO,IO->BTI", scaled, of_weight, placed(P(*like[1:], last, like[0])), dy.dtype)
         dx = part if dx is None else dx + part
-        gradients.append(weight_gradient(_transposed(scaled), x, sharding.spec_of(weight), exchange, dy.dtype))
+        gradients.append(weight_gradient(_transposed(scaled), x, sharding.spec_of(weight), how, dy.dtype))
     return dx, gradients
 
 
@@ -161,18 +172,19 @@ def sum_dtype(dtype: Any) -> Any:
     return np.dtype(np.float32 if sharding.sums_gradients() else dtype)
 
 
-def weight_gradient(dy: Any, x: Any, spec: P, exchange: bool, dtype: Any) -> jax.Array:
+def weight_gradient(dy: Any, x: Any, spec: P, how: Sum, dtype: Any) -> jax.Array:
     """Return the gradient [O, I], in `dtype`, of a weight that `spec` places, of y = x @ weight.T.
 
     The operands are both plain, [B, T, O] and [B, T, I], or both `_transposed`, [O, B, T] and [I, B, T]. The devices'
-    shares are added in `sum_dtype`, and the sum is rounded. With `exchange`, shares in bfloat16 are rounded before they
-    are sent, as the Trainer's ranks round theirs. Devices exchange and add parts of the shares: half the traffic of a
-    float32 scatter, and none of a GPU's multiprocessors (`platform.compiler_options`).
+    shares are added in `sum_dtype`, and the sum is rounded; in `dtype`, where `how.rounded`. With `how.exchange`,
+    shares in bfloat16 are rounded before they are sent, as the Trainer's ranks round theirs. Devices exchange and add
+    parts of the shares: half the traffic of a float32 scatter, and none of a GPU's multiprocessors
+    (`platform.compiler_options`).
     """
     form = "OBT,IBT->OI" if isinstance(x, Scaled) else "BTO,BTI->OI"
     ways = sharding.axis_size(sharding.SHARDS)
-    if ways == 1 or dtype != jnp.bfloat16 or not exchange:
-        return _einsum(form, dy, x, placed(spec), sum_dtype(dtype)).astype(dtype)
+    if ways == 1 or dtype != jnp.bfloat16 or how.rounded or not how.exchange:
+        return _einsum(form, dy, x, placed(spec), dtype if how.rounded else sum_dtype(dtype)).astype(dtype)
     axis = next(i for i, axes in enumerate(spec) if axes and set(sharding.SHARDS) <= set(axes))
 
     def of_device(dy: Any, x: Any) -> jax.Array:

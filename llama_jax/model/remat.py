@@ -6,22 +6,25 @@ from typing import NamedTuple
 class Remat(NamedTuple):
     """Describe one choice of the activations that stay in memory between the forward and the backward pass.
 
-    `kept` names the checkpoints (`checkpoint_name` in `llama.py`) that stay beside each layer's input; q and k are
-    rotated. None keeps all. `time` is a token's relative time, `again` the share of the layers'
-    forward pass that is computed a second time.
+    `kept` names the checkpoints (`checkpoint_name` in `llama.py` and `attention.py`) that stay beside each layer's
+    input; q and k are rotated. None keeps all. `time` is a token's relative time.
     """
 
     kept: tuple[str, ...] | None
     time: float
-    again: float
     text: str
+
+    def keeps(self, projection: str) -> bool:
+        """Return whether the output of a projection stays, by the end of its name, as "q_proj"."""
+        return self.kept is None or projection in self.kept or projection.removesuffix("_proj") in self.kept
 
 
 REMAT = {
-    "none": Remat(None, 1.0, 0.0, "nothing"),
+    "none": Remat(None, 1.0, "nothing"),
     "matmuls": Remat(
-        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 0.0, "all but matmuls and attention"
+        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, "all but matmuls and attention"
     ),
-    "attention": Remat(("attention",), 1.25, 1.0, "all but attention"),
-    "full": Remat((), 1.32, 1.0, "all but each layer's input"),
+    "qkv": Remat(("q", "k", "v", "attention"), 1.18, "all but q, k, v and attention"),
+    "attention": Remat(("attention",), 1.25, "all but attention"),
+    "full": Remat((), 1.32, "all but each layer's input"),
 }

@@ -22,8 +22,8 @@ class Chip:
 
     `kind` is jax's name, `memory` the bytes that a program may use, `flops` the peak bfloat16 operations a second of
     matrix products. `memory_rate` and `link_rate` are bytes a second, from memory and sent over all links together.
-    `clock` is the cycles a second of a TPU, if its published peak and matrix units determine the clock. A unit of
-    128 x 128 makes 32,768 operations a cycle.
+    `clock` is the cycles a second of a TPU, as its compiler counts them (`cycles_per_microsecond` of a
+    dumped schedule).
     """
 
     platform: str
@@ -45,7 +45,9 @@ CHIPS = {
     "v4": Chip("tpu", "TPU v4", int(30.75 * GIB), flops=275e12, memory_rate=1228e9, link_rate=300e9, clock=1.05e9),
     "v5e": Chip("tpu", "TPU v5 lite", int(15.75 * GIB), flops=197e12, memory_rate=819e9, link_rate=200e9, clock=1.5e9),
     "v5p": Chip("tpu", "TPU v5", int(95.74 * GIB), flops=459e12, memory_rate=2765e9, link_rate=600e9, clock=1.75e9),
-    "v6e": Chip("tpu", "TPU v6 lite", int(31.25 * GIB), flops=918e12, memory_rate=1638e9, link_rate=400e9),
+    "v6e": Chip(
+        "tpu", "TPU v6 lite", int(31.25 * GIB), flops=918e12, memory_rate=1638e9, link_rate=400e9, clock=1.75e9
+    ),
     "tpu7x": Chip("tpu", "TPU7x", int(94.75 * GIB), flops=1153.5e12, memory_rate=3690e9, link_rate=300e9),
     "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", int(78.5 * GIB), flops=989e12, memory_rate=3350e9, link_rate=450e9),
     "h200": Chip("gpu", "NVIDIA H200", int(139 * GIB), flops=989e12, memory_rate=4800e9, link_rate=450e9),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,14 +12,15 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
-from llama_jax.distributed.platform import MEMORY_SHARE, set_up_jax
+from llama_jax.distributed.platform import MEMORY_SHARE, compiler_options, set_up_jax
 from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf.source import Source, training_dtype
 from llama_jax.plan.chips import Chip, Topology, find_topology
 from llama_jax.plan.hlo import Collective, Program
 from llama_jax.plan.memory import activation_bytes
-from llama_jax.plan.operations import operations
+from llama_jax.plan.operations import kernel_operations, operations
 from llama_jax.plan.planner import Plan, Planner, choose_scan, transfer
+from llama_jax.plan.schedule import Schedule, read_schedule
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.setup.arguments import Arguments
 from llama_jax.setup.job import Job, Say, make_job
@@ -33,12 +35,13 @@ LITTLE = 0.98  # share of the memory from which a run that fits has little to sp
 @dataclass(frozen=True)
 class Outcome:
     """Hold the result of planning a run: `needed` bytes a device, infinite where the compiler refuses, None where
-    unknown. `seconds` is the time spent."""
+    unknown. `seconds` is the time spent, `schedule` a TPU's for the largest block."""
 
     planner: Planner
     plan: Plan
     needed: float | None
     seconds: float
+    schedule: Schedule | None = None
 
 
 def dry_run(args: Arguments) -> int:
@@ -102,17 +105,21 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
         return Outcome(planner, planner.make(best), planner.estimate(best), time.monotonic() - started)
     if (least := planner.least_bytes(first)) > limit:  # no compiler can change that
         return Outcome(planner, planner.make(first), least, time.monotonic() - started)
-    with waiting("planning", planner.job.args.disable_tqdm or None) as bar:
+    schedule = None
+    with waiting("planning", planner.job.args.disable_tqdm or None) as bar, tempfile.TemporaryDirectory() as folder:
 
         def told(line: str) -> None:
             bar.set_description(line)
             say(line)
 
+        planner.schedules = None if fast else folder
         plan, needed = planner.choose(limit, told, remember=not fast)
+        if program := None if fast else plan.steps.programs.get(plan.largest_block):
+            schedule = read_schedule(folder, Program(program.as_text()))
     # A program that fits at low effort need not fit: the verdict is open. A refusal counts, but not of quantized
     # matrices: at low effort the compiler holds all steps of dequantizing (35 GiB for a layer of 70B in 4 bits).
     unknown = fast and (needed <= limit or planner.run.quantization is not None)
-    return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started)
+    return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started, schedule)
 
 
 def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
@@ -121,6 +128,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
     job, mesh, state = planner.job, planner.mesh, plan.abstract
     rows, length = plan.largest_block
     blocks = int(plan.batches.block_counts.max())
+    options = compiler_options(mesh, plan.run.fp8, given=job.args.xla_options)
     copied = passing_bytes(state.trainable, state.opt_state)
     held = sharding.bytes_on_device(state) + copied
     several = ", the largest of its shapes" if len(plan.batches.shapes) > 1 else ""
@@ -135,6 +143,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         *_adapter_line(plan),
         f"update: {_examples(job):,} examples in at most {blocks} block(s) of {rows:,} x {length:,} tokens{several}, "
         f"--remat {plan.option.remat}",
+        *(["compiler options: " + ", ".join(f"{k}={v}" for k, v in options.items())] if options else []),
         "",
         "GiB a device:",
         *(
@@ -162,7 +171,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
             f"  {'kept for the backward pass':<34}{kept / GIB:9.2f}   (by arithmetic)",
             f"  {'gradients':<34}{sharding.bytes_on_device(state.trainable) / GIB:9.2f}",
         ]
-        return [*lines, *_floors(planner, plan, chip, 2.0 * held, [], None)]
+        return [*lines, *_floors(planner, plan, chip, 2.0 * held, [])]
     needed = outcome.needed
     if needed is not None and needed < math.inf:
         lines += [
@@ -179,7 +188,8 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
     for program in programs.values():
         memory = program.memory_analysis()
         moved += memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return [*lines, *_floors(planner, plan, chip, moved, collectives, None if fast else of_block.estimated_cycles)]
+    lines += _floors(planner, plan, chip, moved, collectives)
+    return lines if fast else [*lines, *_estimates(outcome, chip, of_block, collectives)]
 
 
 def _adapter_line(plan: Plan) -> list[str]:
@@ -231,9 +241,7 @@ def _by_kind(collectives: list[Collective]) -> list[str]:
     return [f"  {sent / 1e6:9,.1f}  {kind} over {axes}, {count:,} times" for (kind, axes), (count, sent) in ordered]
 
 
-def _floors(
-    planner: Planner, plan: Plan, chip: Chip, moved: float, collectives: list[Collective], cycles: int | None
-) -> list[str]:
+def _floors(planner: Planner, plan: Plan, chip: Chip, moved: float, collectives: list[Collective]) -> list[str]:
     """Return the lines of the least time of a block, at the chip's published rates."""
     rows, length = plan.largest_block
     blocks = int(plan.batches.block_counts.max())
@@ -256,10 +264,40 @@ def _floors(
         )
     if sharding.bytes_on_host(plan.abstract):
         lines.append(f"of an update: the moments' copies, {transfer(plan.abstract.opt_state, chip.kind)}")
-    if cycles and chip.clock:
+    return lines
+
+
+def _estimates(outcome: Outcome, chip: Chip, program: Program, collectives: list[Collective]) -> list[str]:
+    """Return the lines of the compiler's own estimates of a block's time, and of what they leave out."""
+    cycles = program.cycles
+    if not chip.clock or not sum(cycles.values()):
+        return []
+    ms = {kind: n / chip.clock * 1e3 for kind, n in cycles.items()}
+    lines = [
+        "",
+        f"the compiler's estimates of a block, at {chip.clock / 1e9:.2f} GHz; none was verified on a device:",
+        f"  {sum(ms.values()):9,.1f} ms  one operation after the other, without collectives and kernels: matmuls "
+        f"{ms['matmul']:,.0f}, other arithmetic {ms['elementwise']:,.0f}, copies {ms['copy']:,.0f}",
+    ]
+    if schedule := outcome.schedule:
+        compute, exposed = (n / chip.clock * 1e3 for n in schedule)
         lines.append(
-            f"the compiler's estimate: {cycles / chip.clock * 1e3:,.1f} ms ({cycles:,} cycles at "
-            f"{chip.clock / 1e9:.2f} GHz, one operation after the other, without collectives), not verified on a device"
+            f"  {compute + exposed:9,.1f} ms  by its schedule, without kernels: {compute:,.0f} of work, {exposed:,.0f} "
+            "of waiting for links"
+        )
+    if kernels := program.kernels:
+        planner, plan = outcome.planner, outcome.plan
+        rows, length = plan.largest_block
+        made = kernel_operations(planner.job.config, rows * length, length, plan.option.remat) / planner.mesh.size
+        calls = ", ".join(f"{name} {times:,} times" for name, times in sorted(kernels.items()))
+        lines.append(
+            f"  {made / chip.flops * 1e3:9,.1f} ms  left out by both: {made / 1e12:,.2f} TFLOP of attention at the "
+            f"published peak ({calls})"
+        )
+    if alone := sum(c.sent * c.times for c in collectives if c.waits):
+        lines.append(
+            f"  {alone / chip.link_rate * 1e3:9,.1f} ms  of {alone / 1e9:,.1f} GB that overlap with nothing, at the "
+            "published bandwidth; the schedule counts these as work"
         )
     return lines
 

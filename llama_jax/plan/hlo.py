@@ -1,4 +1,5 @@
-"""Read a compiled program's optimized HLO: collectives by mesh axes, counted with the trips of loops."""
+"""Read a compiled program's optimized HLO: collectives by mesh axes, kernels and a TPU's cycles, counted with the trips
+of loops."""
 
 import math
 import re
@@ -13,6 +14,12 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+# Instructions that only move or rename numbers.
+_MOVES = frozenset(
+    "parameter constant tuple get-tuple-element bitcast bitcast-convert reshape transpose copy copy-start copy-done "
+    "slice dynamic-slice dynamic-update-slice concatenate pad broadcast iota convert".split()
+)
+_PRODUCTS = frozenset(("convolution", "dot"))
 _NOT_NEW = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "constant", "copy-done", "opt-barrier")
 
 
@@ -39,6 +46,7 @@ class Collective(NamedTuple):
     """Describe a collective that a step runs `times` times.
 
     `sent` is a device's bytes each time in a ring of n: (n - 1) / n of the array, twice as many for an all-reduce.
+    The device `waits` for a collective that does not overlap with other work.
     """
 
     kind: str
@@ -46,6 +54,7 @@ class Collective(NamedTuple):
     result: str
     sent: int
     times: int
+    waits: bool
 
 
 class Program:
@@ -54,6 +63,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, list[Instruction]] = {}
         self.entry = ""
+        self.name = found[1] if (found := re.match(r"HloModule ([\w.\-]+)", text)) else ""
         lines: list[Instruction] = []
         for line in text.splitlines():
             if header := _HEADER.match(line):
@@ -121,6 +131,7 @@ class Program:
         """
         found: dict[str, Collective] = {}
         begun: set[str] = set()
+        fused = self._fused
         for computation, lines in self.computations.items():
             starts = any('"AsyncCollectiveStart"' in line.rest for line in lines)
             for line in lines:
@@ -147,21 +158,48 @@ class Program:
                 if key not in begun and (key not in found or starts or found[key].times < times):
                     begun |= {key} if starts else set()
                     result = ", ".join(text for text, _ in arrays[:2])
-                    found[key] = Collective(kind=kind, axes=axes, result=result, sent=sent, times=times)
+                    alone = computation not in fused and line.kind == kind
+                    found[key] = Collective(
+                        kind=kind, axes=axes, result=result, sent=sent, times=times, waits=alone and not chain
+                    )
         return sorted(found.values(), key=lambda c: -c.sent * c.times)
 
     def _run(self) -> Iterator[tuple[str, Instruction]]:
         """Yield the instructions outside fusions, with their computation, where a step runs them."""
-        fused = {c for lines in self.computations.values() for i in lines if i.kind != "while" for c in _called(i)}
         for name, lines in self.computations.items():
-            if name not in fused and self.times[name]:
+            if name not in self._fused and self.times[name]:
                 yield from ((name, line) for line in lines)
 
+    @cached_property
+    def _fused(self) -> set[str]:
+        """Return the computations inside an instruction other than a loop."""
+        return {c for lines in self.computations.values() for i in lines if i.kind != "while" for c in _called(i)}
+
     @property
-    def estimated_cycles(self) -> int:
-        """Sum the TPU compiler's estimates of cycles over all fusions, as if none overlapped."""
-        estimate = re.compile(r'"estimated_cycles":"(\d+)"')
-        return sum(self.times[c] * int(found[1]) for c, i in self._run() if (found := estimate.search(i.rest)))
+    def cycles(self) -> dict[str, int]:
+        """Sum the TPU compiler's estimates of cycles, as if none overlapped: of instructions with a "matmul", of those
+        that only "copy", and of other ones, "elementwise". Collectives and Pallas kernels have no estimate."""
+        sums = dict.fromkeys(("matmul", "elementwise", "copy"), 0)
+        for computation, line in self._run():
+            if found := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
+                kinds = self._kinds(line)
+                kind = "matmul" if kinds & _PRODUCTS else "copy" if kinds <= _MOVES | {"fusion"} else "elementwise"
+                sums[kind] += self.times[computation] * int(found[1])
+        return sums
+
+    def _kinds(self, line: Instruction) -> set[str]:
+        """Return the opcodes of an instruction and of all inside."""
+        return {line.kind}.union(*(self._kinds(i) for c in _called(line) for i in self.computations[c]))
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Count a step's calls of each Pallas kernel of a TPU, by the kernel's name."""
+        counts: dict[str, int] = {}
+        for computation, line in self._run():
+            if line.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.rest:
+                name = re.sub(r"[.\d]+$", "", line.name)
+                counts[name] = counts.get(name, 0) + self.times[computation]
+        return counts
 
     def largest(self, count: int) -> list[tuple[str, int, str]]:
         """Return the largest arrays that a step makes: type and shape, bytes, and the operation of their origin."""

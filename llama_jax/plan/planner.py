@@ -26,19 +26,20 @@ from llama_jax.base.files import cache_folder, write_json
 from llama_jax.data.batches import ROW_MULTIPLE, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import processes, sharding
-from llama_jax.distributed.platform import host_memory
+from llama_jax.distributed.platform import check_compiler_options, host_memory
 from llama_jax.hf import peft
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.attention import Kernel, choose_kernel
 from llama_jax.model.blockwise import SHORT
 from llama_jax.model.definition import Definition, define
 from llama_jax.model.llama import RunOptions
-from llama_jax.model.matmul import check_fp8
+from llama_jax.model.matmul import Sum, check_fp8
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import EmbeddingTable, Params
 from llama_jax.plan.chips import Named, host_rate
 from llama_jax.plan.memory import activation_bytes, logit_bytes, score_bytes, weight_bytes
 from llama_jax.plan.operations import operations
+from llama_jax.plan.schedule import dumping
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
 from llama_jax.setup.job import Job
 from llama_jax.training.guard import Guard, abstract_losses
@@ -121,6 +122,7 @@ class Planner:
         self.kernel, why = choose_kernel(args.attention, platform, self.device_kind, head_dim, kind, fixed)
         short = f", xla in rows of at most {SHORT} tokens" if self.kernel == "blockwise" else ""
         self.attention_line = f"attention kernel: {self.kernel}" + (f" ({why})" if platform != "cpu" else short)
+        self.schedules: str | None = None  # folder where a TPU's compiler leaves the schedules of programs
         self._row_ways = sharding.row_ways(mesh)
         self._largest_update = math.ceil(_largest_update(job, sharding.batch_ways(mesh)) / self._row_ways)
         self._longest = math.ceil(int(job.examples.lengths.max()) / self._row_ways)
@@ -130,9 +132,10 @@ class Planner:
             rope_dtype=compute if args.hf_compat == "4.37" else None,
             fp8=args.fp8,
             scan_layers=scan_layers,
-            exchange=sharding.exchanges(mesh),
+            sums=Sum(sharding.exchanges(mesh), args.gradient_sum_dtype == "bfloat16"),
             lora=job.adapter.lora if job.adapter else None,
             quantization=job.quantization,
+            compiler_options=args.xla_options,
             longest=max(int(examples.lengths.max()) for examples in (job.examples, job.eval_examples) if examples),
         )
         self.definition = define(job.config, self.run, mesh, trainable)
@@ -159,7 +162,8 @@ class Planner:
         cost = self._cost if self.kernel == "xla" else None
         batches = job.batches(max_tokens, row_limit, sharding.batch_ways(self.mesh), cost)
         kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens))
-        run = replace(self.run, remat=option.remat, attention=kernel)
+        options = (*self.run.compiler_options, *(dumping(self.schedules) if self.schedules else ()))
+        run = replace(self.run, remat=option.remat, attention=kernel, compiler_options=options)
         blocks = batches.block_counts.astype(np.int32)
         several = bool(blocks.max() > 1)
         tx = self._optimizer(blocks if several and args.accumulation == "multisteps" else None)
@@ -350,7 +354,9 @@ class Planner:
                 )
 
     def _check_device(self) -> None:
-        """Raise InputError where the device lacks a type of the run. `--explain` and exports need none."""
+        """Raise InputError where the device lacks a type of the run, or its compiler an option. `--explain` and exports
+        need none."""
+        check_compiler_options(self.mesh, self.run.compiler_options)
         if self.job.args.fp8:
             check_fp8(self.mesh.devices.flat[0])
 

@@ -193,6 +193,11 @@ class Arguments:
     gradient_checkpointing: bool = _flag(
         False, "same as --remat full, unless --remat is given; 5's default: None, which is the same"
     )
+    gradient_sum_dtype: str = _flag(
+        "float32",
+        "type of the sum of gradients over devices; bfloat16 sends half of the bytes",
+        choices=["float32", "bfloat16"],
+    )
     accumulation: str = _flag(
         "sum",
         "sum of the gradients of an update in several blocks; sum: beside the optimizer; multisteps: optax.MultiSteps",
@@ -203,6 +208,7 @@ class Arguments:
     scan_layers: bool | None = _flag(
         None, "stack the layers under one lax.scan; by default for over 8 layers, on a GPU for over 48"
     )
+    compiler_options: str | None = _flag(None, "XLA's options for the programs, as NAME=VALUE,NAME=VALUE")
     full_determinism: bool = _flag(False, "give the same bits on every run; somewhat slower")
     coordinator_address: str | None = _flag(
         None,
@@ -283,8 +289,7 @@ class Arguments:
 
     config: str | None = _flag(
         None,
-        "YAML or JSON file of flags, as configs/demo.yaml; the command line overrides the file; a file as the "
-        "first argument needs no --config",
+        "YAML or JSON file of flags, as configs/demo.yaml; also as the first word; the command line overrides it",
     )
     explain: str | None = _flag(
         None,
@@ -302,13 +307,11 @@ class Arguments:
     show_examples: int = _flag(0, "print so many examples; trained tokens are marked")
     dry_run: str | None = _flag(
         None,
-        "report whether the run fits v5e-16 or h200:8, and end; compiles without the devices; exit code 0 where the "
-        "run fits, 3 where not; the model may be a folder with config.json alone",
+        "report whether the run fits v5e-16 or h200:8, and end; exit code 3 where not; config.json alone suffices",
     )
     dry_run_effort: str = _flag(
         "full",
-        "effort of the dry run's compiler; fast compiles several times faster, for shapes, kernels and collectives, "
-        "and gives no verdict on memory",
+        "the compiler's effort; fast takes a fraction of the time, and gives no verdict on memory",
         choices=["full", "fast"],
     )
 
@@ -320,6 +323,20 @@ class Arguments:
     def max_tokens(self) -> int | None:
         """Return `--max_tokens_per_device` as a number, None for auto."""
         return None if self.max_tokens_per_device == "auto" else int(self.max_tokens_per_device)
+
+    @property
+    def xla_options(self) -> tuple[tuple[str, str | bool], ...]:
+        """Return `--compiler_options` as names and values. Raises InputError."""
+        found: dict[str, str | bool] = {}
+        for part in (self.compiler_options or "").split(","):
+            name, equals, value = (x.strip() for x in part.partition("="))
+            if part.strip() and not (re.fullmatch(r"\w+", name) and equals and value):
+                raise InputError(f"--compiler_options {part.strip()}: should be NAME=VALUE, without dashes")
+            if name in found:
+                raise InputError(f"--compiler_options: {name} is given twice")
+            if name:
+                found[name] = {"true": True, "false": False}.get(value.lower(), value)
+        return tuple(found.items())
 
     @property
     def schedule_kwargs(self) -> dict[str, Any]:
@@ -431,6 +448,8 @@ class Arguments:
                 f"--offload_optimizer True: is for --accumulation sum, and this run's is {self.accumulation}; leave "
                 "either out"
             )
+        if self.gradient_sum_dtype == "bfloat16" and not self.bf16:
+            raise InputError("--gradient_sum_dtype bfloat16: needs --bf16 True, whose gradients are in that type")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: should be at least 0 and below 1")
@@ -467,6 +486,7 @@ class Arguments:
                 "group_by_length"
             )
         self.schedule_kwargs  # noqa: B018  # raises
+        self.xla_options  # noqa: B018  # raises
         check_names(self.report_to or ())
         if self.profiled and is_remote(as_path(self.output_dir)):
             raise InputError("--profile_updates: a trace cannot be written to a bucket; give a local --output_dir")

@@ -123,8 +123,7 @@ FLAGS = (
     Flag("include_for_metrics", NEW, list[str], [], NO_MEANING, _METRICS),
     Flag("include_inputs_for_metrics", OLD, bool, False, NO_MEANING, _METRICS),
     Flag("include_tokens_per_second", OLD, bool, False, REFUSED,
-         "4.37 counts the tokens in an extra pass, which changes the order of the examples; leave it out: tokens per "
-         "second are always printed"),
+         "4.37 counts in an extra pass, which changes the examples' order; leave it out: the rate is always printed"),
     Flag("jit_mode_eval", OLD, bool, False, NO_MEANING, _COMPILE),
     Flag("label_names", BOTH, list[str] | None, None, REFUSED,
          "the labels are the key 'labels' of the records; rename it there and leave this out", also=("labels",)),
@@ -159,8 +158,7 @@ FLAGS = (
     Flag("restore_callback_states_from_checkpoint", NEW, bool, False, NO_MEANING, "there are no callbacks"),
     Flag("save_on_each_node", BOTH, bool, False, NO_MEANING, "each host writes its own share of a checkpoint"),
     Flag("save_only_model", BOTH, bool, False, REFUSED,
-         "a checkpoint always holds the optimizer state too, for resuming; leave it out, and give --save_strategy no "
-         "or --save_total_limit 1 to save disk"),
+         "a checkpoint always holds the optimizer state; leave it out; --save_total_limit 1 saves disk"),
     Flag("save_safetensors", OLD, bool, True, REFUSED, "weights are written as safetensors only; leave it out"),
     Flag("skip_memory_metrics", BOTH, bool, True, NO_MEANING, "the peak of device memory is always printed"),
     Flag("split_batches", OLD, bool, False, REFUSED, _SPLIT),

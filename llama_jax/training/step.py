@@ -66,7 +66,11 @@ class Steps:
         offload: bool = False,
     ):
         run = definition.run
-        self._fp8, self._drops = run.fp8, run.lora is not None and run.lora.dropout > 0
+        self._given, self._fp8, self._drops = (
+            run.compiler_options,
+            run.fp8,
+            run.lora is not None and run.lora.dropout > 0,
+        )
 
         def gradients(state: TrainState, batch: Batch, number: jax.Array | None):
             key = None
@@ -134,7 +138,7 @@ class Steps:
         read = state._replace(opt_state=None) if self._hosted else state
         number = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)) if self._drops else None
         programs: dict[Any, Any] = {}
-        options = compiler_options(mesh, self._fp8, _layer_gradient_bytes(state.trainable))
+        options = compiler_options(mesh, self._fp8, _layer_gradient_bytes(state.trainable), self._given)
         with jax.set_mesh(mesh):
             if self._summing:
                 sums = abstract_saved(state, mesh).params
@@ -218,7 +222,7 @@ def make_loss_step(definition: Definition, mesh: Mesh, vocab_size: int, label_sm
     """Return the compiled `(params, block) -> weighted loss of each token`, [B, T]."""
     return jax.jit(
         lambda params, batch: losses_of(definition.graphdef, params, batch, vocab_size, label_smoothing)[1],
-        compiler_options=compiler_options(mesh, definition.run.fp8),
+        compiler_options=compiler_options(mesh, definition.run.fp8, given=definition.run.compiler_options),
     )
 
 
