@@ -17,9 +17,9 @@ from tiny import slow_unless
 import llama_jax.model.attention
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
-from llama_jax.model.attention import PLAIN, Kernel, Scores, choose_kernel, kv_copies, packed_attention, splash_block
+from llama_jax.model.attention import PLAIN, Kernel, Scores, choose_kernel, kv_copies, packed_attention, splash_blocks
 
-H200, A100, V5E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite"
+H200, A100, V5E, V6E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite", "TPU v6 lite"
 
 
 def make_rows(lengths: list[list[int]], T: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,20 +170,20 @@ def test_copies_of_kv_heads(kv_heads: int, group: int, ways: int) -> None:
 
 
 def test_splash_blocks() -> None:
-    """Every row length is a multiple of 128; blocks divide it, 384 of 1,152 and not 128."""
-    for dtype, most in (("bfloat16", 1024), ("float32", 512)):
+    """Every row length is a multiple of 128; blocks divide it, 384 of 1,152 and not 128. On a v6e the queries' blocks
+    are as in MaxText's recipes, and at most half a row."""
+    for dtype, device, most in (("bfloat16", V5E, 1024), ("float32", V5E, 512), ("bfloat16", V6E, 2048)):
         for T in range(128, 32768 + 1, 128):
-            block = splash_block(T, dtype)
-            assert T % block == 0 and block % 128 == 0 and block <= most
-    assert [splash_block(T, "bfloat16") for T in (128, 1152, 1408, 1920, 2048, 4096)] == [
-        128,
-        384,
-        128,
-        640,
-        1024,
-        1024,
-    ]
-    assert splash_block(768, "float32") == 384
+            blocks = splash_blocks(T, dtype, device)
+            assert all(T % n == 0 and n % 128 == 0 and n <= most for n in blocks.values()), (T, blocks)
+            assert blocks["block_kv"] % blocks["block_kv_compute"] == 0
+    for T, block in ((128, 128), (1152, 384), (1408, 128), (1920, 640), (2048, 1024), (4096, 1024)):
+        assert set(splash_blocks(T, "bfloat16", V5E).values()) == {block}
+    assert set(splash_blocks(768, "float32", V6E).values()) == {384}
+    for T, q, backward in ((8192, 1024, 2048), (4096, 1024, 2048), (2048, 1024, 1024), (256, 128, 128)):
+        blocks = splash_blocks(T, "bfloat16", V6E)
+        assert (blocks["block_q"], blocks["block_q_dkv"], blocks["block_q_dq"]) == (q, backward, backward)
+        assert {n for name, n in blocks.items() if "_kv" in name} == {min(512, T)}
 
 
 @settings(max_examples=25)

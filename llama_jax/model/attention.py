@@ -20,10 +20,12 @@ from llama_jax.model.kernels import KERNELS
 
 
 class Kernel(NamedTuple):
-    """Describe how a run attends: one of KERNELS, and the most segments in a row, a bound that cudnn needs."""
+    """Describe how a run attends: one of KERNELS, the most segments in a row, a bound that cudnn needs, and jax's name
+    of the device, by which splash has its blocks."""
 
     name: str = "xla"
     segments: int = 0
+    device: str = ""
 
     def of(self, T: int) -> str:
         """Return the name of the kernel that computes rows of T tokens."""
@@ -224,7 +226,7 @@ def packed_attention(
     it, so that the backward pass runs no kernel of the forward pass.
     """
     if kernel.name == "splash":
-        inner = partial(_splash, interpret=interpret, scores=scores, names=names)
+        inner = partial(_splash, device=kernel.device, interpret=interpret, scores=scores, names=names)
         return _on_devices(inner, q_BTNH, k_BTKH, v_BTKH, segment_ids)
     q, k, v = (checkpoint_name(x, name) for x, name in zip((q_BTNH, k_BTKH, v_BTKH), names, strict=True))
     T, H = q.shape[1], q.shape[3]
@@ -267,21 +269,32 @@ def _cudnn(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, segments: int, scores: Scores
     )
 
 
-def splash_block(T: int, dtype: Any) -> int:
-    """Return the tokens of Splash's blocks; large blocks keep the matrix units busy. Splash multiplies 32-bit operands
-    in parts: blocks of 1,024 then exceed a TPU v5e's fast memory (found by its compiler)."""
-    most = 1024 if jnp.dtype(dtype).itemsize == 2 else 512
-    return max(block for block in range(128, most + 1, 128) if T % block == 0)
+def splash_blocks(T: int, dtype: Any, device: str = "") -> dict[str, int]:
+    """Return the tokens of Splash's blocks by its names of them; large blocks keep the matrix units busy.
+
+    Splash multiplies 32-bit operands in parts: blocks of 1,024 then exceed a TPU v5e's fast memory (found by its
+    compiler). A TPU v6e has the blocks of MaxText's recipes for it, but no query block of more than half of the row,
+    with which no block above the diagonal is left out.
+    """
+    of_queries, of_backward, of_keys = (
+        ("q",),
+        ("q_dkv", "q_dq"),
+        ("kv", "kv_compute", "kv_dkv", "kv_dkv_compute", "kv_dq"),
+    )
+    most = dict.fromkeys((*of_queries, *of_backward, *of_keys), 1024 if jnp.dtype(dtype).itemsize == 2 else 512)
+    if device == "TPU v6 lite" and jnp.dtype(dtype).itemsize == 2:
+        half = max(T // 2, 128)
+        most = dict.fromkeys(of_queries, min(1024, half)) | dict.fromkeys(of_backward, min(2048, half))
+        most |= dict.fromkeys(of_keys, 512)
+    return {f"block_{name}": max(n for n in range(128, limit + 1, 128) if T % n == 0) for name, limit in most.items()}
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, interpret: bool, scores: Scores, names: tuple[str, str, str]):
+def _splash(q_BTNH, k_BTKH, v_BTKH, segment_ids, *, device: str, interpret: bool, scores: Scores, names: Any):
     """Call jax's Splash attention for TPUs: blocks with visible keys only, segments masked inside them."""
     splash, masks = splash_attention()
     _, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
-    block = splash_block(T, q_BTNH.dtype)
-    of = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash.BlockSizes(**cast(Any, {f"block_{name}": block for name in of}))
+    sizes = splash.BlockSizes(**cast(Any, splash_blocks(T, q_BTNH.dtype, device)))
     window = scores.within(T)
     mask = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
     heads = masks.MultiHeadMask([mask] * (N // K))

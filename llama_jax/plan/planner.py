@@ -152,7 +152,7 @@ class Planner:
 
         Their products are not of fp8: a token would round all weights anew.
         """
-        return replace(self.run, attention=Kernel(self.kernel, 1), fp8=False)
+        return replace(self.run, attention=Kernel(self.kernel, 1, self.device_kind), fp8=False)
 
     def make(self, option: Option) -> Plan:
         """Pack the whole run and define its programs; nothing compiles."""
@@ -161,7 +161,7 @@ class Planner:
         row_limit = max_tokens if self.kernel == "cudnn" else ROW_LIMIT
         cost = self._cost if self.kernel == "xla" else None
         batches = job.batches(max_tokens, row_limit, sharding.batch_ways(self.mesh), cost)
-        kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens))
+        kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens), self.device_kind)
         options = (*self.run.compiler_options, *(dumping(self.schedules) if self.schedules else ()))
         run = replace(self.run, remat=option.remat, attention=kernel, compiler_options=options)
         blocks = batches.block_counts.astype(np.int32)
