@@ -56,7 +56,6 @@ FEW = 4  # layers one by one: a compiler's time grows with them
 PROGRAMS = [
     Program("defaults"),
     Program("remat attention", "--remat attention"),
-    Program("remat full", "--remat full"),
     Program("few layers", layers=FEW),
     Program("few layers, one by one", "--scan_layers False", FEW),
 ]
