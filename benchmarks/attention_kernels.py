@@ -8,17 +8,21 @@ forward, and of forward and backward, for 4 rows of 2,048 tokens, 32 heads. Exit
 bf16 explains.
 """
 
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from rows import Row, all_fine
+
 from llama_jax.distributed import sharding
-from llama_jax.model.attention import Kernel, Scores, packed_attention
+from llama_jax.model.attention import Kernel, Scores, choose_kernel, packed_attention
 
 # (rows, length, heads, kv heads, head dim, segments a row), sliding window
 CASES = [
@@ -33,8 +37,12 @@ CASES = [
     ((8, 1920, 16, 2, 128, 33), None),
     ((8, 1920, 16, 2, 128, 3), 500),
 ]
+SMALL = 2**14  # rows x tokens x heads that a CPU computes in seconds
 # Relative to the float32 reference's largest value: inputs, outputs and probabilities rounded to bf16 (2^-9 each).
 BOUND = 2e-2
+# The same in float32: up to 2,048 terms of 2^-24 in another order, 1.2e-4 at the very worst. Operands that a device
+# rounds to bf16 in silence leave 1e-3 and more.
+BOUND_FLOAT32 = 1e-4
 
 
 def make_rows(rng, B: int, T: int, segments: int):
@@ -59,35 +67,40 @@ def run(kernel: Kernel, scores: Scores, mesh, dtype, q, k, v, w, ids, positions)
     return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 
-def check(name: str, mesh) -> bool:
-    good = True
+def check(wanted: str, mesh, dtype=jnp.bfloat16, reference=None) -> Iterator[Row]:
+    """Compare the kernel that `--attention wanted` takes with float32, in every shape class: its output and gradients.
+
+    `reference` is the mesh that computes in float32, by default `mesh`. A CPU takes the small classes alone: it
+    computes the others in minutes.
+    """
+    reference, kind = reference or mesh, mesh.devices.flat[0]
+    bound = BOUND if jnp.dtype(dtype) == jnp.bfloat16 else BOUND_FLOAT32
     for case, window in CASES:
-        scores = Scores(window=window)
         B, T, N, K, H, segments = case
-        rng = np.random.default_rng(sum(case))
+        if kind.platform == "cpu" and B * T * N > SMALL:
+            continue
+        name, _ = choose_kernel(wanted, kind.platform, kind.device_kind, H, jnp.dtype(dtype).name)
+        scores, rng = Scores(window=window), np.random.default_rng(sum(case))
         ids, positions = make_rows(rng, B, T, segments)
         real = (ids > 0)[..., None, None]
         arrays = [rng.standard_normal((B, T, n, H), np.float32) for n in (N, K, K, N)]
-        arrays = [np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for a in arrays]
-        arrays[3] *= real  # padding has no gradient
-        placed = [jax.device_put(a, jax.NamedSharding(mesh, sharding.ACT_BTNH)) for a in arrays]
-        rows = [sharding.put(mesh, a) for a in (ids, positions)]
-        expected = run(Kernel("xla"), scores, mesh, jnp.float32, *placed, *rows)
-        got = run(Kernel(name, segments), scores, mesh, jnp.bfloat16, *placed, *rows)
-        with_room = run(Kernel(name, segments + 7), scores, mesh, jnp.bfloat16, *placed, *rows)
-        errors = []
-        for g, r, e in zip(got, with_room, expected, strict=True):
-            g, e, r = (np.where(real, x, 0) for x in (g, e, r))
-            errors.append(max(np.abs(x - e).max() for x in (g, r)) / np.abs(e).max())
-        finite = all(np.isfinite(x).all() for x in (*got, *with_room))
-        fine = finite and max(errors) < BOUND
-        good &= fine
-        numbers = " ".join(f"{e:.1e}" for e in errors)
-        print(
-            f"{name} {case}, window {window}: out, dq, dk, dv off by {numbers}{'' if finite else ', NOT FINITE'}",
-            flush=True,
-        )
-    return good
+        arrays = [np.asarray(jnp.asarray(a, dtype), np.float32) for a in arrays]
+        arrays[3] = arrays[3] * real  # padding has no gradient
+
+        def results(kernel: Kernel, mesh, dtype, scores=scores, arrays=arrays, rows=(ids, positions)):
+            placed = [jax.device_put(a, jax.NamedSharding(mesh, sharding.ACT_BTNH)) for a in arrays]
+            return run(kernel, scores, mesh, dtype, *placed, *(sharding.put(mesh, a) for a in rows))
+
+        expected = results(Kernel("xla"), reference, jnp.float32)
+        errors = dict.fromkeys(("out", "dq", "dk", "dv"), (0.0, bound))
+        for room in (0, 7):
+            got = results(Kernel(name, segments + room), mesh, dtype)
+            for of, g, e in zip(errors, got, expected, strict=True):
+                # A NaN or an infinity is an error in padding too.
+                off = np.abs(np.where(real, g - e, 0)).max() / np.abs(np.where(real, e, 0)).max()
+                errors[of] = (max(errors[of][0], float(off) if np.isfinite(g).all() else math.inf), bound)
+        where = f"{B} x {T} tokens, {N}/{K} heads of {H}, {segments} segments a row, window {window}"
+        yield Row(f"attention by {name} in {jnp.dtype(dtype).name}, {where}", errors)
 
 
 def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int) -> None:
@@ -126,7 +139,7 @@ def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
     name, mesh = (sys.argv[1:] or ["cudnn"])[0], sharding.make_mesh()
-    good = check(name, mesh)
+    good = all_fine(check(name, mesh))
     jax.config.update("jax_default_matmul_precision", "default")
     for shape in ((1, 1024, 32, 32, 128, 8), (4, 2048, 32, 32, 128, 16), (4, 2048, 32, 8, 128, 16)):
         for kernel in dict.fromkeys(("xla", name)):

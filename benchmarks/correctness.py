@@ -3,7 +3,8 @@
 
     python benchmarks/correctness.py [--shape llama-7b] [--layers 2] [--update_layers 32]
 
-1. The attention kernel that `auto` takes here, against plain XLA in float32 (`attention_kernels.py`).
+1. The attention kernels that `auto` takes here, against plain XLA in float32 (`attention_kernels.py`). A projection
+   over all devices and its gradients in bf16, against float64 on the host.
 2. A model of the shape in bf16 on packed rows of odd lengths, for each choice of --remat, stacked and not, against
    float32 by plain XLA: the loss, the gradient's norm, and every gradient. The same for each sister model, with two
    layers of SmolLM2's sizes.
@@ -16,13 +17,13 @@
    every gradient (in Adam's first moment, a tenth of the gradient after one update). As a control, the same examples
    padded, four at a time.
 7. On several devices: 20 updates with all devices on fsdp, and on tensor, against one device, in float32 and in bf16.
-   Checks 1 to 6 use one device.
+   Checks 1 to 6 use one device, but for the projection.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,7 @@ import optax
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attention_kernels
 from make_model import SHAPES, raw_config
+from rows import Row, all_fine
 
 from llama_jax.base.files import write_json
 from llama_jax.data.batches import Batch
@@ -71,6 +73,10 @@ MESHES = 1e-3
 # bf16 rounds a product once, an error of 1.7e-3 in the mean. Hopper's units add fp8 products in 14 bits; fast sums stay
 # there, others go on in float32 after each 128.
 EXACT_SUM, FAST_SUM = 3e-3, 1e-2
+# Float32 sums of some 500 products in another order: a random walk of 22 roundings of 2^-24, 1.3e-6. One pass of bf16
+# leaves 2.4e-3.
+FLOAT32 = 1e-5
+PRODUCT = (512, 512)  # outputs and inputs of the projections that `check_products` compares
 # Fast sums may add this share to the error that fp8's roundings make.
 FAST = 1.25
 # What each sister model has beside LLaMA's mathematics.
@@ -111,25 +117,20 @@ def distance(value, expected) -> float:
     return float(optax.tree.norm(jnp.asarray(value) - jnp.asarray(expected)) / optax.tree.norm(jnp.asarray(expected)))
 
 
-def same_gradients(name: str, found: tuple[float, Any], expected: tuple[float, Any]) -> bool:
-    """Print how far a loss and its gradients are from the expected, and return whether that is rounding."""
+def same_gradients(name: str, found: tuple[float, Any], expected: tuple[float, Any]) -> Row:
+    """Return how far a loss and its gradients are from the expected, beside what rounding explains."""
     off = abs(found[0] - expected[0]) / abs(expected[0])
     norm_off = abs(float(optax.tree.norm(found[1])) / float(optax.tree.norm(expected[1])) - 1)
     worst = max(jax.tree.leaves(jax.tree.map(distance, found[1], expected[1])))
-    fine = off < LOSS and norm_off < NORM and worst < GRADIENT
-    print(
-        f"{name}: loss off by {off:.1e}, norm {norm_off:.1e}, worst gradient {worst:.1e}{'' if fine else '  WRONG'}",
-        flush=True,
-    )
-    return fine
+    return Row(name, {"loss": (off, LOSS), "norm": (norm_off, NORM), "worst gradient": (worst, GRADIENT)})
 
 
 SEGMENTS = 5
 
 
-def packed_rows(config: LlamaConfig, mesh) -> Batch:
-    """Return two rows of SEGMENTS examples of odd lengths, on the device."""
-    B, T = 2, 384
+def packed_rows(config: LlamaConfig, mesh, B: int = 2) -> Batch:
+    """Return rows of SEGMENTS examples of odd lengths, on the devices of `mesh`."""
+    T = 384
     rng = np.random.default_rng(1)
     ids, positions = attention_kernels.make_rows(rng, B, T, SEGMENTS)
     tokens = rng.integers(0, config.vocab_size, (B, T), np.int32)
@@ -140,8 +141,8 @@ def packed_rows(config: LlamaConfig, mesh) -> Batch:
     return put_batch(mesh, host)
 
 
-def check_adapters(config: LlamaConfig, mesh, kernel: str) -> bool:
-    batch, good = packed_rows(config, mesh), True
+def check_adapters(config: LlamaConfig, mesh, kernel: str) -> Iterator[Row]:
+    batch = packed_rows(config, mesh)
     places = tuple(((i, p), Rank(16, 2.0)) for i in range(config.num_hidden_layers) for p in PROJECTIONS)
 
     def gradients(options: RunOptions, params):
@@ -178,16 +179,23 @@ def check_adapters(config: LlamaConfig, mesh, kernel: str) -> bool:
             expected_loss, expected = gradients(RunOptions(lora=lora), params)
             loss, grads = gradients(replace(bf16, quantization=quantization), {**params, "layers": own})
             name = f"{'DoRA' if use_dora else 'LoRA'} over {quantization or 'a plain base'}"
-            good &= same_gradients(name, (loss, grads), (expected_loss, expected))
-    return good
+            yield same_gradients(name, (loss, grads), (expected_loss, expected))
 
 
-def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
-    batch, good = packed_rows(config, mesh), True
-    abstract = define(config, RunOptions(), mesh).params
-    params = random_params(abstract, mesh)
+def check_gradients(config: LlamaConfig, mesh, kernel: str, reference=None) -> Iterator[Row]:
+    """Compare a model's loss and gradients for each choice of --remat, stacked and not, with plain XLA in float32.
 
-    def compiled(options: RunOptions):
+    `reference` is the mesh that computes in float32, by default `mesh`.
+    """
+    reference, B = reference or mesh, max(2, sharding.batch_ways(mesh))
+    batches = {one: packed_rows(config, one, B) for one in (reference, mesh)}
+    params = random_params(define(config, RunOptions(), mesh).params, mesh)
+
+    def move(tree, mesh):
+        like = define(config, RunOptions(), mesh).params
+        return jax.tree.map(lambda a, b: jax.device_put(a, b.sharding), tree, like)
+
+    def compiled(options: RunOptions, mesh):
         definition = define(config, options, mesh)
         abstract = definition.params
 
@@ -200,36 +208,71 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str) -> bool:
         with jax.set_mesh(mesh):
             weights = jax.eval_shape(lambda params: halve(params, definition.halved)[0], abstract)
             weights = jax.tree.map(lambda a: sharding.on(mesh, a), weights)
-            return jax.jit(gradients).lower(weights, batch).compile()
+            return jax.jit(gradients).lower(weights, batches[mesh]).compile()
 
-    def run(program, options: RunOptions, params):
+    def run(program, options: RunOptions, mesh, params):
         with jax.set_mesh(mesh):
-            value, grads = program(halve(params, define(config, options, mesh).halved, jax.jit(split_bits))[0], batch)
+            weights = halve(params, define(config, options, mesh).halved, jax.jit(split_bits))[0]
+            value, grads = program(weights, batches[mesh])
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     choices = [(scan, remat) for scan in (False, True) for remat in ("none", "matmuls", "attention", "full")]
-    bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=Kernel(kernel, SEGMENTS))
+    kernels, exchange = Kernel(kernel, SEGMENTS), sharding.exchanges(mesh)
+    bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=kernels, exchange=exchange)
     every = [RunOptions(attention=XLA), *(replace(bf16, scan_layers=scan, remat=remat) for scan, remat in choices)]
     with ThreadPoolExecutor(4) as pool:
-        reference, *programs = pool.map(compiled, every)
-    expected_loss, expected = run(reference, every[0], params)
+        plain, *programs = pool.map(compiled, every, [reference, *(mesh for _ in choices)])
+    expected_loss, expected = run(plain, every[0], reference, move(params, reference))
+    expected = move(expected, mesh)
     for (scan, remat), options, program in zip(choices, every[1:], programs, strict=True):
         if scan and 0 in params["layers"]:  # stacking consumes the layers
-            params, expected = stack_layers(params), stack_layers(expected)
-        loss, grads = run(program, options, params)
-        name = f"{'stacked' if scan else 'unrolled'}, --remat {remat}"
-        good &= same_gradients(name, (loss, grads), (expected_loss, expected))
-    return good
+            with jax.set_mesh(mesh):
+                params, expected = stack_layers(params), stack_layers(expected)
+        found = run(program, options, mesh, params)
+        with jax.set_mesh(mesh):
+            row = same_gradients(
+                f"{'stacked' if scan else 'unrolled'}, --remat {remat}", found, (expected_loss, expected)
+            )
+        yield row
 
 
-def check_fp8(config: LlamaConfig, mesh, kernel: str) -> bool:
+def check_products(mesh, dtype) -> Iterator[Row]:
+    """Compare projections over all devices, and the gradients of input and weight, with float64 on the host.
+
+    Weights lie as the model's do: a device has a part of the outputs. Each device has rows of its own: their shares of
+    the weight's gradient are summed over devices.
+    """
+    B, T, bound = 2 * sharding.batch_ways(mesh), 128, EXACT_SUM if jnp.dtype(dtype) == jnp.bfloat16 else FLOAT32
+    rng = np.random.default_rng(3)
+    for spec, out in ((sharding.COLUMN_FD, sharding.ACT_BTF), (sharding.ROW_DF, sharding.ACT_BTD)):
+        shapes = (B, T, PRODUCT[1]), PRODUCT, (B, T, PRODUCT[0])
+        arrays = [np.asarray(jnp.asarray(rng.standard_normal(shape, np.float32), dtype)) for shape in shapes]
+        x, weight, dy = (array.astype(np.float64) for array in arrays)
+        expected = x @ weight.T, dy @ weight, np.einsum("BTO,BTI->OI", dy, x)
+        specs = sharding.ACT_BTD, spec, out
+        placed = [jax.device_put(a, jax.NamedSharding(mesh, p)) for a, p in zip(arrays, specs, strict=True)]
+
+        def products(x, weight, dy, out=out):
+            y, pull = jax.vjp(partial(matmul.project, out, sharding.exchanges(mesh)), x, weight)
+            return y, *pull(dy)
+
+        with jax.set_mesh(mesh):
+            found = [np.asarray(a).astype(np.float64) for a in jax.jit(products)(*placed)]
+        off = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
+        errors = {of: (error, bound) for of, error in zip(("y", "dx", "dW"), off, strict=True)}
+        kind = "outputs" if spec == sharding.COLUMN_FD else "inputs and outputs"
+        name = f"projection in {jnp.dtype(dtype).name}, {kind} divided, {sharding.describe_mesh(mesh)}"
+        yield Row(name, errors)
+
+
+def check_fp8(config: LlamaConfig, mesh, kernel: str) -> Iterator[Row]:
     """Compare each product of fp8, forward and backward, with the same fp8 values multiplied in float32; then print how
     far the gradients of a model are from those in float32, in the mean, with the fast sums of its forward pass and not.
 
     Two runs of a model are no measure: a difference in the last bit of bf16 moves values across fp8's wide steps, and
     after some ten roundings as many values differ as in two independent roundings.
     """
-    product, options, good = matmul._einsum, compiler_options(mesh, True), True
+    product, options = matmul._einsum, compiler_options(mesh, True)
 
     def exact_sums(form, a, b, out, dtype, fast=False):
         return product(form, a, b, out, dtype)
@@ -262,14 +305,8 @@ def check_fp8(config: LlamaConfig, mesh, kernel: str) -> bool:
         for name, einsum in (("fast", product), ("exact", exact_sums)):
             found = with_product(einsum, products, x, weight, dy)
             off[name] = [distance(a.astype(jnp.float32), b) for a, b in zip(found, expected, strict=True)]
-        (fast, *_), (y, dx, dweight) = off["fast"], off["exact"]
-        fine = fast < FAST_SUM and max(off["exact"]) < EXACT_SUM
-        print(
-            f"fp8, weight [{outputs}, {inputs}], off by: y {fast:.1e} (exact sums {y:.1e}), dx {dx:.1e}, "
-            f"dW {dweight:.1e}{'' if fine else '  WRONG'}",
-            flush=True,
-        )
-        good &= fine
+        exact = {of: (error, EXACT_SUM) for of, error in zip(("y, exact sums", "dx", "dW"), off["exact"], strict=True)}
+        yield Row(f"fp8, weight [{outputs}, {inputs}]", {"y": (off["fast"][0], FAST_SUM), **exact})
 
     batch = packed_rows(config, mesh)
     params = random_params(define(config, RunOptions(), mesh).params, mesh)
@@ -293,9 +330,7 @@ def check_fp8(config: LlamaConfig, mesh, kernel: str) -> bool:
         print(
             f"fp8, {name}: loss {value:.5f} (float32 {in_float32[0]:.5f}), gradients off by {mean[name]:.1e} on average"
         )
-    fine = mean["fast sums"] < FAST * mean["exact sums"]
-    print("fp8: fast sums add little" if fine else "fp8: fast sums add too much  WRONG", flush=True)
-    return good and fine
+    yield Row("fp8, gradients of a model", {"mean, fast sums": (mean["fast sums"], FAST * mean["exact sums"])})
 
 
 def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform: str, updates: int):
@@ -328,7 +363,7 @@ def train(folder: str, flags: str, lengths, config: LlamaConfig, mesh, platform:
     return state, np.asarray(curve)
 
 
-def check_packing(config: LlamaConfig, mesh, platform: str) -> bool:
+def check_packing(config: LlamaConfig, mesh, platform: str) -> Iterator[Row]:
     lengths, off = (61, 127, 250, 93, 142, 38, 201, 89), []
     with tempfile.TemporaryDirectory() as folder:
 
@@ -344,16 +379,12 @@ def check_packing(config: LlamaConfig, mesh, platform: str) -> bool:
             off.append((abs(other / loss - 1), max(map(distance, others, moments))))
             del others  # frees their memory first
     control, packed = np.asarray(off)
-    fine = bool((packed < PACKED * np.maximum(control, 2.0**-23)).all())
-    print(
-        f"packed against one by one, float32, {config.num_hidden_layers} layers: loss off by {packed[0]:.1e}, worst "
-        f"gradient {packed[1]:.1e}; four at a time: {control[0]:.1e}, {control[1]:.1e}{'' if fine else '  WRONG'}",
-        flush=True,
-    )
-    return fine
+    bounds = PACKED * np.maximum(control, 2.0**-23)
+    errors = {of: (packed[i], bounds[i]) for i, of in enumerate(("loss", "worst gradient"))}
+    yield Row(f"packed against one by one, float32, {config.num_hidden_layers} layers", errors)
 
 
-def check_curve(config: LlamaConfig, mesh, platform: str) -> bool:
+def check_curve(config: LlamaConfig, mesh, platform: str) -> Iterator[Row]:
     lengths = np.random.default_rng(2).integers(30, 300, 200)
     plain = "--attention xla --remat full --accumulation multisteps --max_tokens_per_device 512 --scan_layers True"
     with tempfile.TemporaryDirectory() as folder:
@@ -361,14 +392,17 @@ def check_curve(config: LlamaConfig, mesh, platform: str) -> bool:
             train(folder, f"--bf16 True --learning_rate 1e-4 {flags}", lengths, config, mesh, platform, 20)[1]
             for flags in (plain, "")
         ]
-    off = np.abs(curves[1] / curves[0] - 1).max(axis=0)
-    fine = bool(off.max() < CURVE)
-    print(f"20 updates: losses off by at most {off[0]:.1e}, norms {off[1]:.1e}{'' if fine else '  WRONG'}")
-    return fine
+    yield same_curve("20 updates", curves[1], curves[0], CURVE)
 
 
-def check_meshes(config: LlamaConfig, platform: str, kind: str) -> bool:
-    lengths, devices, good = np.random.default_rng(2).integers(30, 300, 200), jax.devices(), True
+def same_curve(name: str, found: np.ndarray, expected: np.ndarray, bound: float) -> Row:
+    """Return how far the losses and gradient norms [updates, 2] are from the expected, relatively, at most."""
+    losses, norms = np.abs(found / expected - 1).max(axis=0)
+    return Row(name, {"losses": (float(losses), bound), "norms": (float(norms), bound)})
+
+
+def check_meshes(config: LlamaConfig, platform: str, kind: str) -> Iterator[Row]:
+    lengths, devices = np.random.default_rng(2).integers(30, 300, 200), jax.devices()
     meshes = [sharding.make_mesh(devices[:1])]
     meshes += [sharding.make_mesh(devices, f"{axis}={len(devices)}") for axis in ("fsdp", "tensor")]
     flags, bound = ("--bf16 True", CURVE) if kind == "bf16" else ("", MESHES)
@@ -377,15 +411,8 @@ def check_meshes(config: LlamaConfig, platform: str, kind: str) -> bool:
             train(folder, f"--learning_rate 1e-4 {flags}", lengths, config, mesh, platform, 20)[1] for mesh in meshes
         )
     for mesh, curve in zip(meshes[1:], others, strict=True):
-        off = np.abs(curve / one - 1).max(axis=0)
-        fine = bool(off.max() < bound)
-        good &= fine
-        print(
-            f"20 updates in {kind}, {sharding.describe_mesh(mesh)} against one device: losses off by at most "
-            f"{off[0]:.1e}, norms {off[1]:.1e}{'' if fine else '  WRONG'}",
-            flush=True,
-        )
-    return good
+        name = f"20 updates in {kind}, {sharding.describe_mesh(mesh)} against one device"
+        yield same_curve(name, curve, one, bound)
 
 
 def main() -> None:
@@ -402,19 +429,20 @@ def main() -> None:
     )
     kernel, why = choose_kernel("auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, "bfloat16")
     print(f"{args.shape}, {args.layers} layers; attention by {kernel}: {why}")
-    good = kernel == "xla" or attention_kernels.check(kernel, mesh)
-    good = check_gradients(config, mesh, kernel) and good
+    good = all_fine(attention_kernels.check("auto", mesh))
+    good &= all_fine(check_products(sharding.make_mesh(), jnp.bfloat16))
+    good &= all_fine(check_gradients(config, mesh, kernel))
     for family, keys in SISTERS.items():
         print(family)
         sister = LlamaConfig.from_hf({**raw_config("smollm2-135m", 2), "model_type": family, **keys})
-        good = check_gradients(sister, mesh, kernel) and good
-    good = check_adapters(config, mesh, kernel) and good
+        good &= all_fine(check_gradients(sister, mesh, kernel))
+    good &= all_fine(check_adapters(config, mesh, kernel))
     if args.fp8:
-        good = check_fp8(config, mesh, kernel) and good
-    good = check_curve(config, mesh, platform) and good
-    good = check_packing(whole, mesh, platform) and good
+        good &= all_fine(check_fp8(config, mesh, kernel))
+    good &= all_fine(check_curve(config, mesh, platform))
+    good &= all_fine(check_packing(whole, mesh, platform))
     for kind in ("float32", "bf16") if jax.device_count() > 1 else ():
-        good = check_meshes(config, platform, kind) and good
+        good &= all_fine(check_meshes(config, platform, kind))
     print("right" if good else "WRONG")
     sys.exit(0 if good else 1)
 

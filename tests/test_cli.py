@@ -31,6 +31,9 @@ from tiny import (
     write_tokenizer,
 )
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import first_hour
+
 import convert_torch_to_flax
 import llama_jax.command.evaluate
 import llama_jax.command.generate
@@ -717,6 +720,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "llama_jax.evaluate": lambda argv: parse_generate(argv, llama_jax.command.evaluate.main),
     "llama_jax.report": lambda argv: report.parse(argv),
     "llama_jax.parity": lambda argv: parity.parse(argv),
+    "first_hour.py": lambda argv: first_hour.parse(argv),
 }
 
 
