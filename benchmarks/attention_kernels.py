@@ -94,7 +94,7 @@ def check(wanted: str, mesh, dtype=jnp.bfloat16, reference=None) -> Iterator[Row
         expected = results(Kernel("xla"), reference, jnp.float32)
         errors = dict.fromkeys(("out", "dq", "dk", "dv"), (0.0, bound))
         for room in (0, 7):
-            got = results(Kernel(name, segments + room), mesh, dtype)
+            got = results(Kernel(name, segments + room, mesh.devices.flat[0].device_kind), mesh, dtype)
             for of, g, e in zip(errors, got, expected, strict=True):
                 # A NaN or an infinity is an error in padding too.
                 off = np.abs(np.where(real, g - e, 0)).max() / np.abs(np.where(real, e, 0)).max()

@@ -50,8 +50,10 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions, stack_layers
 from llama_jax.model.lora import PROJECTIONS, Lora, Rank
+from llama_jax.model.matmul import SCATTER, Sum
 from llama_jax.model.quantized import Quantization, dequantize
 from llama_jax.model.quantizing import quantize
+from llama_jax.model.remat import REMAT
 from llama_jax.plan.planner import Planner
 from llama_jax.setup.arguments import parse_arguments
 from llama_jax.setup.job import make_job
@@ -216,9 +218,9 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str, reference=None) -> I
             value, grads = program(weights, batches[mesh])
         return float(value), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-    choices = [(scan, remat) for scan in (False, True) for remat in ("none", "matmuls", "attention", "full")]
-    kernels, exchange = Kernel(kernel, SEGMENTS), sharding.exchanges(mesh)
-    bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=kernels, exchange=exchange)
+    choices = [(scan, remat) for scan in (False, True) for remat in REMAT]
+    kernels, sums = Kernel(kernel, SEGMENTS, mesh.devices.flat[0].device_kind), Sum(sharding.exchanges(mesh))
+    bf16 = RunOptions(compute_dtype=jnp.bfloat16, attention=kernels, sums=sums)
     every = [RunOptions(attention=XLA), *(replace(bf16, scan_layers=scan, remat=remat) for scan, remat in choices)]
     with ThreadPoolExecutor(4) as pool:
         plain, *programs = pool.map(compiled, every, [reference, *(mesh for _ in choices)])
@@ -253,7 +255,7 @@ def check_products(mesh, dtype) -> Iterator[Row]:
         placed = [jax.device_put(a, jax.NamedSharding(mesh, p)) for a, p in zip(arrays, specs, strict=True)]
 
         def products(x, weight, dy, out=out):
-            y, pull = jax.vjp(partial(matmul.project, out, sharding.exchanges(mesh)), x, weight)
+            y, pull = jax.vjp(partial(matmul.project, out, Sum(sharding.exchanges(mesh))), x, weight)
             return y, *pull(dy)
 
         with jax.set_mesh(mesh):
@@ -286,7 +288,7 @@ def check_fp8(config: LlamaConfig, mesh, kernel: str) -> Iterator[Row]:
             matmul._einsum = product
 
     def products(x, weight, dy):
-        (y,), pull = jax.vjp(lambda x, weight: matmul.project_fp8(None, matmul.SCATTER, x, [weight]), x, weight)
+        (y,), pull = jax.vjp(lambda x, weight: matmul.project_fp8(None, SCATTER, x, [weight]), x, weight)
         return y, *pull([dy])
 
     def values(x, dtype):

@@ -45,16 +45,26 @@ from llama_jax.reporting.progress import say, show, waiting
 
 
 class Program(NamedTuple):
-    """Name a program by its flags of train_jax.py; `layers` are the most that it compiles in minutes, None for all."""
+    """Name a program by its flags of train_jax.py; `layers` are the most that it compiles in minutes, None for all.
+    `tpu` marks options that a TPU's compiler alone has."""
 
     name: str
     flags: str = ""
     layers: int | None = None
+    tpu: bool = False
 
 
 FEW = 4  # layers one by one: a compiler's time grows with them
+RINGS, FAST_MEMORY = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"
+# The compiler's cycles and its schedule disagree on products in rings, on the fast memory of an operation and on
+# recomputation (BENCHMARKS.md).
 PROGRAMS = [
     Program("defaults"),
+    Program("products in rings", f"--compiler_options {RINGS}=-1,{FAST_MEMORY}=-1", tpu=True),
+    Program("no rings", f"--compiler_options {RINGS}=1000000,{FAST_MEMORY}=-1", tpu=True),
+    Program("no rings, 96 MiB", f"--compiler_options {RINGS}=1000000,{FAST_MEMORY}=98304", tpu=True),
+    Program("sums in bfloat16", "--gradient_sum_dtype bfloat16"),
+    Program("remat qkv", "--remat qkv"),
     Program("remat attention", "--remat attention"),
     Program("few layers", layers=FEW),
     Program("few layers, one by one", "--scan_layers False", FEW),
@@ -303,7 +313,7 @@ def main(argv: list[str]) -> int:
     shape = args.shape or ("tiny" if facts["platform"] == "cpu" else "llama-7b")
     layers = fitting_layers(shape, facts["memory"], facts["devices"])
     commands = {name: [here, "--only", name] for name in CHECKS if facts["devices"] > 1 or "meshes" not in name}
-    for program in PROGRAMS:
+    for program in [p for p in PROGRAMS if facts["platform"] == "tpu" or not p.tpu]:
         flags = f"--shape {shape} --layers {min(layers, program.layers or layers)} --seconds {TIMED} --only ours"
         flags += f" --work 1x{min(TOKENS, SHAPES[shape][7])}"
         name = str(Path(here).parent / "speed.py")

@@ -61,11 +61,11 @@ def check_script(folder: str) -> None:
     assert (told["machine"]["kind"], told["machine"]["devices"]) == ("cpu", 2)
     assert told["machine"]["versions"].keys() >= {"jax", "jaxlib", "flax", "python", "commit"}
     steps = told["steps"]
-    assert steps.keys() == {*SHORT, *(program.name for program in first_hour.PROGRAMS)}
+    assert steps.keys() == {*SHORT, *(program.name for program in first_hour.PROGRAMS if not program.tpu)}
     for name in SHORT:
         errors = [e for row in steps[name]["rows"] for e in row["errors"].values()]
         assert errors and all(0 < e["error"] < e["bound"] for e in errors)
-    for program in first_hour.PROGRAMS:
+    for program in [p for p in first_hour.PROGRAMS if not p.tpu]:
         step = steps[program.name]
         assert step["result"] == TIMED and step["command"][-1] == f"--flags={program.flags}"
 
@@ -75,7 +75,7 @@ def check_script(folder: str) -> None:
     output.write_text(json.dumps(told))
     started = []
     first_hour.run_step = lambda command, seconds: started.append(command) or in_process(command, seconds)
-    first_hour.PROGRAMS[1] = first_hour.PROGRAMS[1]._replace(flags="--remat none")
+    first_hour.PROGRAMS[-1] = first_hour.PROGRAMS[-1]._replace(flags="--remat none")
     assert first_hour.main(["--output", str(output)]) == 0
     assert [command[-1] for command in started] == ["machine", "--flags=", "--flags=--remat none"]
     assert "error" not in json.loads(output.read_text())["steps"]["defaults"]
@@ -148,7 +148,9 @@ def test_the_whole_script(tmp_path: Path) -> None:
     assert made.returncode == 0, made.stdout + made.stderr
     told = json.loads(output.read_text())
     assert not any("error" in step for step in told["steps"].values()) and not wrong(told)
-    assert all(told["steps"][program.name]["result"]["tokens_s"] > 0 for program in first_hour.PROGRAMS)
+    assert all(
+        told["steps"][program.name]["result"]["tokens_s"] > 0 for program in first_hour.PROGRAMS if not program.tpu
+    )
 
 
 def test_a_step_that_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

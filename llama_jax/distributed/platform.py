@@ -17,9 +17,9 @@ from llama_jax.base.files import cache_folder
 
 MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for allocations that jax does not count
 
-# XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that lower, together, both the
-# compiler's cycles and the time of its schedule, of 7B and 8B (benchmarks/tpu_compiler.py; the figures are in
-# BENCHMARKS.md). On a v6e: no products in rings, and 96 MiB of fast memory for an operation, as in MaxText's recipes.
+# XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that together lower both the
+# compiler's cycles and the time of its schedule (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md). On a
+# v6e: no products in rings, and 96 MiB of fast memory for an operation, as in MaxText's recipes.
 TPU_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "TPU v6 lite": {
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
