@@ -19,6 +19,7 @@ Work is ROWSxLENGTH, whole sequences of each device, in one block. `--flags` are
 
 import argparse
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -107,7 +108,8 @@ def others(args: argparse.Namespace, topology: Topology) -> str:
     return row(args.name, "", topology, int(needed[1]), Program(hlo.read_text()), args.read)
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("slices", nargs="+")
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
@@ -117,7 +119,11 @@ def main() -> None:
     parser.add_argument("--name", default="", help="what the row says beside the slice")
     parser.add_argument("--read", type=Path, help="folder of another program's dump")
     parser.set_defaults(updates=1)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     set_up_jax(use_cpu=True)
     jax.config.update("jax_enable_compilation_cache", False)
     print(HEADER, flush=True)

@@ -2,15 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_hlo import COMPILED, SCHEDULE
 from test_training import Job
 
+from llama_jax.plan.chips import find_topology
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import tpu_compiler  # noqa: E402
 
 
 @pytest.mark.proof
@@ -50,3 +56,31 @@ def test_curves(tmp_path: Path) -> None:
     rows = made.stdout.splitlines()[2:]
     assert f"{np.mean(none):.4f} (+0.000%)" in rows[0]
     assert f"{np.mean(other):.4f} ({np.mean(other) / np.mean(none) - 1:+.3%})" in rows[1]
+
+
+def test_a_row_of_another_program(tmp_path: Path) -> None:
+    """Figures of a dumped program, whose cycles are milliseconds of a chip of 1.5 GHz."""
+
+    def in_ms(pattern: str, text: str) -> str:
+        return re.sub(pattern, lambda found: f"{found[1]}{float(found[2]) * 1_500_000:.0f}", text)
+
+    (tmp_path / "jit_step.schedule.txt").write_text(in_ms(r"(_cycles: )([\d.]+)", SCHEDULE))
+    compiled = in_ms(r'("estimated_cycles":")(\d+)', COMPILED)
+    (tmp_path / "module_0001.jit_step.cl_1.after_codegen.txt").write_text(compiled)
+    report = f"Memory Space: vmem\nTotal bytes: 7\nMemory Space: default (color=0)\nTotal bytes: {3 * 2**30} (3GiB)\n"
+    (tmp_path / "module_0001.jit_step.cl_1.after_optimizations-memory-usage-report.txt").write_text(report)
+    args = tpu_compiler.parse(["--read", str(tmp_path), "--name", "other", "v5e-4"])
+    row = tpu_compiler.others(args, find_topology("v5e-4"))
+    expected = "3.00 of 15.44 | 166 (60 / 6 / 100) | 80 + 120 |  | 0.0 (0.0, 0.0) | kernel_fwd_residuals 7 |  |"
+    assert row == f"| other |  | {expected}"
+
+
+@pytest.mark.proof
+def test_a_row_of_ours(libtpu: None) -> None:
+    """A tiny step by the TPU's compiler, on four chips: fits, waits for links, and sends what it sends."""
+    command = [sys.executable, str(BENCHMARKS / "tpu_compiler.py"), "--shape", "tiny", "--work", "1x128", "v5e-4"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]
+    row = made.stdout.splitlines()[-1].split("|")
+    assert row[1].strip() == "v5e-4" and float(row[3].split()[0]) < 1, row
+    assert re.fullmatch(r" [\d,]+ \+ [\d,]+ ", row[5]), row

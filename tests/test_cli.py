@@ -33,6 +33,7 @@ from tiny import (
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import first_hour
+import tpu_compiler
 
 import convert_torch_to_flax
 import llama_jax.command.evaluate
@@ -721,6 +722,7 @@ PARSERS: dict[str, Callable[[list[str]], Any]] = {
     "llama_jax.report": lambda argv: report.parse(argv),
     "llama_jax.parity": lambda argv: parity.parse(argv),
     "first_hour.py": lambda argv: first_hour.parse(argv),
+    "tpu_compiler.py": lambda argv: tpu_compiler.parse(argv),
 }
 
 
