@@ -30,8 +30,7 @@ from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference
 from llama_jax.proof.updates import compare_updates
 from llama_jax.proof.verdict import Certificate, Row
 from llama_jax.reporting.progress import say
-from llama_jax.run.facts import changed_flags
-from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.arguments import Arguments, changed_flags
 from llama_jax.setup.job import Job, make_job
 
 COMMAND = "python -m llama_jax.parity"
