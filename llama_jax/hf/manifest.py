@@ -70,11 +70,10 @@ def choose_prompts(tokenizer: Tokenizer | None, vocab_size: int) -> list[Prompt]
     Without a tokenizer, or with one of more tokens than the model has rows, they are ids spread over the vocabulary.
     """
     ids = tokenizer.encode_batch(TEXTS) if tokenizer else []
-    if ids and all(row and max(row) < vocab_size for row in ids):
-        prompts = [*zip(TEXTS, ids, strict=True)]
-    else:
+    prompts = [Prompt(text, row) for text, row in zip(TEXTS, ids, strict=False)]
+    if not prompts or any(not row or max(row) >= vocab_size for row in ids):
         spread = np.linspace(0, vocab_size - 1, 8 * len(TEXTS)).astype(int).reshape(len(TEXTS), -1)
-        prompts = [(None, row) for row in spread.tolist()]
+        prompts = [Prompt(None, row) for row in spread.tolist()]
     return [Prompt(*prompt) for prompt in json.loads(processes.exchange(json.dumps(prompts))[0])]
 
 

@@ -39,20 +39,6 @@ class PromptLogits(NamedTuple):
     largest: np.ndarray
 
 
-class _Key(NamedTuple):
-    """Name a definition, which itself has no hash, for jax.jit."""
-
-    config: LlamaConfig
-    lora: Lora | None
-    mesh: Mesh
-
-    def model(self, params: Params) -> Llama:
-        """Return the model with these parameters in float32; the others are descriptions."""
-        definition = define(self.config, RunOptions(lora=self.lora), self.mesh)
-        rest = without(definition.params, params)
-        return nnx.merge(definition.graphdef, merge(rest, _in_float32(params)))
-
-
 def prompt_logits(
     config: LlamaConfig,
     lora: Lora | None,
@@ -63,7 +49,25 @@ def prompt_logits(
 ) -> list[PromptLogits]:
     """Return the logits of prompts, which are ids, by the parameters that `read` returns; layers have numbers there,
     stacked or not. All processes must call this."""
-    key = _Key(config, lora, mesh)
+    definition = define(config, RunOptions(lora=lora), mesh)
+
+    def model(params: Params) -> Llama:
+        """Return the model with these parameters in float32; the others are descriptions."""
+        rest = without(definition.params, params)
+        return nnx.merge(definition.graphdef, merge(rest, _in_float32(params)))
+
+    @jax.jit
+    def begin(params: Params, ids_BT, positions_BT, segments_BT, lengths_BT) -> tuple[jax.Array, Tokens]:
+        own = model(params)
+        return own.embed(ids_BT), own.tokens(positions_BT, segments_BT, lengths_BT, ids_BT.shape[1])
+
+    @jax.jit
+    def end(params: Params, x: jax.Array) -> tuple[jax.Array, ...]:
+        own = model(params)
+        logits = own.logits(own.norm(x))
+        chosen = logits.at[..., np.asarray(columns)].get(out_sharding=sharding.placed(sharding.ACT_BTD))
+        return chosen, jnp.argmax(logits, axis=-1), jnp.max(jnp.abs(logits), axis=-1)
+
     longest = max(map(len, prompts))
     B = math.ceil(len(prompts) / sharding.batch_ways(mesh)) * sharding.batch_ways(mesh)
     multiple = max(MULTIPLE, sharding.row_ways(mesh))  # both are powers of two
@@ -75,13 +79,14 @@ def prompt_logits(
     lengths = np.full_like(ids, longest)  # of the batch, as transformers takes it for a batch with pads
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         places = [sharding.put(mesh, array) for array in (ids, positions, segments, lengths)]
-        x, tokens = _begin(key, read("embed_tokens"), *places)
+        x, tokens = begin(read("embed_tokens"), *places)
         rotates = config.rope_layers or None
-        for i, layer in enumerate(key.model({}).layers):
+        for i, layer in enumerate(model({}).layers):
             turned = rotates and np.bool_(rotates[i])
-            x = _layer(nnx.split(layer)[0], read(i)["layers"][i], x, tokens, turned)
+            # One at a time: sharding.IN_FLIGHT has the reason, and a layer that is read from files should go.
+            x = jax.block_until_ready(_layer(nnx.split(layer)[0], read(i)["layers"][i], x, tokens, turned))
         head = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-        found = _end(key, tuple(columns), merge(read("norm"), read(head)), x)
+        found = end(merge(read("norm"), read(head)), x)
         arrays = [np.asarray(array) for array in sharding.read(found)]
     return [PromptLogits(*(array[row, : len(prompt)] for array in arrays)) for row, prompt in enumerate(prompts)]
 
@@ -91,22 +96,6 @@ def _in_float32(params: Params) -> Params:
 
 
 @partial(jax.jit, static_argnums=0)
-def _begin(key: _Key, params: Params, ids_BT, positions_BT, segments_BT, lengths_BT) -> tuple[jax.Array, Tokens]:
-    """Return the input of the first layer [B, T, D], and the other inputs of all layers."""
-    model = key.model(params)
-    return model.embed(ids_BT), model.tokens(positions_BT, segments_BT, lengths_BT, ids_BT.shape[1])
-
-
-@partial(jax.jit, static_argnums=0)
 def _layer(graphdef: Any, params: Params, x: jax.Array, tokens: Tokens, rotates: Any) -> jax.Array:
     """Return the output [B, T, D] of a layer by its graph definition, equal for layers that jax compiles once."""
     return run_block(graphdef, "none", _in_float32(params), x, tokens.of_layer(0, rotates), None)[0]
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _end(key: _Key, columns: tuple[int, ...], params: Params, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the fields of PromptLogits for all rows."""
-    model = key.model(params)
-    logits = model.logits(model.norm(x))
-    chosen = logits.at[..., np.asarray(columns)].get(out_sharding=sharding.placed(sharding.ACT_BTD))
-    return chosen, jnp.argmax(logits, axis=-1), jnp.max(jnp.abs(logits), axis=-1)

@@ -56,7 +56,7 @@ class Reference:
         self.torch = torch = import_torch()
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.folder, self._adapter = folder, adapter
+        self.folder = folder
         self._files = _tensor_files(folder)
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -72,9 +72,9 @@ class Reference:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
         self.model.train()
-        self._adapter_names = frozenset[str]()
+        self._adapter_files: dict[str, Path] = {}
         if adapter is not None:
-            self._adapter_names = _insert(torch, self.model, adapter)
+            self._adapter_files = _insert(torch, self.model, adapter)
             self.model.eval()  # without dropout
         inner = self.model.model
         inner.rotary_emb = type(inner.rotary_emb)(config=config)
@@ -159,8 +159,8 @@ class Reference:
     def tensor(self, name: str) -> Any:
         """Return a tensor of the folder in its own type, a vocabulary matrix with the rows asked for. Raises
         InputError for a tensor that is not there."""
-        if (own := saved_name(EMBEDDING if self.tied and name == HEAD else name)) in self._adapter_names:
-            return _read_safetensors(self._adapter / ADAPTER, own)
+        if (own := saved_name(EMBEDDING if self.tied and name == HEAD else name)) in self._adapter_files:
+            return _read_safetensors(self._adapter_files[own], own)
         name = name.replace(".base_layer.", ".")
         names = [name, name.removeprefix("model.")]  # a saved LlamaModel lacks the prefix
         if self.tied and name == EMBEDDING:
@@ -234,9 +234,9 @@ def saved_name(name: str) -> str:
     return f"base_model.model.{name.replace('.default', '')}"
 
 
-def _insert(torch: Any, model: Any, folder: Path) -> frozenset[str]:
-    """Put the layers of a PEFT folder into a model without weights, and return the names of its tensors. Raises
-    InputError."""
+def _insert(torch: Any, model: Any, folder: Path) -> dict[str, Path]:
+    """Put the layers of a PEFT folder into a model without weights, and return the file of each of its tensors.
+    Raises InputError."""
     try:
         from peft import PeftConfig, inject_adapter_in_model
     except ImportError:
@@ -249,7 +249,7 @@ def _insert(torch: Any, model: Any, folder: Path) -> frozenset[str]:
         with torch.device("meta"):
             inject_adapter_in_model(config, model)
         with safe_open(folder / ADAPTER, "pt") as file:
-            return frozenset(file.keys())
+            return dict.fromkeys(file.keys(), folder / ADAPTER)
     except Exception as e:  # of many classes
         raise InputError(f"{folder}: PEFT cannot read it: {str(e).splitlines()[0]}") from None
 
