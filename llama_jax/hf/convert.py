@@ -126,7 +126,7 @@ def _write_manifest(
     """Write the manifest of an HF folder that is complete."""
     tokenizer = None
     with contextlib.suppress(InputError):
-        tokenizer = open_tokenizer(source.tokenizer_folder, hf_compat="5")
+        tokenizer = open_tokenizer(source.tokenizer_folder)
     prompts, columns = manifest.choose_prompts(tokenizer, config.vocab_size), manifest.choose_columns(config.vocab_size)
     read = manifest.reader(params, config, dtypes)
     logits = prompt_logits(config, None, mesh, [prompt.ids for prompt in prompts], columns, read)

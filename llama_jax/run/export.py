@@ -128,7 +128,7 @@ def model_files(prepared: Prepared) -> dict[str, bytes]:
 
 def exported_tokenizer(prepared: Prepared) -> Tokenizer | None:
     """Return the job's tokenizer, or that whose files are exported as they are; None where none opens."""
-    folder = prepared.tokenizer_folder
+    job, folder = prepared.job, prepared.tokenizer_folder
     with contextlib.suppress(InputError):
-        return prepared.job.tokenizer or (open_tokenizer(folder, hf_compat="5") if folder else None)
+        return job.tokenizer or (open_tokenizer(folder, job.args.hf_compat) if folder else None)
     return None
