@@ -48,9 +48,7 @@ def parse_verify(argv: Sequence[str]) -> Verified:
     """Parse a command line with `--verify`. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.parity", description=ABOUT, allow_abbrev=False)
     parser.add_argument(VERIFY, metavar="OUTPUT_DIR", required=True)
-    parser.add_argument(
-        "--model_name_or_path", help="an adapter's base model, by default as adapter_config.json has it"
-    )
+    parser.add_argument("--model_name_or_path", help="an adapter's base model, by default as the run had it")
     given, rest = parser.parse_known_args(list(argv))
     if rest:
         raise InputError(f"{rest[0]}: has no meaning with {VERIFY}, which needs the folder alone; leave it out")
