@@ -179,7 +179,7 @@ class Reference:
     def computing(self, precision: str) -> Any:
         """Return a context in which modules compute in a precision."""
         if precision == EXACT:
-            return _float64(self.torch)
+            return in_float64(self.torch)
         return self.torch.autocast("cpu", self.torch.bfloat16, enabled=precision == BF16)
 
     def call(self, layer: Any, x: Any, arguments: dict[str, Any], precision: str) -> Any:
@@ -326,11 +326,11 @@ def _moved(torch: Any, arguments: dict[str, Any], inv_freq: Any, positions: Any)
 
 
 @contextlib.contextmanager
-def _float64(torch: Any) -> Iterator[None]:
-    """Let the name torch.float32 mean float64: transformers casts norms and softmax by this name."""
-    kept = torch.float32
-    torch.float32 = torch.float64
+def in_float64(torch: Any) -> Iterator[None]:
+    """Let the names torch.float32 and Tensor.float mean float64: transformers casts norms, softmax and loss by them."""
+    kept = torch.float32, torch.Tensor.float
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
     try:
         yield
     finally:
-        torch.float32 = kept
+        torch.float32, torch.Tensor.float = kept
