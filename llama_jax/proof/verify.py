@@ -32,7 +32,7 @@ def verify(folder: Path, base: str | None, show: Callable[[Sequence[Row]], None]
     """Return the rows of a folder; `show` is called with each section's. `base` replaces the name of an adapter's base
     model. Raises InputError."""
     manifest = read_manifest(folder)
-    torch = import_torch()
+    import_torch()
     if base and not manifest.base:
         raise InputError("--model_name_or_path: has no meaning with --verify of a whole model; leave it out")
     source = _open_base(base or manifest.base["name"]) if manifest.base else None
@@ -47,8 +47,7 @@ def verify(folder: Path, base: str | None, show: Callable[[Sequence[Row]], None]
     if source:
         add([compare_base(manifest, source)])
     add(compare_tokens(folder, manifest))
-    with torch.no_grad():
-        add(compare_logits(folder, manifest, source))
+    add(compare_logits(folder, manifest, source))
     return rows
 
 
@@ -156,7 +155,8 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
     sample = Sample(examples, packed=False, compat="5")
     try:
         reference = _open_reference(folder, manifest, base)
-        theirs, exact = _logits(reference, sample)
+        with reference.torch.no_grad():
+            theirs, exact = _logits(reference, sample)
     except Exception as e:  # of many classes: the folder may be damaged in any way
         return [_failed(LOGITS, "chosen columns", f"cannot be computed: {' '.join(str(e).split())[:300]}")]
     if exact.shape[1] <= max(manifest.columns):
