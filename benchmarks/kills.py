@@ -100,9 +100,12 @@ class Job:
 
 
 def end_of(out: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Return the SHA-256 of each exported file of weights, and the logged lines without the clock and train_loss."""
+    """Return the SHA-256 of each exported file of weights and of the manifest's tensors, and the logged lines without
+    the clock and train_loss."""
     weights = sorted(out.glob("*.safetensors"))
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
+    tensors = json.loads((out / "manifest.json").read_text())["tensors"]
+    sums["manifest.json"] = hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     return sums, [{k: v for k, v in e.items() if not any(word in k for word in LEFT_OUT)} for e in history]
 

@@ -22,7 +22,18 @@ from safetensors.numpy import load_file
 from test_adapters import tensors, trained
 from test_processes import free_port
 from test_training import Job, assert_same_run, checkpoints
-from tiny import ALPACA, ROOT, environment, of_devices, run, slow_unless, write_json, write_model, write_tokenizer
+from tiny import (
+    ALPACA,
+    CHANGING,
+    ROOT,
+    environment,
+    of_devices,
+    run,
+    slow_unless,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
 
 import convert_torch_to_flax
 import llama_jax.hf.peft
@@ -36,7 +47,6 @@ from llama_jax.command import generate
 from llama_jax.distributed.digest import sums
 from llama_jax.hf.checkpoint import seal
 from llama_jax.reporting.run_log import RunLog, UpdateMetrics
-from llama_jax.reporting.run_report import PAGE, VALUES
 from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.disk import check_space, folder_bytes
 from llama_jax.run.events import Milestones
@@ -180,12 +190,10 @@ def test_the_trainers_checkpoint(flags: dict, job: Job) -> None:
 
 # -- A checkpoint is a model ------------------------------------------------------------------------------------------
 
-RUNS_OWN = {"trainer_state.json", LEDGER, FILE, VALUES, PAGE}  # the logs have times
-
 
 def files(folder: Path) -> dict[str, bytes]:
     """The files of an exported folder, by name. Spaces at the end of JSON are left out."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in RUNS_OWN}
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in CHANGING}
     return {name: data.rstrip() if name.endswith(".json") else data for name, data in found.items()}
 
 

@@ -634,6 +634,7 @@ def test_the_seeds_command(seed_run: tuple[Path, subprocess.CompletedProcess]) -
     files = {path.name for path in out.iterdir()}
     assert {
         "config.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.model",
         "tokenizer_config.json",
@@ -650,6 +651,8 @@ def test_the_seeds_command(seed_run: tuple[Path, subprocess.CompletedProcess]) -
     assert load_file(out / "model.safetensors")["lm_head.weight"].shape == (32001, 16)
     printed = [line for line in result.stdout.splitlines() if line.startswith("{'loss'")]
     assert len(printed) == 2
+    outcome = run(parity.main, "--verify", out)  # LLaMA's own tokenizer.model, which transformers reads
+    assert outcome.code == 0 and "ids of 'The sea is deep, and'" in outcome.out, outcome.out + outcome.err
 
 
 def test_the_seeds_folder_loads_in_transformers(seed_run: tuple[Path, subprocess.CompletedProcess]) -> None:

@@ -38,6 +38,7 @@ from llama_jax.data.batches import Batch
 from llama_jax.distributed import sharding
 from llama_jax.distributed.digest import sums
 from llama_jax.distributed.storage import tree_bytes
+from llama_jax.hf.manifest import read_manifest
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions
@@ -80,9 +81,12 @@ def differences(argv: list[str], meshes: list[str], out: Path) -> Iterator[tuple
             outcome = run(train_jax.main, *argv, "--output_dir", folder, "--world_size", "1")
         assert outcome.code == 0, outcome.err
         assert f"mesh {spec}{'' if spec == ONE else ' (auto)'}\n" in outcome.err
-        results.append((np.asarray(seen), load_file(next(folder.glob("*model.safetensors")))))
-    one, weights = results[0]
-    for spec, (values, others) in zip(meshes, results[1:], strict=True):
+        logits = np.concatenate([logits.chosen for logits in read_manifest(folder).logits])
+        results.append((np.asarray(seen), load_file(next(folder.glob("*model.safetensors"))), logits))
+    one, weights, expected = results[0]
+    for spec, (values, others, logits) in zip(meshes, results[1:], strict=True):
+        # Weights 1e-5 apart, in two layers of sums of at most 256 products.
+        assert np.abs(logits - expected).max() <= 1e-3 * np.abs(expected).max(), spec
         loss, norm = np.abs(values / one - 1).max(axis=0)
         yield spec, float(loss), float(norm), worst(others, weights)
 

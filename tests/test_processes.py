@@ -36,6 +36,8 @@ from tiny import (
 
 import train_jax
 from llama_jax.distributed import processes
+from llama_jax.hf.manifest import read_manifest
+from llama_jax.proof.verify import compare_tensors
 
 # The command under torchrun. A rank may fail on purpose in an update: FAILS holds the rank, the update and the way.
 LAUNCHED = """
@@ -154,6 +156,16 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k not in CLOCK} for e in history]
 
 
+def assert_same_manifests(a: Path, b: Path) -> None:
+    """Each is right for its own files; the logits differ by no more than weights that are 1e-5 apart make them."""
+    first, second = (read_manifest(folder) for folder in (a, b))
+    for folder, manifest in ((a, first), (b, second)):
+        assert [row for row in compare_tensors(folder, manifest) if not row.holds] == []
+    assert (first.columns, first.prompts, first.files.keys()) == (second.columns, second.prompts, second.files.keys())
+    for one, two in zip(first.logits, second.logits, strict=True):
+        np.testing.assert_allclose(two.chosen, one.chosen, rtol=0, atol=1e-3 * one.largest.max())
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     """The same files; in them the same numbers, but for the order in which the devices' shares are summed. Bounds as in
     test_training.py, derived at test_any_run_is_torchs for this epsilon."""
@@ -164,6 +176,7 @@ def assert_same_run(a: Path, b: Path) -> None:
             assert worst(load_file(files[1][name]), load_file(path)) <= 1e-5, name
         elif path.is_file():
             assert files[1][name].read_bytes() == path.read_bytes(), name
+    assert_same_manifests(a, b)
     logs = [log_of(folder) for folder in (a, b)]
     assert [list(entry) for entry in logs[0]] == [list(entry) for entry in logs[1]]
     for first, second in zip(*logs, strict=True):

@@ -149,7 +149,8 @@ def test_the_command(name: str, case: Run, tmp_path: Path) -> None:
     values = json.loads((tmp_path / "out/parity.json").read_text())
     rows = [row for row in values["rows"] if row["section"] == updates.SECTION]
     assert sum(bool(row["error"]) for row in rows) > 5
-    assert ("--use_peft" in more) or any(row["section"] == "the exported folder, float32" for row in values["rows"])
+    what = "adapter" if "--use_peft" in more else "folder"
+    assert any(row["section"] == f"the exported {what}, float32" for row in values["rows"])
     assert [len(curve) for curve in values["curves"]["loss"].values()] == [2, 2]
     assert '<div class="curve" data-name="loss">' in (tmp_path / "out/parity.html").read_text()
 

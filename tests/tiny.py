@@ -21,14 +21,16 @@ from safetensors.numpy import save_file
 
 from llama_jax.base.errors import run_command
 from llama_jax.base.output import FILE
+from llama_jax.hf.manifest import MANIFEST
 from llama_jax.reporting.run_report import PAGE, VALUES
 from llama_jax.run.ownership import LEDGER
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = tempfile.TemporaryDirectory(prefix="llama_jax-tests-")  # tokenised data, for as long as the tests run
 Arrays = dict[str, np.ndarray]
-# Files of an output folder that two equal runs write differently: logs have times, the ledger names its run.
-CHANGING = {"trainer_state.json", LEDGER, FILE, VALUES, PAGE}
+# Files of an output folder that two equal runs write differently: logs have times, the ledger names its run, and the
+# manifest has the flags, the output folder among them.
+CHANGING = {"trainer_state.json", MANIFEST, LEDGER, FILE, VALUES, PAGE}
 # Compilation is most of the suite's time. Each option of XLA's compiler: its value here, which halves that time, and
 # XLA's own. XLA aborts on an option that it does not know.
 COMPILATION: dict[str, tuple[Any, Any]] = {"xla_backend_optimization_level": (0, 3)}

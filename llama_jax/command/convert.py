@@ -5,6 +5,7 @@ import argparse
 from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.base.files import make_output_dir
+from llama_jax.base.secrets import without_query
 from llama_jax.reporting.progress import say
 
 _ELSEWHERE = ("to_hf", "merge_adapter", "dtype", "verify", "tokenizer_name", "allow_pickle", "allow_nonfinite")
@@ -53,11 +54,15 @@ def main(argv: list[str]) -> int:
     adapter = read_adapter(as_path(args.merge_adapter), source.config, bad) if args.merge_adapter else None
     refuse_other_kind(folder, flax=not (args.to_hf or args.merge_adapter))
     make_output_dir(folder)
+    flags = {k: without_query(v) if isinstance(v, str) else v for k, v in vars(args).items() if v}
     if adapter:
-        merge_adapter(source, *adapter, folder, dtype, allow_nonfinite=bad)
+        merge_adapter(source, *adapter, folder, dtype, flags, allow_nonfinite=bad)
         say(f"done: {args.model_name_or_path} with {args.merge_adapter} -> {folder}")
         return 0
-    different = (to_hf if args.to_hf else to_flax)(source, folder, dtype, args.verify, allow_nonfinite=bad)
+    if args.to_hf:
+        different = to_hf(source, folder, dtype, args.verify, bad, flags)
+    else:
+        different = to_flax(source, folder, dtype, args.verify, bad)
     if different:
         say(f"error: {len(different)} tensors differ after writing: {', '.join(different[:4])}")
         return 1

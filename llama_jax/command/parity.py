@@ -1,12 +1,14 @@
 """Prove on a model, data and flags that this program computes what torch and transformers compute.
 
 python -m llama_jax.parity --model_name_or_path HF_DIR --data_path data.json --bf16 True
+python -m llama_jax.parity --verify OUTPUT_DIR
 """
 
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from llama_jax.base.bucket import as_path, is_remote
@@ -16,12 +18,20 @@ from llama_jax.base.stopping import STOPPED
 from llama_jax.reporting.progress import say
 from llama_jax.setup.arguments import Arguments, parse_arguments
 
+VERIFY = "--verify"
 ABOUT = (
     "Prove that this program computes what torch and transformers compute, on a model, its data and the flags of a "
     "run: tokens, forward pass, loss and gradients, and updates beside the real Trainer. Takes the flags of "
     "train_jax.py (train_jax.py --help), writes parity.json and parity.html into --output_dir, and exits with 0 only "
     "where every row holds."
 )
+
+
+class Verified(NamedTuple):
+    """Hold a command line of `--verify`: the folder, and the place of an adapter's base model, None for its own."""
+
+    folder: Path
+    base: str | None
 
 
 class Parsed(NamedTuple):
@@ -34,13 +44,30 @@ class Parsed(NamedTuple):
     against: str | None
 
 
-def parse(argv: Sequence[str]) -> Parsed:
+def parse_verify(argv: Sequence[str]) -> Verified:
+    """Parse a command line with `--verify`. Raises InputError."""
+    parser = Parser(prog="python -m llama_jax.parity", description=ABOUT, allow_abbrev=False)
+    parser.add_argument(VERIFY, metavar="OUTPUT_DIR", required=True)
+    parser.add_argument("--model_name_or_path", help="an adapter's base model, by default as the run had it")
+    given, rest = parser.parse_known_args(list(argv))
+    if rest:
+        raise InputError(f"{rest[0]}: has no meaning with {VERIFY}, which needs the folder alone; leave it out")
+    folder = as_path(given.verify)
+    if is_remote(folder):
+        raise InputError(f"{VERIFY} {folder}: a local folder is verified; copy it here")
+    return Verified(folder, given.model_name_or_path)
+
+
+def parse(argv: Sequence[str]) -> Parsed | Verified:
     """Parse a command line. Raises InputError."""
+    if any(word.partition("=")[0] == VERIFY for word in argv):
+        return parse_verify(argv)
     parser = Parser(prog="python -m llama_jax.parity", description=ABOUT, allow_abbrev=False)
     parser.add_argument("--records", type=int, help="records whose tokens are compared, by default 32")
     parser.add_argument("--updates", type=int, help="updates to make beside the Trainer, by default 3; 0: none")
     parser.add_argument("--shrink", type=int, metavar="LAYERS", help="compare the first layers of the model only")
     parser.add_argument("--against", metavar="DIR2", help="compare with this folder instead of torch")
+    parser.add_argument(VERIFY, metavar="OUTPUT_DIR", help="verify a copied folder by its manifest.json, nothing else")
     own, rest = parser.parse_known_args(list(argv))
     args = parse_arguments(rest)
     for name in ("records", "updates") if own.against else ():
@@ -61,6 +88,8 @@ def main(argv: list[str]) -> int:
     """Run the command; return its exit code: 0 where every row holds, 1 where one fails. Raises InputError."""
     started = time.monotonic()
     given = parse(argv)
+    if isinstance(given, Verified):
+        return _verify(given, started)
     from llama_jax.proof.certify import certify, certify_against, open_subject
     from llama_jax.proof.torch_layers import import_torch
     from llama_jax.proof.verdict import PAGE, Row, table
@@ -85,3 +114,17 @@ def main(argv: list[str]) -> int:
     print(certificate.verdict())
     say(f"{folder / PAGE}: written after {time.monotonic() - started:.0f} s")
     return 1 if certificate.failed else 0
+
+
+def _verify(given: Verified, started: float) -> int:
+    """Verify a folder; return the exit code."""
+    from llama_jax.proof.verdict import Row, table, verdict_of
+    from llama_jax.proof.verify import verify
+
+    def show(rows: Sequence[Row]) -> None:
+        print(f"{rows[0].section}\n{table(rows, most=len(rows))}", flush=True)
+
+    rows = verify(given.folder, given.base, show)
+    print(verdict_of(rows))
+    say(f"{given.folder}: verified in {time.monotonic() - started:.0f} s")
+    return 1 if any(row.holds is False for row in rows) else 0

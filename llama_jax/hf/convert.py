@@ -1,24 +1,32 @@
 """Convert an opened model: an HF folder (or GGUF) to a Flax folder, and back."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from llama_jax.base.errors import InputError
 from llama_jax.base.files import write_json
-from llama_jax.data.tokenizer import copy_tokenizer
+from llama_jax.data.tokenizer import copy_tokenizer, open_tokenizer
 from llama_jax.distributed import sharding, storage
-from llama_jax.hf import peft
+from llama_jax.hf import manifest, peft
+from llama_jax.hf.digests import Entry
 from llama_jax.hf.finite import check_written
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import FLAX_JSON, Source, compare_digests, dtype_summary, numpy_dtype
 from llama_jax.hf.tensor import Tensor
 from llama_jax.hf.writer import hf_tensors, write_config, write_weights
+from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import RunOptions
 from llama_jax.model.lora import merged
+from llama_jax.model.prompt_logits import prompt_logits
+from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import byte_bar, say
 
 Tensors = Iterable[tuple[str, np.ndarray]]
@@ -49,17 +57,24 @@ def to_flax(
 
 
 def to_hf(
-    source: Source, folder: Path, dtype: np.dtype | None, verify: bool, allow_nonfinite: bool = False
+    source: Source,
+    folder: Path,
+    dtype: np.dtype | None,
+    verify: bool,
+    allow_nonfinite: bool = False,
+    flags: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write an HF folder, each tensor in `dtype` or the type of its original file; return the names of tensors that
-    differ on disk, found only if `verify`."""
+    differ on disk, found only if `verify`. The manifest shows `flags`; None writes none."""
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
-    params = source.load(RunOptions(param_dtype=source.stored_dtype), sharding.make_mesh())
+    mesh = sharding.make_mesh()
+    params = source.load(RunOptions(param_dtype=source.stored_dtype), mesh)
     size = sum(math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(source.config).items())
     with byte_bar("writing weights", size) as bar:
-        write_weights(folder, params, source.config, dtypes, bar.update, allow_nonfinite=allow_nonfinite)
-    write_config(folder, source.raw, source.generation, source.config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
-    copy_tokenizer(source.tokenizer_to_copy(), folder)
+        entries = write_weights(folder, params, source.config, dtypes, bar.update, allow_nonfinite=allow_nonfinite)
+    _write_others(source, folder, source.config, dtypes)
+    if flags is not None:
+        _write_manifest(source, folder, params, source.config, dtypes, entries, mesh, flags)
     if not verify:
         return []
     written = Source(folder, allow_nonfinite=allow_nonfinite).tensors
@@ -73,10 +88,13 @@ def merge_adapter(
     tensors: dict[str, Tensor],
     folder: Path,
     dtype: np.dtype | None,
+    flags: Mapping[str, Any],
     allow_nonfinite: bool = False,
 ) -> None:
     """Write the HF folder of a model whose weights have an adapter's products added, in float32 and rounded once to
-    `dtype` or to the type of the model's file; `tensors` are the adapter's. Raises InputError."""
+    `dtype` or to the type of the model's file; `tensors` are the adapter's. The manifest shows `flags`.
+
+    Raises InputError."""
     mesh, run, config = sharding.make_mesh(), RunOptions(lora=adapter.lora), adapter.resized(source.config)
     trained, rest = peft.load_adapter(tensors, adapter.lora, config, define(config, run, mesh).params)
     with byte_bar("reading weights", source.bytes) as bar:
@@ -84,9 +102,35 @@ def merge_adapter(
     with jax.set_mesh(mesh):
         params = merged(params, adapter.lora)
     dtypes = dict.fromkeys(source.dtypes, dtype) if dtype else source.dtypes
-    write_weights(folder, params, config, dtypes, allow_nonfinite=allow_nonfinite)
+    entries = write_weights(folder, params, config, dtypes, allow_nonfinite=allow_nonfinite)
+    _write_others(source, folder, config, dtypes)
+    _write_manifest(source, folder, params, config, dtypes, entries, mesh, flags)
+
+
+def _write_others(source: Source, folder: Path, config: LlamaConfig, dtypes: dict[str, np.dtype]) -> None:
+    """Write the files of an HF folder beside the weights."""
     write_config(folder, source.raw, source.generation, config, numpy_dtype(dtype_summary(dtypes)["dtype"]))
     copy_tokenizer(source.tokenizer_to_copy(), folder)
+
+
+def _write_manifest(
+    source: Source,
+    folder: Path,
+    params: Params,
+    config: LlamaConfig,
+    dtypes: dict[str, np.dtype],
+    entries: dict[str, Entry],
+    mesh: Mesh,
+    flags: Mapping[str, Any],
+) -> None:
+    """Write the manifest of an HF folder that is complete."""
+    tokenizer = None
+    with contextlib.suppress(InputError):
+        tokenizer = open_tokenizer(source.tokenizer_folder)
+    prompts, columns = manifest.choose_prompts(tokenizer, config.vocab_size), manifest.choose_columns(config.vocab_size)
+    read = manifest.reader(params, config, dtypes)
+    logits = prompt_logits(config, None, mesh, [prompt.ids for prompt in prompts], columns, read)
+    manifest.write_manifest(folder, entries, prompts, columns, logits, flags)
 
 
 def compare(source: Source, original: Tensors, dtype_of: Callable[[str], np.dtype], actual: Tensors) -> list[str]:

@@ -20,8 +20,10 @@ from llama_jax.base.bucket import is_remote, local_file
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object, refuse_foreign_link, write_text
 from llama_jax.hf import checkpoint, names
+from llama_jax.hf.digests import Entry, describe
 from llama_jax.hf.finite import checked
 from llama_jax.hf.load import equal, place_arrays
+from llama_jax.hf.manifest import remove_manifest
 from llama_jax.hf.names import Path as Place
 from llama_jax.hf.readers import open_safetensors
 from llama_jax.hf.tensor import Tensor
@@ -513,10 +515,11 @@ def load_adapter(tensors: Mapping[str, Tensor], lora: Lora, config: LlamaConfig,
     return place_arrays({everything[n][0]: t.read(()).astype(np.float32) for n, t in tensors.items()}, like)
 
 
-def write_adapter(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], adapter: Adapter) -> None:
+def write_adapter(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], adapter: Adapter) -> dict[str, Entry]:
     """Write a folder that `PeftModel.from_pretrained` loads; `tensors` are host arrays by the names of `name_table`.
+    Return the digest and the file of each tensor.
 
-    Each file gets its name when it is complete; the config is the last.
+    Each file gets its name when it is complete; the config is the last. The manifest of an earlier export goes first.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors}
     temporary = folder / f"{WEIGHTS}.tmp"
@@ -524,11 +527,13 @@ def write_adapter(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], adapt
         with local_file(temporary) as path:
             save_file(arrays, path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors writes for the owner only
+        remove_manifest(folder)
         temporary.replace(folder / WEIGHTS)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     write_config(folder, adapter)
+    return {name: {"file": WEIGHTS, **describe(array)} for name, array in arrays.items()}
 
 
 def write_config(folder: Path, adapter: Adapter) -> None:

@@ -1,6 +1,5 @@
 """Open a folder that holds a model: HF's, GGUF, the Flax folder of the converter, or a checkpoint of a run."""
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -17,6 +16,7 @@ from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
 from llama_jax.distributed import storage
 from llama_jax.hf import checkpoint, generation
+from llama_jax.hf.digests import Entry, describe, digest_of_all
 from llama_jax.hf.finite import check_read
 from llama_jax.hf.hub import find_folder
 from llama_jax.hf.load import check_tensors, load_params
@@ -270,18 +270,10 @@ def numpy_dtype(name: str) -> np.dtype:
 def compare_digests(
     expected: Iterable[tuple[str, np.ndarray]], actual: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[int, str, list[str]]:
-    """Return (tensors compared, SHA-256 over all expected digests, names that differ), comparing tensor by tensor."""
-    total, different, count = hashlib.sha256(), [], 0
+    """Return (tensors compared, the digest of all expected ones, names that differ), comparing tensor by tensor."""
+    entries, different = dict[str, Entry](), []
     for (name, a), (other, b) in zip(expected, actual, strict=True):
-        digests = [_digest(n, x) for n, x in ((name, a), (other, b))]
-        total.update(digests[0])
-        count += 1
-        if digests[0] != digests[1]:
+        entries[name] = describe(a)
+        if (name, entries[name]) != (other, describe(b)):
             different.append(name)
-    return count, total.hexdigest(), different
-
-
-def _digest(name: str, array: np.ndarray) -> bytes:
-    digest = hashlib.sha256(f"{name} {array.dtype.name} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
-    return digest.digest()
+    return len(entries), digest_of_all(entries), different

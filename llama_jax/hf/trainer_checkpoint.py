@@ -135,10 +135,7 @@ class TrainerCheckpoint:
         return {value.dtype.name if isinstance(value, Tensor) else type(value).__name__ for value in held}
 
     def _unusable(self, what: str) -> InputError:
-        return InputError(
-            f"{self.folder / OPTIMIZER}: {what}; start from its weights with a new optimizer: --model_name_or_path "
-            f"{self.folder}"
-        )
+        return InputError(f"{self.folder / OPTIMIZER}: {what}; {_anew(self.folder)}")
 
     @property
     def steps(self) -> int:
@@ -153,8 +150,7 @@ class TrainerCheckpoint:
         if counted and counted[0] > self.updates:
             raise InputError(
                 f"{path}: counts {counted[0]:g} updates, and {STATE} {self.updates}: the files are of two checkpoints; "
-                "copy the folder again, or start from its weights with a new optimizer: --model_name_or_path "
-                f"{self.folder}"
+                f"copy the folder again, or {_anew(self.folder)}"
             )
         return int(counted[0]) if counted else self.updates
 
@@ -204,6 +200,11 @@ def is_trainers(folder: Path) -> bool:
     return (folder / STATE).is_file() and not is_checkpoint(folder)
 
 
+def _anew(folder: Path) -> str:
+    """Return the way to train on where the optimizer's state is of no use."""
+    return f"start from the weights with a new optimizer: --model_name_or_path {folder}"
+
+
 def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     """Read the small files of a checkpoint, and describe the tensors of the optimizer. Raises InputError."""
     if is_remote(folder):
@@ -227,8 +228,8 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     for name in (OPTIMIZER, SCHEDULER):
         if not (folder / name).exists():
             raise InputError(
-                f"{folder}: holds no {name} (of a run with save_only_model?), so no run can go on from it; start from "
-                f"its weights, with a new optimizer, by --model_name_or_path {folder}"
+                f"{folder}: holds no {name} (of a run with save_only_model?), so no run can go on from it; "
+                f"{_anew(folder)}"
             )
         refuse_foreign_link(folder, folder / name)
     optimizer, scheduler = read_torch(folder / OPTIMIZER), read_torch(folder / SCHEDULER)
@@ -284,16 +285,14 @@ def _check_settings(groups: list[Json], path: Path) -> None:
         if len(read) == 2 and decay:
             raise InputError(
                 f"{path}: weight_decay of the second group is {decay:g}, and the Trainer's is 0; this program has no "
-                "groups of one's own: start from the weights with a new optimizer by --model_name_or_path "
-                f"{path.parent}"
+                f"groups of one's own: {_anew(path.parent)}"
             )
     for values in read[1:]:
         for key, value in values.items():
             if value != read[0][key]:
                 raise InputError(
                     f"{path}: {key} differs among the groups of parameters, {read[0][key]} and {value}; this program "
-                    "has one for all: start from the weights with a new optimizer by --model_name_or_path "
-                    f"{path.parent}"
+                    f"has one for all: {_anew(path.parent)}"
                 )
 
 
@@ -307,7 +306,7 @@ def _check_peaks(peaks: Any, path: Path) -> None:
     if len(found) > 1:
         raise InputError(
             f"{path}: base_lrs differ among the groups of parameters, {sorted(found)}; this program has one for all: "
-            f"start from the weights with a new optimizer by --model_name_or_path {path.parent}"
+            f"{_anew(path.parent)}"
         )
 
 

@@ -1,5 +1,6 @@
 """Write an HF folder that transformers loads anywhere."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,9 @@ from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.distributed.processes import exchange, is_first
+from llama_jax.hf.digests import Entry, describe
 from llama_jax.hf.finite import check_written
+from llama_jax.hf.manifest import remove_manifest
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.config import FAMILIES, LlamaConfig
 from llama_jax.model.roles import Params, is_stacked
@@ -62,32 +65,35 @@ def write_weights(
     progress: Callable[[int], None] = lambda bytes_written: None,
     shard_bytes: int = SHARD_BYTES,
     allow_nonfinite: bool = False,
-) -> None:
-    """Write `model.safetensors`, or shards of at most `shard_bytes` with an index; `dtypes` by name.
+) -> dict[str, Entry]:
+    """Write `model.safetensors`, or shards of at most `shard_bytes` with an index; `dtypes` by name. Return the digest
+    and the file of each tensor.
 
-    Files get their names when all are complete; other files of an earlier export are removed. Processes deal the shards
-    among themselves, and each holds one at a time. Raises RunError before the first file for a NaN or Inf, unless
-    `allow_nonfinite`.
+    Files get their names when all are complete; other files of an earlier export are removed, its manifest first.
+    Processes deal the shards among themselves, and each holds one at a time. Raises RunError before the first file for
+    a NaN or Inf, unless `allow_nonfinite`.
     """
     if not allow_nonfinite:
         check_written(params, name_table(config), folder, dtypes)
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, (_, shape) in name_table(config).items()}
     files = plan_shards(sizes, shard_bytes)
     try:
-        _write_shards(folder, files, params, config, dtypes, progress)
+        written = _write_shards(folder, files, params, config, dtypes, progress)
     except BaseException:
         for file in files:
             (folder / f"{file}.tmp").unlink(missing_ok=True)
         raise
-    exchange("written")
+    entries = {name: entry for theirs in exchange(json.dumps(written)) for name, entry in json.loads(theirs).items()}
     if not is_first():
-        return
+        return entries
+    remove_manifest(folder)
     for old in folder.glob("model*.safetensors"):
         if _WEIGHTS.fullmatch(old.name) and old.name not in files:
             old.unlink()
     for file in files:
         (folder / f"{file}.tmp").replace(folder / file)
     write_index(folder, files, sum(sizes.values()))
+    return entries
 
 
 def plan_shards(sizes: dict[str, int], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
@@ -114,16 +120,21 @@ def write_index(folder: Path, files: dict[str, list[str]], total_size: int) -> N
     write_json(folder / _INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def _write_shards(folder: Path, files: dict[str, list[str]], params, config: LlamaConfig, dtypes, progress) -> None:
+def _write_shards(
+    folder: Path, files: dict[str, list[str]], params, config: LlamaConfig, dtypes, progress
+) -> dict[str, Entry]:
+    """Write this process's share of the shards, and return the entries of its tensors."""
     mine = [*files][jax.process_index() :: jax.process_count()]
     file_of = {name: file for file in mine for name in files[file]}
     shard: dict[str, np.ndarray] = {}
+    entries: dict[str, Entry] = {}
     writing: Future | None = None
 
     def write(file: str, shard: dict[str, np.ndarray]) -> None:
         with local_file(folder / f"{file}.tmp") as path:
             save_file(shard, path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors writes for the owner only
+        entries.update({name: {"file": file, **describe(array)} for name, array in shard.items()})
         progress(sum(a.nbytes for a in shard.values()))
 
     with ThreadPoolExecutor(1) as pool:  # the others' tensors are gathered meanwhile
@@ -136,6 +147,7 @@ def _write_shards(folder: Path, files: dict[str, list[str]], params, config: Lla
                 writing, shard = pool.submit(write, file_of[name], shard), {}
         if writing is not None:
             writing.result()
+    return entries
 
 
 def write_config(

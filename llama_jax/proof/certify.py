@@ -20,6 +20,7 @@ from llama_jax.data.examples import IGNORE_INDEX
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.distributed.processes import refuse_several
+from llama_jax.hf.manifest import read_manifest
 from llama_jax.hf.source import Source, training_dtype
 from llama_jax.proof.against import compare_folders
 from llama_jax.proof.model import compare_model
@@ -29,9 +30,9 @@ from llama_jax.proof.tokens import compare_tokens
 from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference
 from llama_jax.proof.updates import compare_updates
 from llama_jax.proof.verdict import Certificate, Row
+from llama_jax.proof.verify import compare_logits
 from llama_jax.reporting.progress import say
-from llama_jax.run.facts import changed_flags
-from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.arguments import Arguments, changed_flags
 from llama_jax.setup.job import Job, make_job
 
 COMMAND = "python -m llama_jax.parity"
@@ -114,6 +115,9 @@ def certify(
         )
 
     def exported(folder: Path) -> list[Row]:
+        if base := (manifest := read_manifest(folder)).base:
+            rows = compare_logits(folder, manifest, Source(base["name"]))
+            return [replace(row, section="the exported adapter, float32") for row in rows]
         made = Source(folder)
         rows = compare_model(
             Reference(folder), made, made.config, sample, FLOAT32, subject.mesh, kernel=args.attention, gradients=False

@@ -19,6 +19,7 @@ from llama_jax.base.errors import InputError
 
 INSTALL = "pip install 'llama_jax[parity]'"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ADAPTER = "adapter_model.safetensors"
 EXACT, FLOAT32, BF16, BF16_WEIGHTS = "float64", "float32", "bfloat16", "bfloat16 weights"
 
 
@@ -37,9 +38,10 @@ class Reference:
     """Hold the model of an HF folder without weights in memory. `layers` keeps its first layers only, None all.
 
     `rows` and `new_tokens` resize the vocabulary as stanford_alpaca does: the last `new_tokens` rows are the mean of
-    the others. `without_padding_idx` gives the embedding of 4.37 after a resize. A precision is EXACT (all in float64,
-    the casts to float32 of norms and softmax too), FLOAT32, BF16 (autocast, float32 weights, as the Trainer's --bf16)
-    or BF16_WEIGHTS. Raises InputError for a folder that transformers does not read.
+    the others. `without_padding_idx` gives the embedding of 4.37 after a resize. `adapter` is a PEFT folder, whose
+    layers PEFT puts into the model; a matrix of the vocabulary that it holds replaces the folder's. A precision is
+    EXACT (all in float64, the casts to float32 of norms and softmax too), FLOAT32, BF16 (autocast, float32 weights, as
+    the Trainer's --bf16) or BF16_WEIGHTS. Raises InputError for a folder that transformers does not read.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Reference:
         rows: int | None = None,
         new_tokens: int = 0,
         without_padding_idx: bool = False,
+        adapter: Path | None = None,
     ):
         self.torch = torch = import_torch()
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,6 +72,10 @@ class Reference:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
         self.model.train()
+        self._adapter_files: dict[str, Path] = {}
+        if adapter is not None:
+            self._adapter_files = _insert(torch, self.model, adapter)
+            self.model.eval()  # without dropout
         inner = self.model.model
         inner.rotary_emb = type(inner.rotary_emb)(config=config)
         self.config, self._layers, self._norm = config, list(inner.layers), inner.norm
@@ -152,6 +159,9 @@ class Reference:
     def tensor(self, name: str) -> Any:
         """Return a tensor of the folder in its own type, a vocabulary matrix with the rows asked for. Raises
         InputError for a tensor that is not there."""
+        if (own := saved_name(EMBEDDING if self.tied and name == HEAD else name)) in self._adapter_files:
+            return _read_safetensors(self._adapter_files[own], own)
+        name = name.replace(".base_layer.", ".")
         names = [name, name.removeprefix("model.")]  # a saved LlamaModel lacks the prefix
         if self.tied and name == EMBEDDING:
             names.append(HEAD)  # some folders hold a tied matrix under this name alone
@@ -169,7 +179,7 @@ class Reference:
     def computing(self, precision: str) -> Any:
         """Return a context in which modules compute in a precision."""
         if precision == EXACT:
-            return _float64(self.torch)
+            return in_float64(self.torch)
         return self.torch.autocast("cpu", self.torch.bfloat16, enabled=precision == BF16)
 
     def call(self, layer: Any, x: Any, arguments: dict[str, Any], precision: str) -> Any:
@@ -208,10 +218,40 @@ class Reference:
         path = self.folder / self._files[name]
         if path.suffix == ".bin":
             return self.torch.load(path, map_location="cpu", weights_only=True, mmap=True)[name].detach()
-        from safetensors import safe_open
+        return _read_safetensors(path, name)
 
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
+
+def _read_safetensors(path: Path, name: str) -> Any:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def saved_name(name: str) -> str:
+    """Return the name in an adapter's file of a tensor in PEFT's model, as PEFT saves it."""
+    name = name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
+    return f"base_model.model.{name.replace('.default', '')}"
+
+
+def _insert(torch: Any, model: Any, folder: Path) -> dict[str, Path]:
+    """Put the layers of a PEFT folder into a model without weights, and return the file of each of its tensors.
+    Raises InputError."""
+    try:
+        from peft import PeftConfig, inject_adapter_in_model
+    except ImportError:
+        raise InputError(f"parity: needs peft, which is not installed: {INSTALL}") from None
+    from safetensors import safe_open
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.modules_to_save = None  # whole matrices are read in the place of the model's own
+        with torch.device("meta"):
+            inject_adapter_in_model(config, model)
+        with safe_open(folder / ADAPTER, "pt") as file:
+            return dict.fromkeys(file.keys(), folder / ADAPTER)
+    except Exception as e:  # of many classes
+        raise InputError(f"{folder}: PEFT cannot read it: {str(e).splitlines()[0]}") from None
 
 
 def keep_layers(config: Any, layers: int) -> None:
@@ -286,11 +326,11 @@ def _moved(torch: Any, arguments: dict[str, Any], inv_freq: Any, positions: Any)
 
 
 @contextlib.contextmanager
-def _float64(torch: Any) -> Iterator[None]:
-    """Let the name torch.float32 mean float64: transformers casts norms and softmax by this name."""
-    kept = torch.float32
-    torch.float32 = torch.float64
+def in_float64(torch: Any) -> Iterator[None]:
+    """Let the names torch.float32 and Tensor.float mean float64: transformers casts norms, softmax and loss by them."""
+    kept = torch.float32, torch.Tensor.float
+    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
     try:
         yield
     finally:
-        torch.float32 = kept
+        torch.float32, torch.Tensor.float = kept

@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from llama_jax.proof.torch_layers import keep_layers
+from llama_jax.proof.torch_layers import in_float64, keep_layers
 
 IGNORED = -100
 
@@ -105,7 +104,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
         def training_step(self, *a: Any, **k: Any) -> torch.Tensor:
             learned = (a[1]["labels"][:, 1:] != IGNORED).any()
-            with float64() if spec["exact"] else contextlib.nullcontext():
+            with in_float64(torch) if spec["exact"] else contextlib.nullcontext():
                 loss = super().training_step(*a, **k)
             if learned:  # else the loss is NaN
                 current["loss"] += float(loss)
@@ -130,18 +129,6 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     save(spec["weights"])
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     return {"updates": [update | {"rate": rate} for update, rate in zip(done, rates, strict=True)]}
-
-
-@contextlib.contextmanager
-def float64() -> Iterator[None]:
-    """Let transformers' casts to float32, of norms, softmax and loss, keep float64."""
-    module: Any = torch
-    kept = module.float32, module.Tensor.float
-    module.float32, module.Tensor.float = module.float64, module.Tensor.double
-    try:
-        yield
-    finally:
-        module.float32, module.Tensor.float = kept
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def _compared(
             "loss": {"HF Trainer": trainers.losses, "llama_jax": ours.losses},
             "gradient norm": {"HF Trainer": trainers.norms, "llama_jax": ours.norms},
         }
-        return Compared(rows + (exported(ours.weights) if job.adapter is None else []), curves)
+        return Compared(rows + exported(ours.weights), curves)
 
 
 def _reason(job: Job, layers: int | None, count: int) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,21 +63,9 @@ class Certificate:
         """Return the rows that do not hold."""
         return [row for row in self.rows if row.holds is False]
 
-    def sections(self) -> dict[str, list[Row]]:
-        """Return the rows by section, in the order in which they came."""
-        found: dict[str, list[Row]] = {}
-        for row in self.rows:
-            found.setdefault(row.section, []).append(row)
-        return found
-
     def verdict(self) -> str:
-        """Return the verdict in one line, with the first row of each section that fails."""
-        if not self.failed:
-            compared = sum(row.holds is not None for row in self.rows)
-            return f"parity: all {compared:,} rows hold"
-        first = {row.section: row for row in reversed(self.failed)}
-        named = "; ".join(f"{section}: {first[section].name}" for section in self.sections() if section in first)
-        return f"parity: {len(self.failed):,} of {len(self.rows):,} rows FAIL, in each section first: {named}"
+        """Return the verdict in one line."""
+        return verdict_of(self.rows)
 
     def write(self, folder: Path) -> None:
         """Write `parity.json` and `parity.html` into a folder that exists."""
@@ -86,12 +74,23 @@ class Certificate:
         write_text(folder / PAGE, as_page(values))
 
 
-def table(rows: Iterable[Row]) -> str:
-    """Return the rows of a section as text. Of a long section, rows that fail, then those nearest to their bounds."""
+def verdict_of(rows: Sequence[Row]) -> str:
+    """Return the verdict on rows in one line, with the first row of each section that fails."""
+    failed = [row for row in rows if row.holds is False]
+    if not failed:
+        return f"parity: all {sum(row.holds is not None for row in rows):,} rows hold"
+    first = {row.section: row for row in reversed(failed)}
+    sections = dict.fromkeys(row.section for row in rows)
+    named = "; ".join(f"{section}: {first[section].name}" for section in sections if section in first)
+    return f"parity: {len(failed):,} of {len(rows):,} rows FAIL, in each section first: {named}"
+
+
+def table(rows: Iterable[Row], most: int = SHOWN) -> str:
+    """Return the rows of a section as text. Of more than `most`, rows that fail, then those nearest to their bounds."""
     rows = list(rows)
     shown = rows
-    if len(rows) > SHOWN:
-        nearest = sorted(rows, key=lambda row: (row.holds is not False, -row.share))[:SHOWN]
+    if len(rows) > most:
+        nearest = sorted(rows, key=lambda row: (row.holds is not False, -row.share))[:most]
         shown = [row for row in rows if row in nearest]
     width = max(len(row.name) for row in shown)
     lines = [f"  {'':<{width}}  {'error':>9}  {'bound':>9}"] if any(row.bound is not None for row in shown) else []

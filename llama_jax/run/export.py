@@ -14,6 +14,7 @@ from llama_jax.base.files import write_json
 from llama_jax.data.tokenizer import Tokenizer, copy_tokenizer, open_tokenizer
 from llama_jax.distributed import processes
 from llama_jax.hf import peft
+from llama_jax.hf.digests import Entry
 from llama_jax.hf.finite import check_written
 from llama_jax.hf.names import name_table
 from llama_jax.hf.remote import FLAX_JSON
@@ -21,12 +22,13 @@ from llama_jax.hf.writer import align_special_tokens, host_arrays, write_config,
 from llama_jax.model.roles import Params
 from llama_jax.reporting.progress import byte_bar
 from llama_jax.run.checkpoint import find_steps
+from llama_jax.run.manifest import write_run_manifest
 from llama_jax.run.prepare import Prepared
 
 
 def export(prepared: Prepared, params: Params) -> None:
     """Write the HF folder: weights in the parameters' type, config, and the job's tokenizer, or the files of the
-    tokenizer's folder.
+    tokenizer's folder; last its manifest.
 
     Of a run that trains an adapter, write PEFT's folder."""
     job, source, output_dir = prepared.job, prepared.source, prepared.output_dir
@@ -38,13 +40,14 @@ def export(prepared: Prepared, params: Params) -> None:
         table = peft.name_table(lora, job.config)
         if not job.args.allow_nonfinite:
             check_written(params, table, output_dir)
-        tensors = list(host_arrays(params, table))
+        tensors, entries = list(host_arrays(params, table)), dict[str, Entry]()
         if processes.is_first():
-            peft.write_adapter(output_dir, tensors, job.adapter)
+            entries = peft.write_adapter(output_dir, tensors, job.adapter)
             write_tokenizer(prepared, output_dir)
+        write_run_manifest(prepared, params, entries, exported_tokenizer(prepared), lora)
         return
     with byte_bar("writing weights", job.config.num_parameters * dtype.itemsize, prepared.quiet) as bar:
-        write_weights(
+        entries = write_weights(
             output_dir,
             params,
             job.config,
@@ -55,6 +58,7 @@ def export(prepared: Prepared, params: Params) -> None:
     if processes.is_first():
         write_model_config(prepared, output_dir)
         write_tokenizer(prepared, output_dir)
+    write_run_manifest(prepared, params, entries, exported_tokenizer(prepared))
 
 
 @contextlib.contextmanager
@@ -94,7 +98,7 @@ def explaining(prepared: Prepared, step: int, save: Callable[[], None] = lambda:
 def write_model_config(prepared: Prepared, folder: Path) -> None:
     """Write the trained model's `config.json` and `generation_config.json`."""
     job, raw, generation = prepared.job, prepared.source.raw, prepared.source.generation
-    if job.args.hf_compat == "5" and (tokenizer := job.tokenizer or copied_tokenizer(prepared.tokenizer_folder)):
+    if job.args.hf_compat == "5" and (tokenizer := exported_tokenizer(prepared)):
         raw, generation = align_special_tokens(raw, generation, tokenizer)
     write_config(folder, raw, generation, job.config, np.dtype(prepared.planner.run.param_dtype))
 
@@ -122,8 +126,9 @@ def model_files(prepared: Prepared) -> dict[str, bytes]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def copied_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """Return the tokenizer whose files are exported as they are, None where the folder has none that opens."""
+def exported_tokenizer(prepared: Prepared) -> Tokenizer | None:
+    """Return the job's tokenizer, or that whose files are exported as they are; None where none opens."""
+    job, folder = prepared.job, prepared.tokenizer_folder
     with contextlib.suppress(InputError):
-        return open_tokenizer(folder, hf_compat="5") if folder else None
+        return job.tokenizer or (open_tokenizer(folder, job.args.hf_compat) if folder else None)
     return None

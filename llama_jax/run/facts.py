@@ -1,6 +1,5 @@
 """Gather the facts of a run that its page shows."""
 
-import dataclasses
 import platform
 import shlex
 import sys
@@ -8,19 +7,18 @@ from typing import Any
 
 import jax
 
-from llama_jax.base.secrets import is_secret, without_query, without_secrets
-from llama_jax.base.versions import versions
+from llama_jax.base.secrets import without_secrets
+from llama_jax.base.versions import PACKAGES, versions
 from llama_jax.data.doctor import as_lines, diagnose
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import memory_use
 from llama_jax.model.rope import covered_positions
 from llama_jax.plan.explain import first_examples
 from llama_jax.run.start import Run
-from llama_jax.setup.arguments import Arguments
+from llama_jax.setup.arguments import changed_flags
 from llama_jax.setup.job import Job
 
 EXAMPLES, LONGEST = 3, 1000  # examples on the page, and tokens of one
-_PACKAGES = ("llama_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
 def known_facts(run: Run) -> dict[str, Any]:
@@ -34,7 +32,7 @@ def known_facts(run: Run) -> dict[str, Any]:
         "updates": job.order.updates,
         "command": shlex.join(without_secrets(["python", *sys.argv])),
         "flags": changed_flags(args),
-        "versions": {"python": platform.python_version(), **versions(*_PACKAGES)},
+        "versions": {"python": platform.python_version(), **versions(*PACKAGES)},
         "model": {
             "path": args.model_name_or_path,
             "parameters": job.config.num_parameters,
@@ -70,17 +68,3 @@ def found_facts(job: Job) -> dict[str, Any]:
         )
     shown = [{"title": title, "spans": spans} for title, spans in first_examples(job, EXAMPLES, LONGEST)]
     return {"data": {**found, "lines": lines}, "examples": shown}
-
-
-def changed_flags(args: Arguments) -> dict[str, Any]:
-    """Return the flags that are not at their default, as JSON values."""
-    changed: dict[str, Any] = {}
-    for field in dataclasses.fields(args):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = getattr(args, field.name)
-        if value != default and not is_secret(field.name):
-            if isinstance(value, list):
-                changed[field.name] = [without_query(str(part)) for part in value]
-            else:
-                changed[field.name] = value if isinstance(value, int | float) else without_query(str(value))
-    return changed

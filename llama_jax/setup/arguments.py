@@ -6,7 +6,7 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol, cast
 from llama_jax.base.bucket import as_path, is_remote, local_path
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import parse_json, read_small
+from llama_jax.base.secrets import is_secret, without_query
 from llama_jax.distributed import watchdog
 from llama_jax.model.kernels import KERNELS
 from llama_jax.model.remat import REMAT
@@ -751,3 +752,17 @@ def _parse_yaml(data: bytes, where: str) -> Any:
         return yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise InputError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from None
+
+
+def changed_flags(args: Arguments) -> dict[str, Any]:
+    """Return the flags that are not at their default, without secrets, as JSON values."""
+    changed: dict[str, Any] = {}
+    for flag in fields(args):
+        default = flag.default if flag.default_factory is MISSING else flag.default_factory()
+        value = getattr(args, flag.name)
+        if value != default and not is_secret(flag.name):
+            if isinstance(value, list):
+                changed[flag.name] = [without_query(str(part)) for part in value]
+            else:
+                changed[flag.name] = value if isinstance(value, int | float) else without_query(str(value))
+    return changed

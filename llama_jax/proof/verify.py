@@ -1,0 +1,212 @@
+"""Verify a copied folder by its manifest: digests, tokens, and logits under transformers, with PEFT for adapters.
+
+No data, flags or jax device of the run are needed. Torch holds one layer in memory at a time.
+
+Letters: N tokens of all prompts, V vocabulary, C chosen columns.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.base.errors import InputError
+from llama_jax.hf.digests import Entry, digest_of_all
+from llama_jax.hf.manifest import Manifest, deciding_files, digest_tensors, file_digest, read_manifest
+from llama_jax.hf.readers import open_safetensors
+from llama_jax.hf.source import Source
+from llama_jax.hf.tensor import Tensor
+from llama_jax.proof.bounds import bound_of
+from llama_jax.proof.sample import Sample
+from llama_jax.proof.tokens import first_difference
+from llama_jax.proof.torch_layers import EXACT, FLOAT32, Reference, import_torch, saved_name
+from llama_jax.proof.verdict import Row, bounded
+from llama_jax.proof.walk import numpy_of, worst_token
+
+TENSORS, FILES, BASE, TOKENS, LOGITS = "tensors", "files", "base model", "tokens", "logits, float32"
+
+
+def verify(folder: Path, base: str | None, show: Callable[[Sequence[Row]], None]) -> list[Row]:
+    """Return the rows of a folder; `show` is called with each section's. `base` replaces the name of an adapter's base
+    model. Raises InputError."""
+    manifest = read_manifest(folder)
+    import_torch()
+    if base and not manifest.base:
+        raise InputError("--model_name_or_path: has no meaning with --verify of a whole model; leave it out")
+    source = _open_base(base or manifest.base["name"]) if manifest.base else None
+    rows: list[Row] = []
+
+    def add(more: list[Row]) -> None:
+        rows.extend(more)
+        show(more)
+
+    add(compare_tensors(folder, manifest))
+    add(compare_files(folder, manifest))
+    if source:
+        add([compare_base(manifest, source)])
+    add(compare_tokens(folder, manifest))
+    add(compare_logits(folder, manifest, source))
+    return rows
+
+
+def _open_base(name: str) -> Source:
+    try:
+        return Source(name)
+    except InputError as e:
+        raise InputError(f"{e} (the adapter's base model; --model_name_or_path names another place)") from None
+
+
+def compare_tensors(folder: Path, manifest: Manifest) -> list[Row]:
+    """Return a row for each tensor that is another, missing or not in the manifest, and one for all the others."""
+    rows: list[Row] = []
+    tensors: dict[str, Tensor] = {}
+    stem = "adapter_model" if manifest.base else "model"
+    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+        try:
+            for name, tensor in open_safetensors(path).items():
+                if name in tensors:
+                    rows.append(_failed(TENSORS, name, f"is in both {tensors[name].file} and {path.name}"))
+                tensors[name] = tensor
+        except InputError as e:
+            rows.append(_failed(TENSORS, path.name, str(e)))
+    found, written = digest_tensors(tensors), manifest.tensors
+    for name in sorted(found.keys() | written.keys()):
+        if problem := _difference(written.get(name), found.get(name)):
+            rows.append(_failed(TENSORS, name, problem))
+    held = {name: entry for name, entry in found.items() if entry == written.get(name)}
+    note = f"SHA-256 over all {digest_of_all(held)}" if not rows else ""
+    return [*rows, *([Row(TENSORS, f"{len(held):,} tensors", None, None, True, note)] if held else [])]
+
+
+def _difference(written: Entry | None, found: Entry | None) -> str:
+    """Return how a tensor differs from its entry in the manifest, "" where it does not."""
+    if written is None:
+        return "is not in the manifest"
+    if found is None:
+        return f"is missing; {written['file']} had it"
+    for key, problem in (("shape", "has another shape"), ("dtype", "is of another type"), ("file", "is elsewhere")):
+        if found[key] != written[key]:
+            return f"{problem}: {found[key]}, not {written[key]}"
+    return "" if found["sha256"] == written["sha256"] else "has other bytes"
+
+
+def _failed(section: str, name: str, problem: str) -> Row:
+    return Row(section, name, None, None, False, problem)
+
+
+def compare_files(folder: Path, manifest: Manifest) -> list[Row]:
+    """Return a row for each other file that decides results."""
+    rows = []
+    present = {path.relative_to(folder).as_posix() for path in deciding_files(folder)}
+    for name in sorted(present | manifest.files.keys()):
+        problem = "is not in the manifest"
+        if name in manifest.files:
+            problem = "has other bytes" if name in present else "is missing"
+            if name in present and file_digest(folder / name) == manifest.files[name]:
+                problem = ""
+        rows.append(Row(FILES, name, None, None, not problem, problem))
+    return rows
+
+
+def compare_base(manifest: Manifest, source: Source) -> Row:
+    """Return the row of an adapter's base model, by the digest of all its tensors."""
+    assert manifest.base is not None
+    expected, name = manifest.base["sha256"], str(source.folder)
+    if expected is None:
+        why = "the adapter was trained on a Flax folder, whose tensors have no digest here; its logits decide"
+        return Row(BASE, name, None, None, None, why)
+    found = digest_of_all(digest_tensors(source.tensors))
+    problem = f"its tensors are not those of {manifest.base['name']}: SHA-256 over all {found}, not {expected}"
+    return Row(BASE, name, None, None, found == expected, "" if found == expected else problem)
+
+
+def compare_tokens(folder: Path, manifest: Manifest) -> list[Row]:
+    """Return a row for the ids of each prompt by AutoTokenizer."""
+    if any(prompt.text is None for prompt in manifest.prompts):
+        return [Row(TOKENS, "ids of the prompts", None, None, None, "the prompts are ids: no tokenizer was exported")]
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # of many classes
+        return [_failed(TOKENS, "AutoTokenizer", f"cannot read the folder: {str(e).splitlines()[0]}")]
+    rows = []
+    for prompt in manifest.prompts:
+        theirs = tokenizer(prompt.text)["input_ids"]
+        difference = first_difference("the manifest", prompt.ids, theirs, str).replace(" here", " in the manifest")
+        rows.append(Row(TOKENS, f"ids of {prompt.text!r}", None, None, not difference, difference))
+    return rows
+
+
+def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> list[Row]:
+    """Return the rows of the logits after each token of the prompts.
+
+    The error of the chosen columns is relative in their norm, as in a certificate (`bounds`). Over the whole vocabulary
+    errors are relative to the largest magnitude: the largest magnitudes of two programs differ by no more than their
+    logits do, and the likeliest token of one is at most twice as far below the likeliest of the other.
+    """
+    own = [np.concatenate([np.asarray(logits[part]) for logits in manifest.logits]) for part in range(3)]
+    chosen, likeliest, largest = own[0], own[1].astype(int), own[2]
+    if not all(np.isfinite(part).all() for part in (chosen, largest)):
+        return [Row(LOGITS, "chosen columns", None, None, None, "the exported weights give NaN or Inf")]
+    examples = [(np.asarray(prompt.ids, np.int32),) * 2 for prompt in manifest.prompts]
+    sample = Sample(examples, packed=False, compat="5")
+    try:
+        reference = _open_reference(folder, manifest, base)
+        with reference.torch.no_grad():
+            theirs, exact = _logits(reference, sample)
+    except Exception as e:  # of many classes: the folder may be damaged in any way
+        return [_failed(LOGITS, "chosen columns", f"cannot be computed: {' '.join(str(e).split())[:300]}")]
+    if exact.shape[1] <= max(manifest.columns):
+        return [_failed(LOGITS, "chosen columns", f"the model has {exact.shape[1]:,} rows of the vocabulary")]
+
+    columns, layers = manifest.columns, reference.layers
+    error, rounding, worst = worst_token(chosen, theirs[:, columns], exact[:, columns])
+    off = np.abs(chosen - theirs[:, columns]).max()
+    note = f"{len(columns)} of {exact.shape[1]:,}, after {len(chosen)} tokens; largest difference {off:.2e}"
+    row = bounded(LOGITS, "chosen columns", error, bound_of(FLOAT32, rounding, layers), note)
+    if not row.holds:
+        prompt, token = (int(at[worst]) for at in np.nonzero(sample.mask))
+        row = replace(row, note=f"{note}, worst at prompt {prompt + 1}, token {token}")
+    rows = [row]
+
+    scale = np.abs(exact).max(-1)
+    bound = bound_of(FLOAT32, float((np.abs(theirs - exact).max(-1) / scale).max()), layers)
+    error = float((np.abs(largest - np.abs(theirs).max(-1)) / scale).max())
+    rows.append(bounded(LOGITS, "largest magnitudes", error, bound))
+    top = np.take_along_axis(exact, likeliest[:, None], -1)[:, 0]
+    same = float((likeliest == theirs.argmax(-1)).mean())
+    error = float(((exact.max(-1) - top) / scale).max())
+    rows.append(bounded(LOGITS, "likeliest tokens", error, 2 * bound, f"the same after {same:.1%}"))
+    return rows
+
+
+def _open_reference(folder: Path, manifest: Manifest, base: Source | None) -> Reference:
+    """Return torch's model of the folder, or of an adapter's base with the adapter. Raises InputError."""
+    if base is None:
+        return Reference(folder)
+    embedding = manifest.tensors.get(saved_name("model.embed_tokens.weight"))
+    return Reference(base.folder, rows=embedding["shape"][0] if embedding else None, adapter=folder)
+
+
+def _logits(reference: Reference, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits [N, V] by torch in float32, and in float64. Raises InputError."""
+    states: dict[str, Any] = {}
+    arguments: dict[str, list[Any]] = {}
+    for kind in (FLOAT32, EXACT):
+        embedding = reference.embedding(kind)
+        states[kind], arguments[kind] = reference.inputs(sample.ids, sample.mask, kind, embedding)
+        reference.drop(embedding)
+    for i in range(reference.layers):
+        for kind in states:
+            with reference.layer(i, kind) as layer:
+                states[kind] = reference.call(layer, states[kind], arguments[kind][i], kind)
+    found = []
+    for kind, state in states.items():
+        norm = reference.norm(kind)
+        with reference.computing(kind):
+            hidden = norm(state)
+        found.append(sample.of_padded(numpy_of(reference.logits(hidden, kind, reference.head(kind)))))
+    return found[0], found[1]

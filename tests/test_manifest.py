@@ -1,0 +1,446 @@
+"""`manifest.json` and `python -m llama_jax.parity --verify`: right folders hold, and each damage is named."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from forks import on_devices
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tiny import (
+    ALPACA,
+    CONFIG,
+    SISTERS,
+    Outcome,
+    environment,
+    make_arrays,
+    run,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
+
+import llama_jax.hf.convert
+import llama_jax.hf.peft
+from llama_jax.command import convert, parity, train
+from llama_jax.distributed import sharding
+from llama_jax.hf.manifest import MANIFEST, _numbers, choose_columns, choose_prompts, read_manifest, reader
+from llama_jax.hf.names import name_table
+from llama_jax.hf.source import Source
+from llama_jax.model.llama import RunOptions
+from llama_jax.model.prompt_logits import PromptLogits, prompt_logits
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+Q0 = "model.layers.0.self_attn.q_proj.weight"
+A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    torch.set_num_threads(1)
+
+
+def to_hf(folder: Path, *flags: str) -> Path:
+    """A converted model: the same writer as at the end of a run, and no training program to compile."""
+    model = write_tokenizer(write_model(folder / "model"))
+    assert run(convert.main, "--model_name_or_path", model, "--output_dir", folder / "flax").code == 0
+    argv = ["--to_hf", "--model_name_or_path", folder / "flax", "--output_dir", folder / "out", *flags]
+    outcome = run(convert.main, *argv)
+    assert outcome.code == 0, outcome.err
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return to_hf(tmp_path_factory.mktemp("whole"))
+
+
+def trained(folder: Path, *flags: Any) -> Path:
+    """A run that trains an adapter, its base in folder/model."""
+    argv = ["--model_name_or_path", folder / "model", "--data_path", write_json(folder / "data.json", ALPACA)]
+    argv += ["--output_dir", folder / "out", "--max_steps", 2, "--per_device_train_batch_size", 2, "--use_cpu", "True"]
+    argv += ["--use_peft", "True", "--lora_r", 4, "--lora_dropout", 0.1, "--learning_rate", 0.1, *flags]
+    outcome = run(train.main, *argv)
+    assert outcome.code == 0, outcome.err
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapted")
+    write_tokenizer(write_model(folder / "model"))
+    return trained(folder, "--save_steps", 2)
+
+
+def verify(folder: Path, *flags: Any) -> Outcome:
+    return run(parity.main, "--verify", folder, *flags)
+
+
+def assert_holds(outcome: Outcome, rows: int) -> None:
+    """The bounds are those of rounding: a reference that is off by itself would make them wide."""
+    assert outcome.code == 0 and f"parity: all {rows} rows hold" in outcome.out, outcome.out + outcome.err
+    bounds = [float(line.split()[3]) for line in outcome.out.splitlines() if re.search(r"\de-\d\d +holds|\+00 ", line)]
+    assert len(bounds) == 3 and max(bounds) < 1e-4, outcome.out
+
+
+def failing(outcome: Outcome) -> list[str]:
+    """The rows that fail, as they are printed."""
+    assert outcome.code == 1, outcome.out + outcome.err
+    return [line.strip() for line in outcome.out.splitlines() if " FAILS" in line]
+
+
+def assert_near(found: PromptLogits, theirs: np.ndarray, columns: list[int]) -> None:
+    """Compare with logits [T, V] of another program in float32.
+
+    Two layers of sums of at most 48 products, each rounded at 2^-24 of itself: 1e-5 of the largest logit is 20 times
+    the error measured, 5e-7, and a thousandth of what one wrong weight does.
+    """
+    bound = 1e-5 * np.abs(theirs).max()
+    np.testing.assert_allclose(found.chosen, theirs[:, columns], rtol=0, atol=bound)
+    np.testing.assert_allclose(found.largest, np.abs(theirs).max(-1), rtol=0, atol=bound)
+    below = theirs.max(-1) - np.take_along_axis(theirs, found.likeliest[:, None].astype(int), -1)[:, 0]
+    assert below.max() <= 2 * bound
+
+
+# --- right folders -------------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_by_other_readers(whole: Path) -> None:
+    """Digests by hashlib over safetensors' own reading, ids by AutoTokenizer, logits by transformers."""
+    values, manifest = json.loads((whole / MANIFEST).read_text()), read_manifest(whole)
+    with safe_open(whole / "model.safetensors", "np") as file:
+        assert {*file.keys()} == values["tensors"].keys()
+        for name, entry in values["tensors"].items():
+            array = file.get_tensor(name)
+            assert entry == {
+                "file": "model.safetensors",
+                "dtype": "float32",
+                "shape": list(array.shape),
+                "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+            }
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= manifest.files.keys()
+    for name, digest in manifest.files.items():
+        assert digest == hashlib.sha256((whole / name).read_bytes()).hexdigest()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole)
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+    assert len(manifest.prompts) == 3 and len(manifest.columns) == 64 and manifest.columns[-1] == 258
+    for prompt, found in zip(manifest.prompts, manifest.logits, strict=True):
+        assert prompt.ids == tokenizer(prompt.text)["input_ids"]
+        with torch.no_grad():
+            assert_near(found, model(torch.tensor([prompt.ids])).logits[0].numpy(), manifest.columns)
+    assert manifest.data is None and manifest.base is None and manifest.flags["to_hf"] is True
+    assert (whole / MANIFEST).stat().st_size < 100_000
+
+
+def test_a_folder_holds(whole: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(whole, tmp_path / "copied")
+    outcome = verify(copied)
+    assert_holds(outcome, 11)
+    assert " 21 tensors " in outcome.out and "ids of 'The sea is deep, and'" in outcome.out
+
+
+def test_an_adapter_holds(adapted: Path, tmp_path: Path) -> None:
+    """Its base may lie elsewhere at the receiver's. PEFT's own loading gives the logits."""
+    copied = shutil.copytree(adapted, tmp_path / "copied", ignore=shutil.ignore_patterns("checkpoint-*"))
+    moved = shutil.copytree(adapted.parent / "model", tmp_path / "base")
+    for flags in ([], ["--model_name_or_path", moved]):
+        assert_holds(verify(copied, *flags), 12)
+    manifest = read_manifest(copied)
+    assert manifest.base and manifest.base["name"] == str(adapted.parent / "model")
+    assert manifest.data and manifest.data["names"] == ["data.json"] and len(manifest.data["digest"]) >= 32
+    assert manifest.flags["lora_r"] == 4 and manifest.versions["jax"] == jax.__version__
+    from peft import PeftModel
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(moved, dtype=torch.float32)
+    prompt, found = manifest.prompts[0], manifest.logits[0]
+    with torch.no_grad():
+        plain = base(torch.tensor([prompt.ids])).logits[0].numpy()
+        theirs = PeftModel.from_pretrained(base, copied).eval()(torch.tensor([prompt.ids])).logits[0].numpy()
+    assert_near(found, theirs, manifest.columns)
+    assert np.abs(found.chosen - plain[:, manifest.columns]).max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "pad_token", "flags"),
+    [
+        ({}, "<unk>", ["--use_dora", "True", "--lora_target_modules", "q_proj,down_proj"]),
+        ({}, "<unk>", ["--lora_modules_to_save", "embed_tokens,lm_head"]),
+        ({}, "<unk>", ["--lora_modules_to_save", "lm_head", "--bf16", "True", "--scan_layers", "True"]),
+        ({}, None, ["--bf16", "True"]),
+        ({"tie_word_embeddings": True}, None, []),
+        ({"hidden_size": 64, "intermediate_size": 128}, "<unk>", ["--load_in_4bit", "True", "--bf16", "True"]),
+        (SISTERS["qwen3, biases"], "<unk>", ["--scan_layers", "True", "--bf16", "True"]),
+        (SISTERS["granite"], "<unk>", ["--lora_target_modules", "all-linear"]),
+    ],
+    ids=["dora", "saved", "saved head", "grown", "grown, tied", "4 bits", "qwen3, stacked", "granite"],
+)
+def test_adapters_hold(config: dict[str, Any], pad_token: str | None, flags: list[str], tmp_path: Path) -> None:
+    """The base is read from its files: the run may hold it rounded, or in 4 bits."""
+    write_tokenizer(write_model(tmp_path / "model", {**CONFIG, **config}), pad_token=pad_token)
+    assert_holds(verify(trained(tmp_path, "--save_strategy", "no", *flags)), 12)
+
+
+@pytest.mark.slow
+def test_merged_and_rounded_folders_hold(adapted: Path, tmp_path: Path) -> None:
+    """Logits are of the weights as the files hold them."""
+    argv = ["--model_name_or_path", adapted.parent / "model", "--merge_adapter", adapted, "--dtype", "bfloat16"]
+    assert run(convert.main, *argv, "--output_dir", tmp_path / "merged").code == 0
+    for folder in (tmp_path / "merged", to_hf(tmp_path, "--dtype", "float16")):
+        assert_holds(verify(folder), 11)
+
+
+@pytest.mark.slow
+def test_without_a_device(adapted: Path) -> None:
+    """--verify makes no jax backend; the command in a process of its own."""
+    check = (
+        "from jax._src.xla_bridge import backends_are_initialized as made; import sys; sys.exit(10 if made() else 0)"
+    )
+    code = (
+        f"import sys; from llama_jax.command.parity import main; code = main(sys.argv[1:]); assert code == 0; {check}"
+    )
+    made = subprocess.run([sys.executable, "-c", code, "--verify", adapted], env=environment(), check=False)
+    assert made.returncode == 0
+
+
+def test_a_model_without_a_tokenizer() -> None:
+    """The prompts are ids, spread over the vocabulary."""
+    prompts = choose_prompts(None, 100)
+    assert [len(p.ids) for p in prompts] == [8] * 3 and prompts[0].text is None
+    assert (prompts[0].ids[0], prompts[-1].ids[-1]) == (0, 99)
+    assert choose_columns(5) == [0, 1, 2, 3, 4]
+
+
+# --- damages -------------------------------------------------------------------------------------------------------
+
+
+def change_json(path: Path, change: Callable[[Any], None]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def flip_bit(folder: Path, file: str = "model.safetensors", name: str = Q0) -> None:
+    """Flip the lowest bit of a tensor's last element, in the file's bytes."""
+    path = folder / file
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    data[8 + size + header[name]["data_offsets"][1] - 4] ^= 1
+    path.write_bytes(data)
+
+
+def rename(folder: Path) -> None:
+    arrays = load_file(folder / "model.safetensors")
+    arrays[Q0.replace("q_proj", "x_proj")] = arrays.pop(Q0)
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def swap_tokens(folder: Path) -> None:
+    def swap(values: Any) -> None:
+        vocabulary = values["model"]["vocab"]
+        vocabulary["e"], vocabulary["o"] = vocabulary["o"], vocabulary["e"]
+
+    change_json(folder / "tokenizer.json", swap)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "a bit": (flip_bit, [f"{Q0} FAILS: has other bytes"]),
+    "a token's id": (
+        swap_tokens,
+        ["tokenizer.json FAILS: has other bytes", "ids of 'The sea is deep, and' FAILS: the manifest, token 3: ",
+         "ids of 'Grüße aus Köln: 你好!' FAILS", "ids of 'def double(x): return 2 *' FAILS"],
+    ),
+    "eps": (
+        lambda folder: change_json(folder / "config.json", lambda c: c.update(rms_norm_eps=2e-5)),
+        ["config.json FAILS: has other bytes", "chosen columns", "largest magnitudes"],
+    ),
+    "a name": (
+        rename,
+        [f"{Q0} FAILS: is missing; model.safetensors had it", f"{Q0.replace('q_', 'x_')} FAILS: is not in the manifest",
+         "chosen columns FAILS: cannot be computed: "],
+    ),
+    "a file gone": (
+        lambda folder: (folder / "tokenizer_config.json").unlink(),
+        ["tokenizer_config.json FAILS: is missing"],
+    ),
+    "a new template": (
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+        ["chat_template.jinja FAILS: is not in the manifest"],
+    ),
+    "a new shard": (
+        lambda folder: save_file({"x": np.zeros(2, np.float32)}, folder / "model-00002-of-00002.safetensors"),
+        ["x FAILS: is not in the manifest"],
+    ),
+    "half a file": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
+        ["model.safetensors FAILS: ", *["FAILS: is missing; model.safetensors had it"] * 21,
+         "chosen columns FAILS: cannot be computed: Error while deserializing header"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damage_is_named(damage: str, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "copied")
+    change, expected = DAMAGES[damage]
+    change(folder)
+    rows = [" ".join(row.split()) for row in failing(verify(folder))]
+    assert len(rows) == len(expected), rows
+    for row, part in zip(rows, expected, strict=True):
+        assert part in row
+
+
+def test_other_logits_are_named(whole: Path, tmp_path: Path) -> None:
+    """Of one logit, of a likeliest token, and of a largest magnitude, whatever the files are."""
+    folder = shutil.copytree(whole, tmp_path / "copied")
+    right = (folder / MANIFEST).read_text()
+    for row, change in {
+        "chosen columns": lambda prompt: prompt["logits"][3].__setitem__(7, prompt["logits"][3][7] + 1e-3),
+        "likeliest tokens": lambda prompt: prompt["likeliest"].__setitem__(0, (prompt["likeliest"][0] + 1) % 259),
+        "largest magnitudes": lambda prompt: prompt["largest"].__setitem__(2, prompt["largest"][2] + 1e-3),
+    }.items():
+        (folder / MANIFEST).write_text(right)
+        change_json(folder / MANIFEST, lambda values, change=change: change(values["prompts"][1]))
+        (failed,) = failing(verify(folder))
+        assert failed.startswith(row)
+        assert "worst at prompt 2, token 3" in failed or row != "chosen columns"
+    change_json(folder / MANIFEST, lambda values: values["prompts"][1]["logits"][0].__setitem__(0, None))
+    assert "not compared: the exported weights give NaN or Inf" in verify(folder).out
+
+
+def test_damages_of_an_adapter(adapted: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(adapted, tmp_path / "copied", ignore=shutil.ignore_patterns("checkpoint-*"))
+    other = write_model(tmp_path / "other", CONFIG, make_arrays(CONFIG, seed=1))
+    rows = failing(verify(copied, "--model_name_or_path", other))
+    assert rows[0].startswith(str(other)) and "its tensors are not those of" in rows[0]
+    assert [row.split("  ")[0] for row in rows[1:]] == ["chosen columns", "largest magnitudes", "likeliest tokens"]
+    flip_bit(copied, "adapter_model.safetensors", A0)
+    (row,) = failing(verify(copied))
+    assert row.startswith(A0)
+    outcome = verify(copied, "--model_name_or_path", tmp_path / "none")
+    assert outcome.code == 2 and "none: no such folder" in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "error"),
+    [
+        (lambda folder: (folder / MANIFEST).unlink(), [], f"{MANIFEST}: no such file: this folder was not exported"),
+        (lambda folder: shutil.rmtree(folder), [], "no such folder; give the folder that a run exported"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), [], "not valid JSON at line 1"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), [], "should hold a JSON object"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v.update(format=2)), [], "is of format 2, and this"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v.pop("columns")), [], "lacks 'columns'"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v["prompts"][0]["ids"].pop()), [], "have the shapes"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v["tensors"][Q0].pop("file")), [], "lacks its file"),
+        (lambda folder: None, ["--records", "3"], "--records: has no meaning with --verify"),
+        (lambda folder: None, ["--model_name_or_path", "x"], "--model_name_or_path: has no meaning with --verify of a"),
+    ],
+)
+def test_bad_input(change: Callable[[Path], Any], flags: list[str], error: str, whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "copied")
+    change(folder)
+    outcome = verify(folder, *flags)
+    assert outcome.code == 2 and error in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+# --- a manifest and its folder ---------------------------------------------------------------------------------------
+
+
+def test_no_stale_manifest(whole: Path, adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that ends half-way leaves a folder without one, and the next export writes it."""
+    folder = shutil.copytree(whole, tmp_path / "out")
+    argv = ["--to_hf", "--model_name_or_path", whole.parent / "flax", "--output_dir", folder]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama_jax.hf.convert, "write_config", stop)
+    assert run(convert.main, *argv).code == 130
+    monkeypatch.undo()
+    assert (folder / "model.safetensors").exists() and verify(folder).code == 2
+    assert run(convert.main, *argv).code == 0 and verify(folder).code == 0
+
+    # A run of an adapter, which goes on from its checkpoint.
+    monkeypatch.setattr(llama_jax.hf.peft, "write_config", stop)
+    run_argv = ["--model_name_or_path", adapted.parent / "model", "--data_path", adapted.parent / "data.json"]
+    run_argv += ["--output_dir", shutil.copytree(adapted, tmp_path / "again"), "--max_steps", 2, "--use_cpu", "True"]
+    run_argv += [
+        "--per_device_train_batch_size",
+        2,
+        "--use_peft",
+        "True",
+        "--lora_r",
+        4,
+        "--lora_dropout",
+        0.1,
+        "--learning_rate",
+        0.1,
+    ]
+    run_argv += ["--save_steps", 2, "--export_only", "True"]
+    assert run(train.main, *run_argv).code == 130
+    monkeypatch.undo()
+    assert (tmp_path / "again" / "adapter_model.safetensors").exists() and not (tmp_path / "again" / MANIFEST).exists()
+    assert run(train.main, *run_argv).code == 0
+    before, after = (read_manifest(folder) for folder in (adapted, tmp_path / "again"))
+    assert before.tensors == after.tensors and verify(tmp_path / "again").code == 0
+
+
+# --- numbers and meshes ----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_nine_digits_name_a_float32(seed: int) -> None:
+    """Of all float32, a number in 66 needs the ninth."""
+    array = np.random.default_rng(seed).integers(0, 2**32, 1000, np.uint32).view(np.float32)
+    found = json.loads(json.dumps(_numbers(array)))
+    finite = np.isfinite(array)
+    assert [value is not None for value in found] == finite.tolist()
+    back = np.asarray([value for value in found if value is not None], np.float32)
+    assert back.tobytes() == array[finite].tobytes()
+
+
+def on_meshes(specs: list[str], folder: str, scan_layers: bool) -> None:
+    """Logits on meshes are those of transformers."""
+    source = Source(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    table, prompts, columns = name_table(source.config), [[1, 5, 9, 100, 7], [3] * 20, [2]], choose_columns(259)
+    dtypes = dict.fromkeys(table, np.dtype(np.float32))
+    for spec in specs:
+        size = int(np.prod([int(part.partition("=")[2]) for part in spec.split(",")]))
+        mesh = sharding.make_mesh(jax.devices()[:size], spec)
+        params = source.load(RunOptions(scan_layers=scan_layers), mesh)
+        found = prompt_logits(source.config, None, mesh, prompts, columns, reader(params, source.config, dtypes))
+        for prompt, logits in zip(prompts, found, strict=True):
+            with torch.no_grad():
+                assert_near(logits, model(torch.tensor([prompt])).logits[0].numpy(), columns)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("specs", "kind", "scan_layers"),
+    [
+        (["data=2,fsdp=2,tensor=2"], "llama", True),
+        (["fsdp=8", "tensor=8", "context=4,fsdp=2"], "llama", False),
+        (["fsdp=2,context=2,tensor=2"], "mistral, window", True),
+        (["data=2,fsdp=2"], "smollm3", True),
+        (["data=2,fsdp=2"], "granite", False),
+    ],
+)
+def test_meshes(specs: list[str], kind: str, scan_layers: bool, tmp_path: Path) -> None:
+    config = {**CONFIG, **SISTERS.get(kind, {})}
+    write_model(tmp_path / "model", config)
+    on_devices(8, f"test_manifest.on_meshes({specs}, {str(tmp_path / 'model')!r}, {scan_layers})")
