@@ -22,6 +22,7 @@ import first_hour
 import llama_jax.model.attention
 from llama_jax.base.errors import InputError
 from llama_jax.model import matmul
+from llama_jax.setup.arguments import parse_arguments
 
 SHORT = ("attention in float32", "attention in bfloat16", "projections in float32", "projections in bfloat16")
 TIMED = {"ms_median": 20.0, "tokens_s": 512.0, "tflops": 98.5, "memory_gib": 1.0, "compile_s": 2.0, "detail": "fsdp=2"}
@@ -151,6 +152,30 @@ def test_the_whole_script(tmp_path: Path) -> None:
     assert all(
         told["steps"][program.name]["result"]["tokens_s"] > 0 for program in first_hour.PROGRAMS if not program.tpu
     )
+
+
+def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TPU times all programs, whose flags are those of train_jax.py."""
+    flags = ["--model_name_or_path", "m", "--data_path", "d", "--output_dir", "o", "--bf16", "True"]
+    for program in first_hour.PROGRAMS:
+        options = dict(parse_arguments([*flags, *program.flags.split()]).xla_options)
+        assert len(options) == (2 if program.tpu else 0)
+    assert len({(program.flags, program.layers) for program in first_hour.PROGRAMS}) == len(first_hour.PROGRAMS)
+
+    commands: dict[str, list[str]] = {}
+    machine = {"platform": "tpu", "kind": "TPU v5 lite", "devices": 8, "memory": int(15.75 * GIB)}
+
+    def made_up(command: list[str], seconds: float) -> dict[str, Any]:
+        if command[-1] == "machine":
+            return {"rows": [], "result": machine}
+        commands[command[-1]] = command
+        return {"rows": [], "result": TIMED}
+
+    monkeypatch.setattr(first_hour, "run_step", made_up)
+    assert first_hour.main(["--output", str(tmp_path / "told.json")]) == 0
+    timed = [command for name, command in commands.items() if name.startswith("--flags=")]
+    assert [command[-1] for command in timed[:4]] == [f"--flags={p.flags}" for p in first_hour.PROGRAMS[:4]]
+    assert timed[1][1:5] == ["--shape", "llama-7b", "--layers", "26"] and "1x2048" in timed[1]
 
 
 def test_a_step_that_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
