@@ -88,10 +88,9 @@ def check_compiler_options(mesh: Mesh, given: Sequence[tuple[str, str | bool]]) 
     """Compile an empty program with each of the options. Raises InputError for an option that the compiler of these
     devices refuses."""
     value = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    program = jax.jit(lambda x: x).lower(value)
     for name, setting in given:
         try:
-            program.compile({name: setting})
+            jax.jit(lambda x: x).lower(value).compile({name: setting})
         except (JaxRuntimeError, ValueError) as e:
             why = " ".join(str(e).splitlines()[0].split()).removeprefix("INVALID_ARGUMENT: ")
             raise InputError(f"--compiler_options {name}={setting}: the compiler refuses it: {why}") from None
