@@ -7,11 +7,13 @@ class Remat(NamedTuple):
     """Describe one choice of the activations that stay in memory between the forward and the backward pass.
 
     `kept` names the checkpoints (`checkpoint_name` in `llama.py` and `attention.py`) that stay beside each layer's
-    input; q and k are rotated. None keeps all. `time` is a token's relative time.
+    input; q and k are rotated. None keeps all. `time` is a token's relative time on an H200 (of `qkv` by its
+    operations), `on_tpu` by the schedule of the TPU's compiler: LLaMA-7B on v6e-8 and v5e-16 (BENCHMARKS.md).
     """
 
     kept: tuple[str, ...] | None
     time: float
+    on_tpu: float
     text: str
 
     def keeps(self, projection: str) -> bool:
@@ -20,11 +22,11 @@ class Remat(NamedTuple):
 
 
 REMAT = {
-    "none": Remat(None, 1.0, "nothing"),
+    "none": Remat(None, 1.0, 1.0, "nothing"),
     "matmuls": Remat(
-        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, "all but matmuls and attention"
+        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 1.18, "all but matmuls and attention"
     ),
-    "qkv": Remat(("q", "k", "v", "attention"), 1.18, "all but q, k, v and attention"),
-    "attention": Remat(("attention",), 1.25, "all but attention"),
-    "full": Remat((), 1.32, "all but each layer's input"),
+    "qkv": Remat(("q", "k", "v", "attention"), 1.18, 1.26, "all but q, k, v and attention"),
+    "attention": Remat(("attention",), 1.25, 1.3, "all but attention"),
+    "full": Remat((), 1.32, 1.33, "all but each layer's input"),
 }

@@ -240,8 +240,10 @@ class Planner:
         options = [Option(size, remat) for size, remat in product(sizes, remats)]
 
         def slowness(option: Option) -> tuple[float, int]:
-            blocks = math.ceil(update / option.max_tokens)
-            return update * REMAT[option.remat].time + BLOCK * blocks * (blocks > 1), -option.max_tokens
+            blocks, remat = math.ceil(update / option.max_tokens), REMAT[option.remat]
+            return update * (remat.on_tpu if self._platform == "tpu" else remat.time) + BLOCK * blocks * (
+                blocks > 1
+            ), -option.max_tokens
 
         fitting = [o for o in sorted(options, key=slowness) if self.least_bytes(o) < limit]
         return fitting or [min(options, key=self.estimate)]
