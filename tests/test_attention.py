@@ -109,6 +109,33 @@ def test_packed_rows(
         np.testing.assert_allclose(ours, plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_splash_with_blocks_of_a_v6e() -> None:
+    """Blocks of queries twice as long as those of keys, in bfloat16: values against float64, gradients against plain
+    attention in float32. Inputs are the same; the kernel rounds probabilities and results, by 2^-9 of values below 4."""
+    T, lengths = 2048, [[700, 900, 300]]
+    blocks = splash_blocks(T, jnp.bfloat16, V6E)
+    assert blocks["block_q"] == 2 * blocks["block_kv"] and blocks["block_q_dkv"] == 2 * blocks["block_kv_dkv"]
+    ids, positions = make_rows(lengths, T)
+    q, k, v = (np.asarray(x, jnp.bfloat16) for x in make_inputs(1, T, 1, 1, 128))
+    drawn = np.random.default_rng(0).standard_normal(q.shape, np.float32)
+    weights = np.where((ids > 0)[:, :, None, None], drawn, 0)
+
+    def both(kernel: Kernel, dtype: Any) -> tuple[Any, Any]:
+        def loss(*qkv):
+            out = packed_attention(kernel, *qkv, ids, positions, interpret=True).astype(jnp.float32)
+            return jnp.sum(out * weights), out
+
+        grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*(jnp.asarray(x, dtype) for x in (q, k, v)))
+        return [np.asarray(g, np.float32) for g in grads], out
+
+    grads, out = both(Kernel("splash", device=V6E), jnp.bfloat16)
+    exact = one_by_one(*(np.asarray(x, np.float32) for x in (q, k, v)), lengths)
+    np.testing.assert_allclose(np.where(weights != 0, out, 0), exact, rtol=0, atol=4 * 2**-8)
+    for ours, plain in zip(grads, both(Kernel(), jnp.float32)[0], strict=True):
+        assert np.linalg.norm(ours - plain) < 4 * 2**-8 * np.linalg.norm(plain)
+
+
 def on_meshes() -> None:
     """Rows divided over devices, heads that these divide and do not: values, and gradients of one device; run where
     there are eight."""
