@@ -22,6 +22,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 from rows import Row, all_fine
 
 from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import compiler_options
 from llama_jax.model.attention import Kernel, Scores, choose_kernel, packed_attention
 
 # (rows, length, heads, kv heads, head dim, segments a row), sliding window
@@ -63,7 +64,8 @@ def run(kernel: Kernel, scores: Scores, mesh, dtype, q, k, v, w, ids, positions)
         return jnp.sum(out.astype(jnp.float32) * w), out
 
     with jax.set_mesh(mesh):
-        grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v, w, ids, positions)
+        program = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True), compiler_options=compiler_options(mesh, False))
+        grads, out = program(q, k, v, w, ids, positions)
     return [np.asarray(x, np.float32) for x in (out, *grads)]
 
 

@@ -210,7 +210,7 @@ def check_gradients(config: LlamaConfig, mesh, kernel: str, reference=None) -> I
         with jax.set_mesh(mesh):
             weights = jax.eval_shape(lambda params: halve(params, definition.halved)[0], abstract)
             weights = jax.tree.map(lambda a: sharding.on(mesh, a), weights)
-            return jax.jit(gradients).lower(weights, batches[mesh]).compile()
+            return jax.jit(gradients).lower(weights, batches[mesh]).compile(compiler_options(mesh, False))
 
     def run(program, options: RunOptions, mesh, params):
         with jax.set_mesh(mesh):
@@ -258,8 +258,9 @@ def check_products(mesh, dtype) -> Iterator[Row]:
             y, pull = jax.vjp(partial(matmul.project, out, Sum(sharding.exchanges(mesh))), x, weight)
             return y, *pull(dy)
 
+        options = compiler_options(mesh, False)
         with jax.set_mesh(mesh):
-            found = [np.asarray(a).astype(np.float64) for a in jax.jit(products)(*placed)]
+            found = [np.asarray(a).astype(np.float64) for a in jax.jit(products, compiler_options=options)(*placed)]
         off = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
         errors = {of: (error, bound) for of, error in zip(("y", "dx", "dW"), off, strict=True)}
         kind = "outputs" if spec == sharding.COLUMN_FD else "inputs and outputs"

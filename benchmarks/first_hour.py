@@ -57,21 +57,24 @@ class Program(NamedTuple):
 FEW = 4  # layers one by one: a compiler's time grows with them
 RINGS, FAST_MEMORY = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"
 # The compiler's cycles and its schedule disagree on products in rings, on the fast memory of an operation and on
-# recomputation (BENCHMARKS.md).
+# recomputation (BENCHMARKS.md). All but the first recompute as much, so that two differ in one thing.
+REMAT = "--remat matmuls"
 PROGRAMS = [
     Program("defaults"),
-    Program("products in rings", f"--compiler_options {RINGS}=-1,{FAST_MEMORY}=-1", tpu=True),
-    Program("no rings", f"--compiler_options {RINGS}=1000000,{FAST_MEMORY}=-1", tpu=True),
-    Program("no rings, 96 MiB", f"--compiler_options {RINGS}=1000000,{FAST_MEMORY}=98304", tpu=True),
-    Program("sums in bfloat16", "--gradient_sum_dtype bfloat16"),
+    Program("remat matmuls", REMAT),
     Program("remat qkv", "--remat qkv"),
     Program("remat attention", "--remat attention"),
-    Program("few layers", layers=FEW),
+    Program("products in rings", f"{REMAT} --compiler_options {RINGS}=-1,{FAST_MEMORY}=-1", tpu=True),
+    Program("no rings", f"{REMAT} --compiler_options {RINGS}=1000000,{FAST_MEMORY}=-1", tpu=True),
+    Program("no rings, 96 MiB", f"{REMAT} --compiler_options {RINGS}=1000000,{FAST_MEMORY}=98304", tpu=True),
+    Program("sums in bfloat16", f"{REMAT} --gradient_sum_dtype bfloat16"),
+    Program("few layers, stacked", "--scan_layers True", FEW),
     Program("few layers, one by one", "--scan_layers False", FEW),
 ]
 PACKAGES = ("llama_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "numpy")
 VARIABLES = ("JAX_PLATFORMS", "XLA_FLAGS", "LIBTPU_INIT_ARGS")
 TOKENS, TIMED = 2048, 20  # tokens a device in an update; seconds of updates of a program
+LONGEST = 900  # seconds of a step: one that hangs must not take the hour
 # Seen on CPUs: 3.3e-7 in loss, 4.9e-6 in norm. With each product of a projection off by up to 2^-20, as six passes of
 # bf16 and a TPU's own rounding may leave them, the same; by 2^-16 (three passes), 6e-7 and 1e-5; by 2e-3 (one pass),
 # 4.9e-5 and 7.7e-4, which the bounds exclude.
@@ -212,14 +215,19 @@ def run_step(command: list[str], seconds: float) -> dict[str, Any]:
     try:
         made = subprocess.run([sys.executable, *command], capture_output=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as e:
-        return read_output((e.stdout or b"").decode(errors="replace"), f"stopped after {seconds:.0f} s", 1)
+        said = (e.stderr or b"").decode(errors="replace")
+        return read_output(
+            (e.stdout or b"").decode(errors="replace"), f"{said}\nError: stopped after {seconds:.0f} s", 1
+        )
     return read_output(made.stdout.decode(errors="replace"), made.stderr.decode(errors="replace"), made.returncode)
 
 
 def read_output(out: str, err: str, code: int) -> dict[str, Any]:
     """Return the rows and the result that a step printed, and the error that ended it."""
     lines, found = out.splitlines(), dict[str, Any]()
-    found["rows"] = [json.loads(line.removeprefix("ROW ")) for line in lines if line.startswith("ROW ")]
+    # A step that is stopped may leave half a line.
+    whole = [line for line in lines if line.startswith("ROW ") and line.endswith("}")]
+    found["rows"] = [json.loads(line.removeprefix("ROW ")) for line in whole]
     for line in lines:
         if line.startswith("RESULT "):
             found["result"] = json.loads(line.removeprefix("RESULT "))
@@ -265,6 +273,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.seconds <= 0:
         raise InputError(f"--seconds {args.seconds}: should be above 0")
+    if args.output.is_dir():
+        raise InputError(f"--output {args.output}: is a folder; give a file's name")
     if not args.output.absolute().parent.is_dir():
         raise InputError(f"--output {args.output}: its folder does not exist; make it, or give another")
     return args
@@ -289,8 +299,8 @@ def earlier_steps(output: Path, facts: dict[str, Any]) -> dict[str, Any]:
         before = json.loads(output.read_text())
         # A GPU's memory changes with what else runs there.
         changed = [key for key in facts if key != "memory" and before["machine"].get(key) != facts[key]]
-        steps = before["steps"]
-    except (ValueError, KeyError, TypeError):
+        steps = {name: {**step, "command": [*step["command"]]} for name, step in before["steps"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{output}: is not a file of this script; move it away, or give --output") from None
     if changed:
         raise InputError(f"{output}: is of other {', '.join(changed)}; move it away, or give --output")
@@ -309,8 +319,9 @@ def main(argv: list[str]) -> int:
     if "error" in found:
         raise InputError(f"JAX finds no devices: {found['error']}")
     facts = found["result"]
-    report = {"machine": facts, "steps": earlier_steps(args.output, facts)}
     shape = args.shape or ("tiny" if facts["platform"] == "cpu" else "llama-7b")
+    facts["shape"] = shape
+    report = {"machine": facts, "steps": earlier_steps(args.output, facts)}
     layers = fitting_layers(shape, facts["memory"], facts["devices"])
     commands = {name: [here, "--only", name] for name in CHECKS if facts["devices"] > 1 or "meshes" not in name}
     for program in [p for p in PROGRAMS if facts["platform"] == "tpu" or not p.tpu]:
@@ -322,13 +333,16 @@ def main(argv: list[str]) -> int:
     memory = f"{facts['memory'] / 2**30:.2f} GiB each" if facts["memory"] else "no limit of memory"
     show(f"{facts['devices']} x {facts['kind']}, {memory}; {shape}, {layers} layers\n\n| step | | s |\n|---|---|--:|")
     peak = peak_flops(facts["kind"], 1)
-    for number, (name, command) in enumerate(commands.items(), 1):
+    # What failed before comes last: it may fail again.
+    failed = {name for name in commands if "error" in report["steps"].get(name, {})}
+    for number, (name, command) in enumerate(sorted(commands.items(), key=lambda item: item[0] in failed), 1):
         step = report["steps"].get(name)
-        if not step or "error" in step or step["command"] != command:
-            started = time.monotonic()
+        started = time.monotonic()
+        over = started > deadline and step  # what an earlier start wrote stays
+        if not over and (not step or "error" in step or step["command"] != command):
             with waiting(f"{number} of {len(commands)}: {name}"):
                 left = deadline - started
-                made = run_step(command, left) if left > 0 else {"error": "not begun: --seconds are over"}
+                made = run_step(command, min(left, LONGEST)) if left > 0 else {"error": "not begun: --seconds are over"}
             step = {"command": command, "seconds": round(time.monotonic() - started, 1), **made}
             report["steps"][name] = step
             write_json(args.output, report)  # at once: the connection may be cut

@@ -48,7 +48,7 @@ def planner_of(args: argparse.Namespace, raw: dict, devices: list | None = None)
         flags = f"--model_name_or_path {folder} --data_path {data} --cache_dir {folder}/cache {SEED_FLAGS}"
         flags += f" --bf16 True --logging_steps 1 {args.flags}"
         arguments = parse_arguments(flags.split())
-        platform = devices[0].platform if devices else set_up_jax(arguments.use_cpu, tf32=True)
+        platform = devices[0].platform if devices else set_up_jax(arguments.use_cpu, arguments.tf32 is not False)
         mesh = sharding.make_mesh(devices, arguments.mesh)
         lengths, batch, accumulation = lengths_of(args, sharding.batch_ways(mesh))
         arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = batch, accumulation

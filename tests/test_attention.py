@@ -112,7 +112,7 @@ def test_packed_rows(
 @pytest.mark.slow
 def test_splash_with_blocks_of_a_v6e() -> None:
     """Blocks of queries twice as long as those of keys, in bfloat16: values against float64, gradients against plain
-    attention in float32. Inputs are the same; the kernel rounds probabilities and results, by 2^-9 of values below 4."""
+    attention in float32. Inputs are the same; the kernel rounds probabilities and results, by 2^-9 of less than 4."""
     T, lengths = 2048, [[700, 900, 300]]
     blocks = splash_blocks(T, jnp.bfloat16, V6E)
     assert blocks["block_q"] == 2 * blocks["block_kv"] and blocks["block_q_dkv"] == 2 * blocks["block_kv_dkv"]

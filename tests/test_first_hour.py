@@ -70,7 +70,7 @@ def check_script(folder: str) -> None:
         step = steps[program.name]
         assert step["result"] == TIMED and step["command"][-1] == f"--flags={program.flags}"
 
-    # A second start makes again what failed, and the program whose flags changed.
+    # A second start makes again the program whose flags changed and, last, what failed.
     steps["defaults"]["error"] = "cut"
     output = Path(folder) / "told.json"
     output.write_text(json.dumps(told))
@@ -78,7 +78,7 @@ def check_script(folder: str) -> None:
     first_hour.run_step = lambda command, seconds: started.append(command) or in_process(command, seconds)
     first_hour.PROGRAMS[-1] = first_hour.PROGRAMS[-1]._replace(flags="--remat none")
     assert first_hour.main(["--output", str(output)]) == 0
-    assert [command[-1] for command in started] == ["machine", "--flags=", "--flags=--remat none"]
+    assert [command[-1] for command in started] == ["machine", "--flags=--remat none", "--flags="]
     assert "error" not in json.loads(output.read_text())["steps"]["defaults"]
 
 
@@ -196,8 +196,11 @@ def test_a_step_that_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_step_that_hangs_is_stopped() -> None:
-    found = first_hour.run_step(["-c", "import time; print('ROW {}', flush=True); time.sleep(60)"], 2)
-    assert found["rows"] == [{}] and found["error"] == "stopped after 2 s"
+    code = "import sys, time; print('ROW {}\\nROW {', end='', flush=True); "
+    code += "print('still here', file=sys.stderr, flush=True)"
+    code += "; time.sleep(60)"
+    found = first_hour.run_step(["-c", code], 2)
+    assert found["rows"] == [{}] and found["error"] == "Error: stopped after 2 s" and "still here" in found["stderr"]
 
 
 GIB = 2**30
@@ -232,14 +235,16 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         first_hour.main(["--output", str(tmp_path / "none" / "told.json")])
     facts, output = {"kind": "TPU v5 lite", "devices": 8, "memory": 1}, tmp_path / "told.json"
     assert first_hour.earlier_steps(output, facts) == {}
-    for text in ("", "[]", "{}"):
+    with pytest.raises(InputError, match="is a folder"):
+        first_hour.main(["--output", str(tmp_path)])
+    for text in ("", "[]", "{}", '{"machine": 1, "steps": {}}', '{"machine": {}, "steps": {"a": 1}}'):
         output.write_text(text)
         with pytest.raises(InputError, match="is not a file of this script"):
             first_hour.earlier_steps(output, facts)
-    output.write_text(json.dumps({"machine": facts | {"devices": 4, "memory": 2}, "steps": {"a": 1}}))
+    output.write_text(json.dumps({"machine": facts | {"devices": 4, "memory": 2}, "steps": {"a": {"command": []}}}))
     with pytest.raises(InputError, match="is of other devices; move it away"):
         first_hour.earlier_steps(output, facts)
-    assert first_hour.earlier_steps(output, facts | {"devices": 4}) == {"a": 1}
+    assert first_hour.earlier_steps(output, facts | {"devices": 4}) == {"a": {"command": []}}
     monkeypatch.setattr(first_hour, "find_cluster", lambda: Cluster)
     with pytest.raises(InputError, match="on one host, and this slice has 4"):
         first_hour.main(["--output", os.devnull])

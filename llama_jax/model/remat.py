@@ -7,14 +7,19 @@ class Remat(NamedTuple):
     """Describe one choice of the activations that stay in memory between the forward and the backward pass.
 
     `kept` names the checkpoints (`checkpoint_name` in `llama.py` and `attention.py`) that stay beside each layer's
-    input; q and k are rotated. None keeps all. `time` is a token's relative time on an H200 (of `qkv` by its
-    operations), `on_tpu` by the schedule of the TPU's compiler: LLaMA-7B on v6e-8 and v5e-16 (BENCHMARKS.md).
+    input; q and k are rotated. None keeps all. `time` is a token's relative time on an H200, None where it was not
+    measured, `on_tpu` by the schedule of the TPU's compiler: LLaMA-7B on v6e-8 and v5e-16 (BENCHMARKS.md). `auto` takes
+    no choice without a time.
     """
 
     kept: tuple[str, ...] | None
-    time: float
+    time: float | None
     on_tpu: float
     text: str
+
+    def time_on(self, platform: str) -> float | None:
+        """Return a token's relative time on a platform."""
+        return self.on_tpu if platform == "tpu" else self.time
 
     def keeps(self, projection: str) -> bool:
         """Return whether the output of a projection stays, by the end of its name, as "q_proj"."""
@@ -26,7 +31,7 @@ REMAT = {
     "matmuls": Remat(
         ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 1.18, "all but matmuls and attention"
     ),
-    "qkv": Remat(("q", "k", "v", "attention"), 1.18, 1.26, "all but q, k, v and attention"),
+    "qkv": Remat(("q", "k", "v", "attention"), None, 1.26, "all but q, k, v and attention"),
     "attention": Remat(("attention",), 1.25, 1.3, "all but attention"),
-    "full": Remat((), 1.32, 1.33, "all but each layer's input"),
+    "full": Remat((), 1.32, 1.31, "all but each layer's input"),
 }

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,7 +144,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         *_adapter_line(plan),
         f"update: {_examples(job):,} examples in at most {blocks} block(s) of {rows:,} x {length:,} tokens{several}, "
         f"--remat {plan.option.remat}",
-        *(["compiler options: " + ", ".join(f"{k}={v}" for k, v in options.items())] if options else []),
+        *_option_line(options, chip),
         "",
         "GiB a device:",
         *(
@@ -190,6 +191,14 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         moved += memory.argument_size_in_bytes + memory.output_size_in_bytes
     lines += _floors(planner, plan, chip, moved, collectives)
     return lines if fast else [*lines, *_estimates(outcome, chip, of_block, collectives)]
+
+
+def _option_line(options: dict[str, Any], chip: Chip) -> list[str]:
+    """Return a line with the compiler options, none without."""
+    if not options:
+        return []
+    checked = " (not checked: nothing is compiled for GPUs)" if chip.platform == "gpu" else ""
+    return ["compiler options: " + ", ".join(f"{name}={value}" for name, value in options.items()) + checked]
 
 
 def _adapter_line(plan: Plan) -> list[str]:
@@ -279,8 +288,10 @@ def _estimates(outcome: Outcome, chip: Chip, program: Program, collectives: list
         f"  {sum(ms.values()):9,.1f} ms  one operation after the other, without collectives and kernels: matmuls "
         f"{ms['matmul']:,.0f}, other arithmetic {ms['elementwise']:,.0f}, copies {ms['copy']:,.0f}",
     ]
-    if schedule := outcome.schedule:
-        compute, exposed = (n / chip.clock * 1e3 for n in schedule)
+    if not outcome.schedule:
+        lines.append("             the compiler left no schedule of this program")
+    else:
+        compute, exposed = (n / chip.clock * 1e3 for n in outcome.schedule)
         lines.append(
             f"  {compute + exposed:9,.1f} ms  by its schedule, without kernels: {compute:,.0f} of work, {exposed:,.0f} "
             "of waiting for links"

@@ -131,9 +131,9 @@ class Program:
         """
         found: dict[str, Collective] = {}
         begun: set[str] = set()
-        fused = self._fused
         for computation, lines in self.computations.items():
             starts = any('"AsyncCollectiveStart"' in line.rest for line in lines)
+            asynchronous = any('"AsyncCollective' in line.rest for line in lines)
             for line in lines:
                 kind = line.kind.removesuffix("-start")
                 times = self.times[computation]
@@ -158,9 +158,9 @@ class Program:
                 if key not in begun and (key not in found or starts or found[key].times < times):
                     begun |= {key} if starts else set()
                     result = ", ".join(text for text, _ in arrays[:2])
-                    alone = computation not in fused and line.kind == kind
+                    overlaps = bool(chain) or line.kind.endswith("-start") or asynchronous
                     found[key] = Collective(
-                        kind=kind, axes=axes, result=result, sent=sent, times=times, waits=alone and not chain
+                        kind=kind, axes=axes, result=result, sent=sent, times=times, waits=not overlaps
                     )
         return sorted(found.values(), key=lambda c: -c.sent * c.times)
 

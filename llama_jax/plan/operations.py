@@ -33,7 +33,8 @@ def operations(
 
 def kernel_operations(config: LlamaConfig, tokens: int, row: float, remat: str) -> float:
     """Return the operations of an attention kernel in an update: two products forward, and again where `remat` keeps no
-    output; seven backward, as both of its kernels compute scores and their gradient anew."""
+    output; seven backward, as both of its kernels compute scores and their gradient anew. All layers count, also those
+    below the first adapter."""
     one = config.num_hidden_layers * _attention(config, row) / 2
     kept = REMAT[remat].kept
     return tokens * one * (2 + 7 + 2 * (kept is not None and "attention" not in kept))
@@ -48,7 +49,8 @@ def _attention(config: LlamaConfig, row: float) -> float:
 def _again(remat: Remat, shapes: dict[str, tuple[int, int]], attention: float) -> float:
     """Return a token's operations in the backward pass of a layer that the forward pass has made already.
 
-    No gradient needs the layer's own output, so down_proj is not computed again. Adapters do not count.
+    No gradient needs the layer's own output, so down_proj is not computed again. Adapters do not count, nor the
+    products that DoRA's magnitudes need again.
     """
     if remat.kept is None:
         return 0.0

@@ -26,7 +26,7 @@ from llama_jax.base.files import cache_folder, write_json
 from llama_jax.data.batches import ROW_MULTIPLE, Batches
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import processes, sharding
-from llama_jax.distributed.platform import check_compiler_options, host_memory
+from llama_jax.distributed.platform import check_compiler_options, compiler_options, host_memory
 from llama_jax.hf import peft
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.attention import Kernel, choose_kernel
@@ -228,7 +228,8 @@ class Planner:
     def options(self, limit: int | None) -> list[Option]:
         """Return the options to try, the fastest first; with `limit` bytes a device, only options that may fit."""
         args, given = self.job.args, self.job.args.max_tokens
-        remats = list(REMAT) if args.remat == "auto" else [args.remat]
+        times = {name: time for name, remat in REMAT.items() if (time := remat.time_on(self._platform)) is not None}
+        remats = list(times) if args.remat == "auto" else [args.remat]
         if limit is None:
             return [Option(given or MAX_TOKENS, "matmuls" if args.remat == "auto" else args.remat)]
         longest, update = self._longest, self._largest_update
@@ -240,10 +241,9 @@ class Planner:
         options = [Option(size, remat) for size, remat in product(sizes, remats)]
 
         def slowness(option: Option) -> tuple[float, int]:
-            blocks, remat = math.ceil(update / option.max_tokens), REMAT[option.remat]
-            return update * (remat.on_tpu if self._platform == "tpu" else remat.time) + BLOCK * blocks * (
-                blocks > 1
-            ), -option.max_tokens
+            blocks = math.ceil(update / option.max_tokens)
+            time = times.get(option.remat, 1)  # of one choice alone it does not matter
+            return update * time + BLOCK * blocks * (blocks > 1), -option.max_tokens
 
         fitting = [o for o in sorted(options, key=slowness) if self.least_bytes(o) < limit]
         return fitting or [min(options, key=self.estimate)]
@@ -452,7 +452,7 @@ class Planner:
         flags: list[Any] = [args.optim, args.adam_moments_dtype, args.hf_compat, args.accumulation]
         flags += [args.remat, args.max_tokens_per_device, args.packing, args.offload_optimizer]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
-        key += [self._largest_update, int(job.examples.lengths.max())]
+        key += [self._largest_update, int(job.examples.lengths.max()), compiler_options(self.mesh, run.fp8)]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"
 
 

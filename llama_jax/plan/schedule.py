@@ -39,7 +39,7 @@ def read_schedule(folder: str | Path, program: Program) -> Schedule | None:
     compute = exposed = 0.0
     for part in parts:
         timeline, _, statistics = part.partition("scheduler_statistics")
-        name = names[_number(part, "computation_id")]
+        name = names.get(_number(part, "computation_id"), "without a name")
         if name not in program.times:
             raise ValueError(f"the program has no computation {name}, which its schedule has")
         own = _number(statistics, "total_cycles") - sum(

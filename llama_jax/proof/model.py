@@ -27,7 +27,7 @@ def run_options(precision: str, config: LlamaConfig, sample: Sample, mesh: Mesh,
         param_dtype=jnp.dtype(jnp.bfloat16 if precision == BF16_WEIGHTS else jnp.float32),
         compute_dtype=compute,
         rope_dtype=compute if sample.compat == "4.37" else None,  # as plan/planner.py
-        attention=Kernel(name, len(sample.examples)),
+        attention=Kernel(name, len(sample.examples), device.device_kind),
         longest=int(sample.lengths.max()),
     )
 

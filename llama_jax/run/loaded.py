@@ -93,7 +93,7 @@ def open_model(args: argparse.Namespace, command: str) -> Opened:
     kernel, _ = choose_kernel("auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, kind)
     run = RunOptions(
         param_dtype=jnp.dtype(kind),
-        attention=Kernel(kernel, 1),
+        attention=Kernel(kernel, 1, mesh.devices.flat[0].device_kind),
         scan_layers=layers > unrolled_layers(platform) and (lora is None or lora.uniform(layers)),
         lora=lora,
         quantization=Quantization(4 if args.load_in_4bit else 8) if args.load_in_4bit or args.load_in_8bit else None,

@@ -24,8 +24,10 @@ Json = dict[str, Any]
 UPDATE = (
     *("learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor"),
-    *("average_tokens_across_devices", "bf16", "fp8", "tf32", "on_nonfinite", "skip_loss_spikes"),
+    *("average_tokens_across_devices", "bf16", "fp8", "tf32", "gradient_sum_dtype", "on_nonfinite", "skip_loss_spikes"),
 )
+
+NEW = {"fp8": False, "gradient_sum_dtype": "float32"}  # flags of 2026-11-29 and later: what earlier runs had
 
 QUANTIZATION = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "fp8")
 
@@ -284,7 +286,7 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
             text = "--world_size" if key == "ranks" else key
             say(f"warning: {name} was made with {text} {then.order.get(key)}, this run has {value}")
     for flag, now in facts.update.items() if then.update else ():
-        before = then.update.get(flag, False if flag == "fp8" else now)  # the flag is of 2026-11-29
+        before = then.update.get(flag, NEW.get(flag, now))
         if before != now:
             say(f"warning: {name} was made with --{flag} {before}, this run goes on with {now}")
     if then.scan_layers != facts.scan_layers:

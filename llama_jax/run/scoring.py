@@ -91,7 +91,7 @@ class Scorer:
         rows: int | None = None,
         disable_bar: bool | None = None,
     ):
-        run = replace(run, attention=Kernel(kernel, SEGMENTS))
+        run = replace(run, attention=Kernel(kernel, SEGMENTS, mesh.devices.flat[0].device_kind))
         self._graphdef = define(config, run, mesh).graphdef
         self.config, self._mesh, self._disable_bar = config, mesh, disable_bar
         self.max_length = max_length or config.max_position_embeddings

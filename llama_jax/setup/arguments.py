@@ -196,7 +196,7 @@ class Arguments:
     )
     gradient_sum_dtype: str = _flag(
         "float32",
-        "type of the sum of gradients over devices; bfloat16 sends half of the bytes",
+        "type of the sum of layers' gradients over devices; bfloat16 sends half of the bytes",
         choices=["float32", "bfloat16"],
     )
     accumulation: str = _flag(
@@ -327,16 +327,23 @@ class Arguments:
 
     @property
     def xla_options(self) -> tuple[tuple[str, str | bool], ...]:
-        """Return `--compiler_options` as names and values. Raises InputError."""
+        """Return `--compiler_options` as names and values; a value may have commas. Raises InputError."""
+        given, parts = self.compiler_options or "", list[str]()
+        if given.startswith("{"):  # a mapping of a config file
+            parts = [f"{name}={value}" for name, value in read_json("compiler_options", given).items()]
+        for part in [] if parts else given.split(","):
+            if parts and "=" not in part:
+                parts[-1] += f",{part}"
+            elif part.strip():
+                parts.append(part)
         found: dict[str, str | bool] = {}
-        for part in (self.compiler_options or "").split(","):
+        for part in parts:
             name, equals, value = (x.strip() for x in part.partition("="))
-            if part.strip() and not (re.fullmatch(r"\w+", name) and equals and value):
+            if not (re.fullmatch(r"\w+", name) and equals and value):
                 raise InputError(f"--compiler_options {part.strip()}: should be NAME=VALUE, without dashes")
             if name in found:
                 raise InputError(f"--compiler_options: {name} is given twice")
-            if name:
-                found[name] = {"true": True, "false": False}.get(value.lower(), value)
+            found[name] = {"true": True, "false": False}.get(value.lower(), value)
         return tuple(found.items())
 
     @property
@@ -451,6 +458,8 @@ class Arguments:
             )
         if self.gradient_sum_dtype == "bfloat16" and not self.bf16:
             raise InputError("--gradient_sum_dtype bfloat16: needs --bf16 True, whose gradients are in that type")
+        if self.gradient_sum_dtype == "bfloat16" and self.use_peft:
+            raise InputError("--gradient_sum_dtype bfloat16: adapters' gradients are few; leave it out")
         for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: should be at least 0 and below 1")
