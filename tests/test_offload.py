@@ -101,7 +101,7 @@ def assert_same_bits(a: Any, b: Any) -> None:
 
 
 def compile_as_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_jax.training.step, "compiler_options", lambda *_: OPTIONS)
+    monkeypatch.setattr(llama_jax.training.step, "compiler_options", lambda *_, **__: OPTIONS)
 
 
 def on_host(tree: Any) -> list[str]:

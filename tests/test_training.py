@@ -143,7 +143,7 @@ def test_golden(
 ) -> None:
     if (name, how) in OPTIMIZED:
         options = {option: value for option, (_, value) in COMPILATION.items()}
-        monkeypatch.setattr(llama_jax.training.step, "compiler_options", lambda *_: options)
+        monkeypatch.setattr(llama_jax.training.step, "compiler_options", lambda *_, **__: options)
     case, accumulated = shared / "golden" / name, HOW[how]
     extra = [*SHORT_ROWS, "--accumulation", accumulated] if accumulated else []
     outcome = run(train_jax.main, *golden_flags(case, tmp_path), *extra)
