@@ -257,6 +257,14 @@ def swap_tokens(folder: Path) -> None:
     change_json(folder / "tokenizer.json", swap)
 
 
+def put_adapter(folder: Path) -> None:
+    """The manifest has the file's right digest: the folder is wrong all the same."""
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"x": np.zeros(2, np.float32)}, folder / "adapter_model.safetensors")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    change_json(folder / MANIFEST, lambda values: values["files"].update({"adapter_config.json": digest}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a bit": (flip_bit, [f"{Q0} FAILS: has other bytes"]),
     "a token's id": (
@@ -283,7 +291,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a new shard": (
         lambda folder: save_file({"x": np.zeros(2, np.float32)}, folder / "model-00002-of-00002.safetensors"),
-        ["x FAILS: is not in the manifest"],
+        ["model-00002-of-00002.safetensors FAILS: is a file of weights that the manifest does not name"],
+    ),
+    "pickled weights": (
+        lambda folder: (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b""),
+        ["pytorch_model-00001-of-00002.bin FAILS: is a file of weights that the manifest does not name"],
+    ),
+    "an adapter on top": (
+        put_adapter,
+        ["adapter_model.safetensors FAILS: is a file of weights", "adapter_config.json FAILS: is in the folder of a"],
     ),
     "half a file": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
@@ -397,6 +413,48 @@ def test_no_stale_manifest(whole: Path, adapted: Path, tmp_path: Path, monkeypat
     assert run(train.main, *run_argv).code == 0
     before, after = (read_manifest(folder) for folder in (adapted, tmp_path / "again"))
     assert before.tensors == after.tensors and verify(tmp_path / "again").code == 0
+
+
+def test_one_kind_over_the_other(whole: Path, adapted: Path, tmp_path: Path) -> None:
+    """Of a mixed folder transformers would load an adapter on top of the model, or in its place."""
+    out = shutil.copytree(adapted, tmp_path / "adapter", ignore=shutil.ignore_patterns("checkpoint-*"))
+    flax, model = whole.parent / "flax", adapted.parent / "model"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for flags in (
+        ["--to_hf", "--model_name_or_path", flax],
+        ["--model_name_or_path", model, "--merge_adapter", adapted],
+        ["--model_name_or_path", model, "--merge_adapter", out],
+    ):
+        outcome = run(convert.main, *flags, "--output_dir", out)
+        assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome.err
+        assert (
+            "is the folder that is read" if out in flags else "holds an adapter (adapter_config.json)"
+        ) in outcome.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    # A run's model over an adapter, as --overwrite_output_dir asks: it writes by the same function.
+    llama_jax.hf.convert.to_hf(Source(flax), out, dtype=None, verify=False, flags={})
+    assert not [*out.glob("adapter_*")]
+    assert_holds(verify(out), 11)
+
+    copied = shutil.copytree(whole, tmp_path / "whole")
+    flags = ["--model_name_or_path", model, "--data_path", adapted.parent / "data.json", "--use_cpu", "True"]
+    flags += ["--output_dir", copied, "--use_peft", "True", "--overwrite_output_dir", "True"]
+    outcome = run(train.main, *flags)
+    assert outcome.code == 2 and "holds an HF model (model.safetensors)" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_over_an_adapter(adapted: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(adapted, tmp_path / "adapter")
+    flags = ["--model_name_or_path", adapted.parent / "model", "--data_path", adapted.parent / "data.json"]
+    flags += ["--output_dir", out, "--overwrite_output_dir", "True", "--max_steps", 1, "--use_cpu", "True"]
+    flags += ["--per_device_train_batch_size", 2, "--save_strategy", "no"]
+    assert run(train.main, *flags).code == 0
+    assert_holds(verify(out), 12)  # with special_tokens_map.json, of the pad token that a run adds
+    names = [name for name, _ in transformers.AutoModelForCausalLM.from_pretrained(out).named_parameters()]
+    assert len(names) == 21 and not any("lora" in name for name in names)
 
 
 # --- numbers and meshes ----------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from llama_jax.model.prompt_logits import PromptLogits, Read
 from llama_jax.model.roles import Params, is_stacked
 
 MANIFEST, FORMAT = "manifest.json", 1
+ADAPTER_CONFIG = "adapter_config.json"  # transformers loads the adapter beside it, also on top of a whole model
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*")
 COLUMNS = 64  # of the vocabulary: with three prompts some 20 kB
 READERS = 4  # threads: SHA-256 of one takes 0.5 to 2 GB/s
 # Without line ends, after which transformers 4.37 and 5 read a tokenizer.model differently.
@@ -143,7 +145,7 @@ def write_manifest(
 
 def deciding_files(folder: Path) -> list[Path]:
     """Return the files beside the weights that decide results: configs, tokenizer, chat templates."""
-    paths = [folder / name for name in (*SMALL, *FILES, "adapter_config.json") if (folder / name).exists()]
+    paths = [folder / name for name in (*SMALL, *FILES, ADAPTER_CONFIG) if (folder / name).exists()]
     return paths + (sorted((folder / TEMPLATES).glob("*.jinja")) if (folder / TEMPLATES).exists() else [])
 
 

@@ -30,15 +30,21 @@ from llama_jax.model.llama import RunOptions, stack_layers, unstack_layers
 from llama_jax.model.roles import Params, is_stacked
 from llama_jax.reporting.progress import say
 
+_WHOLE = ("an HF model", ("model*.safetensors*", "pytorch_model*.bin*"))
+_FLAX = ("a Flax model", (FLAX_JSON,))
+_ADAPTER = ("an adapter", ("adapter_config.json", "adapter_model.*"))
+_OTHERS = {"Flax": [_WHOLE], "HF": [_FLAX], "adapter": [_WHOLE, _FLAX], "converted": [_FLAX, _ADAPTER]}
 
-def refuse_other_kind(folder: Path, flax: bool) -> None:
-    """Refuse to write a Flax folder over HF's weights, or an HF folder over a Flax folder. Readers of such a mixed
-    folder could load the wrong weights. Raises InputError."""
-    with reaching(folder, f"output_dir {folder} cannot be read"):
-        found = sorted(folder.glob("model*.safetensors*") if flax else folder.glob(FLAX_JSON))
-    if found := [path for path in found if path.suffix != ".tmp"]:
-        held = f"{'an HF' if flax else 'a Flax'} model ({found[0].name})"
-        raise InputError(f"output_dir {folder} holds {held}: choose another --output_dir, or remove it")
+
+def refuse_other_kind(folder: Path, kind: str) -> None:
+    """Refuse to write a kind of model, a key of `_OTHERS`, over another kind. Readers of such a mixed folder could load
+    the wrong weights. An HF model of a run may replace an adapter, by `--overwrite_output_dir`. Raises InputError."""
+    for held, patterns in _OTHERS[kind]:
+        with reaching(folder, f"output_dir {folder} cannot be read"):
+            found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.suffix != ".tmp"]
+        if found:
+            advice = "choose another --output_dir, or remove it"
+            raise InputError(f"output_dir {folder} holds {held} ({found[0].name}): {advice}")
 
 
 class Source:

@@ -14,7 +14,15 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.hf.digests import Entry, digest_of_all
-from llama_jax.hf.manifest import Manifest, deciding_files, digest_tensors, file_digest, read_manifest
+from llama_jax.hf.manifest import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    Manifest,
+    deciding_files,
+    digest_tensors,
+    file_digest,
+    read_manifest,
+)
 from llama_jax.hf.readers import open_safetensors
 from llama_jax.hf.source import Source
 from llama_jax.hf.tensor import Tensor
@@ -59,11 +67,16 @@ def _open_base(name: str) -> Source:
 
 
 def compare_tensors(folder: Path, manifest: Manifest) -> list[Row]:
-    """Return a row for each tensor that is another, missing or not in the manifest, and one for all the others."""
+    """Return a row for each tensor that is another, missing or not in the manifest, and one for all the others.
+
+    A file of weights that the manifest does not name has a row: a reader may take it for the model's."""
     rows: list[Row] = []
     tensors: dict[str, Tensor] = {}
-    stem = "adapter_model" if manifest.base else "model"
-    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+    named = {entry["file"] for entry in manifest.tensors.values()}
+    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
+        if path.name not in named:
+            rows.append(_failed(TENSORS, path.name, "is a file of weights that the manifest does not name"))
+            continue
         try:
             for name, tensor in open_safetensors(path).items():
                 if name in tensors:
@@ -106,6 +119,8 @@ def compare_files(folder: Path, manifest: Manifest) -> list[Row]:
             problem = "has other bytes" if name in present else "is missing"
             if name in present and file_digest(folder / name) == manifest.files[name]:
                 problem = ""
+        if name == ADAPTER_CONFIG and not manifest.base:
+            problem = "is in the folder of a whole model: transformers loads its adapter in the model's place or on top"
         rows.append(Row(FILES, name, None, None, not problem, problem))
     return rows
 
