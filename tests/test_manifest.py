@@ -334,8 +334,45 @@ def test_other_logits_are_named(whole: Path, tmp_path: Path) -> None:
         (failed,) = failing(verify(folder))
         assert failed.startswith(row)
         assert "worst at prompt 2, token 3" in failed or row != "chosen columns"
-    change_json(folder / MANIFEST, lambda values: values["prompts"][1]["logits"][0].__setitem__(0, None))
-    assert "not compared: the exported weights give NaN or Inf" in verify(folder).out
+    # A NaN in the manifest alone hides nothing.
+    for key, at in (("logits", 0), ("largest", None)):
+        (folder / MANIFEST).write_text(right)
+
+        def spoil(values: Any, key: str = key, at: int | None = at) -> None:
+            found = values["prompts"][1][key]
+            (found if at is None else found[at]).__setitem__(0, None)
+
+        change_json(folder / MANIFEST, spoil)
+        (failed,) = failing(verify(folder))
+        assert failed.startswith("NaN and Inf")
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.embed_tokens.weight", Q0])
+def test_weights_with_nan(tensor: str, whole: Path, tmp_path: Path) -> None:
+    """Of a head's row outside the chosen columns, of a token that one prompt has, and of all tokens."""
+    manifest, number = read_manifest(whole), 3
+    assert tensor != "lm_head.weight" or number not in manifest.columns
+    if "embed" in tensor:
+        ids = [{*prompt.ids} for prompt in manifest.prompts]
+        number = min(ids[1] - ids[0] - ids[2] - {0})
+    arrays = load_file(whole / "model.safetensors")
+    arrays[tensor][number, 5] = np.nan
+    write_tokenizer(write_model(tmp_path / "model", CONFIG, arrays))
+    for argv in (["--model_name_or_path", tmp_path / "model"], ["--to_hf", "--model_name_or_path", tmp_path / "flax"]):
+        out = tmp_path / ("out" if len(argv) == 3 else "flax")
+        outcome = run(convert.main, *argv, "--output_dir", out, "--allow_nonfinite")
+        assert outcome.code == 0, outcome.err
+    outcome = verify(tmp_path / "out")
+    assert outcome.code == 0, outcome.out
+    total, rows = sum(len(prompt.ids) for prompt in manifest.prompts), outcome.out
+    bad = len(manifest.prompts[1].ids) if "embed" in tensor else total
+    assert f"NaN or Inf after {bad} of {total} tokens, the same ones as torch's" in rows
+    assert ("chosen columns" in rows, "largest magnitudes" in rows) == (tensor != Q0, "embed" in tensor)
+    # The finite logits are compared.
+    if tensor != Q0:
+        change_json(tmp_path / "out" / MANIFEST, lambda v: v["prompts"][2]["logits"][0].__setitem__(0, 1e3))
+        (failed,) = failing(verify(tmp_path / "out"))
+        assert failed.startswith("chosen columns") and "worst at prompt 3, token 0" in failed
 
 
 def test_damages_of_an_adapter(adapted: Path, tmp_path: Path) -> None:

@@ -160,12 +160,11 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
 
     The error of the chosen columns is relative in their norm, as in a certificate (`bounds`). Over the whole vocabulary
     errors are relative to the largest magnitude: the largest magnitudes of two programs differ by no more than their
-    logits do, and the likeliest token of one is at most twice as far below the likeliest of the other.
+    logits do, and the likeliest token of one is at most twice as far below the likeliest of the other. Of weights with
+    NaN or Inf, logits are not finite after the same tokens, and the finite ones are compared.
     """
     own = [np.concatenate([np.asarray(logits[part]) for logits in manifest.logits]) for part in range(3)]
     chosen, likeliest, largest = own[0], own[1].astype(int), own[2]
-    if not all(np.isfinite(part).all() for part in (chosen, largest)):
-        return [Row(LOGITS, "chosen columns", None, None, None, "the exported weights give NaN or Inf")]
     examples = [(np.asarray(prompt.ids, np.int32),) * 2 for prompt in manifest.prompts]
     sample = Sample(examples, packed=False, compat="5")
     try:
@@ -178,15 +177,26 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
         return [_failed(LOGITS, "chosen columns", f"the model has {exact.shape[1]:,} rows of the vocabulary")]
 
     columns, layers = manifest.columns, reference.layers
-    error, rounding, worst = worst_token(chosen, theirs[:, columns], exact[:, columns])
-    off = np.abs(chosen - theirs[:, columns]).max()
-    note = f"{len(columns)} of {exact.shape[1]:,}, after {len(chosen)} tokens; largest difference {off:.2e}"
-    row = bounded(LOGITS, "chosen columns", error, bound_of(FLOAT32, rounding, layers), note)
-    if not row.holds:
-        prompt, token = (int(at[worst]) for at in np.nonzero(sample.mask))
-        row = replace(row, note=f"{note}, worst at prompt {prompt + 1}, token {token}")
-    rows = [row]
+    finite, whole = (np.isfinite(part) for part in (theirs[:, columns], theirs))
+    rows = _compare_finite(np.isfinite(chosen), finite, np.isfinite(largest), whole.all(-1))
+    if rows and rows[0].holds is False:
+        return rows
 
+    if (tokens := finite.all(-1)).any():
+        error, rounding, worst = worst_token(
+            *(part[tokens] for part in (chosen, theirs[:, columns], exact[:, columns]))
+        )
+        off = np.abs(chosen - theirs[:, columns])[tokens].max()
+        note = f"{len(columns)} of {exact.shape[1]:,}, after {tokens.sum()} tokens; largest difference {off:.2e}"
+        row = bounded(LOGITS, "chosen columns", error, bound_of(FLOAT32, rounding, layers), note)
+        if not row.holds:
+            prompt, token = (int(at[tokens][worst]) for at in np.nonzero(sample.mask))
+            row = replace(row, note=f"{note}, worst at prompt {prompt + 1}, token {token}")
+        rows.append(row)
+    if not (tokens := whole.all(-1)).any():
+        return rows
+
+    likeliest, largest, theirs, exact = (part[tokens] for part in (likeliest, largest, theirs, exact))
     scale = np.abs(exact).max(-1)
     bound = bound_of(FLOAT32, float((np.abs(theirs - exact).max(-1) / scale).max()), layers)
     error = float((np.abs(largest - np.abs(theirs).max(-1)) / scale).max())
@@ -196,6 +206,21 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
     error = float(((exact.max(-1) - top) / scale).max())
     rows.append(bounded(LOGITS, "likeliest tokens", error, 2 * bound, f"the same after {same:.1%}"))
     return rows
+
+
+def _compare_finite(
+    chosen: np.ndarray, their_chosen: np.ndarray, whole: np.ndarray, their_whole: np.ndarray
+) -> list[Row]:
+    """Return the row of the logits that are not finite, none where all are: by chosen column [N, C], and by token [N]
+    whether its whole vocabulary is finite."""
+    if all(part.all() for part in (chosen, their_chosen, whole, their_whole)):
+        return []
+    note = f"NaN or Inf after {(~whole).sum()} of {len(whole)} tokens"
+    same = np.array_equal(chosen, their_chosen) and np.array_equal(whole, their_whole)
+    if same:
+        return [Row(LOGITS, "NaN and Inf", None, None, True, f"{note}, the same ones as torch's; the others follow")]
+    note += f" in the manifest, after {(~their_whole).sum()} by torch, or in other columns"
+    return [_failed(LOGITS, "NaN and Inf", note)]
 
 
 def _open_reference(folder: Path, manifest: Manifest, base: Source | None) -> Reference:
