@@ -33,6 +33,8 @@ from tiny import (
 
 import llama_jax.hf.convert
 import llama_jax.hf.peft
+import llama_jax.run.manifest
+from llama_jax.base.errors import InputError
 from llama_jax.command import convert, parity, train
 from llama_jax.distributed import sharding
 from llama_jax.hf.manifest import MANIFEST, _numbers, choose_columns, choose_prompts, read_manifest, reader
@@ -492,6 +494,95 @@ def test_a_run_over_an_adapter(adapted: Path, tmp_path: Path) -> None:
     assert_holds(verify(out), 12)  # with special_tokens_map.json, of the pad token that a run adds
     names = [name for name, _ in transformers.AutoModelForCausalLM.from_pretrained(out).named_parameters()]
     assert len(names) == 21 and not any("lora" in name for name in names)
+
+
+def after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], Any]) -> None:
+    """Let `act` happen at the end of a function."""
+    plain = getattr(module, name)
+
+    def both(*args: Any, **more: Any) -> Any:
+        result = plain(*args, **more)
+        act()
+        return result
+
+    monkeypatch.setattr(module, name, both)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+PROBLEMS = {
+    "disk": OSError(28, "No space left on device"),
+    "input": InputError("x: cannot be read"),
+    "memory": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    "bug": jax.errors.JaxRuntimeError("INTERNAL: a bug"),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_an_export_without_a_manifest(
+    problem: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is complete all the same. A bug is not hidden."""
+    argv = ["--to_hf", "--model_name_or_path", whole.parent / "flax", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(llama_jax.hf.convert, "prompt_logits", raising(PROBLEMS[problem]))
+    if problem == "bug":
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            run(convert.main, *argv)
+        return
+    outcome = run(convert.main, *argv)
+    (line,) = [line for line in outcome.err.splitlines() if "warning" in line]
+    assert outcome.code == 0 and "is complete, and only manifest.json is missing: " in line
+    assert line.endswith("; repeat the command to write it")
+    assert " ".join(str(PROBLEMS[problem]).split()) in line
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {path.name for path in whole.iterdir()} - {MANIFEST}
+
+
+BASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "gone": (shutil.rmtree, "was removed", ""),
+    "written": (lambda base: write_model(base, CONFIG, make_arrays(CONFIG, seed=1)), "was written", ""),
+    "written while it is read": (
+        lambda base: write_model(base, CONFIG, make_arrays(CONFIG, seed=1)),
+        "was written",
+        "prompt_logits",
+    ),
+}
+
+
+def test_a_source_knows_its_files(tmp_path: Path, whole: Path) -> None:
+    """Of shards, of an equal size; of a Flax folder that is gone."""
+    source = Source(write_model(tmp_path / "model", shards=2))
+    source.check_unchanged()
+    write_model(tmp_path / "model", CONFIG, make_arrays(CONFIG, seed=1), shards=2)
+    with pytest.raises(InputError, match=r"model-00001-of-00002\.safetensors: was written after this run opened it"):
+        source.check_unchanged()
+    flax = Source(shutil.copytree(whole.parent / "flax", tmp_path / "flax"))
+    flax.check_unchanged()
+    shutil.rmtree(tmp_path / "flax")
+    with pytest.raises(InputError, match="was removed"):
+        flax.check_unchanged()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BASES)
+def test_a_base_that_changes(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digest and logits of a base that the run did not train on would prove what is not so."""
+    base = write_tokenizer(write_model(tmp_path / "model"))
+    change, problem, late = BASES[case]
+    module, name = (llama_jax.run.manifest, late) if late else (llama_jax.hf.peft, "write_adapter")
+    after(monkeypatch, module, name, lambda: change(base))
+    saves = ["--save_strategy", "no"] if late else ["--save_steps", 2]
+    out = trained(tmp_path, *saves)
+    line = (out / "run.log").read_text()
+    assert f"model.safetensors: {problem} after this run opened it; " in line
+    assert ("--export_only True" in line) != bool(late)
+    assert not (out / MANIFEST).exists() and (out / "trainer_state.json").exists()
+    assert (out / "adapter_model.safetensors").exists() and "done" in line
 
 
 # --- numbers and meshes ----------------------------------------------------------------------------------------------

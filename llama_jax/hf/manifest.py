@@ -4,10 +4,11 @@ It holds the digest of each tensor and of each other file that decides results, 
 three prompts that this program computed from the exported weights (`python -m llama_jax.parity --verify`).
 """
 
+import contextlib
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.prompt_logits import PromptLogits, Read
 from llama_jax.model.roles import Params, is_stacked
+from llama_jax.reporting.progress import say
 
 MANIFEST, FORMAT = "manifest.json", 1
 ADAPTER_CONFIG = "adapter_config.json"  # transformers loads the adapter beside it, also on top of a whole model
@@ -59,6 +61,21 @@ class Manifest:
     prompts: list[Prompt]
     columns: list[int]
     logits: list[PromptLogits]
+
+
+@contextlib.contextmanager
+def warning_without(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn a problem with the manifest of a folder that is complete into a warning, which names the `remedy`.
+
+    Problems are bad input, such as the files of an adapter's base, the disk, and a device's memory.
+    """
+    try:
+        yield
+    except (InputError, OSError, jax.errors.JaxRuntimeError) as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        why = " ".join(str(e).split())[:300]
+        say(f"warning: {folder}: the export is complete, and only {MANIFEST} is missing: {why}; {remedy}")
 
 
 def remove_manifest(folder: Path) -> None:

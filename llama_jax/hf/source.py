@@ -78,6 +78,7 @@ class Source:
         if self._checkpoint.tensors or (weights and not self.is_flax):
             tensors = self._checkpoint.tensors
             self.tensors = check_tensors(tensors, self.config, str(self.folder), allow_nonfinite)
+        self._opened = self._state_of_files()
 
     @staticmethod
     def _find(name: str | Path, weights: bool, allow_pickle: bool = False) -> tuple[Path, Path]:
@@ -87,6 +88,25 @@ class Source:
             return copy_model(path, weights, allow_pickle), path
         path = find_folder(path, weights, allow_pickle)
         return path, path
+
+    def _state_of_files(self) -> dict[Path, tuple[int, int] | None]:
+        """Return size and time of the weights' files, None for a file that is gone; of a Flax folder of its JSON."""
+        names = {tensor.file for tensor in self.tensors.values()} or ({FLAX_JSON} if self.is_flax else set())
+        found: dict[Path, tuple[int, int] | None] = {}
+        for path in sorted(self.folder / name for name in names):
+            try:
+                status = path.stat()
+                found[path] = status.st_size, status.st_mtime_ns
+            except OSError:
+                found[path] = None
+        return found
+
+    def check_unchanged(self) -> None:
+        """Refuse to take the files for the weights that were read, where one was written since. Raises InputError."""
+        now = self._state_of_files()
+        if changed := [path for path, state in self._opened.items() if now[path] != state]:
+            problem = "was written" if now[changed[0]] else "was removed"
+            raise InputError(f"{changed[0]}: {problem} after this run opened it")
 
     @property
     def notes(self) -> list[str]:
