@@ -37,7 +37,7 @@ import llama_jax.run.manifest
 from llama_jax.base.errors import InputError
 from llama_jax.command import convert, parity, train
 from llama_jax.distributed import sharding
-from llama_jax.hf.manifest import MANIFEST, _numbers, choose_columns, choose_prompts, read_manifest, reader
+from llama_jax.hf.manifest import MANIFEST, _numbers, base_of, choose_columns, choose_prompts, read_manifest, reader
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import Source
 from llama_jax.model.llama import RunOptions
@@ -226,6 +226,25 @@ def test_a_model_without_a_tokenizer() -> None:
     assert choose_columns(5) == [0, 1, 2, 3, 4]
 
 
+def after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], Any]) -> None:
+    """Let `act` happen at the end of a function."""
+    plain = getattr(module, name)
+
+    def both(*args: Any, **more: Any) -> Any:
+        result = plain(*args, **more)
+        act()
+        return result
+
+    monkeypatch.setattr(module, name, both)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
 # --- damages -------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +305,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a file gone": (
         lambda folder: (folder / "tokenizer_config.json").unlink(),
         ["tokenizer_config.json FAILS: is missing"],
+    ),
+    "a folder for a file": (
+        lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
+        ["config.json FAILS: cannot be read: Is a directory", "chosen columns FAILS: cannot be computed: "],
     ),
     "a new template": (
         lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
@@ -390,6 +413,38 @@ def test_damages_of_an_adapter(adapted: Path, tmp_path: Path) -> None:
     assert outcome.code == 2 and "none: no such folder" in outcome.err and outcome.err.count("\n") == 1
 
 
+def test_bases_of_other_kinds(adapted: Path, whole: Path, tmp_path: Path) -> None:
+    """Torch reads HF folders, pickled weights too; one line names any other kind before the first section."""
+    from test_strangers import write_gguf
+
+    write_gguf(tmp_path / "m.gguf")
+    copied = shutil.copytree(adapted, tmp_path / "copied", ignore=shutil.ignore_patterns("checkpoint-*"))
+    for base, kind in ((whole.parent / "flax", "a Flax folder, whose"), (tmp_path / "m.gguf", "a .gguf file")):
+        outcome = verify(copied, "--model_name_or_path", base)
+        change_json(copied / MANIFEST, lambda v, base=base: v.update(base={"name": str(base), "sha256": None}))
+        assert verify(copied).err == outcome.err
+        assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1
+        assert f"the adapter's base model is {kind}" in outcome.err and "--model_name_or_path HF_DIR" in outcome.err
+
+    base = shutil.copytree(adapted.parent / "model", tmp_path / "base")
+    arrays = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, base / "pytorch_model.bin")
+    outcome = verify(adapted, "--model_name_or_path", base)
+    assert outcome.code == 2 and "--allow_pickle reads them" in outcome.err
+    for flags in (["--allow_pickle"], ["--allow_pickle", "True"]):
+        assert_holds(verify(adapted, "--model_name_or_path", base, *flags), 12)
+
+
+def test_exceptions_without_a_text(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AutoTokenizer", "AutoConfig"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", raising(AssertionError()))
+    tokens, logits = failing(verify(whole))
+    assert tokens.endswith("cannot read the folder: AssertionError") and logits.endswith(
+        "cannot read it: AssertionError"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "error"),
     [
@@ -402,6 +457,9 @@ def test_damages_of_an_adapter(adapted: Path, tmp_path: Path) -> None:
         (lambda folder: change_json(folder / MANIFEST, lambda v: v["prompts"][0]["ids"].pop()), [], "have the shapes"),
         (lambda folder: change_json(folder / MANIFEST, lambda v: v["tensors"][Q0].pop("file")), [], "lacks its file"),
         (lambda folder: None, ["--records", "3"], "--records: has no meaning with --verify"),
+        (lambda folder: None, ["--allow_pickle"], "--allow_pickle: has no meaning with --verify of a"),
+        (lambda folder: None, ["--verify", "x"], "--verify: takes one folder at a time"),
+        (lambda folder: None, ["--verify="], "--verify: takes one folder at a time"),
         (lambda folder: None, ["--model_name_or_path", "x"], "--model_name_or_path: has no meaning with --verify of a"),
     ],
 )
@@ -496,25 +554,6 @@ def test_a_run_over_an_adapter(adapted: Path, tmp_path: Path) -> None:
     assert len(names) == 21 and not any("lora" in name for name in names)
 
 
-def after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], Any]) -> None:
-    """Let `act` happen at the end of a function."""
-    plain = getattr(module, name)
-
-    def both(*args: Any, **more: Any) -> Any:
-        result = plain(*args, **more)
-        act()
-        return result
-
-    monkeypatch.setattr(module, name, both)
-
-
-def raising(error: Exception) -> Callable[..., None]:
-    def fail(*_: Any, **__: Any) -> None:
-        raise error
-
-    return fail
-
-
 PROBLEMS = {
     "disk": OSError(28, "No space left on device"),
     "input": InputError("x: cannot be read"),
@@ -552,6 +591,10 @@ BASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "prompt_logits",
     ),
 }
+
+
+def test_the_name_of_a_base_has_no_secrets() -> None:
+    assert base_of("gs://me:key@bucket/model?token=x", {}) == {"name": "gs://bucket/model?***", "sha256": None}
 
 
 def test_a_source_knows_its_files(tmp_path: Path, whole: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import InputError, one_line
 from llama_jax.base.files import read_json_object, write_text
+from llama_jax.base.secrets import without_query
 from llama_jax.base.versions import PACKAGES, versions
 from llama_jax.data.tokenizer import FILES, TEMPLATES, Tokenizer
 from llama_jax.distributed import processes
@@ -74,8 +75,7 @@ def warning_without(folder: Path, remedy: str) -> Iterator[None]:
     except (InputError, OSError, jax.errors.JaxRuntimeError) as e:
         if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        why = " ".join(str(e).split())[:300]
-        say(f"warning: {folder}: the export is complete, and only {MANIFEST} is missing: {why}; {remedy}")
+        say(f"warning: {folder}: the export is complete, and only {MANIFEST} is missing: {one_line(e)}; {remedy}")
 
 
 def remove_manifest(folder: Path) -> None:
@@ -179,9 +179,9 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
 
 
 def base_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return an adapter's base model for its manifest: its name, and the digest of all its tensors by HF's names, None
-    for a Flax folder, whose tensors have no files."""
-    return {"name": name, "sha256": digest_of_all(digest_tensors(tensors)) if tensors else None}
+    """Return an adapter's base model for its manifest: its name without secrets, and the digest of all its tensors by
+    HF's names, None for a Flax folder, whose tensors have no files."""
+    return {"name": without_query(name), "sha256": digest_of_all(digest_tensors(tensors)) if tensors else None}
 
 
 def _numbers(values: np.ndarray) -> list[Any]:

@@ -30,9 +30,10 @@ from llama_jax.model.llama import RunOptions, stack_layers, unstack_layers
 from llama_jax.model.roles import Params, is_stacked
 from llama_jax.reporting.progress import say
 
-_WHOLE = ("an HF model", ("model*.safetensors*", "pytorch_model*.bin*"))
-_FLAX = ("a Flax model", (FLAX_JSON,))
-_ADAPTER = ("an adapter", ("adapter_config.json", "adapter_model.*"))
+_Kind = tuple[str, tuple[str, ...]]
+_WHOLE: _Kind = ("an HF model", ("model*.safetensors*", "pytorch_model*.bin*"))
+_FLAX: _Kind = ("a Flax model", (FLAX_JSON,))
+_ADAPTER: _Kind = ("an adapter", ("adapter_config.json", "adapter_model.*"))
 _OTHERS = {"Flax": [_WHOLE], "HF": [_FLAX], "adapter": [_WHOLE, _FLAX], "converted": [_FLAX, _ADAPTER]}
 
 
@@ -91,9 +92,9 @@ class Source:
 
     def _state_of_files(self) -> dict[Path, tuple[int, int] | None]:
         """Return size and time of the weights' files, None for a file that is gone; of a Flax folder of its JSON."""
-        names = {tensor.file for tensor in self.tensors.values()} or ({FLAX_JSON} if self.is_flax else set())
+        names = {FLAX_JSON} if self.is_flax else {tensor.file for tensor in self.tensors.values()}
         found: dict[Path, tuple[int, int] | None] = {}
-        for path in sorted(self.folder / name for name in names):
+        for path in [self.gguf] if self.gguf else sorted(self.folder / name for name in names):
             try:
                 status = path.stat()
                 found[path] = status.st_size, status.st_mtime_ns
@@ -107,6 +108,11 @@ class Source:
         if changed := [path for path, state in self._opened.items() if now[path] != state]:
             problem = "was written" if now[changed[0]] else "was removed"
             raise InputError(f"{changed[0]}: {problem} after this run opened it")
+
+    @property
+    def gguf(self) -> Path | None:
+        """Return the .gguf file that holds the model, None where an HF or a Flax folder does."""
+        return self._checkpoint.gguf
 
     @property
     def notes(self) -> list[str]:

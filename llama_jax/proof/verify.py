@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import InputError, one_line
 from llama_jax.hf.digests import Entry, digest_of_all
 from llama_jax.hf.manifest import (
     ADAPTER_CONFIG,
@@ -36,14 +36,15 @@ from llama_jax.proof.walk import numpy_of, worst_token
 TENSORS, FILES, BASE, TOKENS, LOGITS = "tensors", "files", "base model", "tokens", "logits, float32"
 
 
-def verify(folder: Path, base: str | None, show: Callable[[Sequence[Row]], None]) -> list[Row]:
+def verify(folder: Path, base: str | None, allow_pickle: bool, show: Callable[[Sequence[Row]], None]) -> list[Row]:
     """Return the rows of a folder; `show` is called with each section's. `base` replaces the name of an adapter's base
-    model. Raises InputError."""
+    model, whose files may be pickled under `allow_pickle`. Raises InputError."""
     manifest = read_manifest(folder)
     import_torch()
-    if base and not manifest.base:
-        raise InputError("--model_name_or_path: has no meaning with --verify of a whole model; leave it out")
-    source = _open_base(base or manifest.base["name"]) if manifest.base else None
+    for flag, given in (("model_name_or_path", base), ("allow_pickle", allow_pickle)):
+        if given and not manifest.base:
+            raise InputError(f"--{flag}: has no meaning with --verify of a whole model; leave it out")
+    source = _open_base(base or manifest.base["name"], allow_pickle) if manifest.base else None
     rows: list[Row] = []
 
     def add(more: list[Row]) -> None:
@@ -59,11 +60,19 @@ def verify(folder: Path, base: str | None, show: Callable[[Sequence[Row]], None]
     return rows
 
 
-def _open_base(name: str) -> Source:
+def _open_base(name: str, allow_pickle: bool) -> Source:
+    """Open an adapter's base model. Raises InputError, for models that torch does not read too."""
     try:
-        return Source(name)
+        source = Source(name, allow_pickle)
     except InputError as e:
         raise InputError(f"{e} (the adapter's base model; --model_name_or_path names another place)") from None
+    if source.is_flax or source.gguf:
+        kind = "a Flax folder, whose tensors have no digests" if source.is_flax else "a .gguf file"
+        raise InputError(
+            f"{name}: the adapter's base model is {kind}, and torch computes from HF folders: give the HF folder that "
+            "it was made of, or one made of it, by --model_name_or_path HF_DIR"
+        )
+    return source
 
 
 def compare_tensors(folder: Path, manifest: Manifest) -> list[Row]:
@@ -111,18 +120,24 @@ def _failed(section: str, name: str, problem: str) -> Row:
 
 def compare_files(folder: Path, manifest: Manifest) -> list[Row]:
     """Return a row for each other file that decides results."""
-    rows = []
+    rows: list[Row] = []
     present = {path.relative_to(folder).as_posix() for path in deciding_files(folder)}
     for name in sorted(present | manifest.files.keys()):
         problem = "is not in the manifest"
         if name in manifest.files:
-            problem = "has other bytes" if name in present else "is missing"
-            if name in present and file_digest(folder / name) == manifest.files[name]:
-                problem = ""
+            problem = _other_bytes(folder / name, manifest.files[name]) if name in present else "is missing"
         if name == ADAPTER_CONFIG and not manifest.base:
             problem = "is in the folder of a whole model: transformers loads its adapter in the model's place or on top"
         rows.append(Row(FILES, name, None, None, not problem, problem))
     return rows
+
+
+def _other_bytes(path: Path, digest: str) -> str:
+    """Return how a file differs from its digest in the manifest, "" where it does not."""
+    try:
+        return "" if file_digest(path) == digest else "has other bytes"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
 
 
 def compare_base(manifest: Manifest, source: Source) -> Row:
@@ -146,7 +161,7 @@ def compare_tokens(folder: Path, manifest: Manifest) -> list[Row]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as e:  # of many classes
-        return [_failed(TOKENS, "AutoTokenizer", f"cannot read the folder: {str(e).splitlines()[0]}")]
+        return [_failed(TOKENS, "AutoTokenizer", f"cannot read the folder: {one_line(e)}")]
     rows = []
     for prompt in manifest.prompts:
         theirs = tokenizer(prompt.text)["input_ids"]
@@ -172,7 +187,7 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
         with reference.torch.no_grad():
             theirs, exact = _logits(reference, sample)
     except Exception as e:  # of many classes: the folder may be damaged in any way
-        return [_failed(LOGITS, "chosen columns", f"cannot be computed: {' '.join(str(e).split())[:300]}")]
+        return [_failed(LOGITS, "chosen columns", f"cannot be computed: {one_line(e)}")]
     if exact.shape[1] <= max(manifest.columns):
         return [_failed(LOGITS, "chosen columns", f"the model has {exact.shape[1]:,} rows of the vocabulary")]
 

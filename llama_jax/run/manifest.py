@@ -59,7 +59,7 @@ def write_run_manifest(
             return
         base = None
         if lora:
-            base = manifest.base_of(without_query(job.args.model_name_or_path), source.tensors)
+            base = manifest.base_of(job.args.model_name_or_path, source.tensors)
             source.check_unchanged()
         names = [Path(without_query(name)).name for name in job.args.data_path or []]
         manifest.write_manifest(
