@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from forks import on_devices
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,7 @@ from tiny import (
     CONFIG,
     SISTERS,
     Outcome,
+    drawn_cases,
     environment,
     make_arrays,
     run,
@@ -359,6 +361,14 @@ def test_other_logits_are_named(whole: Path, tmp_path: Path) -> None:
         (failed,) = failing(verify(folder))
         assert failed.startswith(row)
         assert "worst at prompt 2, token 3" in failed or row != "chosen columns"
+    for change in (
+        lambda values: values["columns"].__setitem__(-1, 259),
+        lambda values: values["prompts"][1]["likeliest"].__setitem__(0, 259),
+    ):  # of a model of 259
+        (folder / MANIFEST).write_text(right)
+        change_json(folder / MANIFEST, change)
+        (failed,) = failing(verify(folder))
+        assert failed.endswith("the model has 259 rows of the vocabulary, and the manifest names more")
     # A NaN in the manifest alone hides nothing.
     for key, at in (("logits", 0), ("largest", None)):
         (folder / MANIFEST).write_text(right)
@@ -454,8 +464,9 @@ def test_exceptions_without_a_text(whole: Path, monkeypatch: pytest.MonkeyPatch)
         (lambda folder: (folder / MANIFEST).write_text("[]"), [], "should hold a JSON object"),
         (lambda folder: change_json(folder / MANIFEST, lambda v: v.update(format=2)), [], "is of format 2, and this"),
         (lambda folder: change_json(folder / MANIFEST, lambda v: v.pop("columns")), [], "lacks 'columns'"),
-        (lambda folder: change_json(folder / MANIFEST, lambda v: v["prompts"][0]["ids"].pop()), [], "have the shapes"),
-        (lambda folder: change_json(folder / MANIFEST, lambda v: v["tensors"][Q0].pop("file")), [], "lacks its file"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v["prompts"][0]["ids"].pop()), [], "prompt 1 of "),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v["tensors"][Q0].pop("file")), [], "lacks 'file'"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v.update(format=True)), [], "is of format True"),
         (lambda folder: None, ["--records", "3"], "--records: has no meaning with --verify"),
         (lambda folder: None, ["--allow_pickle"], "--allow_pickle: has no meaning with --verify of a"),
         (lambda folder: None, ["--verify", "x"], "--verify: takes one folder at a time"),
@@ -468,6 +479,99 @@ def test_bad_input(change: Callable[[Path], Any], flags: list[str], error: str, 
     change(folder)
     outcome = verify(folder, *flags)
     assert outcome.code == 2 and error in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def of_prompt(key: str, at: int | None, value: Any) -> Callable[[Any], None]:
+    """A change of a value of the second prompt, or of an element."""
+
+    def change(values: Any) -> None:
+        prompt = values["prompts"][1]
+        prompt[key] = value if at is None else [*prompt[key][:at], value, *prompt[key][at + 1 :]]
+
+    return change
+
+
+WRONG: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda v: v.update(more=1), "the file has 'more', which has no meaning"),
+    *((lambda v, base=base: v.update(base=base), "base ") for base in ("x", 5, {}, {"name": "x"}, [])),
+    (lambda v: v.update(base={"name": 5, "sha256": None}), "base has no name"),
+    *((lambda v, bad=bad: v["columns"].__setitem__(3, bad), "columns should") for bad in (-1, 0.5, "1", True, 2**40)),
+    (lambda v: v.update(columns=[]), "columns should be a list of ids from 0, not empty"),
+    (lambda v: v["columns"].reverse(), "columns are not sorted"),
+    *((of_prompt("ids", 2, bad), "prompt 2: ids should be") for bad in ("x", 2**40, 10**30, -1, 0.5, None)),
+    *((of_prompt("likeliest", 2, bad), "prompt 2: likeliest should be") for bad in (None, -1, 0.5)),
+    *((of_prompt("largest", 2, bad), "prompt 2: largest have") for bad in (10**400, "1", True, float("inf"), [])),
+    (lambda v: v["prompts"][1]["logits"][0].__setitem__(0, "1"), "prompt 2: logits have '1', no number"),
+    (of_prompt("logits", 0, []), "prompt 2: logits should be a list of 64 numbers"),
+    (of_prompt("logits", None, {}), "prompt 2 should have logits"),
+    (of_prompt("text", None, 5), "prompt 2 has a text that is none"),
+    (of_prompt("text", None, None), "prompts have texts in part"),
+    (lambda v: v.update(prompts=[]), "prompts should be a list, not empty"),
+    (lambda v: v["tensors"][Q0].update(size=3), f"tensor '{Q0}' has 'size', which has no meaning"),
+    (lambda v: v["tensors"][Q0].update(shape=[True]), "has a shape without sizes"),
+    (lambda v: v["tensors"][Q0].update(sha256=None), "has values that are no text"),
+    *((lambda v, f=file: v["tensors"][Q0].update(file=f), "no plain file name") for file in ("", "..", "a/b", "/a")),
+    (lambda v: v["files"].update(x=1), "file 'x' has a digest that is no text"),
+    (lambda v: v.update(flags=[]), "flags should be an object"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_wrong_values(case: int, whole: Path, tmp_path: Path) -> None:
+    change, problem = WRONG[case]
+    shutil.copy(whole / MANIFEST, tmp_path)
+    change_json(tmp_path / MANIFEST, change)
+    with pytest.raises(InputError) as raised:
+        read_manifest(tmp_path)
+    assert f"{MANIFEST}: is no manifest of this program: " in str(raised.value) and problem in str(raised.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from([2**40, -(10**30), 10**400])
+    | st.floats() | st.text(max_size=4) | st.sampled_from(["..", "\x1b[2J", "\ud800", "config.json"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@settings(max_examples=drawn_cases(60))
+@given(data=st.data())
+def test_any_manifest_has_rows_or_a_line(data: st.DataObject, whole: Path) -> None:
+    """Of a value that is replaced, removed or added anywhere: the command ends with rows, or with one line."""
+    values = json.loads((whole / MANIFEST).read_text())
+    at: Any = values
+    for _ in range(data.draw(st.integers(0, 4))):
+        children = [child for child in (at.values() if isinstance(at, dict) else at) if isinstance(child, dict | list)]
+        at = data.draw(st.sampled_from(children)) if children else at
+    keys = st.sampled_from([*at] if isinstance(at, dict) else range(len(at))) if at else st.nothing()
+    key = data.draw(keys | st.text(max_size=4) if isinstance(at, dict) else keys)
+    if data.draw(st.booleans()) and (isinstance(at, list) or key in at):
+        del at[key]
+    else:
+        at[key] = data.draw(VALUES)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in whole.iterdir():
+            (folder / path.name).symlink_to(path)
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).write_text(json.dumps(values))
+        outcome = verify(folder)
+    shown = outcome.out + outcome.err
+    assert (outcome.code, outcome.out == "", outcome.err.count("\n")) in {(0, False, 1), (1, False, 1), (2, True, 1)}
+    assert all(character.isprintable() for character in shown.replace("\n", "")), repr(shown)
+    assert ("parity: " in outcome.out) == (outcome.code != 2)
+
+
+def test_names_do_not_steer_the_terminal(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "copied")
+
+    def add(values: Any) -> None:
+        values["tensors"]["\x1b[2J"] = values["tensors"][Q0]
+        values["files"]["a\nb"] = ""
+
+    change_json(folder / MANIFEST, add)
+    first, second = failing(verify(folder))
+    assert first.startswith(r"'\x1b[2J'") and second.startswith(r"'a\nb'")
 
 
 # --- a manifest and its folder ---------------------------------------------------------------------------------------

@@ -160,11 +160,11 @@ def compare_tokens(folder: Path, manifest: Manifest) -> list[Row]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = [tokenizer(prompt.text)["input_ids"] for prompt in manifest.prompts]
     except Exception as e:  # of many classes
         return [_failed(TOKENS, "AutoTokenizer", f"cannot read the folder: {one_line(e)}")]
     rows = []
-    for prompt in manifest.prompts:
-        theirs = tokenizer(prompt.text)["input_ids"]
+    for prompt, theirs in zip(manifest.prompts, ids, strict=True):
         difference = first_difference("the manifest", prompt.ids, theirs, str).replace(" here", " in the manifest")
         rows.append(Row(TOKENS, f"ids of {prompt.text!r}", None, None, not difference, difference))
     return rows
@@ -178,8 +178,7 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
     logits do, and the likeliest token of one is at most twice as far below the likeliest of the other. Of weights with
     NaN or Inf, logits are not finite after the same tokens, and the finite ones are compared.
     """
-    own = [np.concatenate([np.asarray(logits[part]) for logits in manifest.logits]) for part in range(3)]
-    chosen, likeliest, largest = own[0], own[1].astype(int), own[2]
+    chosen, likeliest, largest = (np.concatenate([logits[part] for logits in manifest.logits]) for part in range(3))
     examples = [(np.asarray(prompt.ids, np.int32),) * 2 for prompt in manifest.prompts]
     sample = Sample(examples, packed=False, compat="5")
     try:
@@ -188,8 +187,14 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
             theirs, exact = _logits(reference, sample)
     except Exception as e:  # of many classes: the folder may be damaged in any way
         return [_failed(LOGITS, "chosen columns", f"cannot be computed: {one_line(e)}")]
-    if exact.shape[1] <= max(manifest.columns):
-        return [_failed(LOGITS, "chosen columns", f"the model has {exact.shape[1]:,} rows of the vocabulary")]
+    if exact.shape[1] <= max(*manifest.columns, likeliest.max()):
+        return [
+            _failed(
+                LOGITS,
+                "chosen columns",
+                f"the model has {exact.shape[1]:,} rows of the vocabulary, and the manifest names more",
+            )
+        ]
 
     columns, layers = manifest.columns, reference.layers
     finite, whole = (np.isfinite(part) for part in (theirs[:, columns], theirs))
