@@ -470,7 +470,6 @@ def test_exceptions_without_a_text(whole: Path, monkeypatch: pytest.MonkeyPatch)
         (lambda folder: None, ["--records", "3"], "--records: has no meaning with --verify"),
         (lambda folder: None, ["--allow_pickle"], "--allow_pickle: has no meaning with --verify of a"),
         (lambda folder: None, ["--verify", "x"], "--verify: takes one folder at a time"),
-        (lambda folder: None, ["--verify="], "--verify: takes one folder at a time"),
         (lambda folder: None, ["--model_name_or_path", "x"], "--model_name_or_path: has no meaning with --verify of a"),
     ],
 )
@@ -572,6 +571,11 @@ def test_names_do_not_steer_the_terminal(whole: Path, tmp_path: Path) -> None:
     change_json(folder / MANIFEST, add)
     first, second = failing(verify(folder))
     assert first.startswith(r"'\x1b[2J'") and second.startswith(r"'a\nb'")
+
+
+def test_no_folder_is_named() -> None:
+    outcome = run(parity.main, "--verify=")
+    assert outcome.code == 2 and "--verify: takes one folder at a time" in outcome.err
 
 
 # --- a manifest and its folder ---------------------------------------------------------------------------------------

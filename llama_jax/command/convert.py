@@ -47,11 +47,7 @@ def main(argv: list[str]) -> int:
     if source.is_flax and not args.to_hf:
         raise InputError(f"{source.folder}: is in this program's format already; --to_hf makes an HF folder of it")
     folder = as_path(args.output_dir)
-    read = [
-        source.folder,
-        as_path(args.model_name_or_path),
-        *([as_path(args.merge_adapter)] if args.merge_adapter else []),
-    ]
+    read = [source.folder, *(as_path(name) for name in (args.model_name_or_path, args.merge_adapter) if name)]
     if folder.resolve() in [path.resolve() for path in read]:
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
     if args.merge_adapter and args.verify:
