@@ -495,7 +495,7 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     *((lambda v, base=base: v.update(base=base), "base ") for base in ("x", 5, {}, {"name": "x"}, [])),
     (lambda v: v.update(base={"name": 5, "sha256": None}), "base has no name"),
     *((lambda v, bad=bad: v["columns"].__setitem__(3, bad), "columns should") for bad in (-1, 0.5, "1", True, 2**40)),
-    (lambda v: v.update(columns=[]), "columns should be a list of ids from 0, not empty"),
+    (lambda v: v.update(columns=[]), "columns should be a list of ids from 0 to 2^31 - 1, not empty"),
     (lambda v: v["columns"].reverse(), "columns are not sorted"),
     *((of_prompt("ids", 2, bad), "prompt 2: ids should be") for bad in ("x", 2**40, 10**30, -1, 0.5, None)),
     *((of_prompt("likeliest", 2, bad), "prompt 2: likeliest should be") for bad in (None, -1, 0.5)),
@@ -511,6 +511,8 @@ WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda v: v["tensors"][Q0].update(sha256=None), "has values that are no text"),
     *((lambda v, f=file: v["tensors"][Q0].update(file=f), "no plain file name") for file in ("", "..", "a/b", "/a")),
     (lambda v: v["files"].update(x=1), "file 'x' has a digest that is no text"),
+    (lambda v: v.update(tensors={}), "tensors should not be empty"),
+    (lambda v: v.update(files={}), "files should not be empty"),
     (lambda v: v.update(flags=[]), "flags should be an object"),
 ]
 

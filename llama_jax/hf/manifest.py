@@ -247,6 +247,8 @@ def _checked(values: dict[str, Any]) -> Manifest:
     write, so that no reader of the manifest checks any."""
     _check_keys(values, _KEYS, "the file")
     columns = _check_ids(values["columns"], "columns")
+    for key in ("tensors", "files"):
+        _check(values[key] != {}, key, "should not be empty")
     _check(columns == sorted({*columns}), "columns", "are not sorted")
     for name, entry in _check_object(values["tensors"], "tensors").items():
         what = f"tensor {name!r}"
@@ -306,7 +308,7 @@ def _check_keys(value: Any, keys: set[str], what: str) -> None:
 def _check_ids(value: Any, what: str) -> list[int]:
     """Return ids of a vocabulary, which some id of a model may be above."""
     good = isinstance(value, list) and value != [] and all(type(id) is int and 0 <= id < 2**31 for id in value)
-    _check(good, what, "should be a list of ids from 0, not empty")
+    _check(good, what, "should be a list of ids from 0 to 2^31 - 1, not empty")
     return value
 
 
