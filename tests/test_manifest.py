@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from forks import on_devices
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -23,6 +24,7 @@ from tiny import (
     CONFIG,
     SISTERS,
     Outcome,
+    drawn_cases,
     environment,
     make_arrays,
     run,
@@ -33,9 +35,11 @@ from tiny import (
 
 import llama_jax.hf.convert
 import llama_jax.hf.peft
+import llama_jax.run.manifest
+from llama_jax.base.errors import InputError
 from llama_jax.command import convert, parity, train
 from llama_jax.distributed import sharding
-from llama_jax.hf.manifest import MANIFEST, _numbers, choose_columns, choose_prompts, read_manifest, reader
+from llama_jax.hf.manifest import MANIFEST, _numbers, base_of, choose_columns, choose_prompts, read_manifest, reader
 from llama_jax.hf.names import name_table
 from llama_jax.hf.source import Source
 from llama_jax.model.llama import RunOptions
@@ -224,6 +228,25 @@ def test_a_model_without_a_tokenizer() -> None:
     assert choose_columns(5) == [0, 1, 2, 3, 4]
 
 
+def after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, act: Callable[[], Any]) -> None:
+    """Let `act` happen at the end of a function."""
+    plain = getattr(module, name)
+
+    def both(*args: Any, **more: Any) -> Any:
+        result = plain(*args, **more)
+        act()
+        return result
+
+    monkeypatch.setattr(module, name, both)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
 # --- damages -------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +280,14 @@ def swap_tokens(folder: Path) -> None:
     change_json(folder / "tokenizer.json", swap)
 
 
+def put_adapter(folder: Path) -> None:
+    """The manifest has the file's right digest: the folder is wrong all the same."""
+    (folder / "adapter_config.json").write_text("{}")
+    save_file({"x": np.zeros(2, np.float32)}, folder / "adapter_model.safetensors")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    change_json(folder / MANIFEST, lambda values: values["files"].update({"adapter_config.json": digest}))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a bit": (flip_bit, [f"{Q0} FAILS: has other bytes"]),
     "a token's id": (
@@ -277,13 +308,25 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: (folder / "tokenizer_config.json").unlink(),
         ["tokenizer_config.json FAILS: is missing"],
     ),
+    "a folder for a file": (
+        lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
+        ["config.json FAILS: cannot be read: Is a directory", "chosen columns FAILS: cannot be computed: "],
+    ),
     "a new template": (
         lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
         ["chat_template.jinja FAILS: is not in the manifest"],
     ),
     "a new shard": (
         lambda folder: save_file({"x": np.zeros(2, np.float32)}, folder / "model-00002-of-00002.safetensors"),
-        ["x FAILS: is not in the manifest"],
+        ["model-00002-of-00002.safetensors FAILS: is a file of weights that the manifest does not name"],
+    ),
+    "pickled weights": (
+        lambda folder: (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b""),
+        ["pytorch_model-00001-of-00002.bin FAILS: is a file of weights that the manifest does not name"],
+    ),
+    "an adapter on top": (
+        put_adapter,
+        ["adapter_model.safetensors FAILS: is a file of weights", "adapter_config.json FAILS: is in the folder of a"],
     ),
     "half a file": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
@@ -318,8 +361,53 @@ def test_other_logits_are_named(whole: Path, tmp_path: Path) -> None:
         (failed,) = failing(verify(folder))
         assert failed.startswith(row)
         assert "worst at prompt 2, token 3" in failed or row != "chosen columns"
-    change_json(folder / MANIFEST, lambda values: values["prompts"][1]["logits"][0].__setitem__(0, None))
-    assert "not compared: the exported weights give NaN or Inf" in verify(folder).out
+    for change in (
+        lambda values: values["columns"].__setitem__(-1, 259),
+        lambda values: values["prompts"][1]["likeliest"].__setitem__(0, 259),
+    ):  # of a model of 259
+        (folder / MANIFEST).write_text(right)
+        change_json(folder / MANIFEST, change)
+        (failed,) = failing(verify(folder))
+        assert failed.endswith("the model has 259 rows of the vocabulary, and the manifest names more")
+    # A NaN in the manifest alone hides nothing.
+    for key, at in (("logits", 0), ("largest", None)):
+        (folder / MANIFEST).write_text(right)
+
+        def spoil(values: Any, key: str = key, at: int | None = at) -> None:
+            found = values["prompts"][1][key]
+            (found if at is None else found[at]).__setitem__(0, None)
+
+        change_json(folder / MANIFEST, spoil)
+        (failed,) = failing(verify(folder))
+        assert failed.startswith("NaN and Inf")
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "model.embed_tokens.weight", Q0])
+def test_weights_with_nan(tensor: str, whole: Path, tmp_path: Path) -> None:
+    """Of a head's row outside the chosen columns, of a token that one prompt has, and of all tokens."""
+    manifest, number = read_manifest(whole), 3
+    assert tensor != "lm_head.weight" or number not in manifest.columns
+    if "embed" in tensor:
+        ids = [{*prompt.ids} for prompt in manifest.prompts]
+        number = min(ids[1] - ids[0] - ids[2] - {0})
+    arrays = load_file(whole / "model.safetensors")
+    arrays[tensor][number, 5] = np.nan
+    write_tokenizer(write_model(tmp_path / "model", CONFIG, arrays))
+    for argv in (["--model_name_or_path", tmp_path / "model"], ["--to_hf", "--model_name_or_path", tmp_path / "flax"]):
+        out = tmp_path / ("out" if len(argv) == 3 else "flax")
+        outcome = run(convert.main, *argv, "--output_dir", out, "--allow_nonfinite")
+        assert outcome.code == 0, outcome.err
+    outcome = verify(tmp_path / "out")
+    assert outcome.code == 0, outcome.out
+    total, rows = sum(len(prompt.ids) for prompt in manifest.prompts), outcome.out
+    bad = len(manifest.prompts[1].ids) if "embed" in tensor else total
+    assert f"NaN or Inf after {bad} of {total} tokens, the same ones as torch's" in rows
+    assert ("chosen columns" in rows, "largest magnitudes" in rows) == (tensor != Q0, "embed" in tensor)
+    # The finite logits are compared.
+    if tensor != Q0:
+        change_json(tmp_path / "out" / MANIFEST, lambda v: v["prompts"][2]["logits"][0].__setitem__(0, 1e3))
+        (failed,) = failing(verify(tmp_path / "out"))
+        assert failed.startswith("chosen columns") and "worst at prompt 3, token 0" in failed
 
 
 def test_damages_of_an_adapter(adapted: Path, tmp_path: Path) -> None:
@@ -335,6 +423,38 @@ def test_damages_of_an_adapter(adapted: Path, tmp_path: Path) -> None:
     assert outcome.code == 2 and "none: no such folder" in outcome.err and outcome.err.count("\n") == 1
 
 
+def test_bases_of_other_kinds(adapted: Path, whole: Path, tmp_path: Path) -> None:
+    """Torch reads HF folders, pickled weights too; one line names any other kind before the first section."""
+    from test_strangers import write_gguf
+
+    write_gguf(tmp_path / "m.gguf")
+    copied = shutil.copytree(adapted, tmp_path / "copied", ignore=shutil.ignore_patterns("checkpoint-*"))
+    for base, kind in ((whole.parent / "flax", "a Flax folder, whose"), (tmp_path / "m.gguf", "a .gguf file")):
+        outcome = verify(copied, "--model_name_or_path", base)
+        change_json(copied / MANIFEST, lambda v, base=base: v.update(base={"name": str(base), "sha256": None}))
+        assert verify(copied).err == outcome.err
+        assert outcome.code == 2 and not outcome.out and outcome.err.count("\n") == 1
+        assert f"the adapter's base model is {kind}" in outcome.err and "--model_name_or_path HF_DIR" in outcome.err
+
+    base = shutil.copytree(adapted.parent / "model", tmp_path / "base")
+    arrays = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, base / "pytorch_model.bin")
+    outcome = verify(adapted, "--model_name_or_path", base)
+    assert outcome.code == 2 and "--allow_pickle reads them" in outcome.err
+    for flags in (["--allow_pickle"], ["--allow_pickle", "True"]):
+        assert_holds(verify(adapted, "--model_name_or_path", base, *flags), 12)
+
+
+def test_exceptions_without_a_text(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AutoTokenizer", "AutoConfig"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", raising(AssertionError()))
+    tokens, logits = failing(verify(whole))
+    assert tokens.endswith("cannot read the folder: AssertionError") and logits.endswith(
+        "cannot read it: AssertionError"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "flags", "error"),
     [
@@ -344,9 +464,12 @@ def test_damages_of_an_adapter(adapted: Path, tmp_path: Path) -> None:
         (lambda folder: (folder / MANIFEST).write_text("[]"), [], "should hold a JSON object"),
         (lambda folder: change_json(folder / MANIFEST, lambda v: v.update(format=2)), [], "is of format 2, and this"),
         (lambda folder: change_json(folder / MANIFEST, lambda v: v.pop("columns")), [], "lacks 'columns'"),
-        (lambda folder: change_json(folder / MANIFEST, lambda v: v["prompts"][0]["ids"].pop()), [], "have the shapes"),
-        (lambda folder: change_json(folder / MANIFEST, lambda v: v["tensors"][Q0].pop("file")), [], "lacks its file"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v["prompts"][0]["ids"].pop()), [], "prompt 1 of "),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v["tensors"][Q0].pop("file")), [], "lacks 'file'"),
+        (lambda folder: change_json(folder / MANIFEST, lambda v: v.update(format=True)), [], "is of format True"),
         (lambda folder: None, ["--records", "3"], "--records: has no meaning with --verify"),
+        (lambda folder: None, ["--allow_pickle"], "--allow_pickle: has no meaning with --verify of a"),
+        (lambda folder: None, ["--verify", "x"], "--verify: takes one folder at a time"),
         (lambda folder: None, ["--model_name_or_path", "x"], "--model_name_or_path: has no meaning with --verify of a"),
     ],
 )
@@ -355,6 +478,106 @@ def test_bad_input(change: Callable[[Path], Any], flags: list[str], error: str, 
     change(folder)
     outcome = verify(folder, *flags)
     assert outcome.code == 2 and error in outcome.err and outcome.err.count("\n") == 1, outcome.err
+
+
+def of_prompt(key: str, at: int | None, value: Any) -> Callable[[Any], None]:
+    """A change of a value of the second prompt, or of an element."""
+
+    def change(values: Any) -> None:
+        prompt = values["prompts"][1]
+        prompt[key] = value if at is None else [*prompt[key][:at], value, *prompt[key][at + 1 :]]
+
+    return change
+
+
+WRONG: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda v: v.update(more=1), "the file has 'more', which has no meaning"),
+    *((lambda v, base=base: v.update(base=base), "base ") for base in ("x", 5, {}, {"name": "x"}, [])),
+    (lambda v: v.update(base={"name": 5, "sha256": None}), "base has no name"),
+    *((lambda v, bad=bad: v["columns"].__setitem__(3, bad), "columns should") for bad in (-1, 0.5, "1", True, 2**40)),
+    (lambda v: v.update(columns=[]), "columns should be a list of ids from 0 to 2^31 - 1, not empty"),
+    (lambda v: v["columns"].reverse(), "columns are not sorted"),
+    *((of_prompt("ids", 2, bad), "prompt 2: ids should be") for bad in ("x", 2**40, 10**30, -1, 0.5, None)),
+    *((of_prompt("likeliest", 2, bad), "prompt 2: likeliest should be") for bad in (None, -1, 0.5)),
+    *((of_prompt("largest", 2, bad), "prompt 2: largest have") for bad in (10**400, "1", True, float("inf"), [])),
+    (lambda v: v["prompts"][1]["logits"][0].__setitem__(0, "1"), "prompt 2: logits have '1', no number"),
+    (of_prompt("logits", 0, []), "prompt 2: logits should be a list of 64 numbers"),
+    (of_prompt("logits", None, {}), "prompt 2 should have logits"),
+    (of_prompt("text", None, 5), "prompt 2 has a text that is none"),
+    (of_prompt("text", None, None), "prompts have texts in part"),
+    (lambda v: v.update(prompts=[]), "prompts should be a list, not empty"),
+    (lambda v: v["tensors"][Q0].update(size=3), f"tensor '{Q0}' has 'size', which has no meaning"),
+    (lambda v: v["tensors"][Q0].update(shape=[True]), "has a shape without sizes"),
+    (lambda v: v["tensors"][Q0].update(sha256=None), "has values that are no text"),
+    *((lambda v, f=file: v["tensors"][Q0].update(file=f), "no plain file name") for file in ("", "..", "a/b", "/a")),
+    (lambda v: v["files"].update(x=1), "file 'x' has a digest that is no text"),
+    (lambda v: v.update(tensors={}), "tensors should not be empty"),
+    (lambda v: v.update(files={}), "files should not be empty"),
+    (lambda v: v.update(flags=[]), "flags should be an object"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_wrong_values(case: int, whole: Path, tmp_path: Path) -> None:
+    change, problem = WRONG[case]
+    shutil.copy(whole / MANIFEST, tmp_path)
+    change_json(tmp_path / MANIFEST, change)
+    with pytest.raises(InputError) as raised:
+        read_manifest(tmp_path)
+    assert f"{MANIFEST}: is no manifest of this program: " in str(raised.value) and problem in str(raised.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 300) | st.sampled_from([2**40, -(10**30), 10**400])
+    | st.floats() | st.text(max_size=4) | st.sampled_from(["..", "\x1b[2J", "\ud800", "config.json"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@settings(max_examples=drawn_cases(60))
+@given(data=st.data())
+def test_any_manifest_has_rows_or_a_line(data: st.DataObject, whole: Path) -> None:
+    """Of a value that is replaced, removed or added anywhere: the command ends with rows, or with one line."""
+    values = json.loads((whole / MANIFEST).read_text())
+    at: Any = values
+    for _ in range(data.draw(st.integers(0, 4))):
+        children = [child for child in (at.values() if isinstance(at, dict) else at) if isinstance(child, dict | list)]
+        at = data.draw(st.sampled_from(children)) if children else at
+    keys = st.sampled_from([*at] if isinstance(at, dict) else range(len(at))) if at else st.nothing()
+    key = data.draw(keys | st.text(max_size=4) if isinstance(at, dict) else keys)
+    if data.draw(st.booleans()) and (isinstance(at, list) or key in at):
+        del at[key]
+    else:
+        at[key] = data.draw(VALUES)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for path in whole.iterdir():
+            (folder / path.name).symlink_to(path)
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).write_text(json.dumps(values))
+        outcome = verify(folder)
+    shown = outcome.out + outcome.err
+    assert (outcome.code, outcome.out == "", outcome.err.count("\n")) in {(0, False, 1), (1, False, 1), (2, True, 1)}
+    assert all(character.isprintable() for character in shown.replace("\n", "")), repr(shown)
+    assert ("parity: " in outcome.out) == (outcome.code != 2)
+
+
+def test_names_do_not_steer_the_terminal(whole: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole, tmp_path / "copied")
+
+    def add(values: Any) -> None:
+        values["tensors"]["\x1b[2J"] = values["tensors"][Q0]
+        values["files"]["a\nb"] = ""
+
+    change_json(folder / MANIFEST, add)
+    first, second = failing(verify(folder))
+    assert first.startswith(r"'\x1b[2J'") and second.startswith(r"'a\nb'")
+
+
+def test_no_folder_is_named() -> None:
+    outcome = run(parity.main, "--verify=")
+    assert outcome.code == 2 and "--verify: takes one folder at a time" in outcome.err
 
 
 # --- a manifest and its folder ---------------------------------------------------------------------------------------
@@ -397,6 +620,122 @@ def test_no_stale_manifest(whole: Path, adapted: Path, tmp_path: Path, monkeypat
     assert run(train.main, *run_argv).code == 0
     before, after = (read_manifest(folder) for folder in (adapted, tmp_path / "again"))
     assert before.tensors == after.tensors and verify(tmp_path / "again").code == 0
+
+
+def test_one_kind_over_the_other(whole: Path, adapted: Path, tmp_path: Path) -> None:
+    """Of a mixed folder transformers would load an adapter on top of the model, or in its place."""
+    out = shutil.copytree(adapted, tmp_path / "adapter", ignore=shutil.ignore_patterns("checkpoint-*"))
+    flax, model = whole.parent / "flax", adapted.parent / "model"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for flags in (
+        ["--to_hf", "--model_name_or_path", flax],
+        ["--model_name_or_path", model, "--merge_adapter", adapted],
+        ["--model_name_or_path", model, "--merge_adapter", out],
+    ):
+        outcome = run(convert.main, *flags, "--output_dir", out)
+        assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome.err
+        assert (
+            "is the folder that is read" if out in flags else "holds an adapter (adapter_config.json)"
+        ) in outcome.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    # A run's model over an adapter, as --overwrite_output_dir asks: it writes by the same function.
+    llama_jax.hf.convert.to_hf(Source(flax), out, dtype=None, verify=False, flags={})
+    assert not [*out.glob("adapter_*")]
+    assert_holds(verify(out), 11)
+
+    copied = shutil.copytree(whole, tmp_path / "whole")
+    flags = ["--model_name_or_path", model, "--data_path", adapted.parent / "data.json", "--use_cpu", "True"]
+    flags += ["--output_dir", copied, "--use_peft", "True", "--overwrite_output_dir", "True"]
+    outcome = run(train.main, *flags)
+    assert outcome.code == 2 and "holds an HF model (model.safetensors)" in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_over_an_adapter(adapted: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(adapted, tmp_path / "adapter")
+    flags = ["--model_name_or_path", adapted.parent / "model", "--data_path", adapted.parent / "data.json"]
+    flags += ["--output_dir", out, "--overwrite_output_dir", "True", "--max_steps", 1, "--use_cpu", "True"]
+    flags += ["--per_device_train_batch_size", 2, "--save_strategy", "no"]
+    assert run(train.main, *flags).code == 0
+    assert_holds(verify(out), 12)  # with special_tokens_map.json, of the pad token that a run adds
+    names = [name for name, _ in transformers.AutoModelForCausalLM.from_pretrained(out).named_parameters()]
+    assert len(names) == 21 and not any("lora" in name for name in names)
+
+
+PROBLEMS = {
+    "disk": OSError(28, "No space left on device"),
+    "input": InputError("x: cannot be read"),
+    "memory": jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    "bug": jax.errors.JaxRuntimeError("INTERNAL: a bug"),
+}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_an_export_without_a_manifest(
+    problem: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is complete all the same. A bug is not hidden."""
+    argv = ["--to_hf", "--model_name_or_path", whole.parent / "flax", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(llama_jax.hf.convert, "prompt_logits", raising(PROBLEMS[problem]))
+    if problem == "bug":
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            run(convert.main, *argv)
+        return
+    outcome = run(convert.main, *argv)
+    (line,) = [line for line in outcome.err.splitlines() if "warning" in line]
+    assert outcome.code == 0 and "is complete, and only manifest.json is missing: " in line
+    assert line.endswith("; repeat the command to write it")
+    assert " ".join(str(PROBLEMS[problem]).split()) in line
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {path.name for path in whole.iterdir()} - {MANIFEST}
+
+
+BASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "gone": (shutil.rmtree, "was removed", ""),
+    "written": (lambda base: write_model(base, CONFIG, make_arrays(CONFIG, seed=1)), "was written", ""),
+    "written while it is read": (
+        lambda base: write_model(base, CONFIG, make_arrays(CONFIG, seed=1)),
+        "was written",
+        "prompt_logits",
+    ),
+}
+
+
+def test_the_name_of_a_base_has_no_secrets() -> None:
+    assert base_of("gs://me:key@bucket/model?token=x", {}) == {"name": "gs://bucket/model?***", "sha256": None}
+
+
+def test_a_source_knows_its_files(tmp_path: Path, whole: Path) -> None:
+    """Of shards, of an equal size; of a Flax folder that is gone."""
+    source = Source(write_model(tmp_path / "model", shards=2))
+    source.check_unchanged()
+    write_model(tmp_path / "model", CONFIG, make_arrays(CONFIG, seed=1), shards=2)
+    with pytest.raises(InputError, match=r"model-00001-of-00002\.safetensors: was written after this run opened it"):
+        source.check_unchanged()
+    flax = Source(shutil.copytree(whole.parent / "flax", tmp_path / "flax"))
+    flax.check_unchanged()
+    shutil.rmtree(tmp_path / "flax")
+    with pytest.raises(InputError, match="was removed"):
+        flax.check_unchanged()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BASES)
+def test_a_base_that_changes(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digest and logits of a base that the run did not train on would prove what is not so."""
+    base = write_tokenizer(write_model(tmp_path / "model"))
+    change, problem, late = BASES[case]
+    module, name = (llama_jax.run.manifest, late) if late else (llama_jax.hf.peft, "write_adapter")
+    after(monkeypatch, module, name, lambda: change(base))
+    saves = ["--save_strategy", "no"] if late else ["--save_steps", 2]
+    out = trained(tmp_path, *saves)
+    line = (out / "run.log").read_text()
+    assert f"model.safetensors: {problem} after this run opened it; " in line
+    assert ("--export_only True" in line) != bool(late)
+    assert not (out / MANIFEST).exists() and (out / "trainer_state.json").exists()
+    assert (out / "adapter_model.safetensors").exists() and "done" in line
 
 
 # --- numbers and meshes ----------------------------------------------------------------------------------------------

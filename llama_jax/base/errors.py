@@ -99,6 +99,11 @@ def _run_command(main: Callable[[list[str]], int]) -> int:
         return 1
 
 
+def one_line(e: BaseException) -> str:
+    """Return the text of another library's exception in one line of at most 300 characters, or its class' name."""
+    return " ".join(str(e).split())[:300] or type(e).__name__
+
+
 def disk_problem(e: BaseException) -> str | None:
     """Return a line for an error of the disk, else None. safetensors and tensorstore give its number in their text."""
     number, file = (e.errno, e.filename) if isinstance(e, OSError) else (None, None)

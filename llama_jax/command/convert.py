@@ -47,12 +47,13 @@ def main(argv: list[str]) -> int:
     if source.is_flax and not args.to_hf:
         raise InputError(f"{source.folder}: is in this program's format already; --to_hf makes an HF folder of it")
     folder = as_path(args.output_dir)
-    if folder.resolve() in (source.folder.resolve(), as_path(args.model_name_or_path).resolve()):
+    read = [source.folder, *(as_path(name) for name in (args.model_name_or_path, args.merge_adapter) if name)]
+    if folder.resolve() in [path.resolve() for path in read]:
         raise InputError(f"--output_dir {folder}: is the folder that is read; name another")
     if args.merge_adapter and args.verify:
         raise InputError("--verify: compares tensors that are only copied; leave it out with --merge_adapter")
     adapter = read_adapter(as_path(args.merge_adapter), source.config, bad) if args.merge_adapter else None
-    refuse_other_kind(folder, flax=not (args.to_hf or args.merge_adapter))
+    refuse_other_kind(folder, "converted" if args.to_hf or args.merge_adapter else "Flax")
     make_output_dir(folder)
     flags = {k: without_query(v) if isinstance(v, str) else v for k, v in vars(args).items() if v}
     if adapter:

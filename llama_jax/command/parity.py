@@ -28,10 +28,12 @@ ABOUT = (
 
 
 class Verified(NamedTuple):
-    """Hold a command line of `--verify`: the folder, and the place of an adapter's base model, None for its own."""
+    """Hold a command line of `--verify`: the folder, the place of an adapter's base model, None for its own, and
+    whether its weights may be pickled."""
 
     folder: Path
     base: str | None
+    allow_pickle: bool
 
 
 class Parsed(NamedTuple):
@@ -47,15 +49,25 @@ class Parsed(NamedTuple):
 def parse_verify(argv: Sequence[str]) -> Verified:
     """Parse a command line with `--verify`. Raises InputError."""
     parser = Parser(prog="python -m llama_jax.parity", description=ABOUT, allow_abbrev=False)
-    parser.add_argument(VERIFY, metavar="OUTPUT_DIR", required=True)
+    parser.add_argument(VERIFY, metavar="OUTPUT_DIR", required=True, action="append")
     parser.add_argument("--model_name_or_path", help="an adapter's base model, by default as the run had it")
+    parser.add_argument(
+        "--allow_pickle",
+        nargs="?",
+        const="True",
+        default="False",
+        choices=["True", "False"],
+        help="read a base model of pytorch_model*.bin",
+    )
     given, rest = parser.parse_known_args(list(argv))
     if rest:
         raise InputError(f"{rest[0]}: has no meaning with {VERIFY}, which needs the folder alone; leave it out")
-    folder = as_path(given.verify)
+    if len(given.verify) > 1 or not given.verify[0]:
+        raise InputError(f"{VERIFY}: takes one folder at a time; give {VERIFY} OUTPUT_DIR once")
+    folder = as_path(given.verify[0])
     if is_remote(folder):
         raise InputError(f"{VERIFY} {folder}: a local folder is verified; copy it here")
-    return Verified(folder, given.model_name_or_path)
+    return Verified(folder, given.model_name_or_path, given.allow_pickle == "True")
 
 
 def parse(argv: Sequence[str]) -> Parsed | Verified:
@@ -124,7 +136,7 @@ def _verify(given: Verified, started: float) -> int:
     def show(rows: Sequence[Row]) -> None:
         print(f"{rows[0].section}\n{table(rows, most=len(rows))}", flush=True)
 
-    rows = verify(given.folder, given.base, show)
+    rows = verify(given.folder, given.base, given.allow_pickle, show)
     print(verdict_of(rows))
     say(f"{given.folder}: verified in {time.monotonic() - started:.0f} s")
     return 1 if any(row.holds is False for row in rows) else 0

@@ -123,14 +123,16 @@ def _write_manifest(
     mesh: Mesh,
     flags: Mapping[str, Any],
 ) -> None:
-    """Write the manifest of an HF folder that is complete."""
+    """Write the manifest of an HF folder that is complete; of a problem, a warning."""
     tokenizer = None
     with contextlib.suppress(InputError):
         tokenizer = open_tokenizer(source.tokenizer_folder)
-    prompts, columns = manifest.choose_prompts(tokenizer, config.vocab_size), manifest.choose_columns(config.vocab_size)
+    vocab_size = config.vocab_size
+    prompts, columns = manifest.choose_prompts(tokenizer, vocab_size), manifest.choose_columns(vocab_size)
     read = manifest.reader(params, config, dtypes)
-    logits = prompt_logits(config, None, mesh, [prompt.ids for prompt in prompts], columns, read)
-    manifest.write_manifest(folder, entries, prompts, columns, logits, flags)
+    with manifest.warning_without(folder, "repeat the command to write it"):
+        logits = prompt_logits(config, None, mesh, [prompt.ids for prompt in prompts], columns, read)
+        manifest.write_manifest(folder, entries, prompts, columns, logits, flags)
 
 
 def compare(source: Source, original: Tensors, dtype_of: Callable[[str], np.dtype], actual: Tensors) -> list[str]:

@@ -4,10 +4,12 @@ It holds the digest of each tensor and of each other file that decides results, 
 three prompts that this program computed from the exported weights (`python -m llama_jax.parity --verify`).
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import InputError, one_line
 from llama_jax.base.files import read_json_object, write_text
+from llama_jax.base.secrets import without_query
 from llama_jax.base.versions import PACKAGES, versions
 from llama_jax.data.tokenizer import FILES, TEMPLATES, Tokenizer
 from llama_jax.distributed import processes
@@ -28,9 +31,13 @@ from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.prompt_logits import PromptLogits, Read
 from llama_jax.model.roles import Params, is_stacked
+from llama_jax.reporting.progress import say
 
 MANIFEST, FORMAT = "manifest.json", 1
+ADAPTER_CONFIG = "adapter_config.json"  # transformers loads the adapter beside it, also on top of a whole model
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*")
 COLUMNS = 64  # of the vocabulary: with three prompts some 20 kB
+LARGEST = float(np.finfo(np.float32).max)
 READERS = 4  # threads: SHA-256 of one takes 0.5 to 2 GB/s
 # Without line ends, after which transformers 4.37 and 5 read a tokenizer.model differently.
 TEXTS = ("The sea is deep, and", "Grüße aus Köln: 你好!", "def double(x): return 2 *")
@@ -57,6 +64,20 @@ class Manifest:
     prompts: list[Prompt]
     columns: list[int]
     logits: list[PromptLogits]
+
+
+@contextlib.contextmanager
+def warning_without(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn a problem with the manifest of a folder that is complete into a warning, which names the `remedy`.
+
+    Problems are bad input, such as the files of an adapter's base, the disk, and a device's memory.
+    """
+    try:
+        yield
+    except (InputError, OSError, jax.errors.JaxRuntimeError) as e:
+        if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        say(f"warning: {folder}: the export is complete, and only {MANIFEST} is missing: {one_line(e)}; {remedy}")
 
 
 def remove_manifest(folder: Path) -> None:
@@ -143,7 +164,7 @@ def write_manifest(
 
 def deciding_files(folder: Path) -> list[Path]:
     """Return the files beside the weights that decide results: configs, tokenizer, chat templates."""
-    paths = [folder / name for name in (*SMALL, *FILES, "adapter_config.json") if (folder / name).exists()]
+    paths = [folder / name for name in (*SMALL, *FILES, ADAPTER_CONFIG) if (folder / name).exists()]
     return paths + (sorted((folder / TEMPLATES).glob("*.jinja")) if (folder / TEMPLATES).exists() else [])
 
 
@@ -160,9 +181,9 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
 
 
 def base_of(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return an adapter's base model for its manifest: its name, and the digest of all its tensors by HF's names, None
-    for a Flax folder, whose tensors have no files."""
-    return {"name": name, "sha256": digest_of_all(digest_tensors(tensors)) if tensors else None}
+    """Return an adapter's base model for its manifest: its name without secrets, and the digest of all its tensors by
+    HF's names, None for a Flax folder, whose tensors have no files."""
+    return {"name": without_query(name), "sha256": digest_of_all(digest_tensors(tensors)) if tensors else None}
 
 
 def _numbers(values: np.ndarray) -> list[Any]:
@@ -207,40 +228,94 @@ def read_manifest(folder: Path) -> Manifest:
             "to the end; copy it again with all its files, or export it anew"
         )
     values = read_json_object(path)
-    if values.get("format") != FORMAT:
+    if type(values.get("format")) is not int or values["format"] != FORMAT:
         raise InputError(
             f"{path}: is of format {values.get('format')!r}, and this version reads {FORMAT}; verify it with the "
             "llama_jax that wrote it, or a newer one"
         )
-    return _checked(values, str(path))
-
-
-def _checked(values: dict[str, Any], where: str) -> Manifest:
-    """Return the manifest of a file's values. Raises InputError for missing and wrong ones."""
     try:
-        prompts, columns = values["prompts"], values["columns"]
-        logits = [PromptLogits(*map(_array, (p["logits"], p["likeliest"], p["largest"]))) for p in prompts]
-        for prompt, found in zip(prompts, logits, strict=True):
-            count = len(prompt["ids"])
-            shapes = [array.shape for array in found]
-            if shapes != [(count, len(columns)), (count,), (count,)]:
-                raise ValueError(f"the logits of a prompt of {count} tokens have the shapes {shapes}")
-        for name, entry in values["tensors"].items():
-            if not {"file", "dtype", "shape", "sha256"} <= entry.keys():
-                raise ValueError(f"tensor {name!r} lacks its file, dtype, shape or sha256")
-            if Path(entry["file"]).name != entry["file"]:
-                raise ValueError(f"tensor {name!r}: file {entry['file']!r} is not a plain file name")
-        return Manifest(
-            **{key: values[key] for key in ("tensors", "base", "data", "flags", "versions", "columns")},
-            files=dict(values["files"]),
-            prompts=[Prompt(p["text"], p["ids"]) for p in prompts],
-            logits=logits,
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        problem = f"lacks {e}" if isinstance(e, KeyError) else str(e)
-        raise InputError(f"{where}: is no manifest of this program: {problem}; copy it again") from None
+        return _checked(values)
+    except ValueError as e:
+        raise InputError(f"{path}: is no manifest of this program: {e}; copy it again") from None
 
 
-def _array(values: Any) -> np.ndarray:
-    """Return numbers as float64, which holds ids and float32 exactly, None as NaN."""
-    return np.asarray(values, np.float64)
+_KEYS = {*"format versions flags data base files tensors columns prompts".split()}
+
+
+def _checked(values: dict[str, Any]) -> Manifest:
+    """Return the manifest of a file's values. Raises ValueError for every type and range that `write_manifest` does not
+    write, so that no reader of the manifest checks any."""
+    _check_keys(values, _KEYS, "the file")
+    columns = _check_ids(values["columns"], "columns")
+    for key in ("tensors", "files"):
+        _check(values[key] != {}, key, "should not be empty")
+    _check(columns == sorted({*columns}), "columns", "are not sorted")
+    for name, entry in _check_object(values["tensors"], "tensors").items():
+        what = f"tensor {name!r}"
+        _check_keys(entry, {"file", "dtype", "shape", "sha256"}, what)
+        texts, shape = [entry[key] for key in ("file", "dtype", "sha256")], entry["shape"]
+        _check(all(isinstance(text, str) for text in texts), what, "has values that are no text")
+        _check(isinstance(shape, list) and all(type(size) is int for size in shape), what, "has a shape without sizes")
+        file = entry["file"]
+        _check(file not in ("", "..") and Path(file).name == file, what, f"has a file {file!r}, no plain file name")
+    for name, digest in _check_object(values["files"], "files").items():
+        _check(isinstance(digest, str), f"file {name!r}", "has a digest that is no text")
+    if (base := values["base"]) is not None:
+        _check_keys(base, {"name", "sha256"}, "base")
+        _check(isinstance(base["name"], str) and base["name"] != "", "base", "has no name")
+        _check(isinstance(base["sha256"], str | None), "base", "has a digest that is no text")
+    for key in ("flags", "versions", *(["data"] if values["data"] is not None else [])):
+        _check_object(values[key], key)
+    _check(isinstance(values["prompts"], list) and values["prompts"] != [], "prompts", "should be a list, not empty")
+    prompts, logits = [], []
+    for number, prompt in enumerate(values["prompts"], start=1):
+        what = f"prompt {number}"
+        _check_keys(prompt, {"text", "ids", "likeliest", "largest", "logits"}, what)
+        _check(isinstance(prompt["text"], str | None), what, "has a text that is none")
+        prompts.append(Prompt(prompt["text"], _check_ids(prompt["ids"], f"{what}: ids")))
+        count = len(prompts[-1].ids)
+        likeliest = _check_ids(prompt["likeliest"], f"{what}: likeliest")
+        _check(len(likeliest) == count, what, f"of {count} tokens has {len(likeliest)} likeliest ids")
+        rows = prompt["logits"]
+        _check(isinstance(rows, list) and len(rows) == count, what, f"should have logits after {count} tokens")
+        found = [_check_numbers(row, len(columns), f"{what}: logits") for row in rows]
+        largest = _check_numbers(prompt["largest"], count, f"{what}: largest")
+        logits.append(PromptLogits(np.asarray(found), np.asarray(likeliest), np.asarray(largest)))
+    _check(len({prompt.text is None for prompt in prompts}) == 1, "prompts", "have texts in part")
+    read = {key: values[key] for key in ("tensors", "files", "base", "data", "flags", "versions")}
+    return Manifest(**read, columns=columns, prompts=prompts, logits=logits)
+
+
+def _check(holds: bool, what: str, problem: str) -> None:
+    if not holds:
+        raise ValueError(f"{what} {problem}")
+
+
+def _check_object(value: Any, what: str) -> dict[str, Any]:
+    _check(isinstance(value, dict), what, "should be an object")
+    return value
+
+
+def _check_keys(value: Any, keys: set[str], what: str) -> None:
+    """Check an object of exactly these keys."""
+    found = _check_object(value, what).keys()
+    for key in sorted(keys - found):
+        raise ValueError(f"{what} lacks {key!r}")
+    for key in sorted(found - keys):
+        raise ValueError(f"{what} has {key!r}, which has no meaning")
+
+
+def _check_ids(value: Any, what: str) -> list[int]:
+    """Return ids of a vocabulary, which some id of a model may be above."""
+    good = isinstance(value, list) and value != [] and all(type(id) is int and 0 <= id < 2**31 for id in value)
+    _check(good, what, "should be a list of ids from 0 to 2^31 - 1, not empty")
+    return value
+
+
+def _check_numbers(value: Any, count: int, what: str) -> list[float]:
+    """Return numbers of float32 as they are, and NaN for null. JSON's NaN is none: `write_manifest` writes null."""
+    _check(isinstance(value, list) and len(value) == count, what, f"should be a list of {count} numbers")
+    for number in value:
+        good = number is None or (type(number) in (int, float) and abs(number) <= LARGEST)
+        _check(good, what, f"have {repr(number)[:40]}, no number of float32")
+    return [math.nan if number is None else float(number) for number in value]

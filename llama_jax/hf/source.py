@@ -30,15 +30,22 @@ from llama_jax.model.llama import RunOptions, stack_layers, unstack_layers
 from llama_jax.model.roles import Params, is_stacked
 from llama_jax.reporting.progress import say
 
+_Kind = tuple[str, tuple[str, ...]]
+_WHOLE: _Kind = ("an HF model", ("model*.safetensors*", "pytorch_model*.bin*"))
+_FLAX: _Kind = ("a Flax model", (FLAX_JSON,))
+_ADAPTER: _Kind = ("an adapter", ("adapter_config.json", "adapter_model.*"))
+_OTHERS = {"Flax": [_WHOLE], "HF": [_FLAX], "adapter": [_WHOLE, _FLAX], "converted": [_FLAX, _ADAPTER]}
 
-def refuse_other_kind(folder: Path, flax: bool) -> None:
-    """Refuse to write a Flax folder over HF's weights, or an HF folder over a Flax folder. Readers of such a mixed
-    folder could load the wrong weights. Raises InputError."""
-    with reaching(folder, f"output_dir {folder} cannot be read"):
-        found = sorted(folder.glob("model*.safetensors*") if flax else folder.glob(FLAX_JSON))
-    if found := [path for path in found if path.suffix != ".tmp"]:
-        held = f"{'an HF' if flax else 'a Flax'} model ({found[0].name})"
-        raise InputError(f"output_dir {folder} holds {held}: choose another --output_dir, or remove it")
+
+def refuse_other_kind(folder: Path, kind: str) -> None:
+    """Refuse to write a kind of model, a key of `_OTHERS`, over another kind. Readers of such a mixed folder could load
+    the wrong weights. An HF model of a run may replace an adapter, by `--overwrite_output_dir`. Raises InputError."""
+    for held, patterns in _OTHERS[kind]:
+        with reaching(folder, f"output_dir {folder} cannot be read"):
+            found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.suffix != ".tmp"]
+        if found:
+            advice = "choose another --output_dir, or remove it"
+            raise InputError(f"output_dir {folder} holds {held} ({found[0].name}): {advice}")
 
 
 class Source:
@@ -72,6 +79,7 @@ class Source:
         if self._checkpoint.tensors or (weights and not self.is_flax):
             tensors = self._checkpoint.tensors
             self.tensors = check_tensors(tensors, self.config, str(self.folder), allow_nonfinite)
+        self._opened = self._state_of_files()
 
     @staticmethod
     def _find(name: str | Path, weights: bool, allow_pickle: bool = False) -> tuple[Path, Path]:
@@ -81,6 +89,30 @@ class Source:
             return copy_model(path, weights, allow_pickle), path
         path = find_folder(path, weights, allow_pickle)
         return path, path
+
+    def _state_of_files(self) -> dict[Path, tuple[int, int] | None]:
+        """Return size and time of the weights' files, None for a file that is gone; of a Flax folder of its JSON."""
+        names = {FLAX_JSON} if self.is_flax else {tensor.file for tensor in self.tensors.values()}
+        found: dict[Path, tuple[int, int] | None] = {}
+        for path in [self.gguf] if self.gguf else sorted(self.folder / name for name in names):
+            try:
+                status = path.stat()
+                found[path] = status.st_size, status.st_mtime_ns
+            except OSError:
+                found[path] = None
+        return found
+
+    def check_unchanged(self) -> None:
+        """Refuse to take the files for the weights that were read, where one was written since. Raises InputError."""
+        now = self._state_of_files()
+        if changed := [path for path, state in self._opened.items() if now[path] != state]:
+            problem = "was written" if now[changed[0]] else "was removed"
+            raise InputError(f"{changed[0]}: {problem} after this run opened it")
+
+    @property
+    def gguf(self) -> Path | None:
+        """Return the .gguf file that holds the model, None where an HF or a Flax folder does."""
+        return self._checkpoint.gguf
 
     @property
     def notes(self) -> list[str]:

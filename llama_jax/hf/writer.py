@@ -19,7 +19,7 @@ from llama_jax.distributed import sharding
 from llama_jax.distributed.processes import exchange, is_first
 from llama_jax.hf.digests import Entry, describe
 from llama_jax.hf.finite import check_written
-from llama_jax.hf.manifest import remove_manifest
+from llama_jax.hf.manifest import ADAPTER_CONFIG, remove_manifest
 from llama_jax.hf.names import check_names, name_table, without_layer
 from llama_jax.model.config import FAMILIES, LlamaConfig
 from llama_jax.model.roles import Params, is_stacked
@@ -27,6 +27,7 @@ from llama_jax.model.roles import Params, is_stacked
 SHARD_BYTES = 5 * 10**9  # transformers' "5GB"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")  # transformers would load it on top
 
 
 def hf_tensors(
@@ -69,7 +70,8 @@ def write_weights(
     """Write `model.safetensors`, or shards of at most `shard_bytes` with an index; `dtypes` by name. Return the digest
     and the file of each tensor.
 
-    Files get their names when all are complete; other files of an earlier export are removed, its manifest first.
+    Files get their names when all are complete; other files of an earlier export are removed, an adapter's too, and
+    its manifest first.
     Processes deal the shards among themselves, and each holds one at a time. Raises RunError before the first file for
     a NaN or Inf, unless `allow_nonfinite`.
     """
@@ -87,6 +89,8 @@ def write_weights(
     if not is_first():
         return entries
     remove_manifest(folder)
+    for name in _ADAPTER:
+        (folder / name).unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors"):
         if _WEIGHTS.fullmatch(old.name) and old.name not in files:
             old.unlink()

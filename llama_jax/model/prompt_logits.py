@@ -32,7 +32,7 @@ Read = Callable[[str | int], Params]
 
 class PromptLogits(NamedTuple):
     """Hold the logits after each token of a prompt: those of chosen columns [T, C], the likeliest id [T], and the
-    largest magnitude over the whole vocabulary [T]."""
+    largest magnitude over the whole vocabulary [T], NaN where any logit is NaN or Inf."""
 
     chosen: np.ndarray
     likeliest: np.ndarray
@@ -66,7 +66,9 @@ def prompt_logits(
         own = model(params)
         logits = own.logits(own.norm(x))
         chosen = logits.at[..., np.asarray(columns)].get(out_sharding=sharding.placed(sharding.ACT_BTD))
-        return chosen, jnp.argmax(logits, axis=-1), jnp.max(jnp.abs(logits), axis=-1)
+        largest = jnp.max(jnp.abs(logits), axis=-1)  # of a NaN, XLA's maximum on the CPU may be any other number
+        largest = jnp.where(jnp.isfinite(logits).all(axis=-1), largest, jnp.nan)
+        return chosen, jnp.argmax(logits, axis=-1), largest
 
     longest = max(map(len, prompts))
     B = math.ceil(len(prompts) / sharding.batch_ways(mesh)) * sharding.batch_ways(mesh)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import InputError, one_line
 
 INSTALL = "pip install 'llama_jax[parity]'"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -61,7 +61,7 @@ class Reference:
         try:
             config = AutoConfig.from_pretrained(folder)
         except Exception as e:  # of many classes
-            raise InputError(f"{folder}: transformers cannot read it: {str(e).splitlines()[0]}") from None
+            raise InputError(f"{folder}: transformers cannot read it: {one_line(e)}") from None
         if layers is not None:
             keep_layers(config, layers)
         self._rows, self._new_tokens = rows or config.vocab_size, new_tokens
@@ -251,7 +251,7 @@ def _insert(torch: Any, model: Any, folder: Path) -> dict[str, Path]:
         with safe_open(folder / ADAPTER, "pt") as file:
             return dict.fromkeys(file.keys(), folder / ADAPTER)
     except Exception as e:  # of many classes
-        raise InputError(f"{folder}: PEFT cannot read it: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{folder}: PEFT cannot read it: {one_line(e)}") from None
 
 
 def keep_layers(config: Any, layers: int) -> None:

@@ -12,9 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import InputError, one_line
 from llama_jax.hf.digests import Entry, digest_of_all
-from llama_jax.hf.manifest import Manifest, deciding_files, digest_tensors, file_digest, read_manifest
+from llama_jax.hf.manifest import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    Manifest,
+    deciding_files,
+    digest_tensors,
+    file_digest,
+    read_manifest,
+)
 from llama_jax.hf.readers import open_safetensors
 from llama_jax.hf.source import Source
 from llama_jax.hf.tensor import Tensor
@@ -28,14 +36,15 @@ from llama_jax.proof.walk import numpy_of, worst_token
 TENSORS, FILES, BASE, TOKENS, LOGITS = "tensors", "files", "base model", "tokens", "logits, float32"
 
 
-def verify(folder: Path, base: str | None, show: Callable[[Sequence[Row]], None]) -> list[Row]:
+def verify(folder: Path, base: str | None, allow_pickle: bool, show: Callable[[Sequence[Row]], None]) -> list[Row]:
     """Return the rows of a folder; `show` is called with each section's. `base` replaces the name of an adapter's base
-    model. Raises InputError."""
+    model, whose files may be pickled under `allow_pickle`. Raises InputError."""
     manifest = read_manifest(folder)
     import_torch()
-    if base and not manifest.base:
-        raise InputError("--model_name_or_path: has no meaning with --verify of a whole model; leave it out")
-    source = _open_base(base or manifest.base["name"]) if manifest.base else None
+    for flag, given in (("model_name_or_path", base), ("allow_pickle", allow_pickle)):
+        if given and not manifest.base:
+            raise InputError(f"--{flag}: has no meaning with --verify of a whole model; leave it out")
+    source = _open_base(base or manifest.base["name"], allow_pickle) if manifest.base else None
     rows: list[Row] = []
 
     def add(more: list[Row]) -> None:
@@ -51,19 +60,32 @@ def verify(folder: Path, base: str | None, show: Callable[[Sequence[Row]], None]
     return rows
 
 
-def _open_base(name: str) -> Source:
+def _open_base(name: str, allow_pickle: bool) -> Source:
+    """Open an adapter's base model. Raises InputError, for models that torch does not read too."""
     try:
-        return Source(name)
+        source = Source(name, allow_pickle)
     except InputError as e:
         raise InputError(f"{e} (the adapter's base model; --model_name_or_path names another place)") from None
+    if source.is_flax or source.gguf:
+        kind = "a Flax folder, whose tensors have no digests" if source.is_flax else "a .gguf file"
+        raise InputError(
+            f"{name}: the adapter's base model is {kind}, and torch computes from HF folders: give the HF folder that "
+            "it was made of, or one made of it, by --model_name_or_path HF_DIR"
+        )
+    return source
 
 
 def compare_tensors(folder: Path, manifest: Manifest) -> list[Row]:
-    """Return a row for each tensor that is another, missing or not in the manifest, and one for all the others."""
+    """Return a row for each tensor that is another, missing or not in the manifest, and one for all the others.
+
+    A file of weights that the manifest does not name has a row: a reader may take it for the model's."""
     rows: list[Row] = []
     tensors: dict[str, Tensor] = {}
-    stem = "adapter_model" if manifest.base else "model"
-    for path in sorted(folder.glob(f"{stem}*.safetensors")):
+    named = {entry["file"] for entry in manifest.tensors.values()}
+    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
+        if path.name not in named:
+            rows.append(_failed(TENSORS, path.name, "is a file of weights that the manifest does not name"))
+            continue
         try:
             for name, tensor in open_safetensors(path).items():
                 if name in tensors:
@@ -98,16 +120,24 @@ def _failed(section: str, name: str, problem: str) -> Row:
 
 def compare_files(folder: Path, manifest: Manifest) -> list[Row]:
     """Return a row for each other file that decides results."""
-    rows = []
+    rows: list[Row] = []
     present = {path.relative_to(folder).as_posix() for path in deciding_files(folder)}
     for name in sorted(present | manifest.files.keys()):
         problem = "is not in the manifest"
         if name in manifest.files:
-            problem = "has other bytes" if name in present else "is missing"
-            if name in present and file_digest(folder / name) == manifest.files[name]:
-                problem = ""
+            problem = _other_bytes(folder / name, manifest.files[name]) if name in present else "is missing"
+        if name == ADAPTER_CONFIG and not manifest.base:
+            problem = "is in the folder of a whole model: transformers loads its adapter in the model's place or on top"
         rows.append(Row(FILES, name, None, None, not problem, problem))
     return rows
+
+
+def _other_bytes(path: Path, digest: str) -> str:
+    """Return how a file differs from its digest in the manifest, "" where it does not."""
+    try:
+        return "" if file_digest(path) == digest else "has other bytes"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
 
 
 def compare_base(manifest: Manifest, source: Source) -> Row:
@@ -130,11 +160,11 @@ def compare_tokens(folder: Path, manifest: Manifest) -> list[Row]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = [tokenizer(prompt.text)["input_ids"] for prompt in manifest.prompts]
     except Exception as e:  # of many classes
-        return [_failed(TOKENS, "AutoTokenizer", f"cannot read the folder: {str(e).splitlines()[0]}")]
+        return [_failed(TOKENS, "AutoTokenizer", f"cannot read the folder: {one_line(e)}")]
     rows = []
-    for prompt in manifest.prompts:
-        theirs = tokenizer(prompt.text)["input_ids"]
+    for prompt, theirs in zip(manifest.prompts, ids, strict=True):
         difference = first_difference("the manifest", prompt.ids, theirs, str).replace(" here", " in the manifest")
         rows.append(Row(TOKENS, f"ids of {prompt.text!r}", None, None, not difference, difference))
     return rows
@@ -145,12 +175,10 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
 
     The error of the chosen columns is relative in their norm, as in a certificate (`bounds`). Over the whole vocabulary
     errors are relative to the largest magnitude: the largest magnitudes of two programs differ by no more than their
-    logits do, and the likeliest token of one is at most twice as far below the likeliest of the other.
+    logits do, and the likeliest token of one is at most twice as far below the likeliest of the other. Of weights with
+    NaN or Inf, logits are not finite after the same tokens, and the finite ones are compared.
     """
-    own = [np.concatenate([np.asarray(logits[part]) for logits in manifest.logits]) for part in range(3)]
-    chosen, likeliest, largest = own[0], own[1].astype(int), own[2]
-    if not all(np.isfinite(part).all() for part in (chosen, largest)):
-        return [Row(LOGITS, "chosen columns", None, None, None, "the exported weights give NaN or Inf")]
+    chosen, likeliest, largest = (np.concatenate([logits[part] for logits in manifest.logits]) for part in range(3))
     examples = [(np.asarray(prompt.ids, np.int32),) * 2 for prompt in manifest.prompts]
     sample = Sample(examples, packed=False, compat="5")
     try:
@@ -158,20 +186,37 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
         with reference.torch.no_grad():
             theirs, exact = _logits(reference, sample)
     except Exception as e:  # of many classes: the folder may be damaged in any way
-        return [_failed(LOGITS, "chosen columns", f"cannot be computed: {' '.join(str(e).split())[:300]}")]
-    if exact.shape[1] <= max(manifest.columns):
-        return [_failed(LOGITS, "chosen columns", f"the model has {exact.shape[1]:,} rows of the vocabulary")]
+        return [_failed(LOGITS, "chosen columns", f"cannot be computed: {one_line(e)}")]
+    if exact.shape[1] <= max(*manifest.columns, likeliest.max()):
+        return [
+            _failed(
+                LOGITS,
+                "chosen columns",
+                f"the model has {exact.shape[1]:,} rows of the vocabulary, and the manifest names more",
+            )
+        ]
 
     columns, layers = manifest.columns, reference.layers
-    error, rounding, worst = worst_token(chosen, theirs[:, columns], exact[:, columns])
-    off = np.abs(chosen - theirs[:, columns]).max()
-    note = f"{len(columns)} of {exact.shape[1]:,}, after {len(chosen)} tokens; largest difference {off:.2e}"
-    row = bounded(LOGITS, "chosen columns", error, bound_of(FLOAT32, rounding, layers), note)
-    if not row.holds:
-        prompt, token = (int(at[worst]) for at in np.nonzero(sample.mask))
-        row = replace(row, note=f"{note}, worst at prompt {prompt + 1}, token {token}")
-    rows = [row]
+    finite, whole = (np.isfinite(part) for part in (theirs[:, columns], theirs))
+    rows = _compare_finite(np.isfinite(chosen), finite, np.isfinite(largest), whole.all(-1))
+    if rows and rows[0].holds is False:
+        return rows
 
+    if (tokens := finite.all(-1)).any():
+        error, rounding, worst = worst_token(
+            *(part[tokens] for part in (chosen, theirs[:, columns], exact[:, columns]))
+        )
+        off = np.abs(chosen - theirs[:, columns])[tokens].max()
+        note = f"{len(columns)} of {exact.shape[1]:,}, after {tokens.sum()} tokens; largest difference {off:.2e}"
+        row = bounded(LOGITS, "chosen columns", error, bound_of(FLOAT32, rounding, layers), note)
+        if not row.holds:
+            prompt, token = (int(at[tokens][worst]) for at in np.nonzero(sample.mask))
+            row = replace(row, note=f"{note}, worst at prompt {prompt + 1}, token {token}")
+        rows.append(row)
+    if not (tokens := whole.all(-1)).any():
+        return rows
+
+    likeliest, largest, theirs, exact = (part[tokens] for part in (likeliest, largest, theirs, exact))
     scale = np.abs(exact).max(-1)
     bound = bound_of(FLOAT32, float((np.abs(theirs - exact).max(-1) / scale).max()), layers)
     error = float((np.abs(largest - np.abs(theirs).max(-1)) / scale).max())
@@ -181,6 +226,21 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
     error = float(((exact.max(-1) - top) / scale).max())
     rows.append(bounded(LOGITS, "likeliest tokens", error, 2 * bound, f"the same after {same:.1%}"))
     return rows
+
+
+def _compare_finite(
+    chosen: np.ndarray, their_chosen: np.ndarray, whole: np.ndarray, their_whole: np.ndarray
+) -> list[Row]:
+    """Return the row of the logits that are not finite, none where all are: by chosen column [N, C], and by token [N]
+    whether its whole vocabulary is finite."""
+    if all(part.all() for part in (chosen, their_chosen, whole, their_whole)):
+        return []
+    note = f"NaN or Inf after {(~whole).sum()} of {len(whole)} tokens"
+    same = np.array_equal(chosen, their_chosen) and np.array_equal(whole, their_whole)
+    if same:
+        return [Row(LOGITS, "NaN and Inf", None, None, True, f"{note}, the same ones as torch's; the others follow")]
+    note += f" in the manifest, after {(~their_whole).sum()} by torch, or in other columns"
+    return [_failed(LOGITS, "NaN and Inf", note)]
 
 
 def _open_reference(folder: Path, manifest: Manifest, base: Source | None) -> Reference:

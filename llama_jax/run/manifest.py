@@ -3,8 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from llama_jax.base.errors import FailedAlone
 from llama_jax.base.secrets import without_query
 from llama_jax.data.tokenizer import Tokenizer
 from llama_jax.distributed import processes
@@ -16,6 +18,7 @@ from llama_jax.model.llama import RunOptions
 from llama_jax.model.lora import Lora
 from llama_jax.model.prompt_logits import Read, prompt_logits
 from llama_jax.model.roles import Params, is_stacked
+from llama_jax.run.checkpoint import find_steps
 from llama_jax.run.prepare import Prepared
 from llama_jax.setup.arguments import changed_flags
 
@@ -31,7 +34,8 @@ def write_run_manifest(
     All processes must call this.
 
     `lora` is the adapter as its files hold it, None for a model's folder. Its base is read from its files again, a
-    layer at a time: the run may hold it rounded, or in 4 bits.
+    layer at a time: the run may hold it rounded, or in 4 bits. The export is complete before: a problem is a warning.
+    Of several processes, one that cannot compute the logits ends the run, since the others wait for it.
     """
     job, source, mesh = prepared.job, prepared.source, prepared.mesh
     if lora is None:
@@ -41,8 +45,22 @@ def write_run_manifest(
         read = _adapted(prepared, params, lora)
     prompts = manifest.choose_prompts(tokenizer, job.config.vocab_size)
     columns = manifest.choose_columns(job.config.vocab_size)
-    logits = prompt_logits(job.config, lora, mesh, [prompt.ids for prompt in prompts], columns, read)
-    if processes.is_first():
+    with manifest.warning_without(prepared.output_dir, _remedy(prepared)):
+        if lora:
+            with processes.agreed():
+                source.check_unchanged()
+        try:
+            logits = prompt_logits(job.config, lora, mesh, [prompt.ids for prompt in prompts], columns, read)
+        except Exception as e:
+            if jax.process_count() == 1:
+                raise
+            raise FailedAlone from e
+        if not processes.is_first():
+            return
+        base = None
+        if lora:
+            base = manifest.base_of(job.args.model_name_or_path, source.tensors)
+            source.check_unchanged()
         names = [Path(without_query(name)).name for name in job.args.data_path or []]
         manifest.write_manifest(
             prepared.output_dir,
@@ -52,8 +70,17 @@ def write_run_manifest(
             logits,
             flags=changed_flags(job.args),
             data={"names": names, "digest": job.data_digest},
-            base=manifest.base_of(job.args.model_name_or_path, source.tensors) if lora else None,
+            base=base,
         )
+
+
+def _remedy(prepared: Prepared) -> str:
+    """Return the way to a manifest that is missing."""
+    if prepared.args.export_only:
+        return "repeat the command to write it"
+    if prepared.job.order.updates in find_steps(prepared.output_dir):
+        return "repeat the command with --export_only True to write it"
+    return "without a checkpoint of the last update it cannot be written later"
 
 
 def _adapted(prepared: Prepared, params: Params, lora: Lora) -> Read:

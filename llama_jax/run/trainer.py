@@ -142,7 +142,7 @@ def owned(args: Arguments) -> Iterator[Path]:
     with contextlib.ExitStack() as lock:
         with processes.agreed():
             if processes.is_first():
-                refuse_other_kind(output_dir, flax=False)
+                refuse_other_kind(output_dir, "adapter" if args.use_peft or args.adapter_name_or_path else "HF")
                 make_output_dir(output_dir)
                 lock.enter_context(locked(output_dir))
                 pass_over_damaged(args, output_dir)
