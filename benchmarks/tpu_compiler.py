@@ -29,6 +29,7 @@ from jax.errors import JaxRuntimeError
 from make_model import SHAPES, raw_config
 from work import planner_of
 
+from llama_jax.base.errors import run_command
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import MEMORY_SHARE, set_up_jax
 from llama_jax.model.config import LlamaConfig
@@ -122,8 +123,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse(sys.argv[1:])
+def main(argv: list[str]) -> int:
+    args = parse(argv)
     set_up_jax(use_cpu=True)
     jax.config.update("jax_enable_compilation_cache", False)
     print(HEADER, flush=True)
@@ -135,7 +136,8 @@ def main() -> None:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
             print(f"| {name} {args.name} | | does not fit: {str(e).splitlines()[0][:160]} |", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

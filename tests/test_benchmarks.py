@@ -79,7 +79,8 @@ def test_a_row_of_another_program(tmp_path: Path) -> None:
 def test_a_row_of_ours(libtpu: None) -> None:
     """A tiny step by the TPU's compiler, on four chips: fits, waits for links, and sends what it sends."""
     command = [sys.executable, str(BENCHMARKS / "tpu_compiler.py"), "--shape", "tiny", "--work", "1x128", "v5e-4"]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = os.environ | {"PYTHONPATH": f"{Path(sys.prefix) / 'libtpu'}:{BENCHMARKS.parent}"}
+    made = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-3000:]
     row = made.stdout.splitlines()[-1].split("|")
     assert row[1].strip() == "v5e-4" and float(row[3].split()[0]) < 1, row
