@@ -42,9 +42,8 @@ ACHIEVED = {"v4": 0.93, "v5e": 0.88, "v5p": 0.90}
 def parts(topology: Topology, config: LlamaConfig, rows: int, tokens: int, spec: str) -> dict[str, Any]:
     """Return the parts of a step's time in seconds, and the MFU of both bounds."""
     mesh, chip = sharding.make_mesh(topology.devices(), spec), topology.chip
-    run = RunOptions(
-        jnp.float32, jnp.bfloat16, jnp.bfloat16, scan_layers=True, remat="full", attention=Kernel("splash")
-    )
+    kernel = Kernel("splash", device=chip.kind)
+    run = RunOptions(jnp.float32, jnp.bfloat16, jnp.bfloat16, scan_layers=True, remat="full", attention=kernel)
     tx = make_optimizer()
     definition = define(config, run, mesh)
     state = abstract_state(tx, definition, mesh)

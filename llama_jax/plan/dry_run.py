@@ -36,12 +36,14 @@ LITTLE = 0.98  # share of the memory from which a run that fits has little to sp
 @dataclass(frozen=True)
 class Outcome:
     """Hold the result of planning a run: `needed` bytes a device, infinite where the compiler refuses, None where
-    unknown. `seconds` is the time spent, `schedule` a TPU's for the largest block."""
+    unknown. `seconds` is the time spent. `program` is that of the largest block, None where nothing was compiled, and
+    `schedule` a TPU's."""
 
     planner: Planner
     plan: Plan
     needed: float | None
     seconds: float
+    program: Program | None = None
     schedule: Schedule | None = None
 
 
@@ -106,7 +108,7 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
         return Outcome(planner, planner.make(best), planner.estimate(best), time.monotonic() - started)
     if (least := planner.least_bytes(first)) > limit:  # no compiler can change that
         return Outcome(planner, planner.make(first), least, time.monotonic() - started)
-    schedule = None
+    program = schedule = None
     with waiting("planning", planner.job.args.disable_tqdm or None) as bar, tempfile.TemporaryDirectory() as folder:
 
         def told(line: str) -> None:
@@ -115,12 +117,13 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
 
         planner.schedules = None if fast else folder
         plan, needed = planner.choose(limit, told, remember=not fast)
-        if program := None if fast else plan.steps.programs.get(plan.largest_block):
-            schedule = read_schedule(folder, Program(program.as_text()))
+        if compiled := plan.steps.programs.get(plan.largest_block):
+            program = Program(compiled.as_text())
+            schedule = None if fast else read_schedule(folder, program)
     # A program that fits at low effort need not fit: the verdict is open. A refusal counts, but not of quantized
     # matrices: at low effort the compiler holds all steps of dequantizing (35 GiB for a layer of 70B in 4 bits).
     unknown = fast and (needed <= limit or planner.run.quantization is not None)
-    return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started, schedule)
+    return Outcome(planner, plan, None if unknown else needed, time.monotonic() - started, program, schedule)
 
 
 def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
@@ -166,7 +169,8 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         lines.append(f"  {'sums of gradients':<34}{sums / GIB:9.2f}")
         held += sums
     programs = plan.steps.programs
-    if not programs:
+    of_block = outcome.program
+    if of_block is None:
         kept = plan.option.max_tokens * activation_bytes(job.config, plan.run, plan.option.remat, mesh)
         lines += [
             f"  {'kept for the backward pass':<34}{kept / GIB:9.2f}   (by arithmetic)",
@@ -179,7 +183,6 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
             f"  {'activations and all else':<34}{(needed - held) / GIB:9.2f}",
             f"  {'peak':<34}{needed / GIB:9.2f}",
         ]
-    of_block = Program(programs[plan.largest_block].as_text())
     collectives = of_block.collectives(mesh.shape)
     lines += ["", "the largest tensors, MiB a device:"]
     lines += [f"  {size / 2**20:9,.0f}  {text}  {name}" for size, text, name in _largest(state, of_block)]
