@@ -114,12 +114,12 @@ def test_an_earlier_export_is_replaced(params: Any, tmp_path: Path, before: int,
 
 def test_other_files_stay(params: Any, tmp_path: Path) -> None:
     """Only what an export could have written is removed."""
-    for name in ("model_notes.safetensors", "adapter_model.safetensors", "model.gguf", "notes.txt"):
+    mine = {"model_notes.safetensors", "adapter_notes.safetensors", "model.gguf", "notes.txt"}
+    for name in (*mine, "adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("mine")
     write(tmp_path, params, 4000)
     write(tmp_path, params)
-    for name in ("model_notes.safetensors", "adapter_model.safetensors", "model.gguf", "notes.txt"):
-        assert (tmp_path / name).exists(), name
+    assert {path.name for path in tmp_path.iterdir()} == mine | {"model.safetensors"}
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])
