@@ -362,9 +362,9 @@ def test_heads_grouped_wrongly(three: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_mask_off_by_one(three: Path, monkeypatch: pytest.MonkeyPatch, retraced: None) -> None:
     """Each token sees the one that follows."""
 
-    def shifted(kernel, q, k, v, segments, positions, scores):
+    def shifted(kernel, q, k, v, *rest, **options):
         k, v = (jnp.roll(x, -1, 1) for x in (k, v))
-        return packed_attention(kernel, q, k, v, segments, positions, scores=scores)
+        return packed_attention(kernel, q, k, v, *rest, **options)
 
     monkeypatch.setattr(llama, "packed_attention", shifted)
     first, *_ = failing(rows_of(three, gradients=False))
