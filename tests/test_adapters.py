@@ -214,7 +214,8 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("scan_layers", [slow_unless(False, False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan_layers", [False, True])
 def test_resumed_runs_are_the_same(scan_layers: bool, tmp_path: Path) -> None:
     """With dropout, whose draws are of the update; checkpoints hold the adapter and its moments alone."""
     flags = {"lora_target_modules": "all-linear", "use_dora": True, "scan_layers": scan_layers}
@@ -240,7 +241,7 @@ def test_resumed_runs_are_the_same(scan_layers: bool, tmp_path: Path) -> None:
     assert any(not np.array_equal(array, expected[name]) for name, array in tensors(other).items())
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [slow_unless(False, False), True])
 def test_merged(dora: bool, tmp_path: Path) -> None:
     """The merged folder is PEFT's `merge_and_unload` in float32; its logits are the adapter's."""
     out = trained(tmp_path, "out", lora_target_modules=["q_proj", "down_proj"], use_dora=dora, lora_dropout=0.0)

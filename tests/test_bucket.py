@@ -138,6 +138,7 @@ def test_two_processes(bucket: fake_gcs.Bucket, tmp_path: Path) -> None:
     assert log(bucket.objects["out/trainer_state.json"][0]) == log((tmp_path / "out/trainer_state.json").read_text())
 
 
+@pytest.mark.slow
 def test_conversions(bucket: fake_gcs.Bucket, tmp_path: Path) -> None:
     """There and back; the Flax folder's arrays are read where they are."""
     put(bucket, model(tmp_path / "model"), "hf")

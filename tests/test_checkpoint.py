@@ -281,6 +281,7 @@ def test_a_checkpoint_of_an_adapter(tmp_path: Path) -> None:
     assert outcome.code == 2 and "it is a run's checkpoint of an adapter: give the base model" in outcome.err
 
 
+@pytest.mark.slow
 def test_a_resized_adapters_checkpoint_is_refused(tmp_path: Path) -> None:
     """It lacks the new rows, which are frozen. --export_only makes the folder."""
     write_tokenizer(write_model(tmp_path / "model"), pad_token=None)
@@ -465,7 +466,7 @@ def test_room(checkpoint: int, export: int, saves: int, kept: int, limit: int | 
         assert refused
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [slow_unless(False, False), True])
 def test_a_disk_without_room_is_refused(resume: bool, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything compiles; checkpoints of the run that is resumed take no further room."""
     name = "no-room"
@@ -531,7 +532,9 @@ def test_the_size_of_a_checkpoint_is_known(job: Job, monkeypatch: pytest.MonkeyP
 # -- Writes in the background -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/d/x"), ValueError("a bug")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device", "/d/x"), slow_unless(False, ValueError("a bug"))]
+)
 def test_a_write_that_fails_ends_the_run_at_once(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

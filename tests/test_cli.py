@@ -477,7 +477,7 @@ def test_only_the_disk_and_the_user_end_without_a_traceback(capsys: pytest.Captu
             fail(bug)
 
 
-@pytest.mark.parametrize("command", ["to_flax", slow_unless(False, "to_hf"), "train"])
+@pytest.mark.parametrize("command", ["to_flax", *(slow_unless(False, name) for name in ("to_hf", "train"))])
 def test_a_disk_that_takes_no_more(command: str, case: Case) -> None:
     """A file may grow to 32 KiB, as if the disk were full: one line, exit code 1, and no half of a model left."""
     flax, output, data = case.folder / "flax", case.output, case.tokenized

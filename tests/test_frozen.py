@@ -13,7 +13,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
-from tiny import CONFIG, hf_shapes, make_records, run, write_json, write_model
+from tiny import CONFIG, hf_shapes, make_records, run, slow_unless, write_json, write_model
 from transformers import AutoModelForCausalLM
 
 import llama_jax.run.prepare
@@ -87,7 +87,7 @@ def torch_run(folder: Path, frozen: str) -> tuple[dict[str, np.ndarray], list[tu
     return {name: p.detach().numpy() for name, p in model.named_parameters()}, curve
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [slow_unless(False, False), True])
 def test_frozen_embeddings(bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit-equal after training, after a resumed run and in the export; the rest is what torch trains."""
     freeze(monkeypatch, nnx.Not(EmbeddingTable))

@@ -227,6 +227,7 @@ def test_draws() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_second_moment_falls() -> None:
     """After large gradients come small ones: the root of the second moment follows float32's. To nearest, it stays."""
     tx, exact = (make_optimizer("adamw_torch", moments=kind, max_grad_norm=0.0) for kind in ("bfloat16", "float32"))

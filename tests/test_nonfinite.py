@@ -415,8 +415,9 @@ def test_a_rate_that_overflows_is_not_saved(tmp_path: Path) -> None:
     assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("compat", ["4.37", slow_unless(False, "5")])
+@pytest.mark.parametrize("compat", ["4.37", "5"])
 def test_nothing_bad_is_exported(compat: str, tmp_path: Path) -> None:
     """Under `continue` the run trains on, keeps the last finite checkpoint, and refuses to write the folder."""
     job = Job(tmp_path, {7})

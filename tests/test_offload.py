@@ -56,7 +56,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {  # options of t
 }
 
 
-QUICK = ("halves", "sums, halves")
+QUICK = ("sums, halves",)
 OPTIONS = {option: value for option, (_, value) in COMPILATION.items()}
 
 
@@ -129,6 +129,7 @@ def test_the_same_digits(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_updates(form)
 
 
+@pytest.mark.slow
 def test_updates_that_are_never_skipped() -> None:
     """`--on_nonfinite continue` leaves the guard nothing to decide."""
     there, here = (Made("halves", offload, guard=Guard(nonfinite=False)) for offload in (True, False))

@@ -56,6 +56,7 @@ def test_closed_pipes(when: str, job: Job) -> None:
     check_whole(job, f"pipes {when}", process)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone(job: Job) -> None:
     """Writing then fails with EIO; bars are drawn in a terminal only."""
     terminal, end = pty.openpty()

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_training import Job, stop_in_the_third_update
-from tiny import ALPACA, ROOT, run, write_json, write_tokenizer
+from tiny import ALPACA, ROOT, run, slow_unless, write_json, write_tokenizer
 
 import train_jax
 from llama_jax.base.errors import InputError
@@ -346,7 +346,12 @@ def opened(browser: Any, file: Path, width: int, scheme: str) -> tuple[Any, list
 
 @pytest.mark.parametrize(
     ("width", "scheme", "several"),
-    [(360, "dark", True), (360, "light", False), (1440, "light", True), (1440, "dark", False)],
+    [
+        (360, "dark", True),
+        slow_unless(False, 360, "light", False),
+        slow_unless(False, 1440, "light", True),
+        (1440, "dark", False),
+    ],
 )
 def test_it_renders(browser: Any, width: int, scheme: str, several: bool, tmp_path: Path) -> None:
     """Nothing overflows, raises or leaves; texts of a run stay texts."""

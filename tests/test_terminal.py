@@ -162,6 +162,7 @@ def test_the_oldest_turns_make_room(tmp_path: Path, open_chat: Any) -> None:
     assert again[0] == third[0] and again[1] == answer(folder, "c" * 20, third[1], "c" * 20)
 
 
+@pytest.mark.slow
 def test_a_chat_without_a_template(tmp_path: Path, open_chat: Any) -> None:
     """Each question is an Alpaca instruction of its own, as --instruction has it."""
     from llama_jax.command import generate

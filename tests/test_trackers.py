@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import reference
 from test_training import Job
-from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, write_json, write_model
+from tiny import CONFIG, ROOT, environment, hf_shapes, make_records, run, slow_unless, write_json, write_model
 from tracker_files import Written
 from transformers.integrations import integration_utils
 
@@ -190,7 +190,10 @@ def test_events_are_the_trainers(compat: str, folder: Path, tmp_path: Path, reco
         assert model.num_parameters() == sum(math.prod(shape) for shape in hf_shapes(CONFIG).values())
 
 
-@pytest.mark.parametrize("event", ["on_init_end", "on_train_begin", "on_log", "on_save", "on_train_end"])
+EVENTS = ["on_init_end", "on_train_begin", "on_log", "on_save", "on_train_end"]
+
+
+@pytest.mark.parametrize("event", [slow_unless(event in ("on_init_end", "on_log"), event) for event in EVENTS])
 def test_a_tracker_that_fails_is_said_once(event: str, folder: Path, tmp_path: Path, recorders: dict[str, Recorder]):
     recorders["wandb"].fails = event
     done = run(train_jax.main, *argv(folder, tmp_path / "out", "--report_to", "wandb", "tensorboard"))

@@ -702,6 +702,7 @@ def test_which_checkpoints_stay(flags: dict[str, Any], expected: list[int], tmp_
     assert checkpoints(out) == [f"checkpoint-{n}" for n in expected]
 
 
+@pytest.mark.slow
 def test_limit_holds_over_a_resume(tmp_path: Path) -> None:
     job = Job(tmp_path, save_steps=1, save_total_limit=2, max_steps=6)
     out = job.train("out", max_steps=3)
@@ -882,11 +883,7 @@ def check_padded_vocabulary(folder: Path, raw: dict[str, Any], model: Path) -> N
 
 @pytest.mark.parametrize(
     ("tied", "rows"),
-    [
-        slow_unless((tied, rows) in ((False, 259), (True, 260)), tied, rows)
-        for tied in (False, True)
-        for rows in (259, 260, 320)
-    ],
+    [slow_unless((tied, rows) == (True, 260), tied, rows) for tied in (False, True) for rows in (259, 260, 320)],
 )
 def test_a_row_for_the_pad(rows: int, tied: bool, tmp_path: Path) -> None:
     """A tokenizer of 259 tokens gets `[PAD]`: stanford_alpaca's own function in transformers, then ours at rate 0.
@@ -922,6 +919,7 @@ def test_a_row_for_the_pad(rows: int, tied: bool, tmp_path: Path) -> None:
     assert (len(saved), saved.pad_token, saved.pad_token_id) == (260, "[PAD]", 259)
 
 
+@pytest.mark.slow
 def test_a_row_for_llamas_pad(shared: Path, tmp_path: Path) -> None:
     raw = {**CONFIG, "vocab_size": 32000, "hidden_size": 16, "bos_token_id": 1, "eos_token_id": 2}
     model = write_model(tmp_path / "model", raw, make_arrays(raw))
