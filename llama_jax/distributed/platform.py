@@ -68,10 +68,11 @@ def compiler_options(
 ) -> dict[str, Any]:
     """Return XLA's options for a program on these devices: those of the platform, and the `given` ones over them.
 
-    `TPU_OPTIONS` has those of TPUs; the v5e's are about what devices send each other. On GPUs products of fp8 are left to cuBLAS: XLA's search for kernels of its own
-    takes minutes at 32 layers, and finds none. With `scattered`, gathers are combined up to 1 GiB instead of 30 MiB,
-    and scatters up to `scattered` bytes of results. An update of 7B on four GPUs is 3.5% shorter. GPUs of one process
-    exchange data by their copy engines, beside the multiprocessors: 1.5% shorter on two.
+    `TPU_OPTIONS` has those of TPUs; the v5e's are about what devices send each other. On GPUs products of fp8 are
+    left to cuBLAS: XLA's search for kernels of its own takes minutes at 32 layers, and finds none. With
+    `scattered`, gathers are combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of
+    results. An update of 7B on four GPUs is 3.5% shorter. GPUs of one process exchange data by their copy engines,
+    beside the multiprocessors: 1.5% shorter on two.
     """
     device = mesh.devices.flat[0]
     if device.platform != "gpu":
