@@ -15,7 +15,7 @@ import pytest
 from tiny import CONFIG, ROOT, SISTERS, Outcome, hf_shapes, make_records, run, write_json, write_model
 
 import train_jax
-from llama_jax.distributed.platform import MEMORY_SHARE
+from llama_jax.distributed.platform import MEMORY_SHARE, TPU_OPTIONS
 from llama_jax.distributed.sharding import bytes_on_device
 from llama_jax.hf.source import Source
 from llama_jax.model.config import LlamaConfig
@@ -204,7 +204,10 @@ def test_a_tiny_model_at_full_effort(libtpu: None, tmp_path: Path) -> None:
     option = "xla_tpu_scoped_vmem_limit_kib=65536"
     full = dry_run(tmp_path, raw, "--dry_run", "v5e-4", "--remat", "matmuls", "--compiler_options", option)
     assert full.code == 0 and re.search(r"v5e-4: fits: [\d.]+ of 15.43 GiB", full.out), full.out
-    assert row(full.out, "peak") < 0.2 and f"compiler options: {option}\n" in full.out
+    assert row(full.out, "peak") < 0.2
+    told = re.search("^compiler options: (.*)$", full.out, re.M)
+    of_v5e = {f"{name}={value}" for name, value in TPU_OPTIONS["TPU v5 lite"].items()}
+    assert told and {*told[1].split(", ")} == of_v5e | {option}, full.out
     assert re.search(r"[\d.]+ ms  by its schedule, without kernels: \d+ of work, \d+ of waiting", full.out), full.out
     # Kept outputs and statistics: the backward pass does not run the forward kernel again.
     layers = raw["num_hidden_layers"]

@@ -27,6 +27,7 @@ import llama_jax.run.trainer
 import train_jax
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
+from llama_jax.distributed.platform import compiler_options
 from llama_jax.model.config import LlamaConfig
 from llama_jax.plan.chips import Named, find_topology
 from llama_jax.plan.hlo import Program
@@ -460,6 +461,28 @@ def test_refused_compiler_options(options: str, told: str, tmp_path: Path) -> No
     outcome = run(train_jax.main, *argv(tmp_path), f"--compiler_options={options}")
     assert outcome.code == 2 and told in outcome.err.splitlines()[-1], (outcome.code, outcome.err)
     assert "Traceback" not in outcome.err and not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "given", "expected"),
+    [
+        ("TPU v5 lite", 1, {}, {}),
+        ("TPU v5 lite", 4, {}, {"rings": "1000000", "bf16": False}),
+        ("TPU v5 lite", 4, {"rings": "-1"}, {"rings": "-1", "bf16": False}),
+        ("TPU v6 lite", 1, {}, {"rings": "1000000", "vmem": "98304"}),
+        ("TPU v5p", 4, {"vmem": "-1"}, {"vmem": "-1"}),
+    ],
+)
+def test_compiler_options_by_chip(kind: str, count: int, given: dict, expected: dict) -> None:
+    names = {
+        "rings": "xla_jf_spmd_threshold_for_windowed_einsum_mib",
+        "bf16": "xla_jf_bf16_propagation",
+        "vmem": "xla_tpu_scoped_vmem_limit_kib",
+    }
+    device = SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh: Any = SimpleNamespace(size=count, devices=np.array([device] * count))
+    options = compiler_options(mesh, False, given=[(names[name], value) for name, value in given.items()])
+    assert options == {names[name]: value for name, value in expected.items()}
 
 
 def test_compiler_options_reach_every_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

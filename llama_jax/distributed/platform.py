@@ -18,13 +18,15 @@ from llama_jax.base.files import cache_folder
 MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for allocations that jax does not count
 
 # XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that together lower both the
-# compiler's cycles and the time of its schedule (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md). On a
-# v6e: no products in rings, and 96 MiB of fast memory for an operation, as in MaxText's recipes.
-TPU_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "TPU v6 lite": {
-        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-        "xla_tpu_scoped_vmem_limit_kib": "98304",
-    }
+# compiler's cycles and the time of its schedule (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md), at the
+# same rounding. v5e: no products in rings, and no sums of gradients in fewer bits than the program says, which the
+# compiler takes there otherwise. v6e: no products in rings, and 96 MiB of fast memory for an operation, as in MaxText's
+# recipes.
+_NO_RINGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+_SAID_PRECISION = {"xla_jf_bf16_propagation": False}
+TPU_OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
+    "TPU v5 lite": _NO_RINGS | _SAID_PRECISION,
+    "TPU v6 lite": _NO_RINGS | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
 }
 
 
@@ -66,14 +68,16 @@ def compiler_options(
 ) -> dict[str, Any]:
     """Return XLA's options for a program on these devices: those of the platform, and the `given` ones over them.
 
-    `TPU_OPTIONS` has those of TPUs. On GPUs products of fp8 are left to cuBLAS: XLA's search for kernels of its own
-    takes minutes at 32 layers, and finds none. With `scattered`, gathers are combined up to 1 GiB instead of 30 MiB,
-    and scatters up to `scattered` bytes of results. An update of 7B on four GPUs is 3.5% shorter. GPUs of one process
-    exchange data by their copy engines, beside the multiprocessors: 1.5% shorter on two.
+    `TPU_OPTIONS` has those of TPUs; the v5e's are about what devices send each other. On GPUs products of fp8 are
+    left to cuBLAS: XLA's search for kernels of its own takes minutes at 32 layers, and finds none. With
+    `scattered`, gathers are combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of
+    results. An update of 7B on four GPUs is 3.5% shorter. GPUs of one process exchange data by their copy engines,
+    beside the multiprocessors: 1.5% shorter on two.
     """
     device = mesh.devices.flat[0]
     if device.platform != "gpu":
-        return dict(TPU_OPTIONS.get(device.device_kind, {})) | dict(given)
+        alone = mesh.size == 1 and device.device_kind == "TPU v5 lite"
+        return ({} if alone else dict(TPU_OPTIONS.get(device.device_kind, {}))) | dict(given)
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False} if fp8 else {}
     if mesh.size > 1 and scattered is not None:
         options |= {

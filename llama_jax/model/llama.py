@@ -26,7 +26,7 @@ from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, kee
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
-from llama_jax.model.matmul import SCATTER, Scaled, Sum, project, project_fp8, project_scaled
+from llama_jax.model.matmul import SCATTER, Scaled, Sum, project, project_apart, project_fp8, project_scaled
 from llama_jax.model.quantized import Quantization, dequantize, empty, is_quantized, quantized_matmul
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params, ProjectionWeight
@@ -122,7 +122,7 @@ class Linear(nnx.Module):
         self.bias = None if zeros is None else Bias(zeros)
         self.dtype = run.compute_dtype or run.param_dtype
         self.out = sharding.ACT_BTD if row else sharding.ACT_BTF
-        self.sums, self.fp8 = run.sums, run.fp8
+        self.sums, self.fp8, self.recomputed = run.sums, run.fp8, run.remat != "none"
         rank = run.lora.of(layer, name) if run.lora else None
         kind, number = run.compute_dtype or jnp.float32, PROJECTIONS.index(name)
         self.adapter = Adapter(out_in, row, rank, run.lora, kind, number) if run.lora and rank else None
@@ -173,6 +173,8 @@ def _products(linears: Sequence[Linear], x: Float[Array, "B T I"]) -> list[Float
     weights = [linear.matrix() for linear in linears]
     if one.fp8:
         return project_fp8(one.out, one.sums, x, weights)
+    if one.recomputed:
+        return project_apart(one.out, one.sums, x, weights)
     return [project(one.out, one.sums, x, weight) for weight in weights]
 
 
@@ -328,7 +330,7 @@ class Llama(nnx.Module):
             def run_layer(carry, layer):
                 (x, cache), (weights, number, rotates) = carry, layer
                 own = cache and cache._replace(layer=number)
-                x, own = run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own)
+                x, own = run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own, True)
                 return (x, own and own._replace(layer=None)), None
 
             # The cache is carried, so that each layer writes into it. As an output of the scan it would be copied.
@@ -397,13 +399,17 @@ _in_order.defvjp(
 )
 
 
-def run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None):
-    """Return a layer's output, in the type of `x`, and its cache, by the layer's graph definition and parameters."""
-    return _block_function(graphdef, remat)(params, x, tokens, cache)
+def run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None, stacked: bool = False):
+    """Return a layer's output, in the type of `x`, and its cache, by the layer's graph definition and parameters.
+
+    `stacked` says that it is the body of a loop. XLA cannot join the forward pass of one loop with what another
+    computes again, so that nothing has to keep them apart, and the backward loop reads its values where they are.
+    """
+    return _block_function(graphdef, remat, stacked)(params, x, tokens, cache)
 
 
 @lru_cache
-def _block_function(graphdef, remat: str) -> Any:
+def _block_function(graphdef, remat: str, stacked: bool) -> Any:
     """Return a layer as a function, the same for layers of equal definition: jax traces it once, forward and back."""
 
     def run(params, x, tokens, cache):
@@ -412,10 +418,11 @@ def _block_function(graphdef, remat: str) -> Any:
 
     kept = REMAT[remat].kept
     if kept == ():
-        run = jax.checkpoint(run)
+        run = jax.checkpoint(run, prevent_cse=not stacked)
     elif kept is not None:
         named = jax.checkpoint_policies.save_only_these_names(*kept)
-        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel))
+        policy = jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel)
+        run = jax.checkpoint(run, policy=policy, prevent_cse=not stacked)
     return jax.jit(run)
 
 

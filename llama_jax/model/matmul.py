@@ -114,6 +114,37 @@ def _project_bwd(out: P, how: Sum, operands: tuple[jax.Array, jax.Array], dy: ja
 project.defvjp(lambda *args: (project(*args), args[2:]), _project_bwd)
 
 
+def project_apart(
+    out: P, how: Sum, x: Float[Array, "B T I"], weights: Sequence[Float[Array, "O I"]]
+) -> list[Float[Array, "B T O"]]:
+    """Return x @ weight.T for each weight as `project`, from operands that a TPU computes once, before the products.
+
+    XLA's fusions on a TPU compute an operand in each tile of a product anew: a norm, an activation, a rounding of a
+    gradient. That is slower where the backward pass computes the operands again (BENCHMARKS.md, "Our program and
+    MaxText's"). The programs of other devices do not change.
+    """
+    x = _before(x)
+    return [_before_backward(project(out, how, x, weight)) for weight in weights]
+
+
+@jax.custom_jvp
+def _before(x: jax.Array) -> jax.Array:
+    """Return a tensor unchanged. A TPU's program has written it before its first use."""
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+_before.defjvps(lambda tangent, result, x: tangent)
+
+
+@jax.custom_vjp
+def _before_backward(y: jax.Array) -> jax.Array:
+    """Return a tensor unchanged. A TPU's program has written its gradient before the gradient's first use."""
+    return y
+
+
+_before_backward.defvjp(lambda y: (y, None), lambda _, dy: (_before(dy),))
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def project_fp8(
     out: P, how: Sum, x: Float[Array, "B T I"], weights: Sequence[Float[Array, "O I"]]

@@ -29,9 +29,9 @@ class Remat(NamedTuple):
 REMAT = {
     "none": Remat(None, 1.0, 1.0, "nothing"),
     "matmuls": Remat(
-        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 1.18, "all but matmuls and attention"
+        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 1.01, "all but matmuls and attention"
     ),
-    "qkv": Remat(("q", "k", "v", "attention"), None, 1.26, "all but q, k, v and attention"),
-    "attention": Remat(("attention",), 1.25, 1.3, "all but attention"),
-    "full": Remat((), 1.32, 1.31, "all but each layer's input"),
+    "qkv": Remat(("q", "k", "v", "attention"), None, 1.08, "all but q, k, v and attention"),
+    "attention": Remat(("attention",), 1.25, 1.11, "all but attention"),
+    "full": Remat((), 1.32, 1.12, "all but each layer's input"),
 }
