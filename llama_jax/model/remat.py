@@ -32,6 +32,6 @@ REMAT = {
         ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 1.01, "all but matmuls and attention"
     ),
     "qkv": Remat(("q", "k", "v", "attention"), None, 1.08, "all but q, k, v and attention"),
-    "attention": Remat(("attention",), 1.25, 1.11, "all but attention"),
-    "full": Remat((), 1.32, 1.12, "all but each layer's input"),
+    "attention": Remat(("attention",), 1.25, 1.13, "all but attention"),
+    "full": Remat((), 1.32, 1.14, "all but each layer's input"),
 }
