@@ -56,8 +56,8 @@ class Program(NamedTuple):
 
 FEW = 4  # layers one by one: a compiler's time grows with them
 RINGS, FAST_MEMORY = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"
-# The compiler's cycles and its schedule disagree on products in rings, on the fast memory of an operation and on
-# recomputation (BENCHMARKS.md). All but the first recompute as much, so that two differ in one thing.
+# The compiler's estimates leave these open (BENCHMARKS.md): the schedule without rings depends on the time of sums that
+# overlap with nothing; cycles and schedule disagree on an operation's fast memory and on recomputation.
 REMAT = "--remat matmuls"
 PROGRAMS = [
     Program("defaults"),

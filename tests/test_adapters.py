@@ -214,8 +214,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [slow_unless(False, False), True])
 def test_resumed_runs_are_the_same(scan_layers: bool, tmp_path: Path) -> None:
     """With dropout, whose draws are of the update; checkpoints hold the adapter and its moments alone."""
     flags = {"lora_target_modules": "all-linear", "use_dora": True, "scan_layers": scan_layers}

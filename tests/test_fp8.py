@@ -230,8 +230,7 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1e-5 < off.max() < 0.02
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, slow_unless(False, True)])
 def test_a_frozen_base_is_rounded_once(scan: bool, mesh: Mesh) -> None:
     """Adapters over weights that are kept in fp8, as `init_state` makes them, have the loss and gradients of adapters
     over weights that each product rounds: these are checked against torch above."""

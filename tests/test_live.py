@@ -392,13 +392,14 @@ ONLY_5: dict[str, Flags] = {
                                   "logging_nan_inf_filter": False},
     "on start": {**ACCUMULATED, "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 4},
 }  # fmt: skip
-# The tables of these are in test_schedule.py, their examples in test_order.py, their updates in test_optimizer.py.
-ELSEWHERE = {"inverse_sqrt", "by length", "adafactor", "fused", "kwargs", "min_lr", "warmup", "stable", "sequential"}
-# Of each four runs, one of each version is quick; the others are slow proofs.
+# The others are slow proofs: test_schedule.py has their tables, test_order.py examples, test_optimizer.py updates.
+QUICK = {
+    "4.37": ("worst kept", "NaN evaluated", "epochs", "padded"),
+    "5": ("plateau", "NaN trained on", "shares", "save best", "on start"),
+}
 CHOSEN = [
-    *(slow_unless(i % 4 == 0 and name not in ELSEWHERE, "4.37", name) for i, name in enumerate(RUNS)),
-    *(slow_unless(i % 4 == 2 and name not in ELSEWHERE, "5", name) for i, name in enumerate(RUNS)),
-    *(slow_unless(name == "on start", "5", name) for name in ONLY_5),
+    *(slow_unless(name in QUICK[compat], compat, name) for compat in COMPATS for name in RUNS),
+    *(slow_unless(name in QUICK["5"], "5", name) for name in ONLY_5),
 ]
 
 

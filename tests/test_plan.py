@@ -469,6 +469,7 @@ def test_refused_compiler_options(options: str, told: str, tmp_path: Path) -> No
         ("TPU v5 lite", 1, {}, {}),
         ("TPU v5 lite", 4, {}, {"rings": "1000000", "bf16": False}),
         ("TPU v5 lite", 4, {"rings": "-1"}, {"rings": "-1", "bf16": False}),
+        ("TPU v5 lite", 4, {"bf16": "default"}, {"rings": "1000000"}),
         ("TPU v6 lite", 1, {}, {"rings": "1000000", "vmem": "98304"}),
         ("TPU v5p", 4, {"vmem": "-1"}, {"vmem": "-1"}),
     ],
@@ -483,6 +484,16 @@ def test_compiler_options_by_chip(kind: str, count: int, given: dict, expected: 
     mesh: Any = SimpleNamespace(size=count, devices=np.array([device] * count))
     options = compiler_options(mesh, False, given=[(names[name], value) for name, value in given.items()])
     assert options == {names[name]: value for name, value in expected.items()}
+
+
+def test_a_chips_option_that_its_compiler_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a later libtpu: one line, and the way out that it names."""
+    monkeypatch.setattr("llama_jax.distributed.platform.TPU_OPTIONS", {"cpu": {"xla_nothing": "1"}})
+    outcome = run(train_jax.main, *argv(tmp_path))
+    assert outcome.code == 2 and "Traceback" not in outcome.err, outcome.err
+    told = re.search("No such compile option: 'xla_nothing'.*leave it out by (.*)$", outcome.err.strip())
+    assert told and "runs on a cpu have this option" in outcome.err, outcome.err
+    assert run(train_jax.main, *argv(tmp_path), *told[1].split()).code == 0
 
 
 def test_compiler_options_reach_every_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,14 @@ MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for alloca
 
 # XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that together lower both the
 # compiler's cycles and the time of its schedule (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md), at the
-# same rounding. v5e: no products in rings, and no sums of gradients in fewer bits than the program says, which the
-# compiler takes there otherwise. v6e: no products in rings, and 96 MiB of fast memory for an operation, as in MaxText's
-# recipes.
-_NO_RINGS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-_SAID_PRECISION = {"xla_jf_bf16_propagation": False}
+# same rounding. v5e: no products in rings; without them the pass of the second option would round gradients to bfloat16
+# before devices add them. v6e: no products in rings, and 96 MiB of fast memory for an operation, as MaxText's recipes.
+_NO_RINGS = ("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000")
 TPU_OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
-    "TPU v5 lite": _NO_RINGS | _SAID_PRECISION,
-    "TPU v6 lite": _NO_RINGS | {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+    "TPU v5 lite": dict([_NO_RINGS, ("xla_jf_bf16_propagation", False)]),
+    "TPU v6 lite": dict([_NO_RINGS, ("xla_tpu_scoped_vmem_limit_kib", "98304")]),
 }
+LEAVE_OUT = "default"  # the value of a given option that leaves the compiler's own
 
 
 def set_up_jax(use_cpu: bool = False, tf32: bool | None = None, deterministic: bool = False) -> str:
@@ -68,36 +67,42 @@ def compiler_options(
 ) -> dict[str, Any]:
     """Return XLA's options for a program on these devices: those of the platform, and the `given` ones over them.
 
-    `TPU_OPTIONS` has those of TPUs; the v5e's are about what devices send each other. On GPUs products of fp8 are
-    left to cuBLAS: XLA's search for kernels of its own takes minutes at 32 layers, and finds none. With
-    `scattered`, gathers are combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of
-    results. An update of 7B on four GPUs is 3.5% shorter. GPUs of one process exchange data by their copy engines,
-    beside the multiprocessors: 1.5% shorter on two.
+    `TPU_OPTIONS` has those of TPUs; on a single v5e they were not measured. On GPUs products of fp8 are left to cuBLAS:
+    XLA's search for kernels of its own takes minutes at 32 layers, and finds none. With `scattered`, gathers are
+    combined up to 1 GiB instead of 30 MiB, and scatters up to `scattered` bytes of results. An update of 7B on four
+    GPUs is 3.5% shorter. GPUs of one process exchange data by their copy engines, beside the multiprocessors: 1.5%
+    shorter on two.
     """
     device = mesh.devices.flat[0]
-    if device.platform != "gpu":
-        alone = mesh.size == 1 and device.device_kind == "TPU v5 lite"
-        return ({} if alone else dict(TPU_OPTIONS.get(device.device_kind, {}))) | dict(given)
-    options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False} if fp8 else {}
-    if mesh.size > 1 and scattered is not None:
-        options |= {
-            "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
-            "xla_gpu_reduce_scatter_combine_threshold_bytes": scattered,
-            "xla_gpu_use_memcpy_local_p2p": True,
-        }
-    return options | dict(given)
+    options: dict[str, Any] = {}
+    if device.platform == "gpu":
+        if fp8:
+            options |= {"xla_gpu_enable_triton_gemm": False}
+        if mesh.size > 1 and scattered is not None:
+            options |= {
+                "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
+                "xla_gpu_reduce_scatter_combine_threshold_bytes": scattered,
+                "xla_gpu_use_memcpy_local_p2p": True,
+            }
+    elif mesh.size > 1 or device.device_kind != "TPU v5 lite":
+        options |= TPU_OPTIONS.get(device.device_kind, {})
+    return {name: value for name, value in (options | dict(given)).items() if value != LEAVE_OUT}
 
 
 def check_compiler_options(mesh: Mesh, given: Sequence[tuple[str, str | bool]]) -> None:
-    """Compile an empty program with each of the options. Raises InputError for an option that the compiler of these
-    devices refuses."""
+    """Compile an empty program with each of a run's options. Raises InputError for one that the compiler of these
+    devices refuses, `given` or not."""
     value = jax.ShapeDtypeStruct((), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    for name, setting in given:
+    for name, setting in compiler_options(mesh, False, given=given).items():
         try:
             jax.jit(lambda x: x).lower(value).compile({name: setting})
         except (JaxRuntimeError, ValueError) as e:
             why = " ".join(str(e).splitlines()[0].split()).removeprefix("INVALID_ARGUMENT: ")
-            raise InputError(f"--compiler_options {name}={setting}: the compiler refuses it: {why}") from None
+            told = f"--compiler_options {name}={setting}: the compiler refuses it: {why}"
+            if name not in dict(given):
+                chip = mesh.devices.flat[0].device_kind
+                told += f"; runs on a {chip} have this option; leave it out by --compiler_options {name}={LEAVE_OUT}"
+            raise InputError(told) from None
 
 
 def memory_use() -> tuple[int, int]:

@@ -402,8 +402,8 @@ _in_order.defvjp(
 def run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None, stacked: bool = False):
     """Return a layer's output, in the type of `x`, and its cache, by the layer's graph definition and parameters.
 
-    `stacked` says that it is the body of a loop. XLA cannot join the forward pass of one loop with what another
-    computes again, so that nothing has to keep them apart, and the backward loop reads its values where they are.
+    `stacked` layers are the body of a loop. What the backward loop computes again needs no barrier there: XLA cannot
+    replace it by the forward loop's values. A barrier would copy each saved value.
     """
     return _block_function(graphdef, remat, stacked)(params, x, tokens, cache)
 

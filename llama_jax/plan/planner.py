@@ -452,7 +452,7 @@ class Planner:
         flags: list[Any] = [args.optim, args.adam_moments_dtype, args.hf_compat, args.accumulation]
         flags += [args.remat, args.max_tokens_per_device, args.packing, args.offload_optimizer]
         key = [job.config, run, self.kernel, self.device_kind, limit, self.mesh.shape, jax.__version__, *flags]
-        key += [self._largest_update, int(job.examples.lengths.max()), compiler_options(self.mesh, run.fp8)]
+        key += [self._largest_update, int(job.examples.lengths.max()), compiler_options(self.mesh, run.fp8), REMAT]
         return cache_folder("plans") / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.json"
 
 
