@@ -330,11 +330,13 @@ class Llama(nnx.Module):
             def run_layer(carry, layer):
                 (x, cache), (weights, number, rotates) = carry, layer
                 own = cache and cache._replace(layer=number)
-                x, own = run_block(graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own, True)
+                x, own = run_block(
+                    graphdef, self.run.remat, weights, x, tokens.of_layer(number, rotates), own, in_loop=several
+                )
                 return (x, own and own._replace(layer=None)), None
 
             # The cache is carried, so that each layer writes into it. As an output of the scan it would be copied.
-            numbers = jnp.arange(self.config.num_hidden_layers)
+            numbers, several = jnp.arange(self.config.num_hidden_layers), self.config.num_hidden_layers > 1
             layers = (stacked, numbers, rotates and jnp.asarray(rotates))
             (x, cache), _ = jax.lax.scan(run_layer, (x, cache), layers)
         else:
@@ -399,17 +401,17 @@ _in_order.defvjp(
 )
 
 
-def run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None, stacked: bool = False):
+def run_block(graphdef, remat: str, params, x, tokens: Tokens, cache: KVCache | None, in_loop: bool = False):
     """Return a layer's output, in the type of `x`, and its cache, by the layer's graph definition and parameters.
 
-    `stacked` layers are the body of a loop. What the backward loop computes again needs no barrier there: XLA cannot
-    replace it by the forward loop's values. A barrier would copy each saved value.
+    With `in_loop`, the layer is the body of a loop over several layers. What the backward loop computes again needs no
+    barrier there: XLA cannot replace it by the forward loop's values. A barrier would copy each saved value.
     """
-    return _block_function(graphdef, remat, stacked)(params, x, tokens, cache)
+    return _block_function(graphdef, remat, in_loop)(params, x, tokens, cache)
 
 
 @lru_cache
-def _block_function(graphdef, remat: str, stacked: bool) -> Any:
+def _block_function(graphdef, remat: str, in_loop: bool) -> Any:
     """Return a layer as a function, the same for layers of equal definition: jax traces it once, forward and back."""
 
     def run(params, x, tokens, cache):
@@ -418,11 +420,11 @@ def _block_function(graphdef, remat: str, stacked: bool) -> Any:
 
     kept = REMAT[remat].kept
     if kept == ():
-        run = jax.checkpoint(run, prevent_cse=not stacked)
+        run = jax.checkpoint(run, prevent_cse=not in_loop)
     elif kept is not None:
         named = jax.checkpoint_policies.save_only_these_names(*kept)
         policy = jax.checkpoint_policies.save_from_both_policies(named, keeps_kernel)
-        run = jax.checkpoint(run, policy=policy, prevent_cse=not stacked)
+        run = jax.checkpoint(run, policy=policy, prevent_cse=not in_loop)
     return jax.jit(run)
 
 
