@@ -366,7 +366,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "weights in float16": (_weights_in("float16"), "its weights are in float16, in which no run goes on"),
     "lion in 8 bits": (
         _each(lambda s: _only(s, state1=s["exp_avg"].byte(), qmap1=s["step"], absmax1=s["step"])),
-        "holds the state of lion_8bit or rmsprop_bnb_8bit, which this program does not have; start from",
+        "holds the state of lion_8bit or rmsprop_bnb_8bit, which this program does not have; start from the weights",
     ),
     "rmsprop": (_each(lambda s: _only(s, state1=s["exp_avg"])), "holds the state of rmsprop_bnb, which"),
     "amsgrad": (_each(lambda s: s.update(max_exp_avg_sq=s["exp_avg_sq"])), "holds the state of AdamW with amsgrad"),

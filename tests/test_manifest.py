@@ -97,7 +97,7 @@ def assert_holds(outcome: Outcome, rows: int) -> None:
     """The bounds are those of rounding: a reference that is off by itself would make them wide."""
     assert outcome.code == 0 and f"parity: all {rows} rows hold" in outcome.out, outcome.out + outcome.err
     bounds = [float(line.split()[3]) for line in outcome.out.splitlines() if re.search(r"\de-\d\d +holds|\+00 ", line)]
-    assert len(bounds) == 3 and max(bounds[:2]) < 1e-4, outcome.out
+    assert len(bounds) == 3 and max(*bounds[:2], bounds[2] / 2) < 1e-4, outcome.out  # of likeliest tokens: twice
 
 
 def failing(outcome: Outcome) -> list[str]:
