@@ -20,7 +20,7 @@ MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for alloca
 # XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that together lower both the
 # compiler's cycles and the time of its schedule (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md), at the
 # same rounding. v5e: no products in rings; without them the pass of the second option would round gradients to bfloat16
-# before devices add them. v6e: no products in rings, and 96 MiB of fast memory for an operation, as MaxText's recipes.
+# before devices add them. v6e: no products in rings, and 96 MiB of fast memory for an operation (MaxText's recipes).
 _NO_RINGS = ("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000")
 TPU_OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
     "TPU v5 lite": dict([_NO_RINGS, ("xla_jf_bf16_propagation", False)]),

@@ -209,7 +209,9 @@ class Arguments:
     scan_layers: bool | None = _flag(
         None, "stack the layers under one lax.scan; by default for over 8 layers, on a GPU for over 48"
     )
-    compiler_options: str | None = _flag(None, "XLA's options for the programs, as NAME=VALUE,NAME=VALUE")
+    compiler_options: str | None = _flag(
+        None, "XLA's options, as NAME=VALUE,NAME=VALUE; the value default leaves a chip's option out"
+    )
     full_determinism: bool = _flag(False, "give the same bits on every run; somewhat slower")
     coordinator_address: str | None = _flag(
         None,
