@@ -327,10 +327,12 @@ def _moved(torch: Any, arguments: dict[str, Any], inv_freq: Any, positions: Any)
 
 @contextlib.contextmanager
 def in_float64(torch: Any) -> Iterator[None]:
-    """Let the names torch.float32 and Tensor.float mean float64: transformers casts norms, softmax and loss by them."""
-    kept = torch.float32, torch.Tensor.float
-    torch.float32, torch.Tensor.float = torch.float64, torch.Tensor.double
+    """Let the names torch.float32, torch.float and Tensor.float mean float64: transformers casts norms, softmax, angles
+    and loss by them."""
+    kept = torch.float32, torch.float, torch.Tensor.float
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
     try:
         yield
     finally:
-        torch.float32, torch.Tensor.float = kept
+        torch.float32, torch.float, torch.Tensor.float = kept
