@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from rows import Row, all_fine
 
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import compiler_options
-from llama_jax.model.attention import Kernel, Scores, choose_kernel, packed_attention
+from llama_jax.model.attention import Kernel, Scores, cached_attention, choose_kernel, packed_attention
 
 # (rows, length, heads, kv heads, head dim, segments a row), sliding window
 CASES = [
@@ -38,6 +39,8 @@ CASES = [
     ((8, 1920, 16, 2, 128, 33), None),
     ((8, 1920, 16, 2, 128, 3), 500),
 ]
+# (rows, slots, heads, kv heads, head dim) of a cache
+CACHES = [(1, 640, 32, 32, 128), (32, 640, 32, 32, 128), (16, 2560, 32, 8, 128), (32, 2560, 9, 3, 64)]
 SMALL = 2**14  # rows x tokens x heads that a CPU computes in seconds
 # Relative to the float32 reference's largest value: inputs, outputs and probabilities rounded to bf16 (2^-9 each).
 BOUND = 2e-2
@@ -105,6 +108,32 @@ def check(wanted: str, mesh, dtype=jnp.bfloat16, reference=None) -> Iterator[Row
         yield Row(f"attention by {name} in {jnp.dtype(dtype).name}, {where}", errors)
 
 
+def check_cached(mesh, dtype=jnp.bfloat16) -> Iterator[Row]:
+    """Compare the attention of a new token in each row to a cache with float32. Slots that the row has not filled hold
+    large numbers."""
+    kind = mesh.devices.flat[0]
+    for case in CACHES:
+        B, S, N, K, H = case
+        if kind.platform == "cpu" and B * S * K > SMALL:
+            continue
+        name, _ = choose_kernel("auto", kind.platform, kind.device_kind, H, jnp.dtype(dtype).name)
+        rng = np.random.default_rng(sum(case))
+        positions = rng.integers(0, S, (B, 1)).astype(np.int32)
+        unfilled = (np.arange(S) > positions)[:, None, :, None]
+        arrays = [rng.standard_normal(shape, np.float32) for shape in ((B, 1, N, H), (B, K, S, H), (B, K, S, H))]
+        q, k, v = (jnp.asarray(x, dtype) for x in (arrays[0], *(np.where(unfilled, 1e3, x) for x in arrays[1:])))
+
+        def attend(kernel: str, q, k, v, positions=positions):
+            program = jax.jit(partial(cached_attention, Kernel(kernel)))
+            return np.asarray(program(q, k, v, jnp.asarray(positions)), np.float32)
+
+        expected, got = attend("xla", *(x.astype(jnp.float32) for x in (q, k, v))), attend(name, q, k, v)
+        off = np.abs(got - expected).max() / np.abs(expected).max()
+        where = f"{B} rows of {S} slots, {N}/{K} heads of {H}, {(k.nbytes + v.nbytes) / 2**20:.0f} MiB"
+        bound = BOUND if jnp.dtype(dtype) == jnp.bfloat16 else BOUND_FLOAT32
+        yield Row(f"attention to a cache, kernel {name}, {where}", {"out": (float(off), bound)})
+
+
 def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int) -> None:
     rng = np.random.default_rng(0)
     ids, positions = make_rows(rng, B, T, segments)
@@ -141,7 +170,7 @@ def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
     name, mesh = (sys.argv[1:] or ["cudnn"])[0], sharding.make_mesh()
-    good = all_fine(check(name, mesh))
+    good = all_fine(check(name, mesh)) & all_fine(check_cached(mesh))
     jax.config.update("jax_default_matmul_precision", "default")
     for shape in ((1, 1024, 32, 32, 128, 8), (4, 2048, 32, 32, 128, 16), (4, 2048, 32, 8, 128, 16)):
         for kernel in dict.fromkeys(("xla", name)):

@@ -432,7 +432,7 @@ def main() -> None:
     )
     kernel, why = choose_kernel("auto", platform, mesh.devices.flat[0].device_kind, config.head_dim, "bfloat16")
     print(f"{args.shape}, {args.layers} layers; attention by {kernel}: {why}")
-    good = all_fine(attention_kernels.check("auto", mesh))
+    good = all_fine(attention_kernels.check("auto", mesh)) & all_fine(attention_kernels.check_cached(mesh))
     good &= all_fine(check_products(sharding.make_mesh(), jnp.bfloat16))
     good &= all_fine(check_gradients(config, mesh, kernel))
     for family, keys in SISTERS.items():

@@ -48,6 +48,7 @@ def main() -> None:
     from llama_jax.model.definition import define
     from llama_jax.model.generate import Sampling, _decode, _prefill
     from llama_jax.model.llama import RunOptions
+    from llama_jax.model.quantized import Quantization
     from llama_jax.training.optimizer import make_optimizer
     from llama_jax.training.state import abstract_state
     from llama_jax.training.step import Steps
@@ -69,8 +70,9 @@ def main() -> None:
         steps.compile(abstract_state(tx, definition, mesh), shape, mesh)
         return steps.programs[shape].as_text()
 
-    def decoding(rows: int) -> str:
-        definition = define(config, RunOptions(param_dtype=jnp.dtype(jnp.bfloat16)), mesh)
+    def decoding(rows: int, quantization: Quantization | None = None) -> str:
+        run = RunOptions(param_dtype=jnp.dtype(jnp.bfloat16), quantization=quantization)
+        definition = define(config, run, mesh)
         static = (definition.graphdef, (), Sampling())
         with jax.set_mesh(mesh):
             block, row = (rows, SLOTS), (rows,)
@@ -83,6 +85,7 @@ def main() -> None:
             return _decode.lower(*static, 4, definition.params, state, ended, count).compile().as_text()
 
     texts = {f"decoding {rows}": decoding(rows) for rows in (1, 8)}
+    texts |= {f"decoding {rows} in int8": decoding(rows, Quantization(8)) for rows in (1, 8)}
     texts["fp8"] = update(RunOptions(compute_dtype=jnp.bfloat16, fp8=True))
     texts["8 bits"] = update(RunOptions(compute_dtype=jnp.bfloat16), name="adamw_8bit")
     print(json.dumps(texts))

@@ -65,6 +65,17 @@ def test_decoding(rows: int, programs: dict[str, Program]) -> None:
     assert written(program)[cache] == 2 * LAYERS, written(program)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+def test_decoding_in_int8(rows: int, programs: dict[str, Program]) -> None:
+    """Products read the codes: no kernel writes a projection. Those of a single token read codes in pairs."""
+    program = programs[f"decoding {rows} in int8"]
+    D, F = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    shapes = {f"{outputs},{inputs}" for outputs, inputs in ((D, D), (F, D), (D, F))}
+    assert not {f"bf16[{shape}]" for shape in shapes} & written(program).keys()
+    pairs = [i for lines in program.computations.values() for i in lines if re.match(r"s16\[\d+,\d+\]", i.result)]
+    assert len([i for i in pairs if i.kind == "bitcast"]) == (len(PROJECTIONS) * LAYERS if rows == 1 else 0)
+
+
 def test_moments_in_8_bits(programs: dict[str, Program]) -> None:
     """No kernel writes a moment in float32: nothing of a projection's shape but codes, halves and gradients."""
     D, F = SHAPE["hidden_size"], SHAPE["intermediate_size"]

@@ -206,14 +206,16 @@ def bound(a: np.ndarray, b: np.ndarray, dtype: type) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])
-def test_values_and_gradients_of_a_product(kind: str, dtype: type) -> None:
-    """Against float64 over the dequantized matrix. The gradient has x's type, and the quantized arrays have none."""
+@pytest.mark.parametrize(("kind", "tokens"), [("nf4", 7), ("nested nf4", 7), ("int8", 7), ("int8", quantized.FEW)])
+def test_values_and_gradients_of_a_product(kind: str, tokens: int, dtype: type) -> None:
+    """Against float64 over the dequantized matrix, which is in float32 for few tokens in int8. The gradient has x's
+    type, and the quantized arrays have none."""
     rng = np.random.default_rng(0)
     q = quantize(rng.standard_normal((96, 576), np.float32), kind)
     matrix = np.asarray(on_device(q, dtype)).astype(np.float64)
-    x = rng.standard_normal((2, 7, 576), np.float32)
-    dy = rng.standard_normal((2, 7, 96), np.float32).astype(dtype)
+    forward = np.asarray(on_device(q, np.float32)).astype(np.float64) if kind == "int8" and tokens == 7 else matrix
+    x = rng.standard_normal((2, tokens, 576), np.float32)
+    dy = rng.standard_normal((2, tokens, 96), np.float32).astype(dtype)
 
     @jax.jit
     def both(x, q, dy):
@@ -223,12 +225,28 @@ def test_values_and_gradients_of_a_product(kind: str, dtype: type) -> None:
     y, dx, dq = both(x, q, dy)
     rounded = x.astype(dtype).astype(np.float64)
     assert y.dtype == dtype and dx.dtype == np.float32
-    assert (np.abs(np.asarray(y, np.float64) - rounded @ matrix.T) <= bound(rounded, matrix.T, dtype)).all()
+    exact, size = rounded @ forward.T, np.abs(rounded) @ np.abs(forward).T
+    # The sum in float32, then one rounding; its relative error is half of eps.
+    most = size * 577 * np.finfo(np.float32).eps + np.abs(exact) * ml_dtypes.finfo(dtype).eps
+    assert (np.abs(np.asarray(y, np.float64) - exact) <= most).all()
     exact = dy.astype(np.float64) @ matrix
     assert (np.abs(np.asarray(dx, np.float64) - exact) <= bound(dy.astype(np.float64), matrix, dtype)).all()
     for leaf, gradient in zip(jax.tree.leaves(q), jax.tree.leaves(dq), strict=True):
         assert gradient.dtype == (np.float32 if leaf.dtype == np.float32 else jax.dtypes.float0)
         assert not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_the_product_of_one_token(dtype: type) -> None:
+    """A GPU's sum over pairs of codes, against float64: codes of either sign in either place of a pair."""
+    rng = np.random.default_rng(1)
+    codes, absmax = rng.integers(-127, 128, (96, 130)).astype(np.int8), rng.random(96, np.float32)
+    x = rng.standard_normal((1, 1, 130), np.float32).astype(dtype)
+    y = jax.jit(partial(quantized._of_token, ANYWHERE))(jnp.asarray(x), codes, absmax)
+    matrix, rounded = codes * absmax[:, None].astype(np.float64), x.astype(np.float64)
+    assert y.shape == (1, 1, 96) and y.dtype == np.float32
+    most = np.abs(rounded) @ np.abs(matrix.T) * 132 * np.finfo(np.float32).eps
+    assert (np.abs(np.asarray(y, np.float64) - rounded @ matrix.T) <= most).all()
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nested nf4", "int8"])

@@ -49,6 +49,9 @@ class Scores(NamedTuple):
 
 XLA = Kernel()
 PLAIN = Scores()
+# Bytes of a layer's keys and values on a device. For a new token, XLA reads them whole, cuDNN the filled slots only,
+# but in 20 us at least. At this size an H200 takes as long for both (BENCHMARKS.md, "Decoding").
+LARGE = 40 * 2**20
 
 
 def choose_kernel(
@@ -127,17 +130,19 @@ def _weights(scores_BKGTS: jax.Array, visible_BTS: jax.Array, dtype: Any) -> jax
 
 
 def cached_attention(
+    kernel: Kernel,
     q_BTNH: Float[Array, "B T N H"],
     k_BKSH: Float[Array, "B K S H"],
     v_BKSH: Float[Array, "B K S H"],
     positions: Int[Array, "B T"],
     scores: Scores = PLAIN,
 ) -> Float[Array, "B T N H"]:
-    """Return the attention of queries to the slots of a cache up to their own positions, by plain XLA as `attention`.
+    """Return the attention of a token of each row, T = 1, to the slots of a cache up to the token's own position.
 
-    The caller has written the queries' own keys. A row is not divided over devices.
+    Where the run's kernel is cuDNN's, it attends to large caches. Else this is plain XLA, as `attention`. The caller
+    has written the tokens' own keys. A row is not divided over devices.
     """
-    attend = partial(_cached, kind=scores)
+    attend = partial(_cached, kernel=kernel.name, kind=scores)
     if placed(ACT_BTNH) is None:
         return attend(q_BTNH, k_BKSH, v_BKSH, positions)
     specs = (ACT_BTNH, CACHE_BKSH, CACHE_BKSH, ACT_BT)
@@ -145,10 +150,14 @@ def cached_attention(
     return on_devices(q_BTNH, k_BKSH, v_BKSH, jax.sharding.reshard(positions, ACT_BT))
 
 
-def _cached(q_BTNH, k_BKSH, v_BKSH, positions, *, kind: Scores):
+def _cached(q_BTNH, k_BKSH, v_BKSH, positions, *, kernel: str, kind: Scores):
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
+    if kernel == "cudnn" and kind.within(S) is None and k_BKSH.nbytes + v_BKSH.nbytes >= LARGE:
+        return _cudnn_cached(q_BTNH, k_BKSH, v_BKSH, positions, kind)
     q_BKGTH = jnp.transpose(q_BTNH.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4))
+    # Written once. Without the barrier, a GPU's kernel rotates the query anew for each key.
+    q_BKGTH = jax.lax.optimization_barrier(q_BKGTH)
     scores = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * kind.factor(H)
     back_BTS = positions[:, :, None] - jnp.arange(S)
     visible = back_BTS >= 0
@@ -156,6 +165,22 @@ def _cached(q_BTNH, k_BKSH, v_BKSH, positions, *, kind: Scores):
         visible &= back_BTS < window
     out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", _weights(scores, visible, v_BKSH.dtype), v_BKSH)
     return jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
+
+
+def _cudnn_cached(q_BTNH, k_BKSH, v_BKSH, positions, kind: Scores):
+    """Call cuDNN's attention, which reads the filled slots only."""
+    cudnn = cudnn_attention()
+    out_BNTH = cudnn.dot_product_attention(
+        jnp.swapaxes(q_BTNH, 1, 2),
+        k_BKSH,
+        v_BKSH,
+        q_seqlen=jnp.ones(q_BTNH.shape[:1], jnp.int32),
+        kv_seqlen=positions[:, 0] + 1,
+        scale=kind.factor(q_BTNH.shape[-1]),
+        mask_type=cudnn.MaskType.PADDING,
+        qkv_layout="BNTH",
+    )
+    return jnp.swapaxes(out_BNTH, 1, 2)
 
 
 def _on_devices(attend: Any, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *tokens: jax.Array) -> jax.Array:
