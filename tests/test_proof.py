@@ -52,7 +52,7 @@ from llama_jax.proof.model import compare_model
 from llama_jax.proof.our_layers import OurLayers
 from llama_jax.proof.sample import TOKENS, Sample, choose_sample
 from llama_jax.proof.tokens import compare_tokens, first_difference
-from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, EXACT, FLOAT32, Reference
+from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, EXACT, FLOAT32, Reference, in_float64
 from llama_jax.proof.verdict import PAGE, VALUES, Certificate, Row, bounded, table
 from llama_jax.testing import assert_matches_torch
 
@@ -158,6 +158,15 @@ def test_the_exact_pass_is_exact(tmp_path: Path, tokens: int, tolerance: float) 
     assert logits.dtype == torch.float64 and torch.float32 is not torch.float64
     expected = llama_logits(arrays, config, ids[0])
     assert np.abs(logits[0].numpy() - expected).max() < tolerance * np.abs(expected).max()
+
+
+def test_every_name_of_float32_means_float64() -> None:
+    """transformers 5.17 casts the frequencies of the rotation by `torch.float`, later versions by `torch.float32`."""
+    half = torch.ones(1, dtype=torch.float16)
+    with in_float64(torch):
+        found = [half.float(), half.to(dtype=torch.float), half.to(dtype=torch.float32)]
+    assert [x.dtype for x in found] == [torch.float64] * 3
+    assert half.float().dtype == torch.float == torch.float32 != torch.float64
 
 
 def test_layers_are_the_whole_model(tmp_path: Path) -> None:
