@@ -17,6 +17,8 @@ import torch
 from bitsandbytes.backends.cpu import ops
 from bitsandbytes.functional import create_dynamic_map
 from forks import on_devices
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
@@ -30,6 +32,7 @@ from llama_jax.training.optimizer import make_optimizer
 
 EPS32 = 2.0**-24
 SIGNED = pytest.mark.parametrize("signed", [True, False])
+quantized = jax.jit(eight_bits.quantize, static_argnums=2)
 
 
 def book(signed: bool) -> np.ndarray:
@@ -64,12 +67,18 @@ def by_distance(x: np.ndarray, signed: bool) -> np.ndarray:
 
 @SIGNED
 def test_codes_are_the_nearest(signed: bool) -> None:
-    """Of numbers of all sizes, and at the borders of all codes, where either float32 beside the middle has its own."""
+    """Of numbers of all sizes, and at the borders of all codes, where either float32 beside the middle has its own.
+
+    Borders prove the rest. Rounded products, sums and minima do not fall as numbers grow, nor do the two codes around a
+    number: between two numbers of one code, all have it.
+    """
     codes = book(signed).astype(np.float64)
     middles = ((codes[1:] + codes[:-1]) / 2).astype(np.float32)
     steps = [np.nextafter(middles, np.float32(side)) for side in (-2, 2)]
+    steps += [np.nextafter(step, np.float32(side)) for step, side in zip(steps, (-2, 2), strict=True)]
     powers = np.float32(10) ** np.arange(-9, 1, dtype=np.float32)
-    borders = np.concatenate([middles, *steps, powers, *(np.nextafter(powers, np.float32(s)) for s in (0, 1)), codes])
+    powers = np.concatenate([powers, *(np.nextafter(powers, np.float32(s)) for s in (0, 1)), [0, -0.0]])
+    borders = np.concatenate([middles, *steps, powers, codes])
     rng = np.random.default_rng(0)
     drawn = rng.normal(size=20000) * np.exp(4 * rng.normal(size=20000))
     x = np.concatenate([borders, np.clip(drawn, -1, 1), 10 ** rng.uniform(-9, 0, 20000)]).astype(np.float32)
@@ -89,6 +98,37 @@ def test_codes_are_the_nearest(signed: bool) -> None:
         np.abs(distance - np.abs(x - codes[theirs.numpy()]))[differ & (x > 0)]
         <= 2 * EPS32 * np.abs(x)[differ & (x > 0)]
     )
+
+
+def brute_force(block: np.ndarray, largest: np.float32, signed: bool) -> np.ndarray:
+    """The codes of a block by `by_distance`, and those of a block that has no inverse of its largest magnitude."""
+    if not np.finfo(np.float32).tiny <= largest < np.inf:
+        return np.full(block.shape, 0 if largest == 0 else eight_bits.ZERO[signed])
+    return by_distance(block * (np.float32(1) / largest), signed)
+
+
+@SIGNED
+@settings(max_examples=100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.floats(0, 6),
+    scale=st.sampled_from([0, 1e-40, 1e-36, 1e-20, 1e-8, 1, 3e4, 1e30, np.inf, np.nan]),
+    zeros=st.sampled_from([0, 0.5]),
+)
+def test_drawn_codes(signed: bool, seed: int, spread: float, scale: float, zeros: float) -> None:
+    """Blocks of numbers of a few sizes or of many, zeros among them, and blocks without an inverse."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=256) * np.exp(spread * rng.normal(size=256)) * (rng.random(256) >= zeros)
+    x = x if signed else np.abs(x)
+    tiny = np.finfo(np.float32).tiny
+    with np.errstate(all="ignore"):
+        block = (x / np.abs(x).max() * scale).astype(np.float32)
+        block[np.abs(block) < tiny] = 0  # as a CPU takes them
+        largest = np.abs(block).max()
+        found = np.asarray(quantized(block[None], largest[None], signed))
+        np.testing.assert_array_equal(found[0], brute_force(block, largest, signed))
+        values = np.asarray(eight_bits.dequantize(found, jnp.asarray(largest[None]), signed))[0]
+        np.testing.assert_allclose(values, book(signed)[found[0]] * largest, rtol=0, atol=tiny)
 
 
 # -- Updates ----------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def scale_by_stored_adam(
                 mu, nu, scales = jax.lax.optimization_barrier((mu, nu, scales))
                 last = len(mus)
             m, v = moments(mu, nu)
-            steps.append(of.join(m / first / (jnp.sqrt(v / second) + eps), whole))
+            steps.append(of.join(m / (jnp.sqrt(v) * (first / jnp.sqrt(second)) + first * eps), whole))
             mus.append(of.keep(m, scales[0], whole, True, number))
             nus.append(of.keep(v, scales[1], whole, False, number))
         return tree.unflatten(steps), StoredAdamState(count, tree.unflatten(mus), tree.unflatten(nus))
