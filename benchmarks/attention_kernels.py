@@ -3,9 +3,9 @@
 
     python benchmarks/attention_kernels.py [KERNEL]
 
-Each shape class varies rows, GQA or MHA, segments a row, padded tails, head dims and window. Then milliseconds of
-forward, and of forward and backward, for 4 rows of 2,048 tokens, 32 heads. Exits with 1 where an error is more than
-bf16 explains.
+Each shape class varies rows, GQA or MHA, segments a row, padded tails, head dims and window; then caches. Then
+milliseconds of forward, and of forward and backward, for 4 rows of 2,048 tokens, 32 heads, and microseconds of a new
+token's attention to caches of which 576 slots are filled. Exits with 1 where an error is more than bf16 explains.
 """
 
 import math
@@ -24,6 +24,7 @@ from rows import Row, all_fine
 
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import compiler_options
+from llama_jax.model import attention
 from llama_jax.model.attention import Kernel, Scores, cached_attention, choose_kernel, packed_attention
 
 # (rows, length, heads, kv heads, head dim, segments a row), sliding window
@@ -167,6 +168,31 @@ def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int
     )
 
 
+def clock_cached(names: list[str], S: int, K: int, B: int, N: int = 32, H: int = 128, layers: int = 8) -> None:
+    """Print the microseconds of a layer by each kernel, whatever the size of the cache."""
+    keys = jax.random.split(jax.random.key(0), 2 * layers)
+    cache = [jax.random.normal(key, (B, K, S, H), jnp.bfloat16) for key in keys]
+    q, positions = jnp.ones((B, 1, N, H), jnp.bfloat16), jnp.full((B, 1), 575, jnp.int32)
+    times: list[str] = []
+    attention.LARGE = 0
+    for name in names:
+
+        def forward(q, cache, name=name):
+            for i in range(4 * layers):
+                j = 2 * (i % layers)
+                q = cached_attention(Kernel(name), q, cache[j], cache[j + 1], positions)
+            return q
+
+        program, laps = jax.jit(forward), []
+        jax.block_until_ready(program(q, cache))
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready([program(q, cache) for _ in range(4)])
+            laps.append((time.perf_counter() - start) / 16 / layers)
+        times.append(f"{name} {1e6 * float(np.median(laps)):.1f} us")
+    print(f"{B} rows of {S} slots, {N}/{K} heads of {H}: {', '.join(times)}", flush=True)
+
+
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
     name, mesh = (sys.argv[1:] or ["cudnn"])[0], sharding.make_mesh()
@@ -175,4 +201,7 @@ if __name__ == "__main__":
     for shape in ((1, 1024, 32, 32, 128, 8), (4, 2048, 32, 32, 128, 16), (4, 2048, 32, 8, 128, 16)):
         for kernel in dict.fromkeys(("xla", name)):
             clock(kernel, mesh, *shape)
+    for slots, kv_heads, most in ((640, 32, 32), (640, 8, 32), (2560, 32, 8), (2560, 8, 32)):
+        for rows in (n for n in (1, 4, 8, 16, 32) if n <= most):
+            clock_cached(list(dict.fromkeys(("xla", name))), slots, kv_heads, rows)
     sys.exit(0 if good else 1)
