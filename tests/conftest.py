@@ -21,6 +21,8 @@ from llama_jax.reporting.page import _template
 
 ROOT = Path(__file__).resolve().parent.parent
 
+gc.disable()  # until all is imported, a third of whose time its passes would take
+
 QUICK = " ".join(f"--{name}={value}".lower() for name, (value, _) in COMPILATION.items())
 if QUICK not in os.environ.get("XLA_FLAGS", ""):  # pytest's workers inherit the flags
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
@@ -41,15 +43,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
-# Files whose tests share another process or a model, which each of xdist's workers would make anew.
-SHARING = """adapters added_tokens api chat checkpoint cli doctor examples flags gguf judging live order page samples
-schedule tokenizer writer""".split()
-TOGETHER = {f"test_{name}.py" for name in SHARING}
+# A file's tests share programs, models and other processes, which each of xdist's workers would make anew. These files
+# share least for their length: their tests are dealt one at a time, last, so that no worker waits for another.
+APART = """demo elastic handover kills meshes nonfinite offload processes stopping topology trackers training
+watchdog""".split()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute the tests as `--dist load`, but each of the files `TOGETHER` to one worker."""
+    """Give each file to one worker, the files of most tests first, then the tests of the files `APART`."""
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -57,7 +59,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if Path(file).name in TOGETHER else nodeid
+            return nodeid if Path(file).stem.removeprefix("test_") in APART else file
 
     return Scheduling(config, log)
 
@@ -65,6 +67,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_finish() -> None:
     """Leave what is imported and collected, half a million objects, out of each pass of the garbage collector."""
     gc.freeze()
+    gc.enable()
+    gc.set_threshold(50_000, 20, 20)  # its passes took a twelfth of the tests' time
 
 
 @pytest.fixture(autouse=True)

@@ -300,7 +300,10 @@ def _explode(value: dict[str, Any], how: list[dict[str, Any]]) -> None:
 
 
 def splitting(pattern: str) -> Case:
-    """A tokenizer that splits by a regular expression, and a text that it nearly matches, in very many ways."""
+    """A tokenizer that splits by a regular expression, and texts that it nearly matches, in very many ways.
+
+    A fast machine splits one of them in less than the limit of 3 s. The library itself stops at longer texts.
+    """
 
     def split(value: dict[str, Any]) -> None:
         value["pre_tokenizer"] = {
@@ -311,7 +314,7 @@ def splitting(pattern: str) -> Case:
         }
 
     def case(place: Place) -> list[Any]:
-        write_json(place / "d.json", [{"text": "a" * 370 + "!3"}])
+        write_json(place / "d.json", [{"text": "a" * n + "!3"} for n in range(367, 371)])
         return tokenizer_json(split)(place)
 
     return case
@@ -462,7 +465,9 @@ RECORDS: dict[str, Case] = {
     ),
     "ids of 4,000 digits": data("d.json", b'[{"input_ids": [' + b"1" * 4000 + b'], "labels": [1]}]'),
     "Infinity": data("d.json", b'[{"input_ids": [Infinity], "labels": [1]}]'),
-    "parquet of one row": of_parquet(lambda: pa.table({"text": ["a" * 300_000_000]}), compression="zstd"),
+    "parquet of one row": of_parquet(
+        lambda: pa.table({"text": ["a" * 300_000_000]}), compression="zstd", write_statistics=False
+    ),
     "parquet of one long text": of_parquet(lambda: _same("a long text, " * 80_000, 10**6), compression="none"),
     "parquet of very many rows": of_parquet(lambda: _same("a", 5 * 10**6), compression="zstd"),
     "arrow of one long text": lambda place: _arrow(place, _same("a long text, " * 80_000, 10**6)),

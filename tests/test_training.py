@@ -31,6 +31,7 @@ from tiny import (
     CONFIG,
     ROOT,
     Outcome,
+    drawn_cases,
     environment,
     log_entries,
     make_arrays,
@@ -956,7 +957,7 @@ def test_resuming_says_what_is_otherwise(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=12)
+@settings(max_examples=drawn_cases(12, in_ci=8))  # each rope is drawn
 @given(
     rope=st.sampled_from(sorted(ROPES)),
     compat=st.sampled_from(["4.37", "5"]),

@@ -5,7 +5,6 @@ The Trainer makes its updates in float32 and float64 in this process; train_jax.
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -15,7 +14,18 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny import ALPACA, CONFIG, ROOT, make_arrays, run, write_json, write_model, write_tokenizer
+from tiny import (
+    ALPACA,
+    CONFIG,
+    ROOT,
+    environment,
+    make_arrays,
+    of_devices,
+    run,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
 
 from llama_jax.command import parity
 from llama_jax.proof import updates
@@ -142,9 +152,10 @@ def test_the_command(name: str, case: Run, tmp_path: Path) -> None:
     if "--hf_compat" in more:
         words = words[: words.index("--hf_compat")] + words[words.index("--hf_compat") + 2 :]
     given = [*words, "--dtype", "float32", "--updates", "2", *more.split()]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-m", "llama_jax.parity", *given]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment() | of_devices(2), cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     values = json.loads((tmp_path / "out/parity.json").read_text())
     rows = [row for row in values["rows"] if row["section"] == updates.SECTION]
@@ -176,8 +187,8 @@ def test_stopped(case: Run, tmp_path: Path) -> None:
     argv = ["--output_dir" if word == "--output_dir" else word for word in case.argv]
     argv = [str(tmp_path / "out") if word == str(case.folder / "out") else word for word in argv]
     (tmp_path / "temporary").mkdir()
-    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code, *argv, "--shrink", "1"], cwd=tmp_path, env=environment)
+    env = environment() | {"TMPDIR": str(tmp_path / "temporary")}
+    process = subprocess.Popen([sys.executable, "-c", code, *argv, "--shrink", "1"], cwd=tmp_path, env=env)
     waiting = Path(tmp_path / "started")
     while not waiting.exists() and process.poll() is None:
         time.sleep(0.1)

@@ -33,7 +33,11 @@ Arrays = dict[str, np.ndarray]
 CHANGING = {"trainer_state.json", MANIFEST, LEDGER, FILE, VALUES, PAGE}
 # Compilation is most of the suite's time. Each option of XLA's compiler: its value here, which halves that time, and
 # XLA's own. XLA aborts on an option that it does not know.
-COMPILATION: dict[str, tuple[Any, Any]] = {"xla_backend_optimization_level": (0, 3)}
+COMPILATION: dict[str, tuple[Any, Any]] = {
+    "xla_backend_optimization_level": (0, 3),
+    "xla_cpu_parallel_codegen_split_count": (1, 32),
+    "xla_llvm_disable_expensive_passes": (True, False),
+}
 if jax.__version_info__ < (0, 11):
     COMPILATION["xla_cpu_use_fusion_emitters"] = (False, True)
 
