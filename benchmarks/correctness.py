@@ -3,8 +3,8 @@
 
     python benchmarks/correctness.py [--shape llama-7b] [--layers 2] [--update_layers 32]
 
-1. The attention kernels that `auto` takes here, against plain XLA in float32 (`attention_kernels.py`). A projection
-   over all devices and its gradients in bf16, against float64 on the host.
+1. The attention kernels that `auto` takes here, in packed rows and over caches, against plain XLA in float32
+   (`attention_kernels.py`). A projection over all devices and its gradients in bf16, against float64 on the host.
 2. A model of the shape in bf16 on packed rows of odd lengths, for each choice of --remat, stacked and not, against
    float32 by plain XLA: the loss, the gradient's norm, and every gradient. The same for each sister model, with two
    layers of SmolLM2's sizes.

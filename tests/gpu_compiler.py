@@ -44,6 +44,8 @@ def main() -> None:
     from jax.experimental import topologies
 
     from llama_jax.distributed import sharding
+    from llama_jax.distributed.compat import cudnn_attention
+    from llama_jax.model import attention
     from llama_jax.model.config import LlamaConfig
     from llama_jax.model.definition import define
     from llama_jax.model.generate import Sampling, _decode, _prefill
@@ -70,9 +72,8 @@ def main() -> None:
         steps.compile(abstract_state(tx, definition, mesh), shape, mesh)
         return steps.programs[shape].as_text()
 
-    def decoding(rows: int, quantization: Quantization | None = None) -> str:
-        run = RunOptions(param_dtype=jnp.dtype(jnp.bfloat16), quantization=quantization)
-        definition = define(config, run, mesh)
+    def decoding(rows: int, **options: Any) -> str:
+        definition = define(config, RunOptions(param_dtype=jnp.dtype(jnp.bfloat16), **options), mesh)
         static = (definition.graphdef, (), Sampling())
         with jax.set_mesh(mesh):
             block, row = (rows, SLOTS), (rows,)
@@ -85,7 +86,14 @@ def main() -> None:
             return _decode.lower(*static, 4, definition.params, state, ended, count).compile().as_text()
 
     texts = {f"decoding {rows}": decoding(rows) for rows in (1, 8)}
-    texts |= {f"decoding {rows} in int8": decoding(rows, Quantization(8)) for rows in (1, 8)}
+    texts |= {f"decoding {rows} in int8": decoding(rows, quantization=Quantization(8)) for rows in (1, 8)}
+    # These ask a device.
+    cudnn = cudnn_attention()
+    cudnn.check_cudnn_version, cudnn.check_compute_capability = lambda: 91400, lambda capability: True
+    cudnn.is_cuda_compute_capability_equal = lambda capability: False
+    attention.LARGE = attention.MANY = 0
+    for name, stacked in (("decoding 8 by cudnn", False), ("decoding 8, stacked", True)):
+        texts[name] = decoding(8, attention=attention.Kernel("cudnn", 1), scan_layers=stacked)
     texts["fp8"] = update(RunOptions(compute_dtype=jnp.bfloat16, fp8=True))
     texts["8 bits"] = update(RunOptions(compute_dtype=jnp.bfloat16), name="adamw_8bit")
     print(json.dumps(texts))

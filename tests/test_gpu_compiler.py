@@ -65,13 +65,24 @@ def test_decoding(rows: int, programs: dict[str, Program]) -> None:
     assert written(program)[cache] == 2 * LAYERS, written(program)
 
 
+def test_decoding_by_cudnn(programs: dict[str, Program]) -> None:
+    """A call a layer reads the cache as it lies; of stacked layers XLA's own products do."""
+    heads, H = SHAPE["num_key_value_heads"], SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
+    for name, calls, layers in (("decoding 8 by cudnn", LAYERS, ""), ("decoding 8, stacked", 0, f"{LAYERS},")):
+        program = programs[name]
+        assert len([i for i in kernels(program) if "__cudnn$fmha" in i.rest]) == calls
+        cache, layer = f"bf16[{layers}8,{heads},{SLOTS},{H}]", f"bf16[8,{heads},{SLOTS},{H}]"
+        assert written(program)[cache] == (2 if layers else 2 * LAYERS), written(program)
+        assert cache == layer or not written(program)[layer]
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 def test_decoding_in_int8(rows: int, programs: dict[str, Program]) -> None:
     """Products read the codes: no kernel writes a projection. Those of a single token read codes in pairs."""
     program = programs[f"decoding {rows} in int8"]
     D, F = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     shapes = {f"{outputs},{inputs}" for outputs, inputs in ((D, D), (F, D), (D, F))}
-    assert not {f"bf16[{shape}]" for shape in shapes} & written(program).keys()
+    assert not {f"bf16[{shape}]" for shape in shapes} & written(program).keys()  # float32 terms of small ones are
     pairs = [i for lines in program.computations.values() for i in lines if re.match(r"s16\[\d+,\d+\]", i.result)]
     assert len([i for i in pairs if i.kind == "bitcast"]) == (len(PROJECTIONS) * LAYERS if rows == 1 else 0)
 

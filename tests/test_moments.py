@@ -86,8 +86,8 @@ def test_codes_are_the_nearest(signed: bool) -> None:
     x = np.concatenate([x, np.ones((len(x), 1), np.float32)], axis=1)  # the largest of each block
     found = np.asarray(jax.jit(lambda x: eight_bits.quantize(x, eight_bits.absmax(x), signed))(x))
     assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, by_distance(x, signed))
     distance = np.abs(x.astype(np.float64) - codes[found])
-    np.testing.assert_array_equal(distance, np.abs(x.astype(np.float64) - codes[by_distance(x, signed)]))
     assert not signed or np.array_equal(found < 127, x < 0)
     # Live, in its generic path: it rounds the distances in float32, and takes the first of equal ones.
     theirs, _ = torch.ops.bitsandbytes.quantize_blockwise(
@@ -244,6 +244,17 @@ def keep(x: np.ndarray, number: int, signed: bool = False) -> np.ndarray:
     kept = Rounded(seed=3).keep(jnp.asarray(x), None, None, signed, jnp.uint32(number))
     assert kept.dtype == jnp.bfloat16
     return np.asarray(kept.astype(jnp.float32))
+
+
+def test_parameters_in_order() -> None:
+    """Each parameter in 8 bits waits for its scales, and but for a GPU's program for the parameter before it."""
+    params = {name: jnp.ones((64, 256)) for name in "abc"}
+    tx = make_optimizer("adamw_8bit")
+    state = tx.init(params)
+    traced = jax.jit(lambda grads, state: tx.update(grads, state, params, learning_rate=1.0)).trace(params, state)
+    for platform, expected in (("cuda", 3), ("tpu", 3 + 2), ("cpu", 3 + 2)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert text.count("optimization_barrier") == expected, platform
 
 
 def test_draws() -> None:

@@ -49,9 +49,10 @@ class Scores(NamedTuple):
 
 XLA = Kernel()
 PLAIN = Scores()
-# Bytes of a layer's keys and values on a device. For a new token, XLA reads them whole, cuDNN the filled slots only,
-# but in 20 us at least. At this size an H200 takes as long for both (BENCHMARKS.md, "Decoding").
-LARGE = 40 * 2**20
+# Bytes of a layer's keys and values on a device, and query heads of all its rows. For a new token, XLA reads the cache
+# whole, cuDNN the filled slots only, but in 20 us at least. From here on cuDNN takes no longer on an H200
+# (BENCHMARKS.md, "Decoding"). With fewer heads it may, where the cache is full.
+LARGE, MANY = 40 * 2**20, 128
 
 
 def choose_kernel(
@@ -153,7 +154,7 @@ def cached_attention(
 def _cached(q_BTNH, k_BKSH, v_BKSH, positions, *, kernel: str, kind: Scores):
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
-    if kernel == "cudnn" and kind.within(S) is None and k_BKSH.nbytes + v_BKSH.nbytes >= LARGE:
+    if kernel == "cudnn" and kind.within(S) is None and B * N >= MANY and k_BKSH.nbytes + v_BKSH.nbytes >= LARGE:
         return _cudnn_cached(q_BTNH, k_BKSH, v_BKSH, positions, kind)
     q_BKGTH = jnp.transpose(q_BTNH.reshape(B, T, K, N // K, H), (0, 2, 3, 1, 4))
     # Written once. Without the barrier, a GPU's kernel rotates the query anew for each key.

@@ -229,7 +229,8 @@ class Attention(nnx.Module):
                 self.kernel, q, k, v, tokens.segment_ids, tokens.positions, scores=self.scores, names=names
             )
         else:
-            out = cached_attention(self.kernel, q, *cache.of_layer(), tokens.positions, self.scores)
+            kernel = self.kernel if cache.layer is None else XLA  # only XLA's products read a layer out of a stack
+            out = cached_attention(kernel, q, *cache.of_layer(), tokens.positions, self.scores)
         out = jnp.reshape(out, (*out.shape[:2], -1), out_sharding=placed(sharding.ACT_BTF))
         return checkpoint_name(self.o_proj(out, tokens.key), "o_proj"), cache
 

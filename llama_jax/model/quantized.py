@@ -176,8 +176,8 @@ def _matmul(out: P, like_x: P, x: jax.Array, q: NF4 | INT8) -> jax.Array:
 
 
 def _by_codes(out: P, x: jax.Array, q: INT8) -> jax.Array:
-    """Return the float32 product of a few tokens. Codes are exact in any type of `x`, and sums are scaled: a GPU writes
-    no matrix, but reads the codes in the product itself."""
+    """Return the float32 product of a few tokens. Codes are exact in any type of `x`, and sums are scaled: a GPU's
+    product reads the codes themselves. Out of stacked layers it copies them first."""
 
     def product(x, codes, scale):
         sums = jnp.einsum(
@@ -195,7 +195,7 @@ def _by_codes(out: P, x: jax.Array, q: INT8) -> jax.Array:
 def _of_token(out: P, x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
     """Return the product of one token, [1, 1, O], as a GPU computes it fastest: a sum over pairs of codes.
 
-    XLA reads four elements of a sum at a time. Of codes in pairs that are 8 bytes, as of weights in bfloat16.
+    XLA reads four elements of a sum at a time: 4 bytes of codes, but 8 of pairs, as of weights in bfloat16.
     """
     outputs, inputs = codes.shape
     x, codes = sharding.reshard(x, P()), sharding.reshard(codes, P())  # all on one device

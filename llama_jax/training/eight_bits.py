@@ -80,17 +80,17 @@ def _upper(x: jax.Array, size: jax.Array, signed: bool) -> jax.Array:
     """Return the upper one of the two codes around the bound nearest to x, int32. `size` is |x|, at most 1.
 
     Let a decade begin at b = 10^(d - 7) and have n = 2^d intervals, or 2^(d + 1) of an unsigned code. Interval i has
-    the code n + i above 0, or n + i - 1. It begins where n (x / b + 8) / 9 is n + i: a line in x. (The first one begins
-    a fifth later, because the interval before it is shorter.) So the rounded line is the code above the nearest bound.
-    Each decade's line has a fifth of the slope of the decade before: the lowest line is that of the decade of x.
-    Numbers below 0.001 have the lines of 1000 times the number, where n is 8 times as large.
+    the code n + i above 0 if signed, n + i - 1 if unsigned. It begins where n (x / b + 8) / 9 is n + i: a line in x.
+    (The first one begins a fifth later, because the interval before it is shorter.) So the rounded line is the code
+    above the nearest bound. Each decade's line has a fifth of the slope of the decade before: the lowest line is that
+    of the decade of x. Numbers below 0.001 have the lines of 1000 times the number, where n is 8 times as large.
     """
     low = size < 1e-3
     size = jnp.where(low, 1000 * size, size)
     counts = {10.0 ** (d - DECADES): 2 ** (d + (not signed)) for d in range(3, DECADES)}
     line = reduce(jnp.minimum, [size * (n / b / 9) + n * 8 / 9 for b, n in counts.items()])
     # An eighth more: whole and half places are frequent, at bounds and at codes. There a compiler that repeats the
-    # arithmetic, with other fused products, would round to another number.
+    # arithmetic, with other fused products, would round to another number; here it does so rarely.
     line = jnp.where(low, line / 8 + 0.125, line + 0.125)
     line = jnp.where(x < 0, 128 - line, 127 + line) if signed else line - 1
     # A sum with 2^23 ends in the rounded number. A conversion takes six instructions on a GPU.

@@ -101,6 +101,12 @@ class Blockwise:
         return eight_bits.dequantize(codes, kept.absmax, signed)
 
 
+def _after(arrays: Any) -> Any:
+    """Return arrays unchanged. None is used before all are there, except on a GPU: its programs keep few of the moments
+    in float32 without this, and copy the codes with it."""
+    return jax.lax.platform_dependent(arrays, cuda=lambda x: x, default=jax.lax.optimization_barrier)
+
+
 class StoredAdamState(NamedTuple):
     """Hold the number of updates, and trees of the first and the second moments as they are kept."""
 
@@ -142,7 +148,7 @@ def scale_by_stored_adam(
                 # XLA would keep the moments of all parameters in float32. So each parameter waits for the one before,
                 # and its moments are computed again once their scales are known. A CPU's compiler drops the barriers.
                 if last is not None:
-                    mu, nu, mus[last], nus[last] = jax.lax.optimization_barrier((mu, nu, mus[last], nus[last]))
+                    mu, nu, mus[last], nus[last] = _after((mu, nu, mus[last], nus[last]))
                 scales = tuple(map(eight_bits.absmax, moments(mu, nu)))
                 mu, nu, scales = jax.lax.optimization_barrier((mu, nu, scales))
                 last = len(mus)
