@@ -17,7 +17,16 @@ from tiny import slow_unless
 import llama_jax.model.attention
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
-from llama_jax.model.attention import PLAIN, Kernel, Scores, choose_kernel, kv_copies, packed_attention, splash_blocks
+from llama_jax.model.attention import (
+    PLAIN,
+    Kernel,
+    Scores,
+    cached_attention,
+    choose_kernel,
+    kv_copies,
+    packed_attention,
+    splash_blocks,
+)
 
 H200, A100, V5E, V6E = "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "TPU v5 lite", "TPU v6 lite"
 
@@ -251,6 +260,44 @@ def test_what_cudnn_is_told(lengths: list[list[int]], room: int, tail: bool, kin
         unused = [-1] * (places - len(whole))
         assert sizes.tolist() == [*whole, *unused]
         assert starts.tolist() == [*np.cumsum([0, *whole[:-1]]).tolist(), *unused, -1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "called"),
+    [(PLAIN, 4, 1), (Scores(scale=0.3, window=24), 4, 1), (Scores(window=9), 4, 0), (PLAIN, 3, 0)],
+)
+def test_a_cache_by_cudnn(kind: Scores, rows: int, called: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop in NumPy in cuDNN's place gets the filled slots of a large cache, and gives XLA's output. A window that
+    hides slots, and few heads, are left to XLA."""
+    S, N, K, H = 24, 4, 2, 8
+    calls = []
+
+    def attend(q, k, v, q_seqlen, kv_seqlen, scale):
+        out = np.zeros_like(q)
+        for b, n in np.ndindex(q.shape[:2]):
+            filled, shared = slice(kv_seqlen[b]), n // (N // K)
+            weights = np.exp(scale * k[b, shared, filled] @ q[b, n, 0])
+            out[b, n, 0] = weights @ v[b, shared, filled] / weights.sum()
+        assert (q_seqlen == 1).all()
+        calls.append(q.shape)
+        return out
+
+    def stub(q, k, v, *, q_seqlen, kv_seqlen, scale, mask_type, qkv_layout):
+        assert (mask_type, qkv_layout) == (cudnn.MaskType.PADDING, "BNTH")
+        like = jax.ShapeDtypeStruct(q.shape, q.dtype)
+        return jax.pure_callback(attend, like, q, k, v, q_seqlen, kv_seqlen, scale)
+
+    monkeypatch.setattr(cudnn, "dot_product_attention", stub)
+    monkeypatch.setattr(llama_jax.model.attention, "LARGE", 4 * 2 * K * S * H * 3)
+    monkeypatch.setattr(llama_jax.model.attention, "MANY", 4 * N)
+    rng = np.random.default_rng(0)
+    shapes = (rows, 1, N, H), (rows, K, S, H), (rows, K, S, H)
+    q, k, v = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
+    positions = jnp.asarray([[0], [S - 1], [5], [11]][:rows])
+    found = cached_attention(Kernel("cudnn"), q, k, v, positions, kind)
+    # Each output is a mean of up to 24 values by weights of some 10 roundings of 2^-24.
+    np.testing.assert_allclose(found, cached_attention(Kernel("xla"), q, k, v, positions, kind), atol=1e-5)
+    assert len(calls) == called
 
 
 @pytest.mark.parametrize(
