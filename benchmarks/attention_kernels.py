@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,17 @@ def check_cached(mesh, dtype=jnp.bfloat16) -> Iterator[Row]:
         yield Row(f"attention to a cache under --attention {name}, {where}", {"out": (float(off), bound)})
 
 
+def median_seconds(program: Any, *arguments: Any, calls: int) -> float:
+    """Return the seconds of a call, the median of five laps of so many calls in flight, after a first call."""
+    jax.block_until_ready(program(*arguments))
+    laps = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready([program(*arguments) for _ in range(calls)])
+        laps.append((time.perf_counter() - start) / calls)
+    return float(np.median(laps))
+
+
 def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int) -> None:
     rng = np.random.default_rng(0)
     ids, positions = make_rows(rng, B, T, segments)
@@ -163,13 +175,7 @@ def clock(name: str, mesh, B: int, T: int, N: int, K: int, H: int, segments: int
     times = []
     with jax.set_mesh(mesh):
         for f in (jax.jit(forward), jax.jit(both)):
-            jax.block_until_ready(f(*placed))
-            laps = []
-            for _ in range(5):
-                start = time.perf_counter()
-                jax.block_until_ready([f(*placed) for _ in range(10)])
-                laps.append((time.perf_counter() - start) / 10)
-            times.append(1000 * float(np.median(laps)))
+            times.append(1000 * median_seconds(f, *placed, calls=10))
     print(
         f"{name} {B}x{T}, {N}/{K} heads of {H}, {segments} segments: {times[0]:.2f} ms, with backward {times[1]:.2f} ms"
     )
@@ -190,13 +196,8 @@ def clock_cached(names: list[str], S: int, K: int, B: int, N: int = 32, H: int =
                 q = cached_attention(Kernel(name), q, cache[j], cache[j + 1], positions)
             return q
 
-        program, laps = jax.jit(forward), []
-        jax.block_until_ready(program(q, cache))
-        for _ in range(5):
-            start = time.perf_counter()
-            jax.block_until_ready([program(q, cache) for _ in range(4)])
-            laps.append((time.perf_counter() - start) / 16 / layers)
-        times.append(f"{name} {1e6 * float(np.median(laps)):.1f} us")
+        seconds = median_seconds(jax.jit(forward), q, cache, calls=4) / (4 * layers)
+        times.append(f"{name} {1e6 * seconds:.1f} us")
     print(f"{B} rows of {S} slots, {N}/{K} heads of {H}: {', '.join(times)}", flush=True)
 
 

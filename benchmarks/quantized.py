@@ -11,7 +11,6 @@ ways to dequantize. A gradient counts its forward pass too. Exits with 1 where a
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +21,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from attention_kernels import median_seconds
+
 from llama_jax.model import quantized
 from llama_jax.model.quantized import LEVELS, NF4, dequantize, quantized_matmul
 from llama_jax.model.quantizing import quantize_int8, quantize_nf4
@@ -109,14 +110,7 @@ def check(shape: tuple[int, int], rows: int) -> bool:
 
 def clock(f: Callable, *arguments: Any) -> float:
     """Return the median milliseconds of a compiled call."""
-    f = jax.jit(f)
-    jax.block_until_ready(f(*arguments))
-    laps = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready([f(*arguments) for _ in range(5)])
-        laps.append((time.perf_counter() - start) / 5)
-    return 1000 * float(np.median(laps))
+    return 1000 * median_seconds(jax.jit(f), *arguments, calls=5)
 
 
 def clock_all(shape: tuple[int, int], rows: int) -> None:

@@ -146,12 +146,6 @@ def axis_size(axes: str | tuple[str, ...]) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
 
 
-def devices() -> int:
-    """Return the number of devices of the mesh that is set; outside a mesh, 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.size
-
-
 def placed(spec: P) -> P | None:
     """Return the `out_sharding` of an operation: the spec, or None outside a mesh, where jax refuses any spec."""
     return None if jax.sharding.get_abstract_mesh().empty else spec

@@ -186,7 +186,7 @@ def _by_codes(out: P, x: jax.Array, q: INT8) -> jax.Array:
         return sums * scale
 
     operands = x, q.codes, q.absmax * np.float32(1 / 127)
-    if x.size > x.shape[-1] or x.shape[-1] % 2 or sharding.devices() > 1:
+    if x.size > x.shape[-1] or x.shape[-1] % 2 or sharding.axis_size(sharding.AXES) > 1:
         return product(*operands)
     of_token = partial(_of_token, out)
     return jax.lax.platform_dependent(*operands, cuda=of_token, default=product)
