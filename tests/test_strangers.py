@@ -278,6 +278,14 @@ def token(text: str) -> dict[str, Any]:
     return {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 
+def added_token(text: str) -> Case:
+    def case(place: Place) -> list[Any]:
+        write_json(place / "m" / "added_tokens.json", {text: 259})
+        return explained(place)
+
+    return case
+
+
 def slow_ids(place: Place) -> list[Any]:
     """A sentencepiece tokenizer, whose added tokens have the ids that the files declare."""
     from sentencepiece import SentencePieceTrainer
@@ -338,6 +346,9 @@ TOKENIZERS: dict[str, Case] = {
     "array": tokenizer_json(lambda v: v.update(model=[])),
     "eos a number": tokenizer_config(eos_token=12),
     "lstrip text": tokenizer_config(added_tokens_decoder={"256": {**token("<s>"), "lstrip": "x"}}),
+    "half a surrogate pair": tokenizer_config(added_tokens_decoder={"256": token("a\udc80")}),
+    "half a surrogate pair as eos": tokenizer_config(eos_token="\ud800"),
+    "half a surrogate pair as an added token": added_token("\ud800"),
     "template a number of tokens": tokenizer_config(additional_special_tokens=[7]),
 }
 

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.files import read_json_object
+from llama_jax.data.records import check_string
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
@@ -74,6 +75,7 @@ def named_tokens(folder: Path, config: dict[str, Any], in_json: Iterable[dict[st
         texts = {str(token) for token in [*special.values(), *more] if token}
         for text, i in (read_json_object(path) if path.exists() else {}).items():
             is_special = text in texts
+            _check_text(text, path, f"the token {text!r}")
             added[_id(i, text, path)] = AddedToken(text, normalized=not is_special, special=is_special)
         described = {}
         for value in in_json:
@@ -91,9 +93,13 @@ def _token(value: Any, path: Path, name: str, special: bool = False) -> Token | 
     if isinstance(value, dict) and isinstance(value.get("content"), str):
         if wrong := [flag for flag in FLAGS if not isinstance(value.get(flag, False), bool)]:
             raise InputError(f"{path}: {name}: {wrong[0]} {value[wrong[0]]!r} should be true or false")
+        _check_text(value["content"], path, name)
         return _added({**value, "special": True} if special else value)
-    if value is None or isinstance(value, str):
+    if isinstance(value, str):
+        _check_text(value, path, name)
         return value
+    if value is None:
+        return None
     raise InputError(f"{path}: {name} {value!r} should be a string, an object with 'content', or null")
 
 
@@ -107,6 +113,11 @@ def _tokens(values: Any, path: Path, special: bool = False) -> list[Token]:
 
 def _added(value: dict[str, Any]) -> AddedToken:
     return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if flag in value})
+
+
+def _check_text(text: str, path: Path, name: str) -> None:
+    if problem := check_string(text, name):
+        raise InputError(f"{path}: {problem}; correct the token's text")
 
 
 def _id(i: Any, token: str, path: Path) -> int:
