@@ -60,7 +60,10 @@ def row(
     assert chip.clock, topology.name
     ms = {kind: cycles / chip.clock * 1e3 for kind, cycles in program.cycles.items()}
     schedule = read_schedule(folder, program)
-    times = " + ".join(f"{cycles / chip.clock * 1e3:,.0f}" for cycles in schedule) if schedule else "not dumped"
+    times = "not dumped"
+    if schedule:
+        compute, exposed, rough = (f"{cycles / chip.clock * 1e3:,.0f}" for cycles in schedule)
+        times = f"{compute} + {exposed}" + (f" ({rough} a rough estimate of loops)" if schedule.rough else "")
     collectives = program.collectives({"fsdp": topology.count})
     sent, exact, alone = (
         sum(c.sent * c.times for c in collectives if of(c)) / 1e9

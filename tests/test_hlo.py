@@ -306,11 +306,11 @@ def test_a_schedule(tmp_path: Path) -> None:
     assert read_schedule(tmp_path, program) is None
     file = tmp_path / "jit_step.schedule.txt"
     file.write_text(SCHEDULE)
-    assert read_schedule(tmp_path, program) == (6 * 10.5 + 17, 6 * 20)
+    assert read_schedule(tmp_path, program) == (6 * 10.5 + 17, 6 * 20, 0)
     module, _, caller = SCHEDULE.split("computation_schedules {")
     last = caller.replace("total_cycles: 200", "total_cycles: 203")
     file.write_text("computation_schedules {".join((module, caller, last)))
-    assert read_schedule(tmp_path, program) == (203, 0)  # scheduled again, with the loop's time
+    assert read_schedule(tmp_path, program) == (203, 0, 183)  # scheduled again, with the loop's time
     file.write_text(SCHEDULE.replace('"body"', '"another"'))
     with pytest.raises(ValueError, match="another"):
         read_schedule(tmp_path, program)

@@ -119,7 +119,10 @@ def _plan(planner: Planner, chip: Chip, limit: int, fast: bool) -> Outcome:
         plan, needed = planner.choose(limit, told, remember=not fast)
         if compiled := plan.steps.programs.get(plan.largest_block):
             program = Program(compiled.as_text())
-            schedule = None if fast else read_schedule(folder, program)
+            try:
+                schedule = None if fast else read_schedule(folder, program)
+            except ValueError as e:  # of another libtpu
+                say(f"the compiler's schedule is left out: {e}")
     # A program that fits at low effort need not fit: the verdict is open. A refusal counts, but not of quantized
     # matrices: at low effort the compiler holds all steps of dequantizing (35 GiB for a layer of 70B in 4 bits).
     unknown = fast and (needed <= limit or planner.run.quantization is not None)
@@ -292,13 +295,17 @@ def _estimates(outcome: Outcome, chip: Chip, program: Program, collectives: list
         f"{ms['matmul']:,.0f}, other arithmetic {ms['elementwise']:,.0f}, copies {ms['copy']:,.0f}",
     ]
     if not outcome.schedule:
-        lines.append("             the compiler left no schedule of this program")
+        lines.append("             no schedule of this program was read")
     else:
-        compute, exposed = (n / chip.clock * 1e3 for n in outcome.schedule)
+        compute, exposed, rough = (n / chip.clock * 1e3 for n in outcome.schedule)
         lines.append(
             f"  {compute + exposed:9,.1f} ms  by its schedule, without kernels: {compute:,.0f} of work, {exposed:,.0f} "
             "of waiting for links"
         )
+        if rough:
+            lines.append(
+                f"  {rough:9,.1f} ms  of this work are a rough estimate of loops, which may be a quarter too low"
+            )
     if kernels := program.kernels:
         planner, plan = outcome.planner, outcome.plan
         rows, length = plan.largest_block

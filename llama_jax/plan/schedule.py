@@ -9,10 +9,12 @@ from llama_jax.plan.hlo import Program
 
 class Schedule(NamedTuple):
     """Hold the cycles of a step by the compiler's latency-hiding scheduler: of computation, and `exposed`, in which a
-    device waits for a collective. Pallas kernels count nothing."""
+    device waits for a collective. Pallas kernels count nothing. `rough` are those of `compute` that rest on the
+    caller's estimate of loops."""
 
     compute: float
     exposed: float
+    rough: float
 
 
 def dumping(folder: str | Path) -> tuple[tuple[str, str | bool], ...]:
@@ -25,9 +27,9 @@ def read_schedule(folder: str | Path, program: Program) -> Schedule | None:
 
     A computation's own cycles are those of its instructions but for loops, whose bodies have schedules of their own,
     times the trips that the program has. Where memory is short, the compiler schedules the caller again and leaves two
-    schedules of it, none of the bodies. The last one counts then, and its own estimate of the loops, as work: in a
-    program with both, that was 9 and 25% below the bodies' time. Raises ValueError for a computation that the program
-    lacks.
+    schedules of it, none of the bodies. The last one counts then, and its own estimate of the loops, as `rough` work:
+    in a program with both, that was 9 and 25% below the bodies' time. Raises ValueError for a computation that the
+    program lacks.
     """
     file = Path(folder) / f"{program.name}.schedule.txt"
     if not file.exists():
@@ -41,7 +43,7 @@ def read_schedule(folder: str | Path, program: Program) -> Schedule | None:
         for i in instructions:
             if 'opcode: "while"' in i:
                 loops[_number(i, r"\n      id")] = set(map(float, re.findall(r"called_computation_ids: (\d+)", i)))
-    compute = exposed = 0.0
+    compute = exposed = rough = 0.0
     schedules = {_number(part, "computation_id"): part for part in parts}
     apart = {loop for loop, computations in loops.items() if computations & schedules.keys()}
     for number, part in schedules.items():
@@ -49,15 +51,17 @@ def read_schedule(folder: str | Path, program: Program) -> Schedule | None:
         name = names.get(number, "without a name")
         if name not in program.times:
             raise ValueError(f"the program has no computation {name}, which its schedule has")
-        own = _number(statistics, "total_cycles") - sum(
-            _number(i, "end_timestamp_cycles") - _number(i, "start_timestamp_cycles")
-            for i in timeline.split("\n  instructions {")[1:]
-            if _number(i, r"\bid") in apart
-        )
-        waiting = _number(statistics, "total_wasted_cycles")
+        own, waiting = (_number(statistics, key) for key in ("total_cycles", "total_wasted_cycles"))
+        for i in timeline.split("\n  instructions {")[1:]:
+            if (loop := _number(i, r"\bid")) in loops:
+                cycles = _number(i, "end_timestamp_cycles") - _number(i, "start_timestamp_cycles")
+                if loop in apart:
+                    own -= cycles
+                else:
+                    rough += program.times[name] * cycles
         compute += program.times[name] * (own - waiting)
         exposed += program.times[name] * waiting
-    return Schedule(compute, exposed)
+    return Schedule(compute, exposed, rough)
 
 
 def _number(text: str, key: str) -> float:
