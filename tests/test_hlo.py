@@ -191,6 +191,33 @@ ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {{
     assert (found.kind, found.times, found.sent) == ("all-gather", 1, 256 * 8 * 2 * 3 // 4)
 
 
+@pytest.mark.parametrize("begun", ["call-start(%q), to_apply=", "async-start(%q), calls="])
+def test_a_gather_on_sparse_cores(begun: str) -> None:
+    """It runs in each trip, beside other work; its own cycles are not the device's."""
+    text = f"""HloModule jit_step
+
+%sparse (p: bf16[64,8]) -> bf16[256,8] {{
+  %p = bf16[64,8]{{1,0}} parameter(0)
+  ROOT %whole = bf16[256,8]{{1,0}} all-gather(%p), replica_groups=[1,4]<=[4], dimensions={{0}}, backend_config={{"estimated_cycles":"9"}}
+}}, execution_thread="sparsecore"
+
+%body (q: bf16[64,8]) -> bf16[64,8] {{
+  %q = bf16[64,8]{{1,0}} parameter(0)
+  %begun = ((bf16[64,8]), bf16[256,8]) {begun}%sparse, async_execution_thread="sparsecore"
+  ROOT %same = bf16[64,8]{{1,0}} copy(%q), backend_config={{"estimated_cycles":"2"}}
+}}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[64,8] {{
+  %x = bf16[64,8]{{1,0}} parameter(0)
+  ROOT %loop = bf16[64,8]{{1,0}} while(%x), condition=%never, body=%body, backend_config={{"known_trip_count":{{"n":"12"}}}}
+}}
+"""
+    program = Program(text)
+    (found,) = program.collectives({"data": 1, "fsdp": 4})
+    assert (found.kind, found.times, found.sent, found.waits) == ("all-gather", 12, 256 * 8 * 2 * 3 // 4, False)
+    assert sum(program.cycles.values()) == 24
+
+
 COMPILED = """HloModule jit_step
 
 %product (a: bf16[4,4]) -> bf16[4,4] {

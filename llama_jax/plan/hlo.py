@@ -20,6 +20,7 @@ _MOVES = frozenset(
     "slice dynamic-slice dynamic-update-slice concatenate pad broadcast iota convert".split()
 )
 _PRODUCTS = frozenset(("convolution", "dot"))
+_BEGUN = ("call-start", "async-start")  # a computation beside the others, as on a TPU's sparse cores
 _NOT_NEW = ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "constant", "copy-done", "opt-barrier")
 
 
@@ -126,14 +127,15 @@ class Program:
     def collectives(self, mesh: Mapping[str, int]) -> list[Collective]:
         """Return all collectives that a step runs on a mesh of these axes, the most bytes first.
 
-        A collective that overlaps other work is split over several fusions of one chain. It runs as often as the fusion
-        that starts it: a gather of the head may overlap with all layers of a loop.
+        A collective that overlaps other work is split over several fusions of one chain, or runs on sparse cores. It
+        runs as often as the fusion that starts it: a gather of the head may overlap with all layers of a loop.
         """
+        beside = {c for lines in self.computations.values() for i in lines if i.kind in _BEGUN for c in _called(i)}
         found: dict[str, Collective] = {}
         begun: set[str] = set()
         for computation, lines in self.computations.items():
             starts = any('"AsyncCollectiveStart"' in line.rest for line in lines)
-            asynchronous = any('"AsyncCollective' in line.rest for line in lines)
+            asynchronous = computation in beside or any('"AsyncCollective' in line.rest for line in lines)
             for line in lines:
                 kind = line.kind.removesuffix("-start")
                 times = self.times[computation]
@@ -220,7 +222,7 @@ def _called(line: Instruction) -> list[str]:
     if line.kind == "while":
         return [line.attribute("body")]
     names = [line.attribute("calls")] if "calls=" in line.rest else []
-    if line.kind == "call":
+    if line.kind in ("call", "call-start"):
         names.append(line.attribute("to_apply"))
     for key in ("branch_computations", "called_computations"):
         if found := re.search(rf"{key}=\{{([^}}]*)\}}", line.rest):
