@@ -119,11 +119,12 @@ def certify(
         if base := (manifest := read_manifest(folder)).base:
             rows = compare_logits(folder, manifest, Source(base["name"]))
             return [replace(row, section="the exported adapter, float32") for row in rows]
-        made, reference, section = Source(folder), Reference(folder), "the exported folder, float32"
+        made, reference = Source(folder), Reference(folder)
         rows = compare_model(
             reference, made, made.config, sample, FLOAT32, subject.mesh, kernel=args.attention, gradients=False
         )
-        return [replace(row, section=section) for row in rows] + compare_servers(made, reference, sample, section)
+        rows = [replace(row, section="the exported folder, float32") for row in rows]
+        return rows + compare_servers(made, reference, sample)
 
     if updates:
         folders = source.folder, source.tokenizer_folder

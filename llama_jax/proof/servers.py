@@ -23,6 +23,7 @@ from llama_jax.proof.torch_layers import FLOAT32, Reference
 from llama_jax.proof.verdict import Row, bounded
 from llama_jax.proof.walk import worst_token
 
+SECTION = "the exported folder by other programs, float32"
 LLAMA_CPP, VLLM = "llama.cpp", "vLLM"
 PACKAGES = {LLAMA_CPP: "llama_cpp", VLLM: "vllm"}
 _PROCESS = ["-m", "llama_jax.proof.server_process"]
@@ -37,7 +38,7 @@ _VARIABLES = {
 }
 
 
-def compare_servers(source: Source, reference: Reference, sample: Sample, section: str) -> list[Row]:
+def compare_servers(source: Source, reference: Reference, sample: Sample) -> list[Row]:
     """Return a row for each program: the logits of an HF folder after each token of the sample. A program that is not
     installed, or does not run the model, has a row that tells why it is not compared."""
     rows: list[Row] = []
@@ -46,7 +47,7 @@ def compare_servers(source: Source, reference: Reference, sample: Sample, sectio
         name = f"logits, {program}"
         found = compute(program, source, sample) if find_spec(package) else f"{package} is not installed"
         if isinstance(found, str):
-            rows.append(Row(section, name, None, None, None, found))
+            rows.append(Row(SECTION, name, None, None, None, found))
             continue
         if not by_torch:
             by_torch = [sample.of_padded(logits) for logits in reference.whole_logits(sample.ids, sample.mask)]
@@ -55,7 +56,7 @@ def compare_servers(source: Source, reference: Reference, sample: Sample, sectio
         same = float((found.argmax(-1) == theirs.argmax(-1)).mean())
         note = f"largest difference {np.abs(found - theirs).max():.2e}; the likeliest next token is the same for "
         note += f"{same:.1%} of {len(found):,} tokens"
-        rows.append(bounded(section, name, error, bound_of(FLOAT32, rounding, reference.layers), note))
+        rows.append(bounded(SECTION, name, error, bound_of(FLOAT32, rounding, reference.layers), note))
     return rows
 
 
