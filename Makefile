@@ -50,6 +50,15 @@ $(VENV)/.slow-installed: $(VENV)/.test-installed
 	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
 		$(BIN)/python -m pip install -q --no-deps --target $(VENV)/cuda --upgrade \
 		"jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+# llama.cpp, in a folder of its own: llama-cpp-python has no wheel and compiles for minutes, so its Python files are
+# taken alone, with the library of xllamacpp, a build of llama.cpp of the same weeks: its structs are the same.
+	rm -rf $(VENV)/llama_cpp
+	$(BIN)/python -m pip install -q --no-deps --target $(VENV)/llama_cpp xllamacpp==2026.10.11549 'diskcache>=5.6,<6'
+	$(BIN)/python -m pip download -q --no-deps --no-binary llama-cpp-python --dest $(VENV)/llama_cpp llama-cpp-python==0.3.36
+	cd $(VENV)/llama_cpp && tar -xzf llama_cpp_python-0.3.36.tar.gz --strip-components=1 llama_cpp_python-0.3.36/llama_cpp
+	rm $(VENV)/llama_cpp/llama_cpp_python-0.3.36.tar.gz
+	mkdir -p $(VENV)/llama_cpp/llama_cpp/lib
+	ln -sf ../../xllamacpp/xllamacpp.abi3.so $(VENV)/llama_cpp/llama_cpp/lib/libllama.so
 	touch $@
 
 slow: $(VENV)/.slow-installed

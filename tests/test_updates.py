@@ -28,7 +28,7 @@ from tiny import (
 )
 
 from llama_jax.command import parity
-from llama_jax.proof import updates
+from llama_jax.proof import servers, updates
 from llama_jax.proof.certify import open_subject
 from llama_jax.proof.updates import compare_updates
 from llama_jax.proof.verdict import Row
@@ -161,7 +161,9 @@ def test_the_command(name: str, case: Run, tmp_path: Path) -> None:
     rows = [row for row in values["rows"] if row["section"] == updates.SECTION]
     assert sum(bool(row["error"]) for row in rows) > 5
     what = "adapter" if "--use_peft" in more else "folder"
-    assert any(row["section"] == f"the exported {what}, float32" for row in values["rows"])
+    sections = [row["section"] for row in values["rows"]]
+    assert f"the exported {what}, float32" in sections
+    assert sections.count(servers.SECTION) == (0 if what == "adapter" else 2)
     assert [len(curve) for curve in values["curves"]["loss"].values()] == [2, 2]
     assert '<div class="curve" data-name="loss">' in (tmp_path / "out/parity.html").read_text()
 

@@ -21,8 +21,8 @@ from llama_jax.model.config import FAMILIES
 
 # llama.cpp's architectures, which bear the names of HF's `model_type`; Mistral is a llama. True where llama.cpp rotates
 # neighbours, and its converter therefore interleaves the rows of q and k.
-_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False, "granite": True, "smollm3": True}
-_SCALARS = {
+INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False, "granite": True, "smollm3": True}
+SCALARS = {
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
@@ -82,15 +82,15 @@ def read_gguf(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     metadata, sources = open_gguf(path)
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or architecture not in _INTERLEAVED:
-        known = ", ".join(_INTERLEAVED)
+    if not isinstance(architecture, str) or architecture not in INTERLEAVED:
+        known = ", ".join(INTERLEAVED)
         raise InputError(f"{path}: general.architecture is {repr(architecture)[:60]}; give a model of one of {known}")
     try:
         config = _make_config(path, architecture, metadata, sources)
     except (ArithmeticError, LookupError, TypeError, ValueError) as problem:  # values of other types and sizes
         raise InputError(f"{path}: damaged metadata ({repr(problem)[:200]}); download or copy it again") from problem
     head_counts = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    if not _INTERLEAVED[architecture]:
+    if not INTERLEAVED[architecture]:
         head_counts = {}
     tensors = {}
     for name, source in sources.items():
@@ -184,8 +184,8 @@ def _make_config(
         config["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if architecture == "granite":
         # As llama.cpp reads a file without the key; HF's default for the scores is 1.
-        config |= dict.fromkeys(_SCALARS.values(), 1.0) | {"attention_multiplier": head_dim**-0.5}
-        config |= {name: take(key) for key, name in _SCALARS.items() if key in keys}
+        config |= dict.fromkeys(SCALARS.values(), 1.0) | {"attention_multiplier": head_dim**-0.5}
+        config |= {name: take(key) for key, name in SCALARS.items() if key in keys}
         if not keys.get("rope.scaling.finetuned", True):
             raise InputError(
                 f"{path}: metadata 'granite.rope.scaling.finetuned' is false: no rotation is not supported"
@@ -212,18 +212,25 @@ def _shortest(value: float) -> float:
 def _recover_llama3(path: str | Path, config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:
     """Return the rope_scaling that gives `factors` [head_dim / 2], by which llama.cpp divides the frequencies.
 
-    The factor rises smoothly from 1 to `factor` between wavelengths of 1/4 of the original context and of all of it.
-    Source: `generate_extra_tensors` of llama.cpp's `conversion/llama.py`. The file holds only the factors, so they are
-    compared with those of the bounds that every llama 3 has.
+    The file holds only the factors, so they are compared with those of the bounds that every llama 3 has.
     """
     low, high, original, factor = 1.0, 4.0, 8192, round(float(np.max(factors)), 3)
-    frequencies = config["rope_theta"] ** (-np.arange(0, config["head_dim"], 2) / config["head_dim"])
-    smooth = np.clip((original * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
+    expected = llama3_factors(config["rope_theta"], config["head_dim"], factor, low, high, original)
     if config["rope_scaling"] or factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise InputError(f"{path}: rope_freqs.weight is not llama3's scaling; use the model's HF folder instead")
     bounds = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
     return {"rope_type": "llama3", "factor": factor, **bounds}
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float, low: float, high: float, original: int) -> np.ndarray:
+    """Return the factors [head_dim / 2] by which llama.cpp divides the frequencies of llama3's scaling.
+
+    They rise smoothly from 1 to `factor` between wavelengths of `original / high` and `original / low` positions.
+    Source: `generate_extra_tensors` of llama.cpp's `conversion/llama.py`.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original * frequencies / (2 * np.pi) - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)
 
 
 def _make_tensor(path: str | Path, source: GgufTensor, heads: int | None) -> Tensor:

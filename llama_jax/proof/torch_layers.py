@@ -148,6 +148,27 @@ class Reference:
         weight = self.tensor(EMBEDDING if self.tied else HEAD)
         return _linear(self.torch, self._as(weight, precision))
 
+    def whole_logits(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
+        """Return the logits [B, T, V] in FLOAT32, and EXACT ones, of a padded batch. Raises InputError."""
+        states: dict[str, Any] = {}
+        arguments: dict[str, list[Any]] = {}
+        with self.torch.no_grad():
+            for kind in (FLOAT32, EXACT):
+                embedding = self.embedding(kind)
+                states[kind], arguments[kind] = self.inputs(ids, mask, kind, embedding)
+                self.drop(embedding)
+            for i in range(self.layers):
+                for kind in states:
+                    with self.layer(i, kind) as layer:
+                        states[kind] = self.call(layer, states[kind], arguments[kind][i], kind)
+            found = []
+            for kind, state in states.items():
+                norm = self.norm(kind)
+                with self.computing(kind):
+                    hidden = norm(state)
+                found.append(self.logits(hidden, kind, self.head(kind)).numpy())
+        return found
+
     def loss(self, logits: Any, labels: np.ndarray) -> Any:
         """Return the mean loss over label tokens: transformers' own, or in float64 its definition."""
         torch = self.torch

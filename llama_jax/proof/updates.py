@@ -5,9 +5,6 @@ of it the bound of the difference between the programs.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +17,7 @@ from safetensors import safe_open
 
 from llama_jax.distributed.platform import host_memory
 from llama_jax.proof.bounds import ROUNDOFF, bound_of
+from llama_jax.proof.child import Failed, run_python
 from llama_jax.proof.torch_layers import FLOAT32
 from llama_jax.proof.verdict import Curves, Row, bounded
 from llama_jax.reporting.progress import say
@@ -77,10 +75,6 @@ def compare_updates(
         return _compared(job, model, tokenizer, layers, count, exported)
     except Failed as e:
         return Compared([Row(SECTION, "both programs end well", None, None, False, str(e))], {})
-
-
-class Failed(Exception):
-    """Tell which program failed, and its error."""
 
 
 def _compared(
@@ -174,22 +168,7 @@ def _records(job: Job, folder: Path) -> Path:
 def _ask(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the answer of `trainer_process`. Raises Failed."""
     variables = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    return json.loads(_run("the Trainer", _PROCESS, variables, json.dumps(spec)))
-
-
-def _run(name: str, command: list[str], variables: dict[str, str], given: str = "") -> str:
-    """Run Python with the words of a command; return the last line that it prints. Raises Failed with the line of its
-    error."""
-    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path)), **variables}
-    words = [sys.executable, *command]
-    done = subprocess.run(words, input=given, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        # An exception's text may have several lines: the first one follows the last line of the traceback.
-        unindented = [i for i, line in enumerate(lines) if i and lines[i - 1][0] == " " and line[0] != " "]
-        raise Failed(f"{name} ended with {done.returncode}: {lines[unindented[-1] if unindented else -1]}")
-    return (done.stdout.splitlines() or [""])[-1]
+    return json.loads(run_python("the Trainer", _PROCESS, variables, json.dumps(spec)))
 
 
 def _ours(args: Arguments, job: Job, model: Path, tokenizer: Path, folder: Path) -> Made:
@@ -203,7 +182,7 @@ def _ours(args: Arguments, job: Job, model: Path, tokenizer: Path, folder: Path)
     command = ["-m", "train_jax"]
     for name, value in flags.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    _run("train_jax.py", command, {"XLA_FLAGS": ""})
+    run_python("train_jax.py", command, {"XLA_FLAGS": ""})
     log = [x for x in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in x]
     order = replace(job.order, compat="5", max_steps=args.max_steps)
     examples = [order.examples_of(k).tolist() for k in range(args.max_steps)]

@@ -8,7 +8,6 @@ Letters: N tokens of all prompts, V vocabulary, C chosen columns.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,9 +28,9 @@ from llama_jax.hf.tensor import Tensor
 from llama_jax.proof.bounds import bound_of
 from llama_jax.proof.sample import Sample
 from llama_jax.proof.tokens import first_difference
-from llama_jax.proof.torch_layers import EXACT, FLOAT32, Reference, import_torch, saved_name
+from llama_jax.proof.torch_layers import FLOAT32, Reference, import_torch, saved_name
 from llama_jax.proof.verdict import Row, bounded
-from llama_jax.proof.walk import numpy_of, worst_token
+from llama_jax.proof.walk import worst_token
 
 TENSORS, FILES, BASE, TOKENS, LOGITS = "tensors", "files", "base model", "tokens", "logits, float32"
 
@@ -183,8 +182,7 @@ def compare_logits(folder: Path, manifest: Manifest, base: Source | None) -> lis
     sample = Sample(examples, packed=False, compat="5")
     try:
         reference = _open_reference(folder, manifest, base)
-        with reference.torch.no_grad():
-            theirs, exact = _logits(reference, sample)
+        theirs, exact = map(sample.of_padded, reference.whole_logits(sample.ids, sample.mask))
     except Exception as e:  # of many classes: the folder may be damaged in any way
         return [_failed(LOGITS, "chosen columns", f"cannot be computed: {one_line(e)}")]
     if exact.shape[1] <= max(*manifest.columns, likeliest.max()):
@@ -249,24 +247,3 @@ def _open_reference(folder: Path, manifest: Manifest, base: Source | None) -> Re
         return Reference(folder)
     embedding = manifest.tensors.get(saved_name("model.embed_tokens.weight"))
     return Reference(base.folder, rows=embedding["shape"][0] if embedding else None, adapter=folder)
-
-
-def _logits(reference: Reference, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits [N, V] by torch in float32, and in float64. Raises InputError."""
-    states: dict[str, Any] = {}
-    arguments: dict[str, list[Any]] = {}
-    for kind in (FLOAT32, EXACT):
-        embedding = reference.embedding(kind)
-        states[kind], arguments[kind] = reference.inputs(sample.ids, sample.mask, kind, embedding)
-        reference.drop(embedding)
-    for i in range(reference.layers):
-        for kind in states:
-            with reference.layer(i, kind) as layer:
-                states[kind] = reference.call(layer, states[kind], arguments[kind][i], kind)
-    found = []
-    for kind, state in states.items():
-        norm = reference.norm(kind)
-        with reference.computing(kind):
-            hidden = norm(state)
-        found.append(sample.of_padded(numpy_of(reference.logits(hidden, kind, reference.head(kind)))))
-    return found[0], found[1]
