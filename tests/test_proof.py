@@ -666,11 +666,40 @@ def test_folders_against_each_other(case: Case, tmp_path: Path) -> None:
     assert outcome.code == 2 and "intermediate_size 48 and 64" in outcome.err
 
 
+def test_the_first_layers_of_two_folders(case: Case, tmp_path: Path) -> None:
+    """--shrink leaves out what lies behind: a changed layer, or layers that one folder lacks."""
+    same = {name: array for name, array in make_arrays(CONFIG).items() if ".layers.1." not in name}
+    longer = {**make_arrays(THREE, seed=1), **same}
+    other = write_model(tmp_path / "longer", THREE, longer)
+    outcome = run(parity.main, *case.argv, "--against", other, "--shrink", "1")
+    assert outcome.code == 0, outcome.out + outcome.err
+    rows = json.loads((case.folder / "out" / VALUES).read_text())["rows"]
+    assert {row["name"] for row in rows} == {*same, "logits"}
+    outcome = run(parity.main, *case.argv, "--against", other, "--shrink", "2")
+    assert outcome.code == 1 and f"tensors: {L1}" in outcome.out
+    for first, second, layers in ((case.folder / "model", other, 3), (other, case.folder / "model", 3)):
+        argv = ["--model_name_or_path", first, "--tokenizer_name", case.folder / "model", "--against", second]
+        outcome = run(parity.main, *case.argv, *argv, "--shrink", layers)
+        assert (
+            outcome.code == 2
+            and f"--shrink 3: should be from 1 to the 2 layers of {case.folder / 'model'}" in outcome.err
+        )
+
+
+def test_a_flax_folder_against_another(case: Case, tmp_path: Path) -> None:
+    flax = tmp_path / "flax"
+    assert run(convert.main, "--model_name_or_path", case.folder / "model", "--output_dir", flax).code == 0
+    argv = ["--tokenizer_name", case.folder / "model", "--hf_compat", "5"]
+    for first, second in ((case.folder / "model", flax), (flax, case.folder / "model")):
+        outcome = run(parity.main, *case.argv, *argv, "--model_name_or_path", first, "--against", second)
+        assert outcome.code == 2 and f"{flax}: is a Flax folder, and --against compares HF folders" in outcome.err
+
+
 @pytest.mark.parametrize(
     "argv, error",
     [
         (["--records", "0"], "--records 0: should be a number above 0"),
-        (["--shrink", "3"], "--shrink 3: should be from 1 to the model's 2 layers"),
+        (["--shrink", "3"], "--shrink 3: should be from 1 to the 2 layers of "),
         (["--dry_run", "v5e-16"], "--dry_run: is for train_jax.py"),
         (["--resume_from_checkpoint", "True"], "--resume_from_checkpoint: is for train_jax.py"),
         (["--recrods", "3"], "unknown argument --recrods"),

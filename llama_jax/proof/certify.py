@@ -76,11 +76,16 @@ def open_subject(args: Arguments, layers: int | None) -> Subject:
     refuse_several(COMMAND)
     set_up_jax(args.use_cpu)
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
-    if layers is not None and not 0 < layers <= source.config.num_hidden_layers:
-        raise InputError(f"--shrink {layers}: should be from 1 to the model's {source.config.num_hidden_layers} layers")
+    _check_layers(source, layers)
     mesh = sharding.make_mesh(jax.devices()[:1])
     job = make_job(args, source.config, lambda: source.tokenizer_folder, args.world_size or 1)
     return Subject(args, source, job, mesh, layers)
+
+
+def _check_layers(source: Source, layers: int | None) -> None:
+    """Refuse more first layers than a model has. Raises InputError."""
+    if layers is not None and not 0 < layers <= (most := source.config.num_hidden_layers):
+        raise InputError(f"--shrink {layers}: should be from 1 to the {most} layers of {source.folder}")
 
 
 def certify(
@@ -136,10 +141,16 @@ def certify_against(
 ) -> Certificate:
     """Return the certificate of two folders, the second in `other`. Raises InputError."""
     second = Source(other, subject.args.allow_pickle)
+    _check_layers(second, subject.layers)
+    for source in (subject.source, second):
+        if source.is_flax:
+            raise InputError(
+                f"{source.folder}: is a Flax folder, and --against compares HF folders; make one of it by "
+                "python convert_torch_to_flax.py --to_hf"
+            )
     certificate = begin(subject, argv)
     certificate.digests["against"] = _model_digest(second.folder)
-    config = shrunk(subject.source.config, subject.layers)
-    rows = compare_folders(subject.source, second, config, subject.sample, subject.mesh)
+    rows = compare_folders(subject.source, second, subject.layers, subject.sample, subject.mesh)
     _add(certificate, show, rows)
     return certificate
 
