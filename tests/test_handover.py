@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from forks import on_devices
 from hf_trainer import Server
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_adapters import settings_of, words
@@ -43,9 +43,13 @@ from tiny import CONFIG, SISTERS, drawn_cases, make_arrays, run, write_json, wri
 
 import convert_torch_to_flax
 import train_jax
+from llama_jax.base.errors import InputError
 from llama_jax.data.order import Order, Resumed, generator_after
-from llama_jax.hf.trainer_checkpoint import read_generator
+from llama_jax.hf.trainer_checkpoint import read_generator, read_trainer_checkpoint
 from llama_jax.hf.trainer_writer import write_generators
+from llama_jax.reporting.comparison import read_log
+from llama_jax.reporting.page import as_page
+from llama_jax.reporting.trainer_state import TrainerState
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,8 @@ def write_checkpoint(folder: Path, done: int = 7) -> tuple[Path, Any, Any]:
     torch.save({**schedule.state_dict(), "last_epoch": done}, checkpoint / "scheduler.pt")
     rng = {"python": random_state(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
     torch.save(rng, checkpoint / "rng_state.pth")
-    state = {"global_step": done, "epoch": 1.0 * done, "max_steps": done + 1, "total_flos": 0.0, "log_history": []}
+    state = {"global_step": done, "epoch": 1.0 * done, "max_steps": done + 1, "total_flos": 0.0}
+    state["log_history"] = [{"step": 3, "by_hand": ["NaN", None, {}]}]
     state |= {"stateful_callbacks": {}}
     write_json(checkpoint / "trainer_state.json", state)
     return checkpoint, model, optimizer
@@ -194,7 +199,8 @@ def test_the_next_update_is_torchs(tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     for flag in ("--weight_decay 0.5", "--adam_beta1 0.8", "--adam_beta2 0.9", "--adam_epsilon 0.0001"):
         assert flag in outcome.err
-    (line,) = [e for e in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"] if "loss" in e]
+    first, line, *_ = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    assert first == {"step": 3, "by_hand": ["NaN", None, {}]}
     np.testing.assert_allclose(line["loss"], loss.item(), rtol=1e-5)
     ours, expected = load_file(tmp_path / "out/model.safetensors"), model.state_dict()
     for name, array in ours.items():
@@ -398,6 +404,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "flops of text": (_json(total_flos="a"), "trainer_state.json: total_flos is 'a'; should be a number"),
     "no epoch": (_json(epoch=None), "trainer_state.json: epoch is None; should be a number"),
     "a negative batch": (_json(train_batch_size=-3), "trainer_state.json: train_batch_size is -3; should be a number"),
+    "a log of numbers": (_json(log_history=[{"step": 1}, 5]), "log_history[1] is 5; should be an object with a step"),
     "another model": (_json("config.json", rms_norm_eps=1e-2), "holds another model: it has rms_norm_eps 0.01, this"),
     "a rank missing": (_generators("_1"), "holds rng_state_1.pth, which are not of one run"),
     "a gap of ranks": (_generators("_0", "_2"), "holds rng_state_0.pth, rng_state_2.pth, which are not of one run"),
@@ -531,6 +538,68 @@ def test_a_flipped_bit_is_no_moment(trainers: Path, tmp_path: Path) -> None:
     path.write_bytes(data)
     outcome = resume(tmp_path, tmp_path / "checkpoint-7")
     assert outcome.code == 2 and "optimizer.pt: is damaged: a tensor" in outcome.err
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=4,
+)
+LOGS = JSON | st.lists(
+    st.fixed_dictionaries(
+        {"step": st.integers() | st.integers(1, 7)},
+        optional=dict.fromkeys(("loss", "eval_loss", "skipped_records"), JSON),
+    )
+    | JSON,
+    max_size=4,
+)
+
+
+@given(
+    log=LOGS,
+    best=st.sampled_from([None, "out/checkpoint-5", "out/best", "checkpoint-²", "", 5, []]),
+    metric=st.sampled_from([None, 1, 10**400, float("nan"), True, "1.0"]),
+)
+@example(log=[{"step": 1, "loss": 10**400}], best=None, metric=None)
+@example(log=[], best="out/best", metric=1.0)
+@settings(max_examples=drawn_cases(150), deadline=None)
+def test_any_state_ends_in_a_line_or_is_carried(log: Any, best: Any, metric: Any, trainers: Path) -> None:
+    """The log is carried through resume, save and the page as it is, values of any kind within its entries too."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = shutil.copytree(trainers / "checkpoint-7", Path(folder) / "checkpoint-7")
+        _json(log_history=log, best_model_checkpoint=best, best_metric=metric)(checkpoint)
+        good = isinstance(log, list) and all(isinstance(e, dict) and type(e.get("step")) is int for e in log)
+        good &= isinstance(best, str | None) and (metric is None or type(metric) in (int, float))
+        try:
+            saved = read_trainer_checkpoint(checkpoint).state
+        except InputError as e:
+            assert not good and str(e).startswith(f"{checkpoint}/trainer_state.json: ") and "\n" not in str(e)
+            return
+        assert good
+        state = TrainerState(
+            "5", max_steps=9, num_train_epochs=1, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
+        )
+        state.resume(saved, Path(folder) / "out")
+        state.log({"loss": 1.0, "eval_loss": 2.0})
+        state.evaluated(2.0, saves=True)
+        assert state.best_step is None
+        state.save(Path(folder))
+        found = read_log(Path(folder) / "trainer_state.json")
+        assert json.dumps(found[:-1], sort_keys=True) == json.dumps(log, sort_keys=True)
+        as_page([{"name": "a", "log_history": found, "compare": {"name": "b", "log_history": log}}])
+
+
+def test_a_long_log(trainers: Path, tmp_path: Path) -> None:
+    """That of some 100,000 lines is over the 16 MiB of other JSON files."""
+    checkpoint = shutil.copytree(trainers / "checkpoint-7", tmp_path / "checkpoint-7")
+    log = [{"step": 1, "note": "x" * (17 << 20)}]
+    _json(log_history=log)(checkpoint)
+    assert read_trainer_checkpoint(checkpoint).state["log_history"] == log
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 1300))

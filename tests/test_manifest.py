@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +289,10 @@ def put_adapter(folder: Path) -> None:
     change_json(folder / MANIFEST, lambda values: values["files"].update({"adapter_config.json": digest}))
 
 
+PASSED_OVER = (
+    "is a file of weights that the manifest does not name: transformers passes over it, and other programs may read it "
+    "in the place of the manifest's; remove it"
+)
 DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a bit": (flip_bit, [f"{Q0} FAILS: has other bytes"]),
     "a token's id": (
@@ -318,15 +323,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a new shard": (
         lambda folder: save_file({"x": np.zeros(2, np.float32)}, folder / "model-00002-of-00002.safetensors"),
-        ["model-00002-of-00002.safetensors FAILS: is a file of weights that the manifest does not name"],
+        [f"model-00002-of-00002.safetensors FAILS: {PASSED_OVER}"],
     ),
     "pickled weights": (
         lambda folder: (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b""),
-        ["pytorch_model-00001-of-00002.bin FAILS: is a file of weights that the manifest does not name"],
+        [f"pytorch_model-00001-of-00002.bin FAILS: {PASSED_OVER}"],
     ),
     "an adapter on top": (
         put_adapter,
-        ["adapter_model.safetensors FAILS: is a file of weights", "adapter_config.json FAILS: is in the folder of a"],
+        ["transformers loads it, too; remove it", "adapter_config.json FAILS: is in the folder of a"],
     ),
     "half a file": (
         lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4]),
@@ -345,6 +350,35 @@ def test_a_damage_is_named(damage: str, whole: Path, tmp_path: Path) -> None:
     assert len(rows) == len(expected), rows
     for row, part in zip(rows, expected, strict=True):
         assert part in row
+
+
+def loaded(folder: Path, **options: Any) -> np.ndarray:
+    """A tensor of the model that transformers reads from a folder."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    return model.state_dict()[Q0].numpy()
+
+
+def test_a_second_set_of_weights(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row tells what transformers does with the file; where it passes over it, all other rows hold."""
+    arrays = load_file(whole / "model.safetensors")
+    other = {name: array + np.float32(1) for name, array in arrays.items()}
+
+    pickled = shutil.copytree(whole, tmp_path / "pickled")
+    torch.save({name: torch.tensor(array) for name, array in other.items()}, pickled / "pytorch_model.bin")
+    assert np.array_equal(loaded(pickled), arrays[Q0])
+    assert np.array_equal(loaded(pickled, use_safetensors=False), other[Q0])
+    (row,) = failing(verify(pickled))
+    assert " ".join(row.split()) == f"pytorch_model.bin FAILS: {PASSED_OVER}"
+
+    shards = shutil.copytree(whole, tmp_path / "shards")
+    small = partial(llama_jax.hf.convert.write_weights, shard_bytes=20_000)
+    monkeypatch.setattr(llama_jax.hf.convert, "write_weights", small)
+    llama_jax.hf.convert.to_hf(Source(whole.parent / "flax"), shards, dtype=None, verify=False, flags={})
+    save_file(other, shards / "model.safetensors", metadata={"format": "pt"})
+    assert np.array_equal(loaded(shards), other[Q0])
+    first, *rest = failing(verify(shards))
+    assert "transformers reads it in the place of the manifest's shards; remove it" in first
+    assert any(row.startswith("chosen columns") for row in rest)
 
 
 def test_other_logits_are_named(whole: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from llama_jax.hf.source import Source
 from llama_jax.model import llama, matmul
 from llama_jax.model.attention import packed_attention
 from llama_jax.model.llama import RunOptions
+from llama_jax.proof import certify as certify_module
 from llama_jax.proof import gradients as gradients_module
 from llama_jax.proof import model as proof_model
 from llama_jax.proof import sample as sample_module
@@ -645,6 +646,52 @@ def test_a_sample_keeps_labels(prompt: int, answer: int) -> None:
     assert kept[0] == -100 and (kept[1:] != -100).any() and (kept == np.where(cut <= prompt, -100, cut)).all()
 
 
+def windowed(folder: Path, window: int, *flags: Any) -> Any:
+    """The subject of a model with a sliding window, of ALPACA's records of 150 tokens and more."""
+    config = {**WINDOW, "sliding_window": window}
+    model = write_tokenizer(write_model(folder / str(window), config, named(WINDOW)))
+    argv = ["--model_name_or_path", model, "--data_path", write_json(folder / "data.json", ALPACA), *flags]
+    given = parity.parse([*map(str, argv), "--output_dir", str(folder / "out"), "--hf_compat", "5"])
+    return open_subject(given.args, given.shrink)
+
+
+def test_windows_longer_than_a_sample(tmp_path: Path) -> None:
+    """The sample gets longer: a window that is one token shorter by torch fails at the first attention."""
+    subject, shorter = windowed(tmp_path, 100), windowed(tmp_path, 99).source.folder
+    assert (subject.sample.lengths == 100 + TOKENS).all() and not subject.short_of_window
+    rows = rows_of(subject.source.folder, sample=subject.sample, gradients=False)
+    assert not failing(rows) and max(row.share for row in rows) < 0.5
+    first, *_ = failing(rows_of(subject.source.folder, shorter, sample=subject.sample, gradients=False))
+    assert first.name == "block 0" and ATTENTION in first.note
+
+
+@pytest.mark.parametrize(
+    "window, shown",
+    [
+        (4096, "no example has more than its 4,096 tokens"),
+        (100, "4 examples of 148 tokens take 1.8 times the time that they may"),
+        (99, "4 examples of 147 tokens take 1.1 times the memory that they may"),
+    ],
+)
+def test_windows_that_are_not_compared(
+    window: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = windowed(tmp_path, window)
+    if window == 100:
+        monkeypatch.setattr(sample_module, "MOST_PRODUCTS", 4 * 148 * subject.config.num_parameters / 1.8)
+    if window == 99:
+        monkeypatch.setattr(sample_module, "MOST_SCORES", 8 * 4 * 4 * 147**2 / 1.1)
+    assert (subject.sample.lengths == TOKENS).all()
+    assert subject.short_of_window.startswith(shown)
+
+
+def test_the_row_of_a_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certify_module, "compare_model", lambda *_: [])
+    for window, rows in ((4096, ["sliding window"]), (100, []), (5, [])):
+        found = certify_module.certify(windowed(tmp_path, window), [], 1, 0, lambda rows: None)
+        assert [row.name for row in found.rows if row.section == "forward" and row.holds is None] == rows
+
+
 def test_the_command_fails_with_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = proof_model.run_options
     monkeypatch.setattr(proof_model, "run_options", lambda precision, *more: asked(BF16, *more))
@@ -666,11 +713,40 @@ def test_folders_against_each_other(case: Case, tmp_path: Path) -> None:
     assert outcome.code == 2 and "intermediate_size 48 and 64" in outcome.err
 
 
+def test_the_first_layers_of_two_folders(case: Case, tmp_path: Path) -> None:
+    """--shrink leaves out what lies behind: a changed layer, or layers that one folder lacks."""
+    same = {name: array for name, array in make_arrays(CONFIG).items() if ".layers.1." not in name}
+    longer = {**make_arrays(THREE, seed=1), **same}
+    other = write_model(tmp_path / "longer", THREE, longer)
+    outcome = run(parity.main, *case.argv, "--against", other, "--shrink", "1")
+    assert outcome.code == 0, outcome.out + outcome.err
+    rows = json.loads((case.folder / "out" / VALUES).read_text())["rows"]
+    assert {row["name"] for row in rows} == {*same, "logits"}
+    outcome = run(parity.main, *case.argv, "--against", other, "--shrink", "2")
+    assert outcome.code == 1 and f"tensors: {L1}" in outcome.out
+    for first, second, layers in ((case.folder / "model", other, 3), (other, case.folder / "model", 3)):
+        argv = ["--model_name_or_path", first, "--tokenizer_name", case.folder / "model", "--against", second]
+        outcome = run(parity.main, *case.argv, *argv, "--shrink", layers)
+        assert (
+            outcome.code == 2
+            and f"--shrink 3: should be from 1 to the 2 layers of {case.folder / 'model'}" in outcome.err
+        )
+
+
+def test_a_flax_folder_against_another(case: Case, tmp_path: Path) -> None:
+    flax = tmp_path / "flax"
+    assert run(convert.main, "--model_name_or_path", case.folder / "model", "--output_dir", flax).code == 0
+    argv = ["--tokenizer_name", case.folder / "model", "--hf_compat", "5"]
+    for first, second in ((case.folder / "model", flax), (flax, case.folder / "model")):
+        outcome = run(parity.main, *case.argv, *argv, "--model_name_or_path", first, "--against", second)
+        assert outcome.code == 2 and f"{flax}: is a Flax folder, and --against compares HF folders" in outcome.err
+
+
 @pytest.mark.parametrize(
     "argv, error",
     [
         (["--records", "0"], "--records 0: should be a number above 0"),
-        (["--shrink", "3"], "--shrink 3: should be from 1 to the model's 2 layers"),
+        (["--shrink", "3"], "--shrink 3: should be from 1 to the 2 layers of "),
         (["--dry_run", "v5e-16"], "--dry_run: is for train_jax.py"),
         (["--resume_from_checkpoint", "True"], "--resume_from_checkpoint: is for train_jax.py"),
         (["--recrods", "3"], "unknown argument --recrods"),

@@ -28,6 +28,7 @@ from tiny import (
 )
 
 from llama_jax.command import parity
+from llama_jax.distributed.platform import free_memory, host_memory
 from llama_jax.proof import servers, updates
 from llama_jax.proof.certify import open_subject
 from llama_jax.proof.updates import compare_updates
@@ -236,10 +237,11 @@ def test_what_is_not_compared(flags: str, reason: str, case: Run) -> None:
 
 
 def test_a_model_that_is_too_large(case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(updates, "host_memory", lambda: 1_200_000)
+    monkeypatch.setattr(updates, "free_memory", lambda: 1_200_000)
     subject = open_subject(parse_arguments(case.argv), None)
     (row,) = compared(subject.job, case).rows
     assert row.holds is None and row.note.endswith("compare fewer layers, --shrink 1")
+    assert 0 < free_memory() < host_memory()  # programs run
 
 
 def test_a_sample_of_examples_with_labels(tmp_path: Path, case: Run) -> None:

@@ -1,10 +1,13 @@
 """Set JAX up for the whole process, and read a device's memory."""
 
+import contextlib
 import logging
 import os
+import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -117,6 +120,14 @@ def memory_use() -> tuple[int, int]:
 def host_memory() -> int:
     """Return the bytes of this host's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def free_memory() -> int:
+    """Return the bytes of this host's memory that programs can still get; all of it where the system does not tell."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE):
+            return int(found[1]) << 10
+    return host_memory()
 
 
 def memory_limit() -> int | None:

@@ -7,6 +7,7 @@ never read.
 import contextlib
 import math
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from llama_jax.hf.tensor import Tensor
 from llama_jax.hf.torch_pickle import read_torch
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.lora import Lora
+from llama_jax.reporting.comparison import BYTES, is_log
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 
@@ -177,7 +179,7 @@ def check_number(value: Any, path: Path, key: str, below: float = math.inf) -> f
     file's key."""
     if isinstance(value, Tensor):
         value = value.read(()).tolist()
-    if type(value) not in (int, float) or not 0 <= value < below:
+    if type(value) not in (int, float) or not 0 <= value < below or value > sys.float_info.max:
         wanted = "0 or more, and finite" if below == math.inf else f"from 0 to below {below:g}"
         raise InputError(f"{path}: {key} is {repr(value)[:40]}; should be a number {wanted}: copy the file again")
     return float(value)
@@ -215,16 +217,7 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
                 f"{found[0]}: is of {what.format(folder)}, and start from them, with a new optimizer, by "
                 "--model_name_or_path OUT"
             )
-    state = read_json_object(folder / STATE)
-    if type(state.get("global_step")) is not int or state["global_step"] < 1:
-        raise InputError(f"{folder / STATE}: global_step is {state.get('global_step')!r}; should be a number above 0")
-    for key in ("epoch", "total_flos"):
-        check_number(state.get(key, 0), folder / STATE, key)
-    batch = state.get("train_batch_size")
-    if batch is not None and (type(batch) is not int or batch < 1):  # the key is of 4.35
-        raise InputError(f"{folder / STATE}: train_batch_size is {repr(batch)[:40]}; should be a number above 0")
-    if not isinstance(state.get("log_history"), list):
-        raise InputError(f"{folder / STATE}: log_history is missing; copy the file again")
+    state = _read_state(folder / STATE)
     for name in (OPTIMIZER, SCHEDULER):
         if not (folder / name).exists():
             raise InputError(
@@ -256,6 +249,34 @@ def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
         generator=read_generator(files[0]) if files else None,
         ranks=len(files) or None,
     )
+
+
+def _read_state(path: Path) -> Json:
+    """Read a trainer_state.json, whose values a run carries on. Raises InputError."""
+    state = read_json_object(path, BYTES)
+    if type(state.get("global_step")) is not int or state["global_step"] < 1:
+        raise InputError(f"{path}: global_step is {state.get('global_step')!r}; should be a number above 0")
+    for key in ("epoch", "total_flos", "num_input_tokens_seen"):
+        check_number(state.get(key, 0), path, key)
+    batch = state.get("train_batch_size")
+    if batch is not None and (type(batch) is not int or batch < 1):  # the key is of 4.35
+        raise InputError(f"{path}: train_batch_size is {repr(batch)[:40]}; should be a number above 0")
+    best = (("best_metric", (int, float)), ("best_global_step", (int,)), ("best_model_checkpoint", (str,)))
+    for key, kinds in best:
+        if (value := state.get(key)) is not None and type(value) not in kinds:
+            raise InputError(
+                f"{path}: {key} is {repr(value)[:40]}; should be {'a path' if str in kinds else 'a number'} or null: "
+                "copy the file again"
+            )
+    if not isinstance(log := state.get("log_history"), list):
+        raise InputError(f"{path}: log_history is missing; copy the file again")
+    for number, entry in enumerate(log):
+        if not is_log([entry]):
+            raise InputError(
+                f"{path}: log_history[{number}] is {repr(entry)[:40]}; should be an object with a step: copy the file "
+                "again"
+            )
+    return state
 
 
 def _are_groups(groups: Any) -> bool:

@@ -7,11 +7,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.base.errors import InputError
+from llama_jax.hf.names import name_table
 from llama_jax.hf.source import Source
 from llama_jax.model.config import LlamaConfig
 from llama_jax.proof.bounds import FLOOR, ROUNDOFF
 from llama_jax.proof.model import run_options
-from llama_jax.proof.our_layers import OurLayers
+from llama_jax.proof.our_layers import OurLayers, shrunk
 from llama_jax.proof.sample import Sample
 from llama_jax.proof.torch_layers import FLOAT32
 from llama_jax.proof.verdict import Row, bounded
@@ -20,22 +21,22 @@ TENSORS, LOGITS = "tensors", "logits"
 PART = 1 << 24  # elements read at once
 
 
-def compare_folders(source: Source, other: Source, config: LlamaConfig, sample: Sample, mesh: Mesh) -> list[Row]:
-    """Return the rows of two folders, `source` first. Raises InputError for folders of other architectures.
+def compare_folders(source: Source, other: Source, layers: int | None, sample: Sample, mesh: Mesh) -> list[Row]:
+    """Return the rows of two folders, `source` first, or of their first `layers` layers. Raises InputError for folders
+    of other architectures.
 
     Equal weights that were rounded to the coarser of both types differ by its unit roundoff u at most: the bound of a
     tensor, relative in its norm. Each layer adds such differences, independent of each other: FLOOR u sqrt(layers + 1)
     bounds the logits.
     """
-    if source.config != other.config:
-        differing = [key for key, value in vars(source.config).items() if value != getattr(other.config, key)]
-        shown = ", ".join(
-            f"{key} {getattr(source.config, key)} and {getattr(other.config, key)}" for key in differing[:3]
-        )
+    config, second = (shrunk(each.config, layers) for each in (source, other))
+    if config != second:
+        differing = [key for key, value in vars(config).items() if value != getattr(second, key)]
+        shown = ", ".join(f"{key} {getattr(config, key)} and {getattr(second, key)}" for key in differing[:3])
         raise InputError(f"--against {other.folder}: is another architecture than {source.folder}: {shown}")
     rows, coarsest = [], 0.0
-    for name, ours in source.tensors.items():
-        theirs = other.tensors[name]
+    for name in name_table(config):
+        ours, theirs = source.tensors[name], other.tensors[name]
         kinds = {ours.dtype.name, theirs.dtype.name}
         u = max(
             ROUNDOFF["bfloat16"] if kind == "bfloat16" else 2.0**-11 if kind == "float16" else 2.0**-24

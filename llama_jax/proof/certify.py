@@ -6,26 +6,24 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from llama_jax.base.errors import InputError
 from llama_jax.base.secrets import without_secrets
 from llama_jax.base.versions import versions
-from llama_jax.data.examples import IGNORE_INDEX
 from llama_jax.distributed import sharding
 from llama_jax.distributed.platform import set_up_jax
 from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf.manifest import read_manifest
 from llama_jax.hf.source import Source, training_dtype
+from llama_jax.model.config import LlamaConfig
 from llama_jax.proof.against import compare_folders
 from llama_jax.proof.model import compare_model
 from llama_jax.proof.our_layers import shrunk
-from llama_jax.proof.sample import ROWS, TOKENS, Sample, choose_sample
+from llama_jax.proof.sample import TOKENS, Sample, choose_sample, too_dear
 from llama_jax.proof.servers import compare_servers
 from llama_jax.proof.tokens import compare_tokens
 from llama_jax.proof.torch_layers import BF16, BF16_WEIGHTS, FLOAT32, Reference
@@ -55,13 +53,26 @@ class Subject:
     layers: int | None
 
     @property
+    def config(self) -> LlamaConfig:
+        """Return the architecture that is compared."""
+        return shrunk(self.job.config, self.layers)
+
+    @property
     def sample(self) -> Sample:
-        """Return the run's first examples that have labels."""
-        order, examples = self.job.order, self.job.examples
+        """Return the run's first examples that have labels, past a sliding window where that is possible."""
+        order, window = self.job.order, 0 if self.short_of_window else self.config.sliding_window or 0
         epoch = range(min(order.updates, order.updates_per_epoch))
-        numbers = (int(number) for k in epoch for number in order.examples_of(k))
-        labelled = (n for n in numbers if (examples[n][1][1:] != IGNORE_INDEX).any())
-        return choose_sample(examples, np.asarray(list(islice(labelled, ROWS))), self.args.packing, self.args.hf_compat)
+        numbers = (number for k in epoch for number in order.examples_of(k))
+        return choose_sample(self.job.examples, numbers, self.args.packing, self.args.hf_compat, window)
+
+    @property
+    def short_of_window(self) -> str:
+        """Return why no sample reaches past the sliding window, "" where one may, or where there is none."""
+        if not (window := self.config.sliding_window):
+            return ""
+        if self.job.examples.lengths.max() <= window:
+            return f"no example has more than its {window:,} tokens: it changes nothing in this run"
+        return too_dear(self.config, window + TOKENS)
 
     @property
     def precisions(self) -> list[str]:
@@ -77,11 +88,16 @@ def open_subject(args: Arguments, layers: int | None) -> Subject:
     refuse_several(COMMAND)
     set_up_jax(args.use_cpu)
     source = Source(args.model_name_or_path, args.allow_pickle, tokenizer=args.tokenizer_name)
-    if layers is not None and not 0 < layers <= source.config.num_hidden_layers:
-        raise InputError(f"--shrink {layers}: should be from 1 to the model's {source.config.num_hidden_layers} layers")
+    _check_layers(source, layers)
     mesh = sharding.make_mesh(jax.devices()[:1])
     job = make_job(args, source.config, lambda: source.tokenizer_folder, args.world_size or 1)
     return Subject(args, source, job, mesh, layers)
+
+
+def _check_layers(source: Source, layers: int | None) -> None:
+    """Refuse more first layers than a model has. Raises InputError."""
+    if layers is not None and not 0 < layers <= (most := source.config.num_hidden_layers):
+        raise InputError(f"--shrink {layers}: should be from 1 to the {most} layers of {source.folder}")
 
 
 def certify(
@@ -97,9 +113,9 @@ def certify(
     for line in [*_left_out(args), *(_of_updates(args) if updates else [])]:
         say(line)
     add(compare_tokens(job, source.tokenizer_folder, records))
-    sample, config = subject.sample, shrunk(job.config, subject.layers)
-    if (window := config.sliding_window) and window >= TOKENS:
-        note = f"the {TOKENS} tokens of a sample do not reach past {window}"
+    sample, config = subject.sample, subject.config
+    if (window := config.sliding_window) and sample.lengths.max() <= window:
+        note = subject.short_of_window or f"no example with labels has more than its {window:,} tokens"
         add([Row("forward", "sliding window", None, None, None, note)])
     for precision in subject.precisions:
         add(
@@ -138,10 +154,16 @@ def certify_against(
 ) -> Certificate:
     """Return the certificate of two folders, the second in `other`. Raises InputError."""
     second = Source(other, subject.args.allow_pickle)
+    _check_layers(second, subject.layers)
+    for source in (subject.source, second):
+        if source.is_flax:
+            raise InputError(
+                f"{source.folder}: is a Flax folder, and --against compares HF folders; make one of it by "
+                "python convert_torch_to_flax.py --to_hf"
+            )
     certificate = begin(subject, argv)
     certificate.digests["against"] = _model_digest(second.folder)
-    config = shrunk(subject.source.config, subject.layers)
-    rows = compare_folders(subject.source, second, config, subject.sample, subject.mesh)
+    rows = compare_folders(subject.source, second, subject.layers, subject.sample, subject.mesh)
     _add(certificate, show, rows)
     return certificate
 

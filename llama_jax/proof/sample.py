@@ -3,8 +3,10 @@
 Letters: B examples, T tokens of the longest, R rows of this program, N tokens of all examples.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -12,10 +14,14 @@ from llama_jax.data.batches import ROW_MULTIPLE, Batch
 from llama_jax.data.examples import IGNORE_INDEX, Examples
 from llama_jax.data.normalisation import training_loss
 from llama_jax.data.order import Order
+from llama_jax.model.config import LlamaConfig
 
 # Examples of a sample, and tokens of each: few, for CPUs, and more than 128 in a packed row, where a CPU's attention
 # goes block by block (model/blockwise.py).
 ROWS, TOKENS = 4, 48
+# What a sample past a sliding window may cost: parameters times tokens, some minutes of two cores, and the bytes of a
+# layer's scores, which torch holds in float64 some times over.
+MOST_PRODUCTS, MOST_SCORES = 1e11, 1 << 29
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,28 @@ class Sample:
         return np.pad(tokens, [(0, -len(tokens) % ROW_MULTIPLE), *[(0, 0)] * (tokens.ndim - 1)])[None]
 
 
-def choose_sample(examples: Examples, numbers: np.ndarray, packed: bool, compat: str) -> Sample:
-    """Return a sample of the first ROWS examples of these numbers, each cut to TOKENS tokens around its first label:
-    a long prompt would leave no label."""
-    cut = []
-    for number in numbers[:ROWS]:
-        ids, labels = examples[int(number)]
-        learned = np.flatnonzero(labels[1:] != IGNORE_INDEX)
-        first = int(learned[0]) + 1 if len(learned) else 0
-        start = max(0, min(first - TOKENS // 2, len(ids) - TOKENS))
-        cut.append((ids[start : start + TOKENS].astype(np.int32), labels[start : start + TOKENS].astype(np.int32)))
-    return Sample(cut, packed, compat, int(examples.lengths.max()))
+def too_dear(config: LlamaConfig, tokens: int) -> str:
+    """Return why a sample of examples of so many tokens costs too much, "" where it does not."""
+    products = ROWS * tokens * config.num_parameters
+    if products > MOST_PRODUCTS:
+        return f"{ROWS} examples of {tokens:,} tokens take {products / MOST_PRODUCTS:.3g} times the time that they may"
+    scores = 8 * ROWS * config.num_attention_heads * tokens**2
+    if scores > MOST_SCORES:
+        return f"{ROWS} examples of {tokens:,} tokens take {scores / MOST_SCORES:.3g} times the memory that they may"
+    return ""
+
+
+def choose_sample(examples: Examples, numbers: Iterable[int], packed: bool, compat: str, window: int = 0) -> Sample:
+    """Return a sample of the first ROWS of these numbers whose examples have labels, those first that reach past a
+    `window`. Each is cut to TOKENS tokens more than the window around its first label: a long prompt would leave no
+    label."""
+    tokens, lengths, cut = TOKENS + window, examples.lengths, []
+    labelled: Iterable[int] = (int(n) for n in numbers if (examples[int(n)][1][1:] != IGNORE_INDEX).any())
+    if window:
+        labelled = sorted(labelled, key=lambda number: lengths[number] <= window)
+    for number in islice(labelled, ROWS):
+        ids, labels = examples[number]
+        first = int(np.flatnonzero(labels[1:] != IGNORE_INDEX)[0]) + 1
+        start = max(0, min(first - TOKENS // 2, len(ids) - tokens))
+        cut.append((ids[start : start + tokens].astype(np.int32), labels[start : start + tokens].astype(np.int32)))
+    return Sample(cut, packed, compat, int(lengths.max()))

@@ -37,16 +37,21 @@ def prepare(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 class Examples:
-    """Hold the examples of a job. `number` finds one by its list of ids, which the Trainer passes on as it is."""
+    """Hold the examples of a job, parsed as they are used. `number` finds one by its list of ids, which the Trainer
+    passes on as it is."""
 
     def __init__(self, path: str):
-        self._records = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        self.number = {id(record["input_ids"]): n for n, record in enumerate(self._records)}
+        self._lines = Path(path).read_text().splitlines()
+        self._records: dict[int, dict[str, Any]] = {}
+        self.number: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._lines)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        if i not in self._records:
+            self._records[i] = json.loads(self._lines[i])
+            self.number[id(self._records[i]["input_ids"])] = i
         return self._records[i]
 
 
@@ -54,7 +59,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     """Make the updates of a run with the Trainer.
 
     `spec` has `model`, `examples` (JSONL of input_ids and labels), `flags` of TrainingArguments, `exact` (all in
-    float64), `peft` (LoraConfig's keywords, or null), and `initial` and `weights`, the files to write before and after.
+    float64), `peft` (LoraConfig's keywords, or null), and `initial` (or null) and `weights`, the files to write before
+    and after.
     The answer has for each update the loss, the logged learning rate, the gradient's norm before clipping and the
     numbers of its examples.
     """
@@ -78,7 +84,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         # A clone: PEFT saves a tied head beside its embedding, and safetensors refuses tensors that share memory.
         save_file({name: value.clone().contiguous() for name, value in state.items()}, path)
 
-    save(spec["initial"])
+    if spec["initial"]:
+        save(spec["initial"])
     collated: deque[list[int]] = deque()  # the loader is a batch ahead of the training
     done: list[dict[str, Any]] = []
     current: dict[str, Any] = {"loss": 0.0, "examples": []}
@@ -94,7 +101,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": mask}
 
     def norm() -> float:
-        return math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None))
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return math.hypot(*(float(torch.linalg.vector_norm(grad, dtype=torch.float64)) for grad in grads))
 
     class Recorder(transformers.Trainer):
         def create_optimizer(self, *a: Any, **k: Any) -> Any:
@@ -112,7 +120,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
             return loss
 
     def before_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        current.setdefault("norm", norm())
+        if "norm" not in current:  # without clipping
+            current["norm"] = norm()
         done.append(dict(current))
         current.clear()
         current.update(loss=0.0, examples=[])

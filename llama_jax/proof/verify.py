@@ -77,13 +77,13 @@ def _open_base(name: str, allow_pickle: bool) -> Source:
 def compare_tensors(folder: Path, manifest: Manifest) -> list[Row]:
     """Return a row for each tensor that is another, missing or not in the manifest, and one for all the others.
 
-    A file of weights that the manifest does not name has a row: a reader may take it for the model's."""
+    A file of weights that the manifest does not name fails a row, though transformers may pass over it."""
     rows: list[Row] = []
     tensors: dict[str, Tensor] = {}
     named = {entry["file"] for entry in manifest.tensors.values()}
     for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
         if path.name not in named:
-            rows.append(_failed(TENSORS, path.name, "is a file of weights that the manifest does not name"))
+            rows.append(_failed(TENSORS, path.name, _unnamed(path.name, manifest)))
             continue
         try:
             for name, tensor in open_safetensors(path).items():
@@ -99,6 +99,16 @@ def compare_tensors(folder: Path, manifest: Manifest) -> list[Row]:
     held = {name: entry for name, entry in found.items() if entry == written.get(name)}
     note = f"SHA-256 over all {digest_of_all(held)}" if not rows else ""
     return [*rows, *([Row(TENSORS, f"{len(held):,} tensors", None, None, True, note)] if held else [])]
+
+
+def _unnamed(name: str, manifest: Manifest) -> str:
+    """Return the problem with a file of weights that the manifest does not name, by its readers."""
+    others = "transformers passes over it, and other programs may read it in the place of the manifest's"
+    if manifest.base is None and name == "model.safetensors":
+        others = "transformers reads it in the place of the manifest's shards"
+    elif manifest.base is None and name.startswith("adapter_model"):
+        others = "with an adapter_config.json transformers loads it, too"
+    return f"is a file of weights that the manifest does not name: {others}; remove it"
 
 
 def _difference(written: Entry | None, found: Entry | None) -> str:

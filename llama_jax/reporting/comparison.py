@@ -1,5 +1,6 @@
 """Compare the log of a run with another's, as `trainer_state.json` holds it."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def read_log(path: Path) -> Log:
 
 def is_log(value: Any) -> bool:
     """Return whether a value is a list of entries with a step each."""
-    return isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get("step"), int) for e in value)
+    return isinstance(value, list) and all(isinstance(e, dict) and type(e.get("step")) is int for e in value)
 
 
 def read_other(path: str) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def series(log: Log, key: str) -> dict[int, float]:
     found = {}
     for entry in log:
         if isinstance(value := entry.get(key), int | float) and not isinstance(value, bool):
-            found[entry["step"]] = float(value)
+            with contextlib.suppress(OverflowError):  # a number of hundreds of digits
+                found[entry["step"]] = float(value)
     return found
 
 

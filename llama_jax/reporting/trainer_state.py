@@ -1,5 +1,6 @@
 """Keep the log and write `trainer_state.json` in the HF Trainer's schema."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,11 @@ class TrainerState:
         kept = ("log_history", "global_step", "epoch", "total_flos", "num_input_tokens_seen")
         best = ("best_metric", "best_model_checkpoint", "best_global_step")
         self.values |= {key: saved[key] for key in (*kept, *best) if key in saved}
-        if self.best_step and not (output_dir / f"checkpoint-{self.best_step}").is_dir():
-            say(f"warning: {output_dir}/checkpoint-{self.best_step}, the best checkpoint so far, is missing")
+        if not (path := self.values["best_model_checkpoint"]):
+            return
+        name = Path(path).name
+        if not (re.fullmatch(r"checkpoint-[0-9]+", name) and (output_dir / name).is_dir()):
+            say(f"warning: {output_dir / name}, the best checkpoint so far, is missing")
             self.values["best_model_checkpoint"] = None
 
     def at(self, step: int, epoch: float, flos: float, tokens_seen: int) -> None:
