@@ -10,6 +10,8 @@ Work is ROWSxLENGTH, whole sequences of each device, in one block. `--flags` are
 - schedule: the latency-hiding scheduler's time of computation, in which Pallas kernels count nothing, and of waiting
   for links. The two disagree on what matters; neither was checked on a device;
 - attention: the operations of the kernels at the chip's peak, which both leave out;
+- in order: the cycles and the attention in the program's order, with the links at their published rate beside them: the
+  time of work, and of waiting for links;
 - sent: the bytes that a device sends, in float32 of them, and in collectives that overlap with nothing of them;
 - kernels: calls of Pallas kernels.
 
@@ -37,11 +39,13 @@ from llama_jax.plan.chips import Topology, find_topology
 from llama_jax.plan.hlo import Program
 from llama_jax.plan.operations import kernel_operations
 from llama_jax.plan.planner import Option
+from llama_jax.plan.replay import replay
 from llama_jax.plan.schedule import read_schedule
 
 HEADER = (
     "| program | remat | GiB | cycles ms (matmul / elementwise / copy) | schedule ms (compute + exposed) | "
-    "attention ms | GB sent (float32, alone) | kernels | s |\n|---|---|--:|--:|--:|--:|--:|---|--:|"
+    "attention ms | in order ms (work + waiting) | GB sent (float32, alone) | kernels | s |\n"
+    "|---|---|--:|--:|--:|--:|--:|--:|---|--:|"
 )
 
 
@@ -52,10 +56,10 @@ def row(
     needed: float,
     program: Program,
     folder: Path,
-    attention: str = "",
+    made: float,
     wall: str = "",
 ) -> str:
-    """Return the table's row of a compiled program, whose schedule is in the folder."""
+    """Return the table's row of a compiled program, whose schedule is in the folder; `made` operations are attention."""
     chip = topology.chip
     assert chip.clock, topology.name
     ms = {kind: cycles / chip.clock * 1e3 for kind, cycles in program.cycles.items()}
@@ -64,7 +68,9 @@ def row(
     if schedule:
         compute, exposed, rough = (f"{cycles / chip.clock * 1e3:,.0f}" for cycles in schedule)
         times = f"{compute} + {exposed}" + (f" ({rough} a rough estimate of loops)" if schedule.rough else "")
-    collectives = program.collectives({"fsdp": topology.count})
+    mesh, attention = {"fsdp": topology.count}, made / chip.flops
+    work, waiting = (seconds * 1e3 for seconds in replay(program, chip, mesh, attention))
+    collectives = program.collectives(mesh)
     sent, exact, alone = (
         sum(c.sent * c.times for c in collectives if of(c)) / 1e9
         for of in (lambda c: True, lambda c: c.result.startswith("f32"), lambda c: c.waits)
@@ -72,7 +78,8 @@ def row(
     kernels = ", ".join(f"{k} {n}" for k, n in sorted(program.kernels.items()))
     return (
         f"| {name} | {remat} | {needed / 2**30:.2f} of {MEMORY_SHARE * chip.memory / 2**30:.2f} | "
-        f"{sum(ms.values()):,.0f} ({' / '.join(f'{t:,.0f}' for t in ms.values())}) | {times} | {attention} | "
+        f"{sum(ms.values()):,.0f} ({' / '.join(f'{t:,.0f}' for t in ms.values())}) | {times} | "
+        f"{attention * 1e3:.0f} | {work + waiting:,.0f} ({work:,.0f} + {waiting:,.0f}) | "
         f"{sent:.1f} ({exact:.1f}, {alone:.1f}) | {kernels} | {wall} |"
     )
 
@@ -93,12 +100,11 @@ def ours(args: argparse.Namespace, topology: Topology) -> str:
             plan = planner.make(Option(rows * length, planner.job.args.remat))
             needed = plan.compile(plan.largest_block, mesh)
         program = Program(plan.steps.programs[plan.largest_block].as_text())
-        tokens = rows * length * sharding.batch_ways(mesh) / mesh.size
-        made = kernel_operations(LlamaConfig.from_hf(raw), int(tokens), length, plan.option.remat)
-        attention = f"{made / topology.chip.flops * 1e3:.0f}"
+        tokens = rows * length * sharding.batch_ways(mesh) // mesh.size
+        made = kernel_operations(LlamaConfig.from_hf(raw), tokens, length, plan.option.remat)
         wall = f"{time.monotonic() - started:.0f}"
         name = f"{topology.name} {args.name}".strip()
-        return row(name, plan.option.remat, topology, needed, program, Path(folder), attention, wall)
+        return row(name, plan.option.remat, topology, needed, program, Path(folder), made, wall)
 
 
 def others(args: argparse.Namespace, topology: Topology) -> str:
@@ -109,7 +115,12 @@ def others(args: argparse.Namespace, topology: Topology) -> str:
     report = next(args.read.glob(f"module_*.{module}.*memory-usage-report.txt")).read_text()
     needed = re.search(r"Memory Space: default.*?Total bytes: (\d+)", report, re.DOTALL)
     assert needed, report[:200]
-    return row(args.name, "", topology, int(needed[1]), Program(hlo.read_text()), args.read)
+    program = Program(hlo.read_text())
+    config = LlamaConfig.from_hf(raw_config(args.shape, args.layers))
+    rows, length = map(int, args.work.split("x"))
+    again = sum(n for name, n in program.kernels.items() if "fwd" in name) > config.num_hidden_layers
+    made = kernel_operations(config, rows * length, length, "full" if again else "none")
+    return row(args.name, "", topology, int(needed[1]), program, args.read, made)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

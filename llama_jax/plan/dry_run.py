@@ -21,6 +21,7 @@ from llama_jax.plan.hlo import Collective, Program
 from llama_jax.plan.memory import activation_bytes
 from llama_jax.plan.operations import kernel_operations, operations
 from llama_jax.plan.planner import Plan, Planner, choose_scan, transfer
+from llama_jax.plan.replay import replay
 from llama_jax.plan.schedule import Schedule, read_schedule
 from llama_jax.reporting.progress import say, waiting
 from llama_jax.setup.arguments import Arguments
@@ -196,7 +197,7 @@ def _report(outcome: Outcome, topology: Topology, fast: bool) -> list[str]:
         memory = program.memory_analysis()
         moved += memory.argument_size_in_bytes + memory.output_size_in_bytes
     lines += _floors(planner, plan, chip, moved, collectives)
-    return lines if fast else [*lines, *_estimates(outcome, chip, of_block, collectives)]
+    return lines if fast else [*lines, *_estimates(outcome, chip, of_block)]
 
 
 def _option_line(options: dict[str, Any], chip: Chip) -> list[str]:
@@ -282,7 +283,7 @@ def _floors(planner: Planner, plan: Plan, chip: Chip, moved: float, collectives:
     return lines
 
 
-def _estimates(outcome: Outcome, chip: Chip, program: Program, collectives: list[Collective]) -> list[str]:
+def _estimates(outcome: Outcome, chip: Chip, program: Program) -> list[str]:
     """Return the lines of the compiler's own estimates of a block's time, and of what they leave out."""
     cycles = program.cycles
     if not chip.clock or not sum(cycles.values()):
@@ -306,20 +307,21 @@ def _estimates(outcome: Outcome, chip: Chip, program: Program, collectives: list
             lines.append(
                 f"  {rough:9,.1f} ms  of this work are a rough estimate of loops, which may be a quarter too low"
             )
+    mesh, made = outcome.planner.mesh, 0.0
     if kernels := program.kernels:
-        planner, plan = outcome.planner, outcome.plan
+        plan = outcome.plan
         rows, length = plan.largest_block
-        made = kernel_operations(planner.job.config, rows * length, length, plan.option.remat) / planner.mesh.size
+        made = kernel_operations(outcome.planner.job.config, rows * length, length, plan.option.remat) / mesh.size
         calls = ", ".join(f"{name} {times:,} times" for name, times in sorted(kernels.items()))
         lines.append(
             f"  {made / chip.flops * 1e3:9,.1f} ms  left out by both: {made / 1e12:,.2f} TFLOP of attention at the "
             f"published peak ({calls})"
         )
-    if alone := sum(c.sent * c.times for c in collectives if c.waits):
-        lines.append(
-            f"  {alone / chip.link_rate * 1e3:9,.1f} ms  of {alone / 1e9:,.1f} GB that overlap with nothing, at the "
-            "published bandwidth; the schedule counts these as work"
-        )
+    work, waiting = replay(program, chip, mesh.shape, made / chip.flops)
+    lines.append(
+        f"  {(work + waiting) * 1e3:9,.1f} ms  all in the program's order, links at the published bandwidth: "
+        f"{work * 1e3:,.0f} of work, {waiting * 1e3:,.0f} of waiting for links"
+    )
     return lines
 
 

@@ -58,6 +58,21 @@ class Collective(NamedTuple):
     waits: bool
 
 
+class Exchange(NamedTuple):
+    """Describe an instruction's part in a collective: `sent` bytes of a device in all, the same `key` in each part.
+
+    The device goes on where an exchange `begins`, and waits where it `ends`; both in one part overlap with nothing.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    result: str
+    sent: int
+    key: str
+    begins: bool
+    ends: bool
+
+
 class Program:
     """Parse an HLO module's text."""
 
@@ -80,7 +95,7 @@ class Program:
         callers: dict[str, list[tuple[str, int]]] = {}
         for caller, lines in self.computations.items():
             for line in lines:
-                trips = self._trips(caller, line) if line.kind == "while" else 1
+                trips = self.trips(caller, line) if line.kind == "while" else 1
                 for called in _called(line):
                     callers.setdefault(called, []).append((caller, trips))
         times: dict[str, int] = {self.entry: 1}
@@ -94,7 +109,7 @@ class Program:
             count(name)
         return times
 
-    def _trips(self, caller: str, loop: Instruction) -> int:
+    def trips(self, caller: str, loop: Instruction) -> int:
         """Return the trips of a loop whose condition compares a counter with a constant and whose body adds a constant.
         Raises ValueError for other loops."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
@@ -130,41 +145,52 @@ class Program:
         A collective that overlaps other work is split over several fusions of one chain, or runs on sparse cores. It
         runs as often as the fusion that starts it: a gather of the head may overlap with all layers of a loop.
         """
-        beside = {c for lines in self.computations.values() for i in lines if i.kind in _BEGUN for c in _called(i)}
         found: dict[str, Collective] = {}
         begun: set[str] = set()
         for computation, lines in self.computations.items():
-            starts = any('"AsyncCollectiveStart"' in line.rest for line in lines)
-            asynchronous = computation in beside or any('"AsyncCollective' in line.rest for line in lines)
             for line in lines:
-                kind = line.kind.removesuffix("-start")
                 times = self.times[computation]
-                if kind not in COLLECTIVES or not times:
-                    continue
-                if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"  # on TPUs, a fusion of an all-reduce and a slice
-                axes, size = _axes(line.rest, mesh)
-                arrays = _arrays(line.result)
-                if (
-                    line.kind.endswith("-start") and len(arrays) > 1 and kind != "all-reduce"
-                ):  # operands first, then results
-                    arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
-                bytes_ = sum(n for _, n in arrays)
-                share = (size - 1) / size if size > 1 else 0.0
-                factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "reduce-scatter": share * size}
-                if kind == "reduce-scatter" and line.kind == "all-reduce":
-                    factor["reduce-scatter"] = share
-                sent = int(bytes_ * factor.get(kind, share))
-                chain = re.search(r'chain_id="(\d+)"', line.rest)
-                key = f"{chain[1]} {line.attribute('channel_id')}" if chain else f"{computation} {line.name}"
-                if key not in begun and (key not in found or starts or found[key].times < times):
-                    begun |= {key} if starts else set()
-                    result = ", ".join(text for text, _ in arrays[:2])
-                    overlaps = bool(chain) or line.kind.endswith("-start") or asynchronous
-                    found[key] = Collective(
-                        kind=kind, axes=axes, result=result, sent=sent, times=times, waits=not overlaps
-                    )
+                e = self._exchange(computation, line, mesh) if times else None
+                if e and e.key not in begun and (e.key not in found or e.begins or found[e.key].times < times):
+                    begun |= {e.key} if e.begins else set()
+                    found[e.key] = Collective(e.kind, e.axes, e.result, e.sent, times, e.begins and e.ends)
         return sorted(found.values(), key=lambda c: -c.sent * c.times)
+
+    def exchanges(self, computation: str, line: Instruction, mesh: Mapping[str, int]) -> list[Exchange]:
+        """Return the exchanges of an instruction, those of the computations that it runs too."""
+        inside = [e for c in _called(line) for i in self.computations[c] for e in self.exchanges(c, i, mesh)]
+        own = self._exchange(computation, line, mesh)
+        return [own, *inside] if own else inside
+
+    def _exchange(self, computation: str, line: Instruction, mesh: Mapping[str, int]) -> Exchange | None:
+        """Return the exchange of an instruction, None where it is no collective."""
+        kind, starts = line.kind.removesuffix("-start"), line.kind.endswith("-start")
+        if kind not in COLLECTIVES:
+            return None
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # on TPUs, a fusion of an all-reduce and a slice
+        axes, size = _axes(line.rest, mesh)
+        arrays = _arrays(line.result)
+        if starts and len(arrays) > 1 and kind != "all-reduce":  # operands first, then results
+            arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
+        share = (size - 1) / size if size > 1 else 0.0
+        factor = {"all-reduce": 2 * share, "collective-permute": 1.0, "reduce-scatter": share * size}
+        if kind == "reduce-scatter" and line.kind == "all-reduce":
+            factor["reduce-scatter"] = share
+        sent = int(sum(n for _, n in arrays) * factor.get(kind, share))
+        key, begins, ends = f"{computation} {line.name}", True, not (starts or computation in self._beside)
+        if chain := re.search(r'chain_id="(\d+)"', line.rest):
+            key = f"{chain[1]} {line.attribute('channel_id')}"
+            begins, ends = (
+                any(f'"AsyncCollective{part}"' in i.rest for i in self.computations[computation])
+                for part in ("Start", "Done")
+            )
+        return Exchange(kind, axes, ", ".join(text for text, _ in arrays[:2]), sent, key, begins, ends)
+
+    @cached_property
+    def _beside(self) -> set[str]:
+        """Return the computations that run beside others, as on a TPU's sparse cores."""
+        return {c for lines in self.computations.values() for i in lines if i.kind in _BEGUN for c in _called(i)}
 
     def _run(self) -> Iterator[tuple[str, Instruction]]:
         """Yield the instructions outside fusions, with their computation, where a step runs them."""
@@ -183,11 +209,16 @@ class Program:
         that only "copy", and of other ones, "elementwise". Collectives and Pallas kernels have no estimate."""
         sums = dict.fromkeys(("matmul", "elementwise", "copy"), 0)
         for computation, line in self._run():
-            if found := re.search(r'"estimated_cycles":"(\d+)"', line.rest):
+            if cycles := self.cycles_of(line):
                 kinds = self._kinds(line)
                 kind = "matmul" if kinds & _PRODUCTS else "copy" if kinds <= _MOVES | {"fusion"} else "elementwise"
-                sums[kind] += self.times[computation] * int(found[1])
+                sums[kind] += self.times[computation] * cycles
         return sums
+
+    def cycles_of(self, line: Instruction) -> int:
+        """Return the TPU compiler's estimate of an instruction's cycles, 0 where it has none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
+        return int(found[1]) if found else 0
 
     def _kinds(self, line: Instruction) -> set[str]:
         """Return the opcodes of an instruction and of all inside."""
@@ -198,10 +229,14 @@ class Program:
         """Count a step's calls of each Pallas kernel of a TPU, by the kernel's name."""
         counts: dict[str, int] = {}
         for computation, line in self._run():
-            if line.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.rest:
-                name = re.sub(r"[.\d]+$", "", line.name)
+            if name := self.kernel_of(line):
                 counts[name] = counts.get(name, 0) + self.times[computation]
         return counts
+
+    def kernel_of(self, line: Instruction) -> str:
+        """Return the name of the Pallas kernel that an instruction calls on a TPU, "" where it calls none."""
+        calls = line.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.rest
+        return re.sub(r"[.\d]+$", "", line.name) if calls else ""
 
     def largest(self, count: int) -> list[tuple[str, int, str]]:
         """Return the largest arrays that a step makes: type and shape, bytes, and the operation of their origin."""
