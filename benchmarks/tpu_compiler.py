@@ -59,7 +59,7 @@ def row(
     made: float,
     wall: str = "",
 ) -> str:
-    """Return the table's row of a compiled program, whose schedule is in the folder; `made` operations are attention."""
+    """Return the table's row of a compiled program, whose schedule is in the folder: `made` is the attention's."""
     chip = topology.chip
     assert chip.clock, topology.name
     ms = {kind: cycles / chip.clock * 1e3 for kind, cycles in program.cycles.items()}

@@ -59,7 +59,8 @@ def test_curves(tmp_path: Path) -> None:
 
 
 def test_a_row_of_another_program(tmp_path: Path) -> None:
-    """Figures of a dumped program, whose cycles are milliseconds of a chip of 1.5 GHz."""
+    """Figures of a dumped program, whose cycles are milliseconds of a chip of 1.5 GHz. The attention: 9 products of 32
+    heads of 128, half of 2,048 x 2,048 scores, in 32 layers, are 4.95 TFLOP of 197 a second; nothing waits."""
 
     def in_ms(pattern: str, text: str) -> str:
         return re.sub(pattern, lambda found: f"{found[1]}{float(found[2]) * 1_500_000:.0f}", text)
@@ -71,7 +72,7 @@ def test_a_row_of_another_program(tmp_path: Path) -> None:
     (tmp_path / "module_0001.jit_step.cl_1.after_optimizations-memory-usage-report.txt").write_text(report)
     args = tpu_compiler.parse(["--read", str(tmp_path), "--name", "other", "v5e-4"])
     row = tpu_compiler.others(args, find_topology("v5e-4"))
-    expected = "3.00 of 15.44 | 166 (60 / 6 / 100) | 80 + 120 |  | 0.0 (0.0, 0.0) | kernel_fwd_residuals 7 |  |"
+    expected = "3.00 of 15.44 | 166 (60 / 6 / 100) | 80 + 120 | 25 | 191 (191 + 0) | 0.0 (0.0, 0.0) | kernel_fwd_residuals 7 |  |"
     assert row == f"| other |  | {expected}"
 
 
@@ -85,3 +86,4 @@ def test_a_row_of_ours(libtpu: None) -> None:
     row = made.stdout.splitlines()[-1].split("|")
     assert row[1].strip() == "v5e-4" and float(row[3].split()[0]) < 1, row
     assert re.fullmatch(r" [\d,]+ \+ [\d,]+ ", row[5]), row
+    assert re.fullmatch(r" [\d,]+ \([\d,]+ \+ [\d,]+\) ", row[7]), row

@@ -209,6 +209,7 @@ def test_a_tiny_model_at_full_effort(libtpu: None, tmp_path: Path) -> None:
     of_v5e = {f"{name}={value}" for name, value in TPU_OPTIONS["TPU v5 lite"].items()}
     assert told and {*told[1].split(", ")} == of_v5e | {option}, full.out
     assert re.search(r"[\d.]+ ms  by its schedule, without kernels: \d+ of work, \d+ of waiting", full.out), full.out
+    assert re.search(r"[\d.]+ ms  all in the program's order, .*: \d+ of work, \d+ of waiting", full.out), full.out
     # Kept outputs and statistics: the backward pass does not run the forward kernel again.
     layers = raw["num_hidden_layers"]
     for kernel in ("fwd_segmented_residuals", "dkv_segmented_no_residuals", "dq_segmented_no_residuals"):
