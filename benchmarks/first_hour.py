@@ -56,8 +56,10 @@ class Program(NamedTuple):
 
 FEW = 4  # layers one by one: a compiler's time grows with them
 RINGS, FAST_MEMORY = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"
+SPARSE = "xla_tpu_enable_sparse_core_collective_offload"  # libtpu takes the options on chips without sparse cores, too
 # The compiler's estimates leave these open (BENCHMARKS.md): the schedule without rings depends on the time of sums that
-# overlap with nothing; cycles and schedule disagree on an operation's fast memory and on recomputation.
+# overlap with nothing, or on the rate of sparse cores; cycles and schedule disagree on an operation's fast memory and
+# on recomputation.
 REMAT = "--remat matmuls"
 PROGRAMS = [
     Program("defaults"),
@@ -67,6 +69,10 @@ PROGRAMS = [
     Program("products in rings", f"{REMAT} --compiler_options {RINGS}=-1,{FAST_MEMORY}=-1", tpu=True),
     Program("no rings", f"{REMAT} --compiler_options {RINGS}=1000000,{FAST_MEMORY}=-1", tpu=True),
     Program("no rings, 96 MiB", f"{REMAT} --compiler_options {RINGS}=1000000,{FAST_MEMORY}=98304", tpu=True),
+    *(
+        Program(name, f"{REMAT} --compiler_options {SPARSE}_all_gather={on},{SPARSE}_reduce_scatter={on}", tpu=True)
+        for name, on in (("collectives on sparse cores", "true"), ("no sparse cores", "false"))
+    ),
     Program("sums in bfloat16", f"{REMAT} --gradient_sum_dtype bfloat16"),
     Program("few layers, stacked", "--scan_layers True", FEW),
     Program("few layers, one by one", "--scan_layers False", FEW),

@@ -72,7 +72,8 @@ def test_a_row_of_another_program(tmp_path: Path) -> None:
     (tmp_path / "module_0001.jit_step.cl_1.after_optimizations-memory-usage-report.txt").write_text(report)
     args = tpu_compiler.parse(["--read", str(tmp_path), "--name", "other", "v5e-4"])
     row = tpu_compiler.others(args, find_topology("v5e-4"))
-    expected = "3.00 of 15.44 | 166 (60 / 6 / 100) | 80 + 120 | 25 | 191 (191 + 0) | 0.0 (0.0, 0.0) | kernel_fwd_residuals 7 |  |"
+    expected = "3.00 of 15.44 | 166 (60 / 6 / 100) | 80 + 120 | 25 | 191 (191 + 0) | 0.0 (0.0, 0.0) | "
+    expected += "kernel_fwd_residuals 7 |  |"
     assert row == f"| other |  | {expected}"
 
 

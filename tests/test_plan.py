@@ -470,7 +470,11 @@ def test_refused_compiler_options(options: str, told: str, tmp_path: Path) -> No
         ("TPU v5 lite", 4, {}, {"rings": "1000000", "bf16": False}),
         ("TPU v5 lite", 4, {"rings": "-1"}, {"rings": "-1", "bf16": False}),
         ("TPU v5 lite", 4, {"bf16": "default"}, {"rings": "1000000"}),
-        ("TPU v6 lite", 1, {}, {"rings": "1000000", "vmem": "98304"}),
+        ("TPU v6 lite", 1, {}, {"rings": "1000000", "vmem": "98304", "gathers": True, "sums": True}),
+        (
+            *("TPU v6 lite", 8, {"gathers": "default", "sums": False}),
+            {"rings": "1000000", "vmem": "98304", "sums": False},
+        ),
         ("TPU v5p", 4, {"vmem": "-1"}, {"vmem": "-1"}),
     ],
 )
@@ -479,6 +483,8 @@ def test_compiler_options_by_chip(kind: str, count: int, given: dict, expected: 
         "rings": "xla_jf_spmd_threshold_for_windowed_einsum_mib",
         "bf16": "xla_jf_bf16_propagation",
         "vmem": "xla_tpu_scoped_vmem_limit_kib",
+        "gathers": "xla_tpu_enable_sparse_core_collective_offload_all_gather",
+        "sums": "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter",
     }
     device = SimpleNamespace(platform="tpu", device_kind=kind)
     mesh: Any = SimpleNamespace(size=count, devices=np.array([device] * count))

@@ -20,14 +20,19 @@ from llama_jax.base.files import cache_folder
 
 MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for allocations that jax does not count
 
-# XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that together lower both the
-# compiler's cycles and the time of its schedule (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md), at the
-# same rounding. v5e: no products in rings; without them the pass of the second option would round gradients to bfloat16
-# before devices add them. v6e: no products in rings, and 96 MiB of fast memory for an operation (MaxText's recipes).
+# XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that together shorten the
+# program in order (plan/replay.py) and raise neither the compiler's cycles nor its schedule by over 2%, at the same
+# rounding (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md). v5e: no products in rings; without them the
+# pass of the second option would round gradients to bfloat16 before devices add them. v6e: no products in rings, 96 MiB
+# of fast memory for an operation (MaxText's recipes), and collectives on the sparse cores, beside the work.
 _NO_RINGS = ("xla_jf_spmd_threshold_for_windowed_einsum_mib", "1000000")
+_ON_SPARSE_CORES = (
+    ("xla_tpu_enable_sparse_core_collective_offload_all_gather", True),
+    ("xla_tpu_enable_sparse_core_collective_offload_reduce_scatter", True),
+)
 TPU_OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
     "TPU v5 lite": dict([_NO_RINGS, ("xla_jf_bf16_propagation", False)]),
-    "TPU v6 lite": dict([_NO_RINGS, ("xla_tpu_scoped_vmem_limit_kib", "98304")]),
+    "TPU v6 lite": dict([_NO_RINGS, ("xla_tpu_scoped_vmem_limit_kib", "98304"), *_ON_SPARSE_CORES]),
 }
 LEAVE_OUT = "default"  # the value of a given option that leaves the compiler's own
 
