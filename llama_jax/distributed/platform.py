@@ -21,7 +21,7 @@ from llama_jax.base.files import cache_folder
 MEMORY_SHARE = 0.98  # of a device's memory for programs; the rest is for allocations that jax does not count
 
 # XLA's options for a run's programs, by jax's name of a TPU. The rule: options stand here that together shorten the
-# program in order (plan/replay.py) and raise neither the compiler's cycles nor its schedule by over 2%, at the same
+# program in order (plan/replay.py) and raise neither the compiler's cycles nor its schedule by over 3%, at the same
 # rounding (benchmarks/tpu_compiler.py; the figures are in BENCHMARKS.md). v5e: no products in rings; without them the
 # pass of the second option would round gradients to bfloat16 before devices add them. v6e: no products in rings, 96 MiB
 # of fast memory for an operation (MaxText's recipes), and collectives on the sparse cores, beside the work.

@@ -8,8 +8,9 @@ class Remat(NamedTuple):
 
     `kept` names the checkpoints (`checkpoint_name` in `llama.py` and `attention.py`) that stay beside each layer's
     input; q and k are rotated. None keeps all. `time` is a token's relative time on an H200, None where it was not
-    measured, `on_tpu` by the schedule of the TPU's compiler: LLaMA-7B on v6e-8 and v5e-16 (BENCHMARKS.md). `auto` takes
-    no choice without a time.
+    measured, `on_tpu` the mean of two estimates, the program in order and the compiler's schedule, of LLaMA-7B on v6e-8
+    and v5e-16 (BENCHMARKS.md): there the backward pass reads what `none` keeps more slowly than it computes it. `auto`
+    takes no choice without a time.
     """
 
     kept: tuple[str, ...] | None
@@ -27,11 +28,11 @@ class Remat(NamedTuple):
 
 
 REMAT = {
-    "none": Remat(None, 1.0, 1.0, "nothing"),
+    "none": Remat(None, 1.0, 1.09, "nothing"),
     "matmuls": Remat(
-        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 1.01, "all but matmuls and attention"
+        ("q", "k", "v", "attention", "o_proj", "gate_proj", "up_proj"), 1.015, 1.0, "all but matmuls and attention"
     ),
-    "qkv": Remat(("q", "k", "v", "attention"), None, 1.08, "all but q, k, v and attention"),
-    "attention": Remat(("attention",), 1.25, 1.13, "all but attention"),
-    "full": Remat((), 1.32, 1.14, "all but each layer's input"),
+    "qkv": Remat(("q", "k", "v", "attention"), None, 1.04, "all but q, k, v and attention"),
+    "attention": Remat(("attention",), 1.25, 1.065, "all but attention"),
+    "full": Remat((), 1.32, 1.075, "all but each layer's input"),
 }
