@@ -747,6 +747,8 @@ def test_a_flax_folder_against_another(case: Case, tmp_path: Path) -> None:
     [
         (["--records", "0"], "--records 0: should be a number above 0"),
         (["--shrink", "3"], "--shrink 3: should be from 1 to the 2 layers of "),
+        (["--shrink", "0"], "--shrink 0: should be from 1 to the 2 layers of "),
+        (["--shrink", "-1", "--against", "none"], "--shrink -1: should be from 1 to the 2 layers of "),
         (["--dry_run", "v5e-16"], "--dry_run: is for train_jax.py"),
         (["--resume_from_checkpoint", "True"], "--resume_from_checkpoint: is for train_jax.py"),
         (["--recrods", "3"], "unknown argument --recrods"),
