@@ -184,6 +184,36 @@ def test_a_program_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (row.holds, row.note) == (None, "llama.cpp ended with -6: GGML_ASSERT(x) failed")
 
 
+def test_a_program_that_prints_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PACKAGES", {VLLM: "gguf"})
+    code = "import atexit; from llama_jax.proof import server_process as s; "
+    code += "s.by_vllm = lambda model, examples: [s.np.zeros((len(ids), 259)) for ids in examples]; "
+    code += "atexit.register(print, 'bye'); s.main()"
+    monkeypatch.setattr(servers, "_PROCESS", ["-c", code])
+    assert row_of(make(tmp_path, {})).error == pytest.approx(1)  # of logits that are all 0
+    monkeypatch.setattr(servers, "_PROCESS", ["-c", "print('{}')"])
+    row = row_of(tmp_path)
+    assert (row.holds, row.note) == (None, "vLLM ended without an answer")
+
+
+@pytest.mark.parametrize("file", ["model.gguf", "logits.npy"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """A file that cannot be written, or that is cut, costs its row alone."""
+    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: "gguf"})
+    code = "import json, sys; spec = json.load(sys.stdin); open(spec['logits'], 'w'); "
+    code += "print(json.dumps({'left_out': ''}), file=open(spec['answer'], 'w'))"
+    monkeypatch.setattr(servers, "_PROCESS", ["-c", code])
+    if file == "model.gguf":
+
+        def write_tensor_data(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write_tensor_data)
+    row = row_of(make(tmp_path, {}))
+    shown = {"model.gguf": "[Errno 28] No space left on device", "logits.npy": "No data left in file"}
+    assert (row.holds, row.note) == (None, shown[file])
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     [

@@ -63,9 +63,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def ours(case: Run, tmp_path_factory: pytest.TempPathFactory) -> updates.Made:
     args = dataclasses.replace(parse_arguments(case.argv), max_steps=COUNT)
     job, made = open_subject(args, None).job, tmp_path_factory.mktemp("ours")
-    updates._ask(
-        {"model": str(case.folder / "model"), "layers": None, "new_tokens": 1, "prepared": str(made / "model")}
-    )
+    spec = {"model": str(case.folder / "model"), "layers": None, "new_tokens": 1, "prepared": str(made / "model")}
+    updates._ask(spec, made)
     return updates._ours(args, job, made / "model", case.folder / "model", made)
 
 
@@ -75,7 +74,7 @@ def rows_beside(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch, 
 
     from llama_jax.proof import trainer_process
 
-    def ask(spec: dict[str, Any]) -> dict[str, Any]:
+    def ask(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         AcceleratorState._reset_state(True)  # they outlive a run
         GradientState._reset_state()
         if "prepared" in spec:

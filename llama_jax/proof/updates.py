@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from llama_jax.distributed.platform import free_memory
 from llama_jax.proof.bounds import ROUNDOFF, bound_of
-from llama_jax.proof.child import Failed, run_python
+from llama_jax.proof.child import Failed, ask, run_python
 from llama_jax.proof.torch_layers import FLOAT32
 from llama_jax.proof.verdict import Curves, Row, bounded
 from llama_jax.reporting.progress import say
@@ -89,7 +89,7 @@ def _compared(
         if layers or job.new_ids:
             given = {"model": str(model), "layers": layers, "new_tokens": len(job.new_ids)}
             model = folder / "model"
-            _ask(given | {"prepared": str(model)})
+            _ask(given | {"prepared": str(model)}, folder)
         args = replace(job.args, max_steps=count)
         say(f"parity: the Trainer makes {count} updates, in float32 and in float64")
         trainers, exact = (_trainers(args, job, model, folder, is_exact) for is_exact in (False, True))
@@ -144,7 +144,7 @@ def _trainers(args: Arguments, job: Job, model: Path, folder: Path, exact: bool)
         "weights": str(weights),
     }
     spec |= {"initial": None if exact else str(folder / _INITIAL)}  # the same in float64
-    done = _ask(spec | {"peft": _peft(job)})["updates"]
+    done = _ask(spec | {"peft": _peft(job)}, folder)["updates"]
     losses, rates, norms, numbers = ([update[key] for update in done] for key in ("loss", "rate", "norm", "examples"))
     return Made(losses, rates, norms, numbers, weights)
 
@@ -168,10 +168,10 @@ def _records(job: Job, folder: Path) -> Path:
     return path
 
 
-def _ask(spec: dict[str, Any]) -> dict[str, Any]:
+def _ask(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the answer of `trainer_process`. Raises Failed."""
     variables = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    return json.loads(run_python("the Trainer", _PROCESS, variables, json.dumps(spec)))
+    return ask("the Trainer", _PROCESS, variables, spec, folder)
 
 
 def _ours(args: Arguments, job: Job, model: Path, tokenizer: Path, folder: Path) -> Made:
