@@ -610,6 +610,15 @@ def test_any_state_ends_in_a_line_or_is_carried(
         as_page([{"name": "a", "log_history": found, "compare": {"name": "b", "log_history": log}}])
 
 
+def test_the_step_of_a_best_checkpoint_with_a_slash(tmp_path: Path) -> None:
+    state = TrainerState(
+        "5", max_steps=9, num_train_epochs=1, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
+    )
+    (tmp_path / "checkpoint-5").mkdir()
+    state.resume({"best_model_checkpoint": "out/checkpoint-5/"}, tmp_path)
+    assert state.best_step == 5
+
+
 def test_a_long_log(trainers: Path, tmp_path: Path) -> None:
     """That of some 100,000 lines is over the 16 MiB of other JSON files."""
     checkpoint = shutil.copytree(trainers / "checkpoint-7", tmp_path / "checkpoint-7")
