@@ -670,7 +670,8 @@ def test_windows_longer_than_a_sample(tmp_path: Path) -> None:
     [
         (4096, "no example has more than its 4,096 tokens"),
         (100, "4 examples of 148 tokens take 1.8 times the time that they may"),
-        (99, "4 examples of 147 tokens take 1.1 times the memory that they may"),
+        (99, "the scores of 4 examples of 147 tokens take 1.1 times the memory that they may"),
+        (98, "the logits of 4 examples of 146 tokens take 1.3 times the memory that they may"),
     ],
 )
 def test_windows_that_are_not_compared(
@@ -681,6 +682,8 @@ def test_windows_that_are_not_compared(
         monkeypatch.setattr(sample_module, "MOST_PRODUCTS", 4 * 148 * subject.config.num_parameters / 1.8)
     if window == 99:
         monkeypatch.setattr(sample_module, "MOST_SCORES", 8 * 4 * 4 * 147**2 / 1.1)
+    if window == 98:
+        monkeypatch.setattr(sample_module, "MOST_LOGITS", 8 * 4 * 146 * subject.config.vocab_size / 1.3)
     assert (subject.sample.lengths == TOKENS).all()
     assert subject.short_of_window.startswith(shown)
 
