@@ -30,10 +30,10 @@ _PROCESS = ["-m", "llama_jax.proof.trainer_process"]
 _INITIAL = "initial.safetensors"
 _RATE = 2.0**-22  # relative: both programs round a rate of float64, and products on the way, to float32
 MOST = 0.5  # a bound above it would hold for weights that stay as they are
-# Of a parameter in float64: weight, gradient, two moments, a temporary. No other program takes as much: they run one
-# after another. (Peaks for SmolLM2-135M, with its activations: Trainer in float64 7.5 GiB, in float32 4.1, this program
-# 4.1; the process that compares them waits with 1.4, which `free_memory` leaves out.)
-_EXACT_BYTES = 40
+# Of a parameter in float64: 40 of weight, gradient, two moments and a temporary, and 20 of activations, as measured. No
+# other program takes as much: they run one after another. (Peaks for SmolLM2-135M: Trainer in float64 7.5 GiB, in
+# float32 4.1, this program 4.1; the process that compares them waits with 1.4, which `free_memory` leaves out.)
+_EXACT_BYTES = 60
 
 # Flags that decide the updates, by names of TrainingArguments.
 _TRAINERS = (
@@ -123,7 +123,7 @@ def _reason(job: Job, layers: int | None, count: int) -> str:
     needed = _EXACT_BYTES * (head + share * (job.config.num_parameters - head))
     if needed > (memory := free_memory()):
         most = int(((memory / _EXACT_BYTES) - head) / (job.config.num_parameters - head) * job.config.num_hidden_layers)
-        fix = f"compare fewer layers, --shrink {most}" if most > 0 else "use a larger machine"
+        fix = "free memory, or use a larger machine" + (f", or --shrink {most}" if most > 0 else "")
         return f"{count} updates in float64 need {needed / 2**30:.3g} GiB, free are {memory / 2**30:.3g}: {fix}"
     return ""
 
