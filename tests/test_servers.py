@@ -33,14 +33,18 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 FOLDER = Path(sys.prefix) / "llama_cpp"  # the Makefile fills it
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # Each with a key or a tensor of its own in the file.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 5e5, "rms_norm_eps": 1e-3},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
-    "llama3": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}, "head_dim": 64},
+    "llama3": {"rope_scaling": LLAMA3, "head_dim": 64},
+    "granite, llama3": {**SISTERS["granite"], "rope_scaling": LLAMA3, "head_dim": 64},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "yarn": {"rope_scaling": YARN},
     "mistral": SISTERS["mistral"],
@@ -219,8 +223,11 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str)
     [
         ({"hidden_act": "gelu"}, "hidden_act gelu for llama"),
         (SISTERS["mistral, window"], "sliding_window for llama, and texts of 40 tokens reach past 5"),
-        (SISTERS["smollm3"], "no_rope_layers but each fourth one"),
+        (SISTERS["smollm3"], "choice of no_rope_layers: each fourth layer of smollm3 is unrotated"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type dynamic for llama"),
+        ({**SISTERS["qwen2"], "rope_scaling": LLAMA3}, "rope type llama3 for qwen2"),
+        ({**SISTERS["qwen3"], "rope_scaling": LLAMA3}, "rope type llama3 for qwen3"),
+        ({**MODELS["smollm3"], "rope_scaling": LLAMA3}, "rope type llama3 for smollm3"),
         ({"rope_scaling": {**YARN, "attention_factor": 1.5}}, "attention_factor 1.5 of the rope type yarn"),
         ({"rope_scaling": {**YARN, "beta_fast": 16.0}}, "beta_fast 16.0 of the rope type yarn"),
         ({"rope_scaling": {**YARN, "truncate": False}}, "truncate False of the rope type yarn"),
