@@ -7,7 +7,9 @@ The exact reference of the proof, torch in float64, is itself compared with a Nu
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,7 @@ from tiny import (
     write_tokenizer,
 )
 
+from llama_jax.base.errors import InputError
 from llama_jax.command import convert, parity
 from llama_jax.data.examples import Examples
 from llama_jax.distributed import sharding
@@ -761,6 +764,18 @@ def test_a_flax_folder_against_another(case: Case, tmp_path: Path) -> None:
 def test_bad_flags(case: Case, argv: list[str], error: str) -> None:
     outcome = run(parity.main, *case.argv, *argv)
     assert outcome.code == 2 and error in outcome.err and outcome.err.count("\n") <= 4
+
+
+def test_waiting_threads_sleep_in_the_commands_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    monkeypatch.setattr(os, "environ", variables)
+    with pytest.raises(InputError, match="--records 0"):
+        parity.main(["--model_name_or_path", "x", "--data_path", "y", "--output_dir", "z", "--records", "0"])
+    assert "OMP_WAIT_POLICY" not in variables
+    monkeypatch.setattr(sys, "argv", ["parity", "--records", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("llama_jax.parity", run_name="__main__")
+    assert variables["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_torch_is_missing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
