@@ -4,7 +4,9 @@ The Trainer makes a run with checkpoints, then resumes one of them; `train_jax.p
 `same_log` of test_live.py compare the two: losses, norms, rates, weights, log.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -562,19 +564,29 @@ LOGS = JSON | st.lists(
 
 @given(
     log=LOGS,
-    best=st.sampled_from([None, "out/checkpoint-5", "out/best", "checkpoint-²", "", 5, []]),
+    best=st.sampled_from([None, "out/checkpoint-5", "out/best", "checkpoint-²", "", "x" * 300, "a\0", 5, []])
+    | st.from_regex(r"(out|o\x1b\[2J)/checkpoint-[0-9]{1,300}(\x1b\[2J)?", fullmatch=True),
     metric=st.sampled_from([None, 1, 10**400, float("nan"), True, "1.0"]),
+    best_step=st.none() | st.integers(-1, 8) | st.sampled_from([10**400, -(10**400), True, "5"]),
 )
-@example(log=[{"step": 1, "loss": 10**400}], best=None, metric=None)
-@example(log=[], best="out/best", metric=1.0)
+@example(log=[{"step": 1, "loss": 10**400}], best=None, metric=None, best_step=None)
+@example(log=[], best="out/best", metric=1.0, best_step=None)
+@example(log=[], best="out/checkpoint-" + "9" * 300, metric=1.0, best_step=7)
+@example(log=[], best="out/checkpoint-5\x1b[2J", metric=1.0, best_step=None)
+@example(log=[], best=None, metric=1.0, best_step=10**400)
+@example(log=[], best=None, metric=1.0, best_step=-1)
 @settings(max_examples=drawn_cases(150), deadline=None)
-def test_any_state_ends_in_a_line_or_is_carried(log: Any, best: Any, metric: Any, trainers: Path) -> None:
+def test_any_state_ends_in_a_line_or_is_carried(
+    log: Any, best: Any, metric: Any, best_step: Any, trainers: Path
+) -> None:
     """The log is carried through resume, save and the page as it is, values of any kind within its entries too."""
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = shutil.copytree(trainers / "checkpoint-7", Path(folder) / "checkpoint-7")
-        _json(log_history=log, best_model_checkpoint=best, best_metric=metric)(checkpoint)
+        best_values = {"best_model_checkpoint": best, "best_metric": metric, "best_global_step": best_step}
+        _json(log_history=log, **best_values)(checkpoint)
         good = isinstance(log, list) and all(isinstance(e, dict) and type(e.get("step")) is int for e in log)
         good &= isinstance(best, str | None) and (metric is None or type(metric) in (int, float))
+        good &= best_step is None or (type(best_step) is int and 0 <= best_step <= 7)
         try:
             saved = read_trainer_checkpoint(checkpoint).state
         except InputError as e:
@@ -584,7 +596,11 @@ def test_any_state_ends_in_a_line_or_is_carried(log: Any, best: Any, metric: Any
         state = TrainerState(
             "5", max_steps=9, num_train_epochs=1, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
         )
-        state.resume(saved, Path(folder) / "out")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            state.resume(saved, Path(folder) / "out")
+            state.at(8, 1.0, 0.0, 0)
+            state.saved(Path(folder) / "out", None)
+        assert "\x1b" not in said.getvalue() and said.getvalue().count("\n") <= 1
         state.log({"loss": 1.0, "eval_loss": 2.0})
         state.evaluated(2.0, saves=True)
         assert state.best_step is None
@@ -592,6 +608,15 @@ def test_any_state_ends_in_a_line_or_is_carried(log: Any, best: Any, metric: Any
         found = read_log(Path(folder) / "trainer_state.json")
         assert json.dumps(found[:-1], sort_keys=True) == json.dumps(log, sort_keys=True)
         as_page([{"name": "a", "log_history": found, "compare": {"name": "b", "log_history": log}}])
+
+
+def test_the_step_of_a_best_checkpoint_with_a_slash(tmp_path: Path) -> None:
+    state = TrainerState(
+        "5", max_steps=9, num_train_epochs=1, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
+    )
+    (tmp_path / "checkpoint-5").mkdir()
+    state.resume({"best_model_checkpoint": "out/checkpoint-5/"}, tmp_path)
+    assert state.best_step == 5
 
 
 def test_a_long_log(trainers: Path, tmp_path: Path) -> None:

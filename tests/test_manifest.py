@@ -289,6 +289,7 @@ def put_adapter(folder: Path) -> None:
     change_json(folder / MANIFEST, lambda values: values["files"].update({"adapter_config.json": digest}))
 
 
+OTHERS = ("consolidated.00.pth", "flax_model.msgpack", "model.gguf", "tf_model.h5")
 PASSED_OVER = (
     "is a file of weights that the manifest does not name: transformers passes over it, and other programs may read it "
     "in the place of the manifest's; remove it"
@@ -328,6 +329,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "pickled weights": (
         lambda folder: (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b""),
         [f"pytorch_model-00001-of-00002.bin FAILS: {PASSED_OVER}"],
+    ),
+    "weights of other programs": (
+        lambda folder: ([(folder / name).write_bytes(b"") for name in OTHERS], (folder / "adapter_model").mkdir()),
+        [f"{name} FAILS: {PASSED_OVER}" for name in OTHERS],
     ),
     "an adapter on top": (
         put_adapter,

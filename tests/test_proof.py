@@ -7,7 +7,9 @@ The exact reference of the proof, torch in float64, is itself compared with a Nu
 import dataclasses
 import importlib.util
 import json
+import os
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,7 @@ from tiny import (
     write_tokenizer,
 )
 
+from llama_jax.base.errors import InputError
 from llama_jax.command import convert, parity
 from llama_jax.data.examples import Examples
 from llama_jax.distributed import sharding
@@ -670,7 +673,8 @@ def test_windows_longer_than_a_sample(tmp_path: Path) -> None:
     [
         (4096, "no example has more than its 4,096 tokens"),
         (100, "4 examples of 148 tokens take 1.8 times the time that they may"),
-        (99, "4 examples of 147 tokens take 1.1 times the memory that they may"),
+        (99, "the scores of 4 examples of 147 tokens take 1.1 times the memory that they may"),
+        (98, "the logits of 4 examples of 146 tokens take 1.3 times the memory that they may"),
     ],
 )
 def test_windows_that_are_not_compared(
@@ -681,6 +685,8 @@ def test_windows_that_are_not_compared(
         monkeypatch.setattr(sample_module, "MOST_PRODUCTS", 4 * 148 * subject.config.num_parameters / 1.8)
     if window == 99:
         monkeypatch.setattr(sample_module, "MOST_SCORES", 8 * 4 * 4 * 147**2 / 1.1)
+    if window == 98:
+        monkeypatch.setattr(sample_module, "MOST_LOGITS", 8 * 4 * 146 * subject.config.vocab_size / 1.3)
     assert (subject.sample.lengths == TOKENS).all()
     assert subject.short_of_window.startswith(shown)
 
@@ -747,6 +753,8 @@ def test_a_flax_folder_against_another(case: Case, tmp_path: Path) -> None:
     [
         (["--records", "0"], "--records 0: should be a number above 0"),
         (["--shrink", "3"], "--shrink 3: should be from 1 to the 2 layers of "),
+        (["--shrink", "0"], "--shrink 0: should be from 1 to the 2 layers of "),
+        (["--shrink", "-1", "--against", "none"], "--shrink -1: should be from 1 to the 2 layers of "),
         (["--dry_run", "v5e-16"], "--dry_run: is for train_jax.py"),
         (["--resume_from_checkpoint", "True"], "--resume_from_checkpoint: is for train_jax.py"),
         (["--recrods", "3"], "unknown argument --recrods"),
@@ -756,6 +764,18 @@ def test_a_flax_folder_against_another(case: Case, tmp_path: Path) -> None:
 def test_bad_flags(case: Case, argv: list[str], error: str) -> None:
     outcome = run(parity.main, *case.argv, *argv)
     assert outcome.code == 2 and error in outcome.err and outcome.err.count("\n") <= 4
+
+
+def test_waiting_threads_sleep_in_the_commands_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    monkeypatch.setattr(os, "environ", variables)
+    with pytest.raises(InputError, match="--records 0"):
+        parity.main(["--model_name_or_path", "x", "--data_path", "y", "--output_dir", "z", "--records", "0"])
+    assert "OMP_WAIT_POLICY" not in variables
+    monkeypatch.setattr(sys, "argv", ["parity", "--records", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("llama_jax.parity", run_name="__main__")
+    assert variables["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_torch_is_missing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

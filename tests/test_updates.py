@@ -28,7 +28,7 @@ from tiny import (
 )
 
 from llama_jax.command import parity
-from llama_jax.distributed.platform import free_memory, host_memory
+from llama_jax.distributed import platform
 from llama_jax.proof import servers, updates
 from llama_jax.proof.certify import open_subject
 from llama_jax.proof.updates import compare_updates
@@ -63,9 +63,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def ours(case: Run, tmp_path_factory: pytest.TempPathFactory) -> updates.Made:
     args = dataclasses.replace(parse_arguments(case.argv), max_steps=COUNT)
     job, made = open_subject(args, None).job, tmp_path_factory.mktemp("ours")
-    updates._ask(
-        {"model": str(case.folder / "model"), "layers": None, "new_tokens": 1, "prepared": str(made / "model")}
-    )
+    spec = {"model": str(case.folder / "model"), "layers": None, "new_tokens": 1, "prepared": str(made / "model")}
+    updates._ask(spec, made)
     return updates._ours(args, job, made / "model", case.folder / "model", made)
 
 
@@ -75,7 +74,7 @@ def rows_beside(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch, 
 
     from llama_jax.proof import trainer_process
 
-    def ask(spec: dict[str, Any]) -> dict[str, Any]:
+    def ask(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         AcceleratorState._reset_state(True)  # they outlive a run
         GradientState._reset_state()
         if "prepared" in spec:
@@ -237,11 +236,27 @@ def test_what_is_not_compared(flags: str, reason: str, case: Run) -> None:
 
 
 def test_a_model_that_is_too_large(case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(updates, "free_memory", lambda: 1_200_000)
+    """60 bytes a parameter, as measured."""
     subject = open_subject(parse_arguments(case.argv), None)
-    (row,) = compared(subject.job, case).rows
-    assert row.holds is None and row.note.endswith("compare fewer layers, --shrink 1")
-    assert 0 < free_memory() < host_memory()  # programs run
+    count = subject.job.config.num_parameters
+    for memory, remedy in ((60 * count - 1, ", or --shrink 1"), (60 * 1000, "")):
+        monkeypatch.setattr(updates, "free_memory", lambda memory=memory: memory)
+        (row,) = compared(subject.job, case).rows
+        assert row.holds is None and row.note.endswith(f": free memory, or use a larger machine{remedy}")
+    monkeypatch.setattr(updates, "free_memory", lambda: 60 * count)
+    assert not updates._reason(subject.job, None, COUNT)
+
+
+def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's limit holds, and its cache of files is free."""
+    monkeypatch.setattr(platform, "_GROUP", tmp_path)
+    assert 0 < (whole := platform.free_memory()) < platform.host_memory()  # programs run
+    (tmp_path / "memory.max").write_text("90000\n")
+    (tmp_path / "memory.current").write_text("70000\n")
+    (tmp_path / "memory.stat").write_text("anon 6\nfile 40000\ninactive_file 30000\nactive_file 10000\n")
+    assert platform.free_memory() == 50_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert platform.free_memory() == pytest.approx(whole, rel=0.2)
 
 
 def test_a_sample_of_examples_with_labels(tmp_path: Path, case: Run) -> None:

@@ -104,6 +104,11 @@ def one_line(e: BaseException) -> str:
     return " ".join(str(e).split())[:300] or type(e).__name__
 
 
+def plain(text: str) -> str:
+    """Return a text without control characters: that of a file could steer the terminal."""
+    return text if text.isprintable() else repr(text)
+
+
 def disk_problem(e: BaseException) -> str | None:
     """Return a line for an error of the disk, else None. safetensors and tensorstore give its number in their text."""
     number, file = (e.errno, e.filename) if isinstance(e, OSError) else (None, None)

@@ -4,7 +4,6 @@ python -m llama_jax.parity --model_name_or_path HF_DIR --data_path data.json --b
 python -m llama_jax.parity --verify OUTPUT_DIR
 """
 
-import os
 import signal
 import sys
 import time
@@ -100,8 +99,6 @@ def parse(argv: Sequence[str]) -> Parsed | Verified:
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code: 0 where every row holds, 1 where one fails. Raises InputError."""
     started = time.monotonic()
-    # Before torch: its waiting threads sleep. Spinning, they took twice the CPU time where other work had the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = parse(argv)
     if isinstance(given, Verified):
         return _verify(given, started)

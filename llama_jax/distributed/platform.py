@@ -34,6 +34,7 @@ TPU_OPTIONS: Mapping[str, Mapping[str, str | bool]] = {
     "TPU v5 lite": dict([_NO_RINGS, ("xla_jf_bf16_propagation", False)]),
     "TPU v6 lite": dict([_NO_RINGS, ("xla_tpu_scoped_vmem_limit_kib", "98304"), *_ON_SPARSE_CORES]),
 }
+_GROUP = Path("/sys/fs/cgroup")
 LEAVE_OUT = "default"  # the value of a given option that leaves the compiler's own
 
 
@@ -128,11 +129,18 @@ def host_memory() -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes of this host's memory that programs can still get; all of it where the system does not tell."""
+    """Return the bytes of this host's memory that programs can still get, in this container where its group (cgroup v2)
+    has a limit; all of it where the system does not tell."""
+    free = host_memory()
     with contextlib.suppress(OSError):
         if found := re.search(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE):
-            return int(found[1]) << 10
-    return host_memory()
+            free = int(found[1]) << 10
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = (_GROUP / "memory.stat").read_text()
+        cached = sum(map(int, re.findall(r"^inactive_file (\d+)$", stat, re.MULTILINE)))  # given back under pressure
+        free = min(free, limit - used + cached)
+    return free
 
 
 def memory_limit() -> int | None:

@@ -17,6 +17,7 @@ from llama_jax.hf.source import Source
 from llama_jax.hf.tensor import Tensor
 from llama_jax.model.config import LlamaConfig, RopeConfig
 
+_LLAMA3 = ("llama", "granite")  # llama.cpp (of xllamacpp 2026.10) reads the scaling's factors of these alone
 _NO_ROPE_STEP = 4  # of SmolLM3's layers llama.cpp leaves each fourth unrotated
 
 
@@ -76,8 +77,8 @@ def _unknown(config: LlamaConfig, architecture: str, longest: int) -> str:
     if window and window < longest:
         return f"sliding_window for {architecture}, and texts of {longest} tokens reach past {window}"
     if config.rope_layers != expected:
-        return "no_rope_layers but each fourth one"
-    if rope.rope_type not in ("default", "linear", "yarn", "llama3"):
+        return "choice of no_rope_layers: each fourth layer of smollm3 is unrotated"
+    if rope.rope_type not in ("default", "linear", "yarn", *(("llama3",) if architecture in _LLAMA3 else ())):
         return f"rope type {rope.rope_type} for {architecture}"
     # Its Python package replaces the betas of a file, and its attention factor is that of the paper.
     betas = {"beta_fast": (None, 32.0), "beta_slow": (None, 1.0)}

@@ -35,7 +35,10 @@ from llama_jax.reporting.progress import say
 
 MANIFEST, FORMAT = "manifest.json", 1
 ADAPTER_CONFIG = "adapter_config.json"  # transformers loads the adapter beside it, also on top of a whole model
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*")
+WEIGHTS = (
+    *("*.safetensors", "pytorch_model*.bin", "adapter_model*", "*.gguf", "consolidated*.pth", "tf_model*.h5"),
+    "flax_model*.msgpack",
+)
 COLUMNS = 64  # of the vocabulary: with three prompts some 20 kB
 LARGEST = float(np.finfo(np.float32).max)
 READERS = 4  # threads: SHA-256 of one takes 0.5 to 2 GB/s

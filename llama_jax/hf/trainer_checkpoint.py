@@ -268,6 +268,11 @@ def _read_state(path: Path) -> Json:
                 f"{path}: {key} is {repr(value)[:40]}; should be {'a path' if str in kinds else 'a number'} or null: "
                 "copy the file again"
             )
+    if not 0 <= (best_step := state.get("best_global_step") or 0) <= state["global_step"]:
+        raise InputError(
+            f"{path}: best_global_step is {repr(best_step)[:40]}; should be from 0 to global_step, "
+            f"{state['global_step']}: copy the file again"
+        )
     if not isinstance(log := state.get("log_history"), list):
         raise InputError(f"{path}: log_history is missing; copy the file again")
     for number, entry in enumerate(log):

@@ -95,8 +95,9 @@ def open_subject(args: Arguments, layers: int | None) -> Subject:
 
 
 def _check_layers(source: Source, layers: int | None) -> None:
-    """Refuse more first layers than a model has. Raises InputError."""
-    if layers is not None and not 0 < layers <= (most := source.config.num_hidden_layers):
+    """Refuse a number of first layers that a model does not have. Raises InputError."""
+    most = source.config.num_hidden_layers
+    if layers is not None and not 0 < layers <= most:
         raise InputError(f"--shrink {layers}: should be from 1 to the {most} layers of {source.folder}")
 
 

@@ -19,9 +19,9 @@ from llama_jax.model.config import LlamaConfig
 # Examples of a sample, and tokens of each: few, for CPUs, and more than 128 in a packed row, where a CPU's attention
 # goes block by block (model/blockwise.py).
 ROWS, TOKENS = 4, 48
-# What a sample past a sliding window may cost: parameters times tokens, some minutes of two cores, and the bytes of a
-# layer's scores, which torch holds in float64 some times over.
-MOST_PRODUCTS, MOST_SCORES = 1e11, 1 << 29
+# What a sample past a sliding window may cost: parameters times tokens, some minutes of two cores; the bytes of a
+# layer's scores, which torch holds in float64 some times over; and those of the logits in float64.
+MOST_PRODUCTS, MOST_SCORES, MOST_LOGITS = 1e11, 1 << 29, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,11 @@ def too_dear(config: LlamaConfig, tokens: int) -> str:
     products = ROWS * tokens * config.num_parameters
     if products > MOST_PRODUCTS:
         return f"{ROWS} examples of {tokens:,} tokens take {products / MOST_PRODUCTS:.3g} times the time that they may"
-    scores = 8 * ROWS * config.num_attention_heads * tokens**2
-    if scores > MOST_SCORES:
-        return f"{ROWS} examples of {tokens:,} tokens take {scores / MOST_SCORES:.3g} times the memory that they may"
+    scores = 8 * ROWS * config.num_attention_heads * tokens**2 / MOST_SCORES
+    logits = 8 * ROWS * tokens * config.vocab_size / MOST_LOGITS
+    for name, share in (("scores", scores), ("logits", logits)):
+        if share > 1:
+            return f"the {name} of {ROWS} examples of {tokens:,} tokens take {share:.3g} times the memory that they may"
     return ""
 
 

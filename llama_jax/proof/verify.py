@@ -81,7 +81,7 @@ def compare_tensors(folder: Path, manifest: Manifest) -> list[Row]:
     rows: list[Row] = []
     tensors: dict[str, Tensor] = {}
     named = {entry["file"] for entry in manifest.tensors.values()}
-    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
+    for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern) if not path.is_dir()}):
         if path.name not in named:
             rows.append(_failed(TENSORS, path.name, _unnamed(path.name, manifest)))
             continue

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llama_jax.base.errors import plain
 from llama_jax.base.files import write_json
 from llama_jax.reporting.progress import say
 
@@ -61,8 +62,8 @@ class TrainerState:
         if not (path := self.values["best_model_checkpoint"]):
             return
         name = Path(path).name
-        if not (re.fullmatch(r"checkpoint-[0-9]+", name) and (output_dir / name).is_dir()):
-            say(f"warning: {output_dir / name}, the best checkpoint so far, is missing")
+        if not (re.fullmatch(r"checkpoint-[0-9]{1,18}", name) and (output_dir / name).is_dir()):
+            say(f"warning: {plain(str(output_dir / name))}, the best checkpoint so far, is missing")
             self.values["best_model_checkpoint"] = None
 
     def at(self, step: int, epoch: float, flos: float, tokens_seen: int) -> None:
@@ -120,7 +121,7 @@ class TrainerState:
     def best_step(self) -> int | None:
         """Return the step of the best checkpoint, if any."""
         path = self.values["best_model_checkpoint"]
-        return int(path.rpartition("-")[2]) if path else None
+        return int(Path(path).name.rpartition("-")[2]) if path else None
 
     def save(self, folder: Path) -> None:
         write_json(folder / "trainer_state.json", self.values)

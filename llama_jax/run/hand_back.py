@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.base.bucket import is_remote
-from llama_jax.base.errors import InputError
+from llama_jax.base.errors import InputError, plain
 from llama_jax.base.files import make_output_dir, write_json
 from llama_jax.data.order import Order, generator_after
 from llama_jax.data.tokenizer import copy_tokenizer
@@ -110,7 +110,9 @@ def _progress(saved: SavedRun) -> Json:
     """Return trainer_state.json, and report what does not go back."""
     state = saved.trainer_state
     if best := state["best_model_checkpoint"]:
-        say(f"warning: the best checkpoint so far, {best}, stays where it is: the Trainer keeps its metric alone")
+        say(
+            f"warning: the best checkpoint so far, {plain(best)}, stays where it is: the Trainer keeps its metric alone"
+        )
     if left := [action for action in saved.left if action.endswith("evaluate")]:
         say(f"warning: an evaluation was still due ({', '.join(left)}): the Trainer leaves it out")
     callbacks = {"stateful_callbacks": CALLBACKS} if "stateful_callbacks" in state else {}
