@@ -70,7 +70,7 @@ def compute(program: str, source: Source, sample: Sample) -> np.ndarray | str:
             ids = [ids.tolist() for ids, _ in sample.examples]
             spec = {"program": program, "model": str(model), "ids": ids, "logits": str(folder / "logits.npy")}
             answer = ask(program, _PROCESS, _VARIABLES, spec, folder)
-            return answer["left_out"] or np.load(folder / "logits.npy")
+            return answer["left_out"] or np.load(folder / "logits.npy", allow_pickle=False)
     except (InputError, Failed) as e:
         return str(e)
     except (OSError, EOFError, ValueError) as e:  # a full disk, or a file that is cut
