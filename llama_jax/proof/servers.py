@@ -70,8 +70,11 @@ def compute(program: str, source: Source, sample: Sample) -> np.ndarray | str:
             ids = [ids.tolist() for ids, _ in sample.examples]
             spec = {"program": program, "model": str(model), "ids": ids, "logits": str(folder / "logits.npy")}
             answer = ask(program, _PROCESS, _VARIABLES, spec, folder)
-            return answer["left_out"] or np.load(folder / "logits.npy", allow_pickle=False)
+            if left_out := answer["left_out"]:
+                return str(left_out)
+            with (folder / "logits.npy").open("rb") as file:
+                return np.lib.format.read_array(file, allow_pickle=False)
     except (InputError, Failed) as e:
         return str(e)
-    except (OSError, EOFError, ValueError) as e:  # a full disk, or a file that is cut
+    except (OSError, ValueError) as e:  # a full disk, or a file that is cut
         return one_line(e)
