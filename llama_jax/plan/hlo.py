@@ -42,6 +42,18 @@ class Instruction(NamedTuple):
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.\-]+)", self.rest.partition(")")[0])
 
+    @property
+    def cycles(self) -> int:
+        """Return the TPU compiler's estimate of the cycles, 0 where it has none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+        return int(found[1]) if found else 0
+
+    @property
+    def kernel(self) -> str:
+        """Return the name of the Pallas kernel that is called on a TPU, "" where none is."""
+        calls = self.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.rest
+        return re.sub(r"[.\d]+$", "", self.name) if calls else ""
+
 
 class Collective(NamedTuple):
     """Describe a collective that a step runs `times` times.
@@ -209,16 +221,11 @@ class Program:
         that only "copy", and of other ones, "elementwise". Collectives and Pallas kernels have no estimate."""
         sums = dict.fromkeys(("matmul", "elementwise", "copy"), 0)
         for computation, line in self._run():
-            if cycles := self.cycles_of(line):
+            if cycles := line.cycles:
                 kinds = self._kinds(line)
                 kind = "matmul" if kinds & _PRODUCTS else "copy" if kinds <= _MOVES | {"fusion"} else "elementwise"
                 sums[kind] += self.times[computation] * cycles
         return sums
-
-    def cycles_of(self, line: Instruction) -> int:
-        """Return the TPU compiler's estimate of an instruction's cycles, 0 where it has none."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', line.rest)
-        return int(found[1]) if found else 0
 
     def _kinds(self, line: Instruction) -> set[str]:
         """Return the opcodes of an instruction and of all inside."""
@@ -229,14 +236,9 @@ class Program:
         """Count a step's calls of each Pallas kernel of a TPU, by the kernel's name."""
         counts: dict[str, int] = {}
         for computation, line in self._run():
-            if name := self.kernel_of(line):
+            if name := line.kernel:
                 counts[name] = counts.get(name, 0) + self.times[computation]
         return counts
-
-    def kernel_of(self, line: Instruction) -> str:
-        """Return the name of the Pallas kernel that an instruction calls on a TPU, "" where it calls none."""
-        calls = line.kind == "custom-call" and 'custom_call_target="tpu_custom_call"' in line.rest
-        return re.sub(r"[.\d]+$", "", line.name) if calls else ""
 
     def largest(self, count: int) -> list[tuple[str, int, str]]:
         """Return the largest arrays that a step makes: type and shape, bytes, and the operation of their origin."""

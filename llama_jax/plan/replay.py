@@ -64,7 +64,7 @@ def _steps(
         if line.kind == "while":
             yield _Step({}, 0.0, (), line.attribute("body"), program.trips(computation, line))
             continue
-        work = program.cycles_of(line) / chip.clock + of_kernel * bool(program.kernel_of(line))
+        work = line.cycles / chip.clock + of_kernel * bool(line.kernel)
         exchanges = program.exchanges(computation, line, mesh)
         begun = {e.key: e.sent / chip.link_rate for e in exchanges if e.begins}
         ended = tuple(e.key for e in exchanges if e.ends)
