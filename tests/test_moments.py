@@ -100,6 +100,26 @@ def test_codes_are_the_nearest(signed: bool) -> None:
     )
 
 
+@SIGNED
+def test_the_arithmetic_of_devices(signed: bool) -> None:
+    """Values by arithmetic, as on a TPU, have three roundings. Codes, as on a GPU or TPU, are the nearest, but for a
+    number whose line may be rounded across the middle of two codes."""
+    values = np.asarray(jax.jit(eight_bits._value, static_argnums=1)(jnp.arange(256, dtype=jnp.uint8), signed))
+    np.testing.assert_allclose(values, book(signed), rtol=3 * EPS32, atol=0)
+    codes = book(signed).astype(np.float64)
+    middles = ((codes[1:] + codes[:-1]) / 2).astype(np.float32)
+    near = np.concatenate([middles * np.float32(1 + k * 30 * EPS32) for k in (-2, 2)])
+    drawn = 10 ** np.random.default_rng(0).uniform(-9, 0, 40000)
+    x = np.concatenate([middles, near, drawn, codes, [0]]).astype(np.float32)
+    x = np.concatenate([x, -x[:-1]]) if signed else np.abs(x)
+    found = np.asarray(jax.jit(eight_bits._computed, static_argnums=1)(x, signed))
+    right = by_distance(x, signed)
+    assert not signed or np.array_equal(found < 127, x < 0)
+    distance, least = (np.abs(x.astype(np.float64) - codes[of]) for of in (found, right))
+    assert np.all(distance - least <= 2 * 30 * EPS32 * np.abs(x))  # of both codes
+    assert np.array_equal(found[len(middles) :][: len(near)], right[len(middles) :][: len(near)])
+
+
 def brute_force(block: np.ndarray, largest: np.float32, signed: bool) -> np.ndarray:
     """The codes of a block by `by_distance`, and those of a block that has no inverse of its largest magnitude."""
     if not np.finfo(np.float32).tiny <= largest < np.inf:
