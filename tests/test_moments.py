@@ -101,9 +101,9 @@ def test_codes_are_the_nearest(signed: bool) -> None:
 
 
 @SIGNED
-def test_the_arithmetic_of_devices(signed: bool) -> None:
-    """Values by arithmetic, as on a TPU, have three roundings. Codes, as on a GPU or TPU, are the nearest, but for a
-    number whose line may be rounded across the middle of two codes."""
+def test_the_arithmetic_of_a_tpu(signed: bool) -> None:
+    """Values have three roundings. Codes are the nearest, but for a number whose line may be rounded across the middle
+    of two codes."""
     values = np.asarray(jax.jit(eight_bits._value, static_argnums=1)(jnp.arange(256, dtype=jnp.uint8), signed))
     np.testing.assert_allclose(values, book(signed), rtol=3 * EPS32, atol=0)
     codes = book(signed).astype(np.float64)

@@ -45,16 +45,15 @@ def code_book(signed: bool) -> np.ndarray:
 def _bounds(signed: bool) -> np.ndarray:
     """Return the largest float32 that is rounded to a code and not to the next one, by the number of the next one.
 
-    A tie goes to the lower code, and a negative number is not rounded to 0. The first and the last element are the ends
-    of the line.
+    A tie goes to the lower code, and a negative number is not rounded to 0. The first element is no number's bound.
     """
     values = code_book(signed).astype(np.float64)
     middle = (values[1:] + values[:-1]) / 2
     bounds = middle.astype(np.float32)
     bounds = np.where(bounds > middle, np.nextafter(bounds, np.float32(-1)), bounds)
     if signed:
-        bounds[ZERO[signed] - 1] = -_LEAST
-    return np.concatenate([[-np.inf], bounds, [np.inf]]).astype(np.float32)
+        bounds[ZERO[signed] - 1] = 0
+    return np.concatenate([[-np.inf], bounds]).astype(np.float32)
 
 
 def absmax(blocks: jax.Array) -> jax.Array:
@@ -65,43 +64,54 @@ def absmax(blocks: jax.Array) -> jax.Array:
 def quantize(blocks: jax.Array, absmax: jax.Array, signed: bool) -> jax.Array:
     """Return the nearest codes of blocks [..., 256], uint8, by the largest magnitude of each block.
 
-    A tie goes to the lower code; a GPU or TPU gives either code to a number that is within 2e-6 of itself from the
+    A tie goes to the lower code; a TPU gives either code to a number that is within 2e-6 of itself from the
     middle of both. A negative number keeps its sign, as in bitsandbytes' CUDA kernel, and is not rounded to 0. A block
     of zeros has codes 0, as an array that a mesh pads. A NaN makes its whole block NaN.
     """
     usual = (absmax >= _LEAST) & (absmax < jnp.inf)
     x = blocks * jnp.where(usual, 1 / absmax, 0)[..., None]
     code = jax.lax.platform_dependent(
-        x if signed else jnp.abs(x), cpu=partial(_exact, signed=signed), default=partial(_computed, signed=signed)
+        x, tpu=partial(_computed, signed=signed), default=partial(_searched, signed=signed)
     )
     unusual = jnp.where(absmax == 0, 0, ZERO[signed])
     return jnp.where(usual[..., None], code, unusual[..., None]).astype(jnp.uint8)
 
 
-def _exact(x: jax.Array, signed: bool) -> jax.Array:
-    """Return the codes of numbers up to 1, int32: those of `_computed`, corrected by the table of bounds."""
-    code, bounds = _computed(x, signed), _bounds(signed)
-    return code - (x <= _look_up(bounds, code)) + (x > _look_up(bounds, code + 1))
-
-
-def _computed(x: jax.Array, signed: bool) -> jax.Array:
-    """Return the codes of numbers up to 1, int32, by arithmetic.
+def _line(size: jax.Array, signed: bool) -> jax.Array:
+    """Return where magnitudes up to 1 lie among the codes, in float32.
 
     Let a decade begin at b = 10^(d - 7) and have n = 2^d intervals, or 2^(d + 1) of an unsigned code. Interval i has
     the code n + i above 0 if signed, n + i - 1 if unsigned. It begins where n (x / b + 8) / 9 is n + i: a line in x.
-    The first one begins a fifth later, because the interval before it is shorter. Each decade's line has a fifth of the
-    slope of the decade before: the lowest line is that of the decade of x. Numbers below 0.001 have the lines of 1000
-    times the number, where n is 8 times as large.
-
-    The line is rounded in three products and a sum. At a decade's begin, where it is steep, the sum weighs most: all
-    together 30 * 2^-24 of x.
+    (The first one begins a fifth later, because the interval before it is shorter.) Each decade's line has a fifth of
+    the slope of the decade before: the lowest line is that of the decade of x. Numbers below 0.001 have the lines of
+    1000 times the number, where n is 8 times as large.
     """
-    size = jnp.minimum(jnp.abs(x), 1)
     low = size < 1e-3
     size = jnp.where(low, 1000 * size, size)
     counts = {10.0 ** (d - DECADES): 2 ** (d + (not signed)) for d in range(3, DECADES)}
     line = reduce(jnp.minimum, [size * (n / b / 9) + n * 8 / 9 for b, n in counts.items()])
-    line = jnp.where(low, line / 8, line)
+    return jnp.where(low, line / 8, line)
+
+
+def _searched(x: jax.Array, signed: bool) -> jax.Array:
+    """Return the codes of numbers up to 1, int32: of the two around the bound nearest to x, the one on its side."""
+    size = jnp.minimum(jnp.abs(x), 1)
+    # The rounded line is the upper code. An eighth more: whole and half places are frequent, at bounds and at codes.
+    # There a compiler that repeats the arithmetic, with other fused products, would round to another number.
+    line = _line(size, signed) + 0.125
+    line = jnp.where(x < 0, 128 - line, 127 + line) if signed else line - 1
+    # A sum with 2^23 ends in the rounded number. A conversion takes six instructions on a GPU.
+    upper = jax.lax.bitcast_convert_type(line + 2.0**23, jnp.int32) & 255
+    return upper - ((x if signed else size) <= _look_up(_bounds(signed), upper))
+
+
+def _computed(x: jax.Array, signed: bool) -> jax.Array:
+    """Return the codes of numbers up to 1, int32, by arithmetic alone: a TPU looks bounds up slowly.
+
+    The line is rounded in three products and a sum. At a decade's begin, where it is steep, the sum weighs most: all
+    together 30 * 2^-24 of x.
+    """
+    line = _line(jnp.minimum(jnp.abs(x), 1), signed)
     whole = jnp.floor(line)
     least = 1.0 if signed else 2.0  # the first interval of all, which begins in the middle between its code and 0
     is_first = jax.lax.bitcast_convert_type(whole, jnp.int32) & 0x7FFFFF == 0
@@ -131,8 +141,8 @@ def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
 def _value(codes: jax.Array, signed: bool) -> jax.Array:
     """Return the values of codes by arithmetic, off by at most 2 units in the last place.
 
-    A TPU looks values up slowly. A GPU does not, and with this arithmetic its program writes moments in float32. With
-    the letters of `_computed`, and k = n + i, the value is (9 (k + 1/2) - 8 n) / n * b, and b / n is a power of 5 times
+    A TPU looks values up slowly. A GPU does not: there this arithmetic makes XLA write moments in float32. With
+    the letters of `_line`, and k = n + i, the value is (9 (k + 1/2) - 8 n) / n * b, and b / n is a power of 5 times
     a constant.
     """
     code = codes.astype(jnp.int32)
