@@ -216,16 +216,27 @@ def test_a_model(scan: bool, remat: str, mesh: Mesh) -> None:
 
 
 def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command trains in fp8, where the device is taken for a GPU: near bfloat16's losses, and not at them."""
+    """The command trains in fp8, where the device is taken for a GPU: near bfloat16's losses, and not at them. It
+    evaluates in bfloat16, in which the exported model runs."""
     monkeypatch.setattr("llama_jax.plan.planner.check_fp8", lambda *_: None)
-    losses = {}
+    losses, evaluated = {}, {}
     for fp8 in (False, True):
         job = Job(tmp_path / str(fp8), bf16=True, fp8=fp8, max_steps=6, logging_steps=1, hf_compat="5")
-        outcome = run(train_jax.main, *job.argv("out"))
+        more = {
+            "eval_data_path": job.flags["data_path"],
+            "eval_strategy": "steps",
+            "eval_steps": 6,
+            "eval_on_start": True,
+        }
+        outcome = run(train_jax.main, *job.argv("out", **more))
         assert outcome.code == 0, outcome.err
         assert ("matrix products in bfloat16, fp8 in the projections" in outcome.err) == fp8
         log = json.loads((job.folder / "out" / "trainer_state.json").read_text())["log_history"]
         losses[fp8] = np.array([entry["loss"] for entry in log if "loss" in entry])
+        evaluated[fp8] = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert (
+        len(evaluated[True]) == 2 and evaluated[True][0] == evaluated[False][0]
+    )  # of the weights that both begin with
     off = np.abs(losses[True] / losses[False] - 1)
     assert 1e-5 < off.max() < 0.02
 

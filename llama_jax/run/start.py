@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from llama_jax.distributed import processes
 from llama_jax.distributed.storage import tree_bytes
 from llama_jax.hf import peft
 from llama_jax.hf.load import place_arrays, resize_vocabulary
-from llama_jax.model.definition import merge
+from llama_jax.model.definition import Definition, define, merge
 from llama_jax.model.lora import magnitudes
 from llama_jax.model.roles import Params
 from llama_jax.plan.chips import peak_flops
@@ -187,8 +187,14 @@ def open_checkpoints(prepared: Prepared, files: dict[str, bytes]) -> Checkpoints
 def make_run(prepared: Prepared, plan: Plan) -> Run:
     """Add the evaluation, the log and the speedometer to a plan."""
     args, job = prepared.args, prepared.job
-    loss_step = make_loss_step(plan.definition, prepared.mesh, job.config.vocab_size, args.label_smoothing_factor)
-    evaluation = with_tasks(make_evaluation(prepared, loss_step, plan.option.max_tokens), prepared.tasks)
+
+    def losses(definition: Definition) -> LossStep:
+        return make_loss_step(definition, prepared.mesh, job.config.vocab_size, args.label_smoothing_factor)
+
+    loss_step = exported = losses(plan.definition)
+    if plan.run.fp8:  # an evaluation is of the exported model, which does not know of fp8
+        exported = losses(define(job.config, replace(plan.run, fp8=False), prepared.mesh))
+    evaluation = with_tasks(make_evaluation(prepared, exported, plan.option.max_tokens), prepared.tasks)
     peak = peak_flops(prepared.mesh.devices.flat[0].device_kind, prepared.mesh.size)
     speedometer = Speedometer(
         lambda: prepared.watch.seconds("training"), flops_per_token(job) if peak is not None else 0.0, peak
