@@ -88,3 +88,24 @@ def test_a_row_of_ours(libtpu: None) -> None:
     assert row[1].strip() == "v5e-4" and float(row[3].split()[0]) < 1, row
     assert re.fullmatch(r" [\d,]+ \+ [\d,]+ ", row[5]), row
     assert re.fullmatch(r" [\d,]+ \([\d,]+ \+ [\d,]+\) ", row[7]), row
+
+
+@pytest.mark.proof
+def test_roundings_to_fp8(shared: Path) -> None:
+    """Before an update nothing but the rounding differs: gradients' rounding changes no loss then, inputs' does."""
+    data = shared / "data"
+    command = [sys.executable, str(BENCHMARKS / "fp8_rounding.py"), "--model", str(data / "stories260K")]
+    command += [
+        "--data_path",
+        str(data / "alpaca" / "alpaca_data.json"),
+        "--updates",
+        "1",
+        "--runs",
+        "inputs",
+        "gradients",
+    ]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]
+    rows = {row.split(" | ")[0]: re.findall(r"\(([+-][\d.]+%)\)", row) for row in made.stdout.splitlines()[2:]}
+    assert rows["| nothing"] == rows["| gradients"] == ["+0.00%"] * 3  # the first update has a rate of 0
+    assert rows["| inputs"][0] != "+0.00%" and rows["| inputs"][2] == "+0.00%", rows
