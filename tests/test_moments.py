@@ -151,6 +151,23 @@ def test_drawn_codes(signed: bool, seed: int, spread: float, scale: float, zeros
         np.testing.assert_allclose(values, book(signed)[found[0]] * largest, rtol=0, atol=tiny)
 
 
+@SIGNED
+@pytest.mark.parametrize("other", [1.0, np.inf, -np.inf])
+def test_a_nan_spreads_to_its_block(signed: bool, other: float) -> None:
+    """From each place of a block, beside numbers or an Inf; the blocks around it stay finite."""
+    x = np.ones((2, 256, 256), np.float32)
+    np.fill_diagonal(x[0, :, ::-1], other)
+    np.fill_diagonal(x[0], np.nan)
+
+    @jax.jit
+    def kept(x: jax.Array) -> jax.Array:
+        scales = eight_bits.absmax(x)
+        return eight_bits.dequantize(eight_bits.quantize(x, scales, signed), scales, signed)
+
+    for order in (x, x.swapaxes(0, 1)):
+        np.testing.assert_array_equal(kept(order), np.where(np.isnan(order).any(-1, keepdims=True), np.nan, order))
+
+
 # -- Updates ----------------------------------------------------------------------------------------------------------
 
 

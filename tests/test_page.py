@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,31 @@ def test_a_damaged_report_is_begun_anew(job: Job, damage: str, tmp_path: Path) -
     begun.begin()
     begun.end("finished", 60)
     assert values(tmp_path)["speed"] == {name: [] for name in POINTS}
+
+
+def test_a_page_without_news_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After the seconds that the page before it names; the waits of this test pass at once."""
+    named: list[float] = []
+    waits = [0.0]
+
+    class AtOnce(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits[-1] += math.inf if timeout is None else timeout
+            return self.is_set()
+
+    def keep(path: Path, text: str) -> None:
+        if path.name == VALUES:
+            named.append(json.loads(text)["next_within"])
+            waits.append(0.0)
+            if len(named) == 5:
+                begun._ended.set()
+
+    monkeypatch.setattr(run_report, "write_text", keep)
+    monkeypatch.setattr(run_report, "SHARE", 1.0)  # no write takes more than `EVERY` of seconds
+    begun = RunReport(tmp_path, {"name": "x", "log_history": []}, dict)
+    begun._changed, begun._ended = AtOnce(), AtOnce()
+    begun._work()
+    assert named == [70.0] * 6 and waits[2:-1] == [70.0] * 4
 
 
 def test_ends_other_than_the_last_update(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,6 +469,29 @@ def test_a_running_page_is_read_again(browser: Any, tmp_path: Path) -> None:
     with page.expect_event("load"):
         page.clock.run_for(2_000)
     assert page.evaluate("window.mark === undefined")
+    page.close()
+
+
+def test_a_page_tells_a_run_that_may_be_dead(browser: Any, tmp_path: Path) -> None:
+    """Once it is late five times over, on a zoomed page too; a finished run, and one without times, say nothing."""
+    told = "nothing is written since: the run may have been killed"
+    runs = [made_run("a", "running"), made_run("b", "finished"), made_run("c", "running")]
+    for made, more in zip(runs, ({"next_within": 70.0}, {"next_within": 70.0}, {}), strict=True):
+        made |= {"written": 1000.0, **more}
+    (tmp_path / PAGE).write_text(as_page(runs))
+    page = browser.new_page()
+    page.clock.install(time=0)
+    page.clock.pause_at(1000 + 5 * 70 - 20)
+    page.goto((tmp_path / PAGE).as_uri())
+    said = "[...document.querySelectorAll('main > p.quiet')].map(e => e.textContent)"
+    before = page.evaluate(said)
+    assert [line[:3] for line in before] == ["a: ", "b: ", "c: "] and not any(told in line for line in before)
+    page.check("#log")  # such a page is not read again
+    page.evaluate("window.mark = 1")
+    page.clock.run_for(31_000)
+    assert page.evaluate(said) == [f"{before[0]}; {told}", *before[1:]] and page.evaluate("window.mark") == 1
+    page.reload()
+    assert page.evaluate(said) == [f"{before[0]}; {told}", *before[1:]]
     page.close()
 
 

@@ -34,7 +34,7 @@ def test_covered(spans: list[tuple[int, int]]) -> None:
 
 
 def test_division_of_a_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In ns: two streams of GPU 0, two updates; GPU 1 and other lines do not count."""
+    """In ns: three streams of GPU 0, two updates; GPU 1 and other lines do not count."""
 
     def event(name: str, start: float, end: float) -> Any:
         return SimpleNamespace(name=name, start_ns=start, end_ns=end, stats=[])
@@ -44,6 +44,7 @@ def test_division_of_a_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         *(event("loop_add_fusion_4", 8e6, 10e6), event("nvjet_sm90_gemm", 14e6, 20e6)),
     ]
     second = [event("ncclKernel_AllGather", 9e6, 12e6)]
+    third = [event("MemcpyD2H", 11e6, 13e6), event("MemcpyH2D", 12e6, 13e6), event("MemcpyH2D", 18e6, 21e6)]
     random.Random(0).shuffle(first)
     planes = [
         SimpleNamespace(
@@ -51,6 +52,7 @@ def test_division_of_a_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             lines=[
                 SimpleNamespace(name="Stream #1(Compute)", events=first),
                 SimpleNamespace(name="Stream #2(Compute)", events=second),
+                SimpleNamespace(name="Stream #3(MemcpyH2D,MemcpyD2H)", events=third),
                 SimpleNamespace(name="XLA Ops", events=[event("x", 0, 9e9)]),
             ],
         ),
@@ -60,8 +62,9 @@ def test_division_of_a_trace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     read = SimpleNamespace(from_file=lambda path: SimpleNamespace(planes=planes))
     monkeypatch.setattr(room.jax.profiler, "ProfileData", read)
     spent, kernels = time_spent(tmp_path, 2, {"loop_add_fusion_4"})
-    expected = {"matmuls": 5.0, "attention": 0.5, "collectives": 1.5, OPTIMIZER: 1.0, OTHER: 1.5}
-    assert spent == expected | {"exposed": 1.0, "idle": 1.0, "whole": 10.0}
+    expected = {"matmuls": 5.0, "attention": 0.5, "collectives": 1.5, "host copies": 2.5, OPTIMIZER: 1.0, OTHER: 1.5}
+    # From 10 to 13 ms the collective and two copies; from 20 to 21 ms the last copy.
+    assert spent == expected | {"exposed": 2.0, "idle": 0.5, "whole": 10.5}
     assert kernels[0] == ("nvjet_sm90_gemm", 10.0)
 
 

@@ -13,9 +13,11 @@ import jax
 # Kernels and copies of a GPU by their names; GPUs of one process exchange by copy engines.
 KINDS = {
     "collectives": "nccl|MemcpyP2P",
+    "host copies": "MemcpyH2D|MemcpyD2H",
     "matmuls": "gemm|nvjet|cutlass|cublas|xmma",
     "attention": "sdpa|fmha|flash|cudnn",
 }
+TRANSFERS = ("collectives", "host copies")
 OPTIMIZER, OTHER = "optimizer", "elementwise and other"  # the first is a scope of `training.step`
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="[^"]*/' + OPTIMIZER + "/", re.MULTILINE)
 
@@ -50,8 +52,8 @@ def time_spent(
     """Return ms an update that the first GPU of a trace spent by kind, and its longest kernels with their ms in all.
 
     `optimizer` has the names of kernels of that kind.
-    Beside the kinds: "exposed" counts collectives while nothing else ran, "idle" the time without work, "whole" all
-    from the first operation to the last. Without a GPU the times are empty.
+    Beside the kinds: "exposed" counts transfers while nothing else ran, "idle" the time without work, "whole" all from
+    the first operation to the last. Without a GPU the times are empty.
     """
     planes = jax.profiler.ProfileData.from_file(str(next(folder.rglob("*.xplane.pb")))).planes
     lines = [line for plane in planes if plane.name.startswith("/device:GPU:0") for line in plane.lines]
@@ -66,8 +68,8 @@ def time_spent(
                 kind = OPTIMIZER
             times[kind].append((event.start_ns, event.end_ns))
             kernels[event.name] = kernels.get(event.name, 0.0) + (event.end_ns - event.start_ns) / 1e6
-    work = [span for kind, spans in times.items() if kind != "collectives" for span in spans]
-    everything = [*work, *times["collectives"]]
+    everything = [span for spans in times.values() for span in spans]
+    work = [span for kind, spans in times.items() if kind not in TRANSFERS for span in spans]
     if not everything:
         return {}, []
     whole, busy = max(end for _, end in everything) - min(start for start, _ in everything), covered(everything)

@@ -17,6 +17,7 @@ from llama_jax.reporting.progress import say
 VALUES, PAGE = "report.json", "report.html"
 EVERY = 10.0  # seconds between two writes, at least
 SHARE = 0.005  # of the time at most is spent on writing
+STILL = 60.0  # more seconds without news: a write shows that the process lives
 POINTS = ("step", "grad_norm", "tokens_per_second", "mfu", "memory")
 
 
@@ -28,7 +29,7 @@ class RunReport:
         empty = {"speed": {name: [] for name in POINTS}, "checkpoints": [], "answers": []}
         self._values: dict[str, Any] = {"status": "running", **empty, **facts}
         self._lock, self._ended = threading.Lock(), threading.Event()
-        self._changed = threading.Event()
+        self._changed, self._pause = threading.Event(), EVERY
         self._thread = threading.Thread(target=self._work, daemon=True, name="report")
 
     def resume(self, step: int) -> None:
@@ -89,27 +90,28 @@ class RunReport:
             with self._lock:
                 self._values |= found
             while not self._ended.is_set():
-                began = time.monotonic()
                 self._write()
-                self._ended.wait(max(EVERY, (time.monotonic() - began) / SHARE))
-                self._changed.wait()
+                self._ended.wait(self._pause)
+                self._changed.wait(STILL)
                 self._changed.clear()
             self._write()
         except Exception as e:  # a full disk, say: the run goes on
             say(f"warning: {self._folder / PAGE} is not written any more: {type(e).__name__}: {e}")
 
     def _write(self) -> None:
+        began = time.monotonic()
         with self._lock:
             values = dict(self._values)
             values["speed"] = {name: list(points) for name, points in values["speed"].items()}
             values |= {key: list(values[key]) for key in ("checkpoints", "answers", "log_history")}
-        values["written"] = time.time()
+        values |= {"written": time.time(), "next_within": self._pause + STILL}
         if not is_remote(self._folder):
             for entry in values["checkpoints"]:
                 entry["kept"] = (self._folder / f"checkpoint-{entry['step']}").is_dir()
         values = finite(values)
         write_text(self._folder / VALUES, dump_json(values) + "\n")  # keys in their order
         write_text(self._folder / PAGE, as_page([values]))
+        self._pause = max(EVERY, (time.monotonic() - began) / SHARE)
 
 
 def read_report(folder: Path) -> dict[str, Any]:

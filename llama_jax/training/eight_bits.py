@@ -57,8 +57,14 @@ def _bounds(signed: bool) -> np.ndarray:
 
 
 def absmax(blocks: jax.Array) -> jax.Array:
-    """Return the largest magnitude of each block [..., 256]."""
-    return jnp.max(jnp.abs(blocks), axis=-1)
+    """Return the largest magnitude of each block [..., 256], NaN where the block has one."""
+
+    def of_bits(size: jax.Array) -> jax.Array:
+        """Compare the bits as integers, where NaN is above Inf: XLA's maximum on a CPU may drop a NaN."""
+        bits = jnp.max(jax.lax.bitcast_convert_type(size, jnp.int32), axis=-1)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    return jax.lax.platform_dependent(jnp.abs(blocks), cpu=of_bits, default=partial(jnp.max, axis=-1))
 
 
 def quantize(blocks: jax.Array, absmax: jax.Array, signed: bool) -> jax.Array:
