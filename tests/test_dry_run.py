@@ -212,8 +212,19 @@ def test_a_tiny_model_at_full_effort(libtpu: None, tmp_path: Path) -> None:
     assert re.search(r"[\d.]+ ms  all in the program's order, .*: \d+ of work, \d+ of waiting", full.out), full.out
     # Kept outputs and statistics: the backward pass does not run the forward kernel again.
     layers = raw["num_hidden_layers"]
-    for kernel in ("fwd_segmented_residuals", "dkv_segmented_no_residuals", "dq_segmented_no_residuals"):
-        assert f"splash_mqa_{kernel} {layers} times" in full.out, full.out
+    kernels = "dkv_segmented_no_residuals", "dq_segmented_no_residuals", "fwd_segmented_residuals"
+    assert ", ".join(f"splash_mqa_{kernel} {layers} times" for kernel in kernels) + ")" in full.out, full.out
+
+
+@pytest.mark.slow
+def test_a_forward_kernel_that_is_repeated(libtpu: None, tmp_path: Path) -> None:
+    """Under full recomputation, on the newest chip: its compiler's estimates and calls are told as of the others."""
+    raw = {**CONFIG, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+    outcome = dry_run(tmp_path, raw, "--dry_run", "tpu7x-8", "--remat", "full")
+    layers = raw["num_hidden_layers"]
+    called = f"splash_mqa_fwd_segmented_residuals {2 * layers} times, {layers} of them again backward)"
+    assert called in outcome.out, outcome.out
+    assert re.search(r"estimates of a block, at 1.90 GHz", outcome.out), outcome.out
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ CHIPS = {
     "v6e": Chip(
         "tpu", "TPU v6 lite", int(31.25 * GIB), flops=918e12, memory_rate=1638e9, link_rate=400e9, clock=1.75e9
     ),
-    "tpu7x": Chip("tpu", "TPU7x", int(94.75 * GIB), flops=1153.5e12, memory_rate=3690e9, link_rate=300e9),
+    "tpu7x": Chip("tpu", "TPU7x", int(94.75 * GIB), flops=1153.5e12, memory_rate=3690e9, link_rate=300e9, clock=1.9e9),
     "h100": Chip("gpu", "NVIDIA H100 80GB HBM3", int(78.5 * GIB), flops=989e12, memory_rate=3350e9, link_rate=450e9),
     "h200": Chip("gpu", "NVIDIA H200", int(139 * GIB), flops=989e12, memory_rate=4800e9, link_rate=450e9),
     "a100": Chip("gpu", "NVIDIA A100-SXM4-80GB", int(78.5 * GIB), flops=312e12, memory_rate=2039e9, link_rate=300e9),

@@ -312,7 +312,8 @@ def _estimates(outcome: Outcome, chip: Chip, program: Program) -> list[str]:
         plan = outcome.plan
         rows, length = plan.largest_block
         made = kernel_operations(outcome.planner.job.config, rows * length, length, plan.option.remat) / mesh.size
-        calls = ", ".join(f"{name} {times:,} times" for name, times in sorted(kernels.items()))
+        layers = outcome.planner.job.config.num_hidden_layers
+        calls = ", ".join(_calls(name, times, layers) for name, times in sorted(kernels.items()))
         lines.append(
             f"  {made / chip.flops * 1e3:9,.1f} ms  left out by both: {made / 1e12:,.2f} TFLOP of attention at the "
             f"published peak ({calls})"
@@ -323,6 +324,12 @@ def _estimates(outcome: Outcome, chip: Chip, program: Program) -> list[str]:
         f"{work * 1e3:,.0f} of work, {waiting * 1e3:,.0f} of waiting for links"
     )
     return lines
+
+
+def _calls(kernel: str, times: int, layers: int) -> str:
+    """Return how often a kernel is called, and how often to repeat a forward pass."""
+    again = times - layers if "fwd" in kernel else 0
+    return f"{kernel} {times:,} times" + (f", {again:,} of them again backward" if again > 0 else "")
 
 
 def _verdict(outcome: Outcome, topology: Topology, limit: int) -> list[str]:
