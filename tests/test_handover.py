@@ -9,9 +9,12 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -333,6 +336,11 @@ def _rewritten(name: str, change: Any) -> Any:
     return write
 
 
+def _whole_adapter(folder: Path) -> None:
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin", "adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).touch()
+
+
 class Evil:
     """A pickle that would write a file."""
 
@@ -344,9 +352,14 @@ EVIL = Path(tempfile.gettempdir()) / f"llama_jax-evil-{os.getpid()}"
 REFUSED: dict[str, tuple[Any, str]] = {
     "no optimizer": (_without("optimizer.pt"), "holds no optimizer.pt (of a run with save_only_model?)"),
     "no scheduler": (_without("scheduler.pt"), "holds no scheduler.pt"),
-    "deepspeed": (_with("global_step7"), "python zero_to_fp32.py"),
-    "fsdp": (_with("pytorch_model_fsdp_0"), "accelerate merge-weights"),
-    "fsdp's optimizer": (_with("optimizer_0"), "accelerate merge-weights"),
+    "deepspeed": (_with("global_step7"), "/checkpoint-7 OUT --safe_serialization` (a script without this flag"),
+    "fsdp's optimizer": (_with("optimizer_0"), "checkpoint-7/optimizer_0: is of FSDP's shards; merge the weights by"),
+    "fsdp's ranks": (
+        _with("pytorch_model_fsdp_0_rank0.bin"),
+        "is of FSDP's shards of each rank, which only FSDP reads",
+    ),
+    "fsdp on xla": (_with("rank0-of-8-optimizer.pt"), "consolidate_sharded_ckpts; copy config.json"),
+    "fsdp's whole adapter": (_whole_adapter, "with a new optimizer: --adapter_name_or_path"),
     "cut": (_rewritten("optimizer.pt", lambda data: data[: len(data) // 2]), "optimizer.pt: is damaged"),
     "no zip": (_rewritten("optimizer.pt", lambda data: b"x" * 99), "optimizer.pt: is damaged"),
     "evil": (_saved(lambda value: value.update(evil=Evil())), "it names posix.system"),
@@ -425,6 +438,65 @@ def test_refused(name: str, tmp_path: Path, trainers: Path) -> None:
     assert (outcome.code, outcome.compiled) == (2, 0), outcome.err
     assert said in outcome.err.splitlines()[-1] and outcome.err.splitlines()[-1].startswith("error: ")
     assert not EVIL.exists()
+
+
+def _fsdp_shards(folder: Path, weights: Any) -> None:
+    """Of SHARDED_STATE_DICT, as accelerate writes them, on one rank. The Trainer's `save_model` writes nothing then."""
+    from torch.distributed import checkpoint
+
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint.save({"model": weights}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    (folder / "optimizer_0").mkdir()
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+
+
+def _fsdp_whole(folder: Path, weights: Any) -> None:
+    """Of FULL_STATE_DICT."""
+    import torch
+
+    for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
+        torch.save(weights, folder / name)
+
+
+def _fsdp_whole_alone(folder: Path, weights: Any) -> None:
+    """Of FULL_STATE_DICT under accelerate 0.24: the Trainer's `save_model` wrote nothing."""
+    import torch
+
+    torch.save(weights, folder / "pytorch_model_fsdp.bin")
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("write", [_fsdp_shards, _fsdp_whole, _fsdp_whole_alone])
+def test_the_line_for_fsdp_leads_to_the_weights(write: Any, trainers: Path, tmp_path: Path) -> None:
+    """The commands, the copies and the flags of the line start a run; a rate of 0 keeps its weights."""
+    from accelerate.commands import merge
+    from safetensors.torch import load_file as load_torch
+
+    shutil.copytree(trainers, tmp_path, dirs_exist_ok=True)
+    checkpoint = tmp_path / "checkpoint-7"
+    expected = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "optimizer.pt").unlink()
+    write(checkpoint, load_torch(checkpoint / "model.safetensors"))
+    outcome = resume(tmp_path, checkpoint)
+    line = outcome.err.splitlines()[-1].replace("OUT", str(tmp_path / "merged"))
+    assert (outcome.code, outcome.compiled) == (2, 0) and line.startswith("error: ")
+    for command in re.findall("`(.*?)`", line):
+        if command.startswith("accelerate merge-weights "):
+            merge.merge_command(merge.merge_command_parser().parse_args(command.split()[2:]))
+        else:
+            subprocess.run(command, shell=True, check=True)
+    if "copy config.json and the tokenizer's files to" in line:  # these records are tokenised
+        shutil.copy(tmp_path / "model/config.json", tmp_path / "merged")
+    flags = line.partition("with a new optimizer: ")[2].split()
+    files = ["--data_path", tmp_path / "data.json", "--output_dir", tmp_path / "out", "--use_cpu", "True"]
+    outcome = run(train_jax.main, *flags, *files, "--max_steps", "1", "--learning_rate", "0")
+    assert outcome.code == 0, outcome.err
+    found = load_file(tmp_path / "out/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from test_floors import FLOORS
 
 import convert_torch_to_flax
 import train_jax
-from llama_jax.command import generate
+from llama_jax.command import generate, parity
 from llama_jax.data.records import FORMS, read_records
 
 BENCHMARKS = (tiny.ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
@@ -21,6 +21,7 @@ MAINS = {
     "train_jax.py": train_jax.main,
     "convert_torch_to_flax.py": convert_torch_to_flax.main,
     "-m llama_jax.generate": generate.main,
+    "-m llama_jax.parity": parity.main,
 }
 
 

@@ -61,16 +61,28 @@ _SETTINGS = {  # of a group: those that another optimizer's name stands for wher
 # The types of a state's tensors, other than float32.
 _TYPES = {"exp_avg": ("bfloat16",), "exp_avg_sq": ("bfloat16",)} | dict.fromkeys(("state1", "state2"), ("uint8",))
 _BNB = "__bnb_optimizer_quant_state__"  # bitsandbytes 0.49 keeps its tensors in it
-# Folders and files of sharded checkpoints, and the way to whole ones.
-_ZERO = "DeepSpeed's ZeRO shards; merge the weights by `python zero_to_fp32.py {0} OUT` (the script lies in the folder)"
-_FSDP = "FSDP's shards; merge the weights by `accelerate merge-weights {0}/pytorch_model_fsdp_0 OUT`"
+# Folders and files of sharded checkpoints, with the way to whole ones; {0} is the checkpoint. The commands write
+# weights alone, without config.json.
+_FROM_OUT = (
+    "copy config.json and the tokenizer's files to OUT, too; start from it with a new optimizer: "
+    "--model_name_or_path OUT"
+)
+_ZERO = (
+    "DeepSpeed's ZeRO shards; merge the weights by `python {0}/zero_to_fp32.py {0} OUT --safe_serialization` (a script "
+    f"without this flag takes OUT/pytorch_model.bin for OUT, which --allow_pickle True reads); {_FROM_OUT}"
+)
+_FSDP = f"FSDP's shards; merge the weights by `accelerate merge-weights {{0}}/pytorch_model_fsdp_0 OUT`; {_FROM_OUT}"
 _SHARDED = (
     ("global_step*", _ZERO),
-    ("pytorch_model_fsdp_*", _FSDP),
+    ("*_rank[0-9]*.bin", "FSDP's shards of each rank, which only FSDP reads; save the model there by FULL_STATE_DICT"),
+    ("pytorch_model_fsdp_[0-9]*", _FSDP),
     ("optimizer_[0-9]*", _FSDP),
-    ("optimizer.bin", "FSDP's whole state, without optimizer.pt; copy the weights to OUT"),
-    ("rank*-of-*-optimizer.pt", "FSDP's shards on XLA; merge the weights by torch_xla's consolidate_sharded_ckpts"),
+    (
+        "rank*-of-*-optimizer.pt",
+        f"FSDP's shards on XLA; merge the weights to OUT by torch_xla's consolidate_sharded_ckpts; {_FROM_OUT}",
+    ),
 )
+_FSDP_WEIGHTS, _FSDP_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"  # by FULL_STATE_DICT, of all ranks
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ class TrainerCheckpoint:
         return {value.dtype.name if isinstance(value, Tensor) else type(value).__name__ for value in held}
 
     def _unusable(self, what: str) -> InputError:
-        return InputError(f"{self.folder / OPTIMIZER}: {what}; {_anew(self.folder)}")
+        return InputError(f"{self.folder / OPTIMIZER}: {what}; {anew(self.folder)}")
 
     @property
     def steps(self) -> int:
@@ -152,7 +164,7 @@ class TrainerCheckpoint:
         if counted and counted[0] > self.updates:
             raise InputError(
                 f"{path}: counts {counted[0]:g} updates, and {STATE} {self.updates}: the files are of two checkpoints; "
-                f"copy the folder again, or {_anew(self.folder)}"
+                f"copy the folder again, or {anew(self.folder)}"
             )
         return int(counted[0]) if counted else self.updates
 
@@ -202,27 +214,37 @@ def is_trainers(folder: Path) -> bool:
     return (folder / STATE).is_file() and not is_checkpoint(folder)
 
 
-def _anew(folder: Path) -> str:
+def anew(folder: Path) -> str:
     """Return the way to train on where the optimizer's state is of no use."""
-    return f"start from the weights with a new optimizer: --model_name_or_path {folder}"
+    flag = "--adapter_name_or_path" if (folder / "adapter_config.json").exists() else "--model_name_or_path"
+    return f"start from the weights with a new optimizer: {flag} {folder}"
+
+
+def _refuse_sharded(folder: Path) -> None:
+    """Refuse a checkpoint of DeepSpeed or FSDP, with the way to its weights. Raises InputError."""
+    for pattern, what in _SHARDED:
+        if found := sorted(folder.glob(pattern)):
+            raise InputError(f"{found[0]}: is of {what.format(folder)}")
+    weights = folder / _FSDP_WEIGHTS
+    if found := [path for path in (weights, folder / _FSDP_OPTIMIZER) if path.exists()]:
+        way = anew(folder)
+        if weights.exists() and not any(folder.glob("*model*.safetensors")):
+            copy = f"`mkdir OUT && cp {weights} OUT/pytorch_model.bin`"
+            way = f"copy the weights by {copy}; {_FROM_OUT} --allow_pickle True"
+        raise InputError(f"{found[0]}: is of FSDP's whole state, without {OPTIMIZER}; {way}")
 
 
 def read_trainer_checkpoint(folder: Path) -> TrainerCheckpoint:
     """Read the small files of a checkpoint, and describe the tensors of the optimizer. Raises InputError."""
     if is_remote(folder):
         raise InputError(f"{folder}: a checkpoint of the HF Trainer is read from a local folder; copy it here")
-    for pattern, what in _SHARDED:
-        if found := sorted(folder.glob(pattern)):
-            raise InputError(
-                f"{found[0]}: is of {what.format(folder)}, and start from them, with a new optimizer, by "
-                "--model_name_or_path OUT"
-            )
+    _refuse_sharded(folder)
     state = _read_state(folder / STATE)
     for name in (OPTIMIZER, SCHEDULER):
         if not (folder / name).exists():
             raise InputError(
                 f"{folder}: holds no {name} (of a run with save_only_model?), so no run can go on from it; "
-                f"{_anew(folder)}"
+                f"{anew(folder)}"
             )
         refuse_foreign_link(folder, folder / name)
     optimizer, scheduler = read_torch(folder / OPTIMIZER), read_torch(folder / SCHEDULER)
@@ -311,14 +333,14 @@ def _check_settings(groups: list[Json], path: Path) -> None:
         if len(read) == 2 and decay:
             raise InputError(
                 f"{path}: weight_decay of the second group is {decay:g}, and the Trainer's is 0; this program has no "
-                f"groups of one's own: {_anew(path.parent)}"
+                f"groups of one's own: {anew(path.parent)}"
             )
     for values in read[1:]:
         for key, value in values.items():
             if value != read[0][key]:
                 raise InputError(
                     f"{path}: {key} differs among the groups of parameters, {read[0][key]} and {value}; this program "
-                    f"has one for all: {_anew(path.parent)}"
+                    f"has one for all: {anew(path.parent)}"
                 )
 
 
@@ -332,7 +354,7 @@ def _check_peaks(peaks: Any, path: Path) -> None:
     if len(found) > 1:
         raise InputError(
             f"{path}: base_lrs differ among the groups of parameters, {sorted(found)}; this program has one for all: "
-            f"{_anew(path.parent)}"
+            f"{anew(path.parent)}"
         )
 
 

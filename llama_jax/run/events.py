@@ -94,7 +94,7 @@ class Milestones:
             if action == "log" and phase == "epoch" and step in self._epoch_ends:
                 logged = args.logging_strategy == "epoch"
                 self.run_log.on_epoch_end(job.order.tail(step), self._tail_losses(step, state) if logged else None)
-            elif action == "evaluate" and args.eval_strategy == phase and job.eval_at(step):
+            elif action == "evaluate" and self._evaluates(phase, step):
                 found = None if stopping else self._evaluate(state)
                 if found is None:
                     self.unfinished = True
@@ -103,13 +103,22 @@ class Milestones:
             elif action == "save":
                 best = args.save_strategy == "best" and found is not None and found.best
                 if best or (args.save_strategy == phase and job.save_at(step)):
-                    self._save(step, state, metric=found and found.metric, left=actions[place + 1 :])
+                    left = [
+                        name
+                        for name in actions[place + 1 :]
+                        if name != "epoch/evaluate" or self._evaluates("epoch", step)
+                    ]
+                    self._save(step, state, metric=found and found.metric, left=left)
                 found = None
         if stopping:
             self._save(step, state, metric=None, left=())
         elif step in self._saved_steps or step == self.job.order.updates:
             self._answer(step, state)
         return stopping
+
+    def _evaluates(self, phase: str, step: int) -> bool:
+        """Return whether an evaluation is due after an update, by `steps` or at the end of an `epoch`."""
+        return self.job.args.eval_strategy == phase and self.job.eval_at(step)
 
     def _answer(self, step: int, state: TrainState) -> None:
         """Report the answers to the questions of `--sample_prompts`."""

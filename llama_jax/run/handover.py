@@ -19,6 +19,7 @@ from llama_jax.hf.trainer_checkpoint import (
     OPTIMIZER,
     SCHEDULER,
     TrainerCheckpoint,
+    anew,
     check_number,
     understanding,
 )
@@ -181,7 +182,7 @@ def saved_run(checkpoint: TrainerCheckpoint, handover: Handover, facts: Facts, j
     if "base_lrs" in checkpoint.scheduler and done != checkpoint.updates:
         raise InputError(
             f"{folder / SCHEDULER}: last_epoch is {done} after {checkpoint.updates} updates (fp16 skips updates): the "
-            f"schedule cannot go on; start from the weights by --model_name_or_path {folder}"
+            f"schedule cannot go on; {anew(folder)}"
         )
     for key, flag, now in (
         ("max_steps", "updates of the run", job.order.updates),

@@ -15,7 +15,7 @@ from llama_jax.hf.load import check_tensors, load_params, place_arrays
 from llama_jax.hf.names import Path, name_table, without_layer
 from llama_jax.hf.readers import open_checkpoint
 from llama_jax.hf.tensor import Tensor
-from llama_jax.hf.trainer_checkpoint import ADAMW_32, OPTIMIZER, TrainerCheckpoint, parameter_order
+from llama_jax.hf.trainer_checkpoint import ADAMW_32, OPTIMIZER, TrainerCheckpoint, anew, parameter_order
 from llama_jax.model.roles import Params, is_stacked
 from llama_jax.plan.planner import Planner
 from llama_jax.setup.job import Job
@@ -166,7 +166,7 @@ class TrainersState:
         if isinstance(found, Tensor) and found.shape != (blocks,):
             raise InputError(
                 f"{self._path}: {name} is kept in other blocks than of {BLOCK}, as bitsandbytes before 0.45 has them; "
-                f"start from the weights by --model_name_or_path {self._checkpoint.folder}"
+                f"{anew(self._checkpoint.folder)}"
             )
         if not np.allclose(book, code_book(number == "1"), rtol=1e-6, atol=0):
             raise InputError(f"{self._path}: qmap{number} of {name} is not bitsandbytes' dynamic code; copy it again")
