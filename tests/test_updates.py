@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny import (
     ALPACA,
     CONFIG,
@@ -127,6 +128,25 @@ def test_another_flag_is_named(
     assert row in failing
     if row.startswith("update"):  # rows before it, in time, hold
         assert failing[0] == row
+
+
+def test_a_frozen_layer_is_named(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Trainer whose second layer needs no gradients. Its norm lacks them, and shows it before the weights do."""
+    from transformers import Trainer
+
+    train = Trainer.train
+
+    def frozen(self: Any) -> Any:
+        self.model.model.layers[1].requires_grad_(False)
+        return train(self)
+
+    monkeypatch.setattr(Trainer, "train", frozen)
+    rows = rows_beside(ours, case, monkeypatch, {})
+    alone = {row.name for row in rows if row.holds is False and row.note == "changes here alone"}
+    weights = load_file(ours.weights / "model.safetensors").keys()
+    assert alone == {f"change of {name}" for name in weights if name.startswith("model.layers.1.")}
+    assert len(alone) == 9
+    assert next(row for row in rows if row.holds is False and row.name.startswith("update 1")).name.endswith("norm")
 
 
 COMMANDS: dict[str, tuple[dict[str, Any], Any, str]] = {
