@@ -5,6 +5,7 @@ The Trainer makes its updates in float32 and float64 in this process; train_jax.
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -124,10 +125,29 @@ def test_equal_updates(ours: updates.Made, case: Run, monkeypatch: pytest.Monkey
 def test_another_flag_is_named(
     change: dict[str, Any], row: str, ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = [row.name for row in rows_beside(ours, case, monkeypatch, change) if row.holds is False]
+    """The first row that fails has the flag in its note."""
+    failing = {row.name: row for row in rows_beside(ours, case, monkeypatch, change) if row.holds is False}
+    first = next(iter(failing))
     assert row in failing
     if row.startswith("update"):  # rows before it, in time, hold
-        assert failing[0] == row
+        assert first == row
+    (flag,) = change
+    assert f"--{flag}" in re.findall(r"--\w+", failing[first].note)
+
+
+def test_the_page_has_the_flags_of_the_notes() -> None:
+    """The table "Where a row fails" of docs/parity.md, against the notes."""
+    rows = {
+        "order of the examples": "update N: order of the examples",
+        "learning rate": "update N: learning rate",
+        "loss": "update N: loss, its first update alone",
+        "gradient norm": "update N: gradient norm, its first update alone",
+        "weights": "change of a weight; update N: loss or gradient norm, from a later update on",
+    }
+    page = (ROOT / "docs" / "parity.md").read_text()
+    for kind, advice in updates.ADVICE.items():
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {rows[kind]} |")]
+        assert re.findall(r"--\w+", line) == re.findall(r"--\w+", advice), line
 
 
 def test_a_frozen_layer_is_named(ours: updates.Made, case: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,16 @@ _OURS = (
     *("warmup_ratio", "warmup_steps", "lr_scheduler_kwargs", "use_peft", *(SETTINGS.keys() - {"lora_dropout"})),
     *("packing", "max_tokens_per_device", "remat", "attention", "scan_layers", "cache_dir"),
 )
+# What decides a row, by its kind; a row that fails has it as a note. The table of docs/parity.md has the same flags.
+ADVICE = {
+    "order of the examples": "compare --seed, --data_seed, --per_device_train_batch_size, "
+    "--gradient_accumulation_steps, --train_sampling_strategy, --dataloader_drop_last",
+    "learning rate": "compare --learning_rate, --lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps, "
+    "--warmup_ratio",
+    "loss": "compare the labels, --label_smoothing_factor",
+    "gradient norm": "where the loss of this update holds, rows of the changes name the parameter",
+    "weights": "compare --optim, --adam_beta1, --adam_beta2, --adam_epsilon, --weight_decay, --max_grad_norm",
+}
 
 
 @dataclass(frozen=True)
@@ -201,20 +211,26 @@ def _rows(ours: Made, trainers: Made, exact: Made, initial: Path, layers: int, c
     """
     rows = []
     for k, wanted in enumerate(trainers.examples):
-        same = ours.examples[k] == wanted
-        note = "" if same else f"this program takes {ours.examples[k]}, the Trainer {wanted}"
-        rows.append(Row(SECTION, f"update {k + 1}: order of the examples", None, None, same, note))
+        row = Row(SECTION, f"update {k + 1}: order of the examples", None, None, ours.examples[k] == wanted)
+        differ = f"this program takes {ours.examples[k]}, the Trainer {wanted}; "
+        rows.append(_advised(row, "order of the examples", differ))
     for k, rate in enumerate(trainers.rates):
         off = _off(ours.rates[k], rate, rate)
-        rows.append(bounded(SECTION, f"update {k + 1}: learning rate", off, _RATE))
+        rows.append(_advised(bounded(SECTION, f"update {k + 1}: learning rate", off, _RATE), "learning rate"))
     for name, values in (("loss", "losses"), ("gradient norm", "norms")):
         mine, theirs, right = (getattr(made, values) for made in (ours, trainers, exact))
         worst = moved = 0.0  # an error of the weights stays
         for k, value in enumerate(mine):
             worst, moved = max(worst, _off(theirs[k], right[k], right[k])), max(moved, abs(right[k] - right[0]))
             bound = bound_of(FLOAT32, worst, layers) + (correction * moved / abs(right[k]) if right[k] else 0.0)
-            rows.append(bounded(SECTION, f"update {k + 1}: {name}", _off(value, theirs[k], right[k]), bound))
+            row = bounded(SECTION, f"update {k + 1}: {name}", _off(value, theirs[k], right[k]), bound)
+            rows.append(_advised(row, "weights" if k else name))  # later, the weights differ
     return rows + _changes([ours.weights, trainers.weights, exact.weights, initial], layers, correction)
+
+
+def _advised(row: Row, kind: str, before: str = "") -> Row:
+    """Return a row with the advice of its kind as its note, where it fails."""
+    return replace(row, note=before + ADVICE[kind]) if row.holds is False else row
 
 
 def _off(value: float, other: float, right: float) -> float:
@@ -261,7 +277,7 @@ def _change(
     if bound >= MOST:
         note = "its change is within float32's rounding: raise --learning_rate or --updates"
         return Row(SECTION, name, off, bound, None, note)
-    return bounded(SECTION, name, off, bound)
+    return _advised(bounded(SECTION, name, off, bound), "weights")
 
 
 def _tensors(path: Path) -> dict[str, Callable[[], np.ndarray]]:
