@@ -119,6 +119,17 @@ class Began:
         """Resume after so many updates in both, perhaps by other flags, or from a checkpoint that is not the run's own;
         assert that they do the same, but for the keys `apart` of trainer_state.json, and return what the Trainer did.
         """
+        hf, ours, weights = self.resumed(done, flags, checkpoint)
+        (same_8_bits if "8bit" in {**self.flags, **(flags or {})}.get("optim", "") else same_run)(ours, hf, weights)
+        for key in apart:
+            del ours.state[key], hf["state"][key]
+        same_log(ours, hf, self.compat)
+        return hf
+
+    def resumed(
+        self, done: int, flags: Flags | None = None, checkpoint: Path | None = None
+    ) -> tuple[dict[str, Any], Ours, dict[str, np.ndarray]]:
+        """What both do after so many updates, and the Trainer's last weights."""
         checkpoint = checkpoint or self.checkpoint(done)
         flags = {**self.flags, **(flags or {}), **SAVED}
         print(self.compat, "after", done, "of", self.updates, "with", *spelled(self.compat, flags))
@@ -128,11 +139,7 @@ class Began:
         argv = [*self.argv(out.name, flags), "--resume_from_checkpoint", str(checkpoint)]
         ours = train_ours(argv, out, first=done)
         weights = f"hf-{done}/adapter/adapter_model.safetensors" if self.adapter else f"hf-{done}/final.safetensors"
-        (same_8_bits if "8bit" in flags.get("optim", "") else same_run)(ours, hf, load_file(self.folder / weights))
-        for key in apart:
-            del ours.state[key], hf["state"][key]
-        same_log(ours, hf, self.compat)
-        return hf
+        return hf, ours, load_file(self.folder / weights)
 
 
 def same_8_bits(ours: Ours, hf: dict[str, Any], weights: dict[str, np.ndarray]) -> None:
@@ -801,6 +808,31 @@ def test_sister_models(bench: Bench, compat: str, name: str, tmp_path: Path) -> 
     """Groups with biases, with norms of heads, and of 4.37 with decayed norms."""
     model = write_model(tmp_path / "model", {**CONFIG, **SISTERS[name], "architectures": None})
     Began(bench._replace(model=model), compat, tmp_path, {**ACCUMULATED, "weight_decay": 0.5}, 9).compare(3)
+
+
+@pytest.mark.proof
+def test_a_version_between_both(tmp_path: Path) -> None:
+    """transformers 4.57, in the folder that TRANSFORMERS_457 names, goes on under --hf_compat 5. In the middle of a
+    later epoch its Trainer takes the rest of the first one; this program, that of the run that was not stopped.
+
+    pip install --no-deps --target DIR transformers==4.57.6 accelerate==1.11.0 huggingface_hub==0.36.2 \\
+        tokenizers==0.22.2
+    TRANSFORMERS_457=DIR python -m pytest -m proof tests/test_handover.py -k between
+    """
+    if not (folder := os.environ.get("TRANSFORMERS_457")):
+        pytest.skip("TRANSFORMERS_457 names no folder with transformers 4.57: see this test's docstring")
+    server = Server("5", {"PYTHONPATH": os.pathsep.join([folder, str(Path(__file__).parent / "without_datasets")])})
+    assert server.versions["transformers"].startswith("4.57.")
+    bench = Bench({"5": server}, tmp_path, write_model(tmp_path / "model"))
+    began = Began(bench, "5", tmp_path, {**ACCUMULATED, "weight_decay": 0.1, "max_steps": 8}, 11)
+    for done in (1, 3):  # in the first epoch, of three updates, and at its end
+        hf, ours, weights = began.resumed(done)
+        same_run(ours, hf, weights)
+    hf, ours, _ = began.resumed(4)
+    order = began.whole["order"]
+    assert hf["order"] == [*order[1:3], *order[6:]] != order[4:]
+    np.testing.assert_allclose(ours.losses, began.whole["losses"][4:], rtol=1e-5)
+    server.close()
 
 
 class Case(NamedTuple):
