@@ -10,6 +10,7 @@ import json
 import os
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,10 @@ from tiny import (
     SISTERS,
     Arrays,
     drawn_cases,
+    environment,
     make_arrays,
+    make_records,
+    of_devices,
     run,
     slow_unless,
     write_json,
@@ -843,3 +847,21 @@ def test_stories260k(shared: Path, tmp_path: Path) -> None:
     argv += ["--output_dir", tmp_path / "out", "--hf_compat", "5", "--bf16", "True", "--updates", 0]
     outcome = run(parity.main, *argv)
     assert outcome.code == 0, outcome.out + outcome.err
+
+
+@pytest.mark.proof
+def test_the_shape_of_7b_takes_8_gb(tmp_path: Path) -> None:
+    """Two layers, of random weights, in a process of its own: 6.4 GB, seen once. A further layer adds 12 MB, as
+    docs/parity.md says: the other 30 have 0.36 GB."""
+    shape = [sys.executable, str(ROOT / "benchmarks" / "make_model.py"), *"--shape llama-7b --layers 2".split()]
+    subprocess.run([*shape, "--output_dir", str(tmp_path / "model")], check=True, capture_output=True)
+    model, data = tmp_path / "model", write_json(tmp_path / "data.json", make_records(8, longest=64, vocab_size=32_000))
+    argv = [sys.executable, "-m", "llama_jax.parity", "--model_name_or_path", str(model), "--data_path", str(data)]
+    argv += ["--output_dir", str(tmp_path / "out"), *"--updates 0 --bf16 True --use_cpu True".split()]
+    process = subprocess.Popen(argv, cwd=ROOT, env=environment() | of_devices(1))
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    sections = {row["section"] for row in json.loads((tmp_path / "out" / VALUES).read_text())["rows"]}
+    assert {"forward, float32", "gradients, float32"} <= sections
+    assert used.ru_maxrss * 1024 + 30 * 12e6 < 8e9
