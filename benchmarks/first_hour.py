@@ -57,11 +57,10 @@ class Program(NamedTuple):
 FEW = 4  # layers one by one: a compiler's time grows with them
 RINGS, FAST_MEMORY = "xla_jf_spmd_threshold_for_windowed_einsum_mib", "xla_tpu_scoped_vmem_limit_kib"
 SPARSE = "xla_tpu_enable_sparse_core_collective_offload"  # libtpu takes the options on chips without sparse cores, too
-ASYNC = "xla_enable_async_all_reduce=true,xla_tpu_enable_async_collective_fusion_fuse_all_reduce"
+BESIDE = "xla_enable_async_all_reduce=true,xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true"
 # The compiler's estimates leave these open (BENCHMARKS.md): the schedule without rings depends on the time of sums that
 # overlap with nothing, or on the rate of sparse cores; sums beside the work are shorter in order and longer by the
-# schedule; cycles and schedule disagree on an operation's fast memory and
-# on recomputation.
+# schedule; cycles and schedule disagree on an operation's fast memory and on recomputation.
 REMAT = "--remat matmuls"
 PROGRAMS = [
     Program("defaults"),
@@ -76,7 +75,7 @@ PROGRAMS = [
         f"{REMAT} --compiler_options {SPARSE}_all_gather=false,{SPARSE}_reduce_scatter=false",
         tpu=True,
     ),
-    Program("sums beside the work", f"{REMAT} --compiler_options {ASYNC}=true", tpu=True),
+    Program("sums beside the work", f"{REMAT} --compiler_options {BESIDE}", tpu=True),
     Program("sums in bfloat16", f"{REMAT} --gradient_sum_dtype bfloat16"),
     Program("few layers, stacked", "--scan_layers True", FEW),
     Program("few layers, one by one", "--scan_layers False", FEW),

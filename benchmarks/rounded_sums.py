@@ -20,11 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import side_by_side
 
-import train_jax
 from llama_jax.distributed import sharding
 from llama_jax.model import matmul
-from llama_jax.reporting.run_log import RunLog
 
 FLAGS = "--use_cpu True --mesh fsdp=8 --bf16 True --per_device_train_batch_size 1 --learning_rate 2e-4"
 FLAGS += " --model_max_length 256 --save_strategy no --logging_steps 1"
@@ -47,23 +46,11 @@ def of_a_ring(dy: Any, x: Any, spec: Any, how: matmul.Sum, dtype: Any) -> jax.Ar
     return jax.shard_map(of_device, in_specs=specs, out_specs=spec, check_vma=False)(dy, x)
 
 
-def losses(model: str, data: str, updates: int) -> np.ndarray:
+def losses(args: argparse.Namespace) -> np.ndarray:
     """Return the loss of each update of a run."""
-    found: list[float] = []
-    keep = RunLog.on_update
-
-    def on_update(self: RunLog, metrics: Any) -> None:
-        found.append(float(metrics.loss))
-        keep(self, metrics)
-
-    RunLog.on_update = on_update  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            argv = ["--model_name_or_path", model, "--data_path", data, "--output_dir", folder]
-            if code := train_jax.main([*argv, "--max_steps", str(updates), *FLAGS.split()]):
-                sys.exit(code)
-    finally:
-        RunLog.on_update = keep  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        argv = ["--model_name_or_path", args.model, "--data_path", args.data_path, "--output_dir", folder]
+        found, _ = side_by_side.ours([*argv, "--max_steps", str(args.updates), *FLAGS.split()])
     return np.array(found)
 
 
@@ -73,10 +60,10 @@ def main() -> None:
     parser.add_argument("--data_path", required=True, help="alpaca_data.json")
     parser.add_argument("--updates", type=int, default=200)
     args = parser.parse_args()
-    exact = losses(args.model, args.data_path, args.updates)
+    exact = losses(args)
     matmul.weight_gradient = of_a_ring
     jax.clear_caches()
-    rounded = losses(args.model, args.data_path, args.updates)
+    rounded = losses(args)
     off = np.abs(rounded / exact - 1)
     change = rounded.mean() / exact.mean() - 1
     print(f"mean loss {exact.mean():.5f}, summed in bfloat16 {rounded.mean():.5f}: {change:+.3%}")

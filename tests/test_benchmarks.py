@@ -95,15 +95,8 @@ def test_roundings_to_fp8(shared: Path) -> None:
     """Before an update nothing but the rounding differs: gradients' rounding changes no loss then, inputs' does."""
     data = shared / "data"
     command = [sys.executable, str(BENCHMARKS / "fp8_rounding.py"), "--model", str(data / "stories260K")]
-    command += [
-        "--data_path",
-        str(data / "alpaca" / "alpaca_data.json"),
-        "--updates",
-        "1",
-        "--runs",
-        "inputs",
-        "gradients",
-    ]
+    command += ["--data_path", str(data / "alpaca" / "alpaca_data.json")]
+    command += "--updates 1 --runs inputs gradients".split()
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-3000:]
     rows = {row.split(" | ")[0]: re.findall(r"\(([+-][\d.]+%)\)", row) for row in made.stdout.splitlines()[2:]}

@@ -222,21 +222,15 @@ def test_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, evaluated = {}, {}
     for fp8 in (False, True):
         job = Job(tmp_path / str(fp8), bf16=True, fp8=fp8, max_steps=6, logging_steps=1, hf_compat="5")
-        more = {
-            "eval_data_path": job.flags["data_path"],
-            "eval_strategy": "steps",
-            "eval_steps": 6,
-            "eval_on_start": True,
-        }
-        outcome = run(train_jax.main, *job.argv("out", **more))
+        when = {"eval_strategy": "steps", "eval_steps": 6, "eval_on_start": True}
+        outcome = run(train_jax.main, *job.argv("out", eval_data_path=job.flags["data_path"], **when))
         assert outcome.code == 0, outcome.err
         assert ("matrix products in bfloat16, fp8 in the projections" in outcome.err) == fp8
         log = json.loads((job.folder / "out" / "trainer_state.json").read_text())["log_history"]
         losses[fp8] = np.array([entry["loss"] for entry in log if "loss" in entry])
         evaluated[fp8] = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-    assert (
-        len(evaluated[True]) == 2 and evaluated[True][0] == evaluated[False][0]
-    )  # of the weights that both begin with
+    # The first is of the weights that both begin with.
+    assert len(evaluated[True]) == 2 and evaluated[True][0] == evaluated[False][0]
     off = np.abs(losses[True] / losses[False] - 1)
     assert 1e-5 < off.max() < 0.02
 

@@ -70,9 +70,9 @@ def absmax(blocks: jax.Array) -> jax.Array:
 def quantize(blocks: jax.Array, absmax: jax.Array, signed: bool) -> jax.Array:
     """Return the nearest codes of blocks [..., 256], uint8, by the largest magnitude of each block.
 
-    A tie goes to the lower code; a TPU gives either code to a number that is within 2e-6 of itself from the
-    middle of both. A negative number keeps its sign, as in bitsandbytes' CUDA kernel, and is not rounded to 0. A block
-    of zeros has codes 0, as an array that a mesh pads. A NaN makes its whole block NaN.
+    A tie goes to the lower code; a TPU gives either code to a number that is within 2e-6 of itself from the middle of
+    both. A negative number keeps its sign, as in bitsandbytes' CUDA kernel, and is not rounded to 0. A block of zeros
+    has codes 0, as an array that a mesh pads. A NaN makes its whole block NaN.
     """
     usual = (absmax >= _LEAST) & (absmax < jnp.inf)
     x = blocks * jnp.where(usual, 1 / absmax, 0)[..., None]
@@ -147,9 +147,9 @@ def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
 def _value(codes: jax.Array, signed: bool) -> jax.Array:
     """Return the values of codes by arithmetic, off by at most 2 units in the last place.
 
-    A TPU looks values up slowly. A GPU does not: there this arithmetic makes XLA write moments in float32. With
-    the letters of `_line`, and k = n + i, the value is (9 (k + 1/2) - 8 n) / n * b, and b / n is a power of 5 times
-    a constant.
+    A TPU looks values up slowly. A GPU does not: there this arithmetic makes XLA write moments in float32. With the
+    letters of `_line`, and k = n + i, the value is (9 (k + 1/2) - 8 n) / n * b, and b / n is a power of 5 times a
+    constant.
     """
     code = codes.astype(jnp.int32)
     k = jnp.abs(code - 127) if signed else code + 1
