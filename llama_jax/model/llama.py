@@ -26,7 +26,7 @@ from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, kee
 from llama_jax.model.cache import KVCache
 from llama_jax.model.config import ACTIVATIONS, LlamaConfig
 from llama_jax.model.lora import PROJECTIONS, Adapter, Lora
-from llama_jax.model.matmul import SCATTER, Scaled, Sum, project, project_apart, project_fp8, project_scaled
+from llama_jax.model.matmul import SCATTER, Scaled, Sum, project, project_apart, project_fp8, project_scaled, written
 from llama_jax.model.quantized import Quantization, dequantize, empty, is_quantized, quantized_matmul
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import Bias, EmbeddingTable, MatmulWeight, NormWeight, Params, ProjectionWeight
@@ -246,6 +246,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], key: Any = None) -> Float[Array, "B T D"]:
         gate, up = project_all((self.gate_proj, self.up_proj), x, key)
+        if self.gate_proj.adapter or self.up_proj.adapter:
+            # Otherwise XLA adds the adapters' parts in the activation's kernel, and keeps all four for its gradient.
+            gate, up = written("cuda", gate), written("cuda", up)
         gate, up = checkpoint_name(gate, "gate_proj"), checkpoint_name(up, "up_proj")
         return self.down_proj(self.act_fn(gate) * up, key)
 

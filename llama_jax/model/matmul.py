@@ -123,26 +123,26 @@ def project_apart(
     gradient. That is slower where the backward pass computes the operands again (BENCHMARKS.md, "Our program and
     MaxText's"). The programs of other devices do not change.
     """
-    x = _before(x)
-    return [_before_backward(project(out, how, x, weight)) for weight in weights]
+    x = written("tpu", x)
+    return [_written_backward(project(out, how, x, weight)) for weight in weights]
 
 
-@jax.custom_jvp
-def _before(x: jax.Array) -> jax.Array:
-    """Return a tensor unchanged. A TPU's program has written it before its first use."""
-    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def written(platform: str, x: jax.Array) -> jax.Array:
+    """Return a tensor unchanged. The platform's program ("tpu" or "cuda") has written it before its first use."""
+    return jax.lax.platform_dependent(x, **{platform: jax.lax.optimization_barrier}, default=lambda x: x)
 
 
-_before.defjvps(lambda tangent, result, x: tangent)
+written.defjvp(lambda platform, primals, tangents: (written(platform, *primals), *tangents))
 
 
 @jax.custom_vjp
-def _before_backward(y: jax.Array) -> jax.Array:
+def _written_backward(y: jax.Array) -> jax.Array:
     """Return a tensor unchanged. A TPU's program has written its gradient before the gradient's first use."""
     return y
 
 
-_before_backward.defvjp(lambda y: (y, None), lambda _, dy: (_before(dy),))
+_written_backward.defvjp(lambda y: (y, None), lambda _, dy: (written("tpu", dy),))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
