@@ -10,29 +10,50 @@ from llama_jax.model.quantized import quantized_bytes
 from llama_jax.model.remat import REMAT
 from llama_jax.training.loss import CHUNK
 
+# The inputs of projections that adapters share, besides attention's output, which is kept for attention.
+_SHARED = {"q_proj": "normed", "k_proj": "normed", "v_proj": "normed"}
+_SHARED |= {"gate_proj": "normed again", "up_proj": "normed again", "down_proj": "activated"}
+
 
 def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
     """Return the bytes that a token leaves on its device for the backward pass, over all layers."""
-    compute, stream = (jnp.dtype(t).itemsize for t in (run.compute_dtype or run.param_dtype, run.param_dtype))
-    ways, D, H = mesh.shape["tensor"], config.hidden_size, config.head_dim
+    compute, stream, named = _itemsize(run), jnp.dtype(run.param_dtype).itemsize, _named(config, mesh)
+    layers, D, kept = config.num_hidden_layers, config.hidden_size, REMAT[remat].kept
+    if kept is not None:
+        return layers * (stream * D + compute * sum(named[name] for name in kept))
+    # Both inputs of norms, and what attention and the activation take. o_proj's output is in the second.
+    of_layer = 2 * stream * D + compute * (sum(named.values()) - named["o_proj"])
+    heads, ffn = named["attention"], named["up_proj"]
+    # The gradients of weights take their inputs: in fp8, and the activation's output as it is, too.
+    if run.lora is None:
+        return layers * (of_layer + (2 * D + heads + ffn + compute * ffn if run.fp8 else compute * (2 * D + ffn)))
+    adapted = [(layer, projection.split(".")[1]) for (layer, projection), _ in run.lora.ranks]
+    if run.lora.dropout:  # an input without the dropped elements, and their mask
+        sizes = {"o_proj": heads, "down_proj": ffn}
+        inputs = (compute + 1) * sum(sizes.get(name, D) for _, name in adapted)
+    else:
+        shared = {(layer, _SHARED[name]) for layer, name in adapted if name in _SHARED}
+        inputs = compute * sum(ffn if name == "activated" else D for _, name in shared)
+    return layers * of_layer + inputs
+
+
+def layer_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
+    """Return the most bytes of a token that the backward pass of a layer makes beside `activation_bytes`: what it
+    computes again, and the gradients of the residual stream and of the MLP's three projections."""
+    compute, stream, ffn = _itemsize(run), jnp.dtype(run.param_dtype).itemsize, _named(config, mesh)["up_proj"]
+    everything, layers = activation_bytes(config, run, "none", mesh), config.num_hidden_layers
+    again = 0 if remat == "none" else everything - activation_bytes(config, run, remat, mesh)
+    parts = compute * ffn if run.lora else 0  # gate_proj's output beside the sum with the adapter's
+    return stream * config.hidden_size + 3 * compute * ffn + parts + -(-again // layers)
+
+
+def _named(config: LlamaConfig, mesh: Mesh) -> dict[str, int]:
+    """Return the elements of a token that a device has of each tensor that `Remat.kept` may name."""
+    ways, H = mesh.shape["tensor"], config.head_dim
     kv_heads, ffn = -(-config.num_key_value_heads // ways) * H, -(-config.intermediate_size // ways)
     heads = kv_heads * (config.num_attention_heads // config.num_key_value_heads)
-    named = {"q": heads, "k": kv_heads, "v": kv_heads, "attention": heads, "o_proj": D}
-    named |= {"gate_proj": ffn, "up_proj": ffn}
-    kept = REMAT[remat].kept
-    width = sum(named.values() if kept is None else (named[name] for name in kept))
-    if kept is not None:
-        inputs_of = 0
-    elif run.fp8 and run.lora is None:  # of all projections, in fp8
-        inputs_of = 2 * D + heads + ffn
-    else:  # of down_proj; adapters keep it in the compute type
-        inputs_of = compute * ffn
-    of_layers = config.num_hidden_layers * (stream * D + compute * width + inputs_of)
-    if kept is not None or run.lora is None or not run.lora.dropout:
-        return of_layers
-    inputs = {"self_attn.o_proj": heads, "mlp.down_proj": ffn}
-    dropped = sum(inputs.get(projection, D) for (_, projection), _ in run.lora.ranks)
-    return of_layers + (compute + 1) * dropped  # an input without the dropped elements, and their mask
+    named = {"q": heads, "k": kv_heads, "v": kv_heads, "attention": heads, "o_proj": config.hidden_size}
+    return named | {"gate_proj": ffn, "up_proj": ffn}
 
 
 def score_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh, remat: str, *, tokens: int, row: int) -> int:
@@ -47,24 +68,47 @@ def score_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh, remat: str, *,
     return scores * (3 * 4 + _itemsize(run))
 
 
+def step_bytes(
+    config: LlamaConfig, run: RunOptions, mesh: Mesh, remat: str, *, tokens: int, segments: int, gradients: int
+) -> int:
+    """Return the most bytes at a moment of a step, of `tokens` tokens and `gradients` bytes, plain attention's scores
+    left out. `segments` of a row have statistics of cuDNN's softmax for each token of the row.
+
+    The moments: the loss; the backward pass of the last layer, with what all layers keep, and of the first, with most
+    gradients; the end, with all.
+    """
+    layers, kept = config.num_hidden_layers, tokens * activation_bytes(config, run, remat, mesh)
+    if remat != "full":
+        kept += tokens * 4 * segments * layers * _named(config, mesh)["attention"] // config.head_dim
+    layer = tokens * layer_bytes(config, run, remat, mesh)
+    head = config.vocab_size * config.hidden_size // mesh.shape["tensor"] * _itemsize(run)
+    # The input of the last norm, its output, and the gradient of that.
+    hidden = tokens * config.hidden_size * (jnp.dtype(run.param_dtype).itemsize + 2 * _itemsize(run))
+    # The head's gradient, or its copy in the compute type below adapters.
+    last = kept + head + max(layer, hidden + logit_bytes(config, run, mesh, tokens=tokens))
+    first = (kept + (layers - 1) * gradients) // layers + layer
+    return max(last, first, gradients) + weight_bytes(config, run, mesh)
+
+
 def logit_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh, *, tokens: int) -> int:
-    """Return the bytes of the logits of a chunk, of at most `tokens` tokens, in float32, and of their gradient."""
-    return min(CHUNK, tokens * config.vocab_size // mesh.shape["tensor"]) * (4 + _itemsize(run))
+    """Return the bytes of logits and of their gradient: two chunks, of at most `tokens` tokens, are computed at the
+    same time."""
+    return min(CHUNK, tokens * config.vocab_size // mesh.shape["tensor"]) * 4 * _itemsize(run)
 
 
 def weight_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> int:
-    """Return the bytes of weights that a step makes: those gathered for two layers, the head in the compute type, and
-    two matrices that are dequantized, or summed with their adapter for DoRA's norms."""
+    """Return the bytes of weights that a step makes: those gathered for two layers with the head, two matrices that are
+    dequantized, or summed with their adapter for DoRA's norms, and the transposed fp8 values of all layers, which XLA
+    makes before the backward pass."""
     D, F, ways, itemsize = config.hidden_size, config.intermediate_size, mesh.shape["tensor"], _itemsize(run)
-    layer = (config.num_parameters - 2 * config.vocab_size * D) // (config.num_hidden_layers * ways)
+    matrices = (config.num_parameters - 2 * config.vocab_size * D) // ways
     head, matrix = config.vocab_size * D // ways * itemsize, D * F // ways
     of_weight = quantized_bytes(run.quantization.abstract((F, D))) / (F * D) if run.quantization else itemsize
-    # Halves hold the head in the compute type already.
-    whole_head = mesh.size > 1 or (run.lora is not None and itemsize != run.param_dtype.itemsize)
-    gathered = int(2 * layer * of_weight) if mesh.size > 1 else 0
+    gathered = int(2 * matrices // config.num_hidden_layers * of_weight) + head if mesh.size > 1 else 0
     dequantized = 2 * matrix * itemsize if run.quantization else 0
     summed = 2 * matrix * 4 if run.lora and run.lora.use_dora else 0
-    return gathered + whole_head * head + dequantized + summed
+    transposed = matrices if run.fp8 and run.lora is None else 0
+    return gathered + dequantized + summed + transposed
 
 
 def _itemsize(run: RunOptions) -> int:

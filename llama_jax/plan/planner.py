@@ -37,7 +37,7 @@ from llama_jax.model.matmul import Sum, check_fp8
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import EmbeddingTable, Params
 from llama_jax.plan.chips import Named, host_rate
-from llama_jax.plan.memory import activation_bytes, logit_bytes, score_bytes, weight_bytes
+from llama_jax.plan.memory import activation_bytes, score_bytes, step_bytes
 from llama_jax.plan.operations import operations
 from llama_jax.plan.schedule import dumping
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
@@ -268,16 +268,17 @@ class Planner:
     def estimate(self, option: Option, longest: int | None = None) -> int:
         """Estimate the bytes of a device by arithmetic alone; `longest` tokens of an example in place of the data's.
 
-        Beside the state: gradients, values kept for the backward pass, plain attention's scores, logits of a chunk with
-        their gradient, and weights made in passing; or the bytes that saving takes, if more.
+        Beside the state: the largest moment of a step, with plain attention's scores, or the bytes that saving takes,
+        if more.
         """
         tokens, given = option.max_tokens, (self.job.config, self.run, self.mesh)
-        step = sharding.bytes_on_device(self.state.trainable)
-        step += tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
+        # Of average examples; padding is a segment too.
+        segments = math.ceil(tokens / self.job.examples.lengths.mean()) + 1 if self.kernel == "cudnn" else 0
+        gradients = sharding.bytes_on_device(self.state.trainable)
+        step = step_bytes(*given, option.remat, tokens=tokens, segments=segments, gradients=gradients)
         if self.kernel == "xla":
             row = max(longest or self._longest, min(tokens, ROW_LIMIT))
             step += score_bytes(*given, option.remat, tokens=tokens, row=row)
-        step += logit_bytes(*given, tokens=tokens) + weight_bytes(*given)
         return self.held_bytes(option) + max(step, saving_bytes(self.state))
 
     def choose(
