@@ -27,20 +27,21 @@ def programs() -> dict[str, Program]:
 
 
 def test_memory_by_arithmetic(tmp_path: Path) -> None:
-    """Not below what the compiled update of 8 layers of 7B needs, and at most 5% above: the moments of a step that the
-    arithmetic takes to coincide differ by a part of a layer, 0.1 to 0.6 of 8 to 36 GiB, whatever the layers. The least
-    bytes, which leave options out, are a bound."""
+    """Not below what the compiled update of 8 layers of 7B needs, and at most 1 GiB above, half of what a layer keeps
+    without recomputation: the arithmetic takes moments of a step to coincide that differ by a part of a layer, whatever
+    the layers. The least bytes, which leave options out, are a bound."""
     if not FOLDER.is_dir():
         pytest.skip("needs jax's CUDA plugin, which `make slow` installs")
-    adapters = "--use_peft True --lora_target_modules all-linear --lora_r 16 --lora_dropout 0"
+    adapters = "--use_peft True --lora_target_modules all-linear --lora_r 16"
     cases = [f"{adapters} --remat {remat}" for remat in ("none", "matmuls", "full")]
-    cases += [f"{adapters} --remat none --fp8 True", "--remat none", "--remat none --fp8 True"]
+    cases += [f"{adapters} --remat none --lora_dropout 0{fp8}" for fp8 in ("", " --fp8 True")]
+    cases += ["--remat none", "--remat none --fp8 True"]
     call = f"gpu_compiler.memory(gpu_compiler.Path({str(tmp_path)!r}), {[case.split() for case in cases]})"
     command = [sys.executable, "-c", f"import gpu_compiler; {call}"]
     done = subprocess.run(command, env=environment(merged=True), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for case, (estimate, least, needed) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert least <= needed <= estimate <= 1.05 * needed, (case, least, needed, estimate)
+        assert least <= needed <= estimate <= needed + 2**30, (case, least, needed, estimate)
 
 
 def outside_fusions(program: Program) -> list[Instruction]:

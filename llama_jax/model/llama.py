@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.base.errors import InputError
 from llama_jax.distributed import sharding
+from llama_jax.distributed.digest import mixed
 from llama_jax.distributed.sharding import placed
 from llama_jax.model.attention import XLA, Kernel, Scores, cached_attention, keeps_kernel, packed_attention
 from llama_jax.model.cache import KVCache
@@ -84,9 +85,9 @@ class Tokens(NamedTuple):
     def of_layer(self, number: Any, rotates: Any) -> "Tokens":
         """Return the inputs of a layer: angles of 0 where `rotates`, a boolean or None for true, is false.
 
-        The `key` draws the adapters' dropout; None draws none.
+        The `key`, a uint32, draws the adapters' dropout; None draws none.
         """
-        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        key = None if self.key is None else mixed(self.key + jnp.uint32(number))
         if rotates is None:
             return self._replace(key=key)
         return self._replace(cos=jnp.where(rotates, self.cos, 1), sin=jnp.where(rotates, self.sin, 0), key=key)

@@ -28,9 +28,9 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
     if run.lora is None:
         return layers * (of_layer + (2 * D + heads + ffn + compute * ffn if run.fp8 else compute * (2 * D + ffn)))
     adapted = [(layer, projection.split(".")[1]) for (layer, projection), _ in run.lora.ranks]
-    if run.lora.dropout:  # an input without the dropped elements, and their mask
+    if run.lora.dropout:  # an input without the dropped elements, and XLA keeps two masks of a layer
         sizes = {"o_proj": heads, "down_proj": ffn}
-        inputs = (compute + 1) * sum(sizes.get(name, D) for _, name in adapted)
+        inputs = compute * sum(sizes.get(name, D) for _, name in adapted) + layers * 2 * D
     else:
         shared = {(layer, _SHARED[name]) for layer, name in adapted if name in _SHARED}
         inputs = compute * sum(ffn if name == "activated" else D for _, name in shared)

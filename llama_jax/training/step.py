@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from llama_jax.data.batches import Batch
 from llama_jax.data.packing import Shape
 from llama_jax.distributed import sharding
+from llama_jax.distributed.digest import mixed
 from llama_jax.distributed.platform import compiler_options
 from llama_jax.distributed.profile import OPTIMIZER
 from llama_jax.model.definition import Definition, merge
@@ -75,7 +76,9 @@ class Steps:
         def gradients(state: TrainState, batch: Batch, number: jax.Array | None):
             key = None
             if number is not None:
-                key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="rbg"), state.step), number)
+                key = jnp.uint32(seed % 2**32)
+                for of_update in (state.step, number):
+                    key = mixed(mixed(key) + of_update.astype(jnp.uint32))
 
             def loss(trainable):
                 params = merge(trainable, state.frozen)
