@@ -95,10 +95,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of training in a run; at least six updates")
     parser.add_argument("--data_path", type=Path, help="alpaca_data.json")
     parser.add_argument("--tokenizer", type=Path, help="folder of a LLaMA tokenizer")
-    parser.add_argument("--profile", action="store_true", help="print where ours spends its time, by four more updates")
+    parser.add_argument(
+        "--profile", action="store_true", help="put into --json where ours spends its time, by four more updates"
+    )
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one run, in this process
     args = parser.parse_args()
+    if args.profile and not args.json:
+        parser.error("--profile: is written into --json FILE; add it")
     if args.only:
         args.work = args.work[0]
         if args.only == "ours":
