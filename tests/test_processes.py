@@ -5,6 +5,7 @@ They meet on this machine by gloo, as hosts do over a network.
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from safetensors.numpy import load_file
 from test_training import CLOCK, EPSILON, Job, checkpoints, worst
 from tiny import (
     CHANGING,
+    COMPILATION,
     CONFIG,
     ROOT,
     environment,
@@ -252,6 +254,30 @@ def test_an_adapter_as_one_process(tmp_path: Path) -> None:
     (resumed,) = finish(start([job.argv("resumed", resume_from_checkpoint=True)], 4))
     assert any("resumed from" in line for line in resumed.err)
     assert_same_run(tmp_path / "one", tmp_path / "resumed")
+
+
+@pytest.mark.slow
+def test_moments_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of the same two processes without --offload_optimizer, from the start and from a checkpoint. An update
+    sums two blocks, of which each process has a row. The digests are of all moments and weights; compiled as a user's,
+    as in test_offload.py."""
+    users = " ".join(f"--{option}={value}".lower() for option, (_, value) in COMPILATION.items())
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} {users}")
+    blocks = {"per_device_train_batch_size": 4, "max_tokens_per_device": 128}
+    job = Job(tmp_path, hf_compat="5", bf16=True, max_steps=2, warmup_steps=0, save_steps=1, **blocks)
+
+    def train(name: str, **flags: Any) -> Path:
+        first, _ = finish(start([job.argv(name, **flags)] * 2, 1))
+        assert any("at most 2 block(s) an update" in line for line in first.err), first.err
+        return tmp_path / name
+
+    plain, hosted = train("plain"), train("hosted", offload_optimizer=True)
+    resumed = train("resumed", offload_optimizer=True, resume_from_checkpoint=hosted / "checkpoint-1")
+    for out, steps in ((hosted, (1, 2)), (resumed, (2,))):
+        assert log_of(out) == log_of(plain)
+        for step in steps:
+            one, two = (json.loads((f / f"checkpoint-{step}/run/metadata").read_text()) for f in (out, plain))
+            assert one["digests"] == two["digests"]
 
 
 @pytest.mark.slow
