@@ -43,10 +43,11 @@ import train_jax
 from llama_jax.command import generate
 from llama_jax.distributed import sharding
 from llama_jax.distributed.digest import mixed
+from llama_jax.model import lora as lora_module
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
-from llama_jax.model.llama import RunOptions
-from llama_jax.model.lora import Adapter, Lora, Rank
+from llama_jax.model.llama import RunOptions, _block_function
+from llama_jax.model.lora import Adapter, Lora, Rank, _drawn
 from llama_jax.setup.adapters import _modules
 from llama_jax.training.optimizer import make_optimizer
 from llama_jax.training.state import abstract_state
@@ -239,6 +240,23 @@ def test_resumed_runs_are_the_same(scan_layers: bool, tmp_path: Path) -> None:
     assert all("'lora_" in name for name in arrays)
     other = trained(tmp_path, "other", **{**flags, "lora_dropout": 0.0})
     assert any(not np.array_equal(array, expected[name]) for name, array in tensors(other).items())
+
+
+def test_draws_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each update, block, layer and projection has its own."""
+    keys: list[int] = []
+
+    def draw(key: jax.Array, probability: float, x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda key: keys.append(int(key)), key)
+        return _drawn(key, probability, x)
+
+    monkeypatch.setattr(lora_module, "_drawn", draw)
+    _block_function.cache_clear()
+    blocks = {"gradient_accumulation_steps": 2, "packing": False, "accumulation": "sum"}
+    trained(tmp_path, "out", lora_target_modules=["q_proj", "down_proj"], lora_dropout=0.2, max_steps=2, **blocks)
+    jax.effects_barrier()
+    _block_function.cache_clear()
+    assert len({*keys}) == 2 * 2 * CONFIG["num_hidden_layers"] * 2
 
 
 @pytest.mark.parametrize("dora", [slow_unless(False, False), True])

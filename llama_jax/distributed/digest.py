@@ -1,4 +1,4 @@
-"""Compute a digest of arrays where they are, on their devices."""
+"""Hash arrays and the places of their elements on their devices: for digests, and for random draws."""
 
 import hashlib
 from typing import Any
@@ -43,7 +43,8 @@ def _sums(array: jax.Array) -> jax.Array:
 
 
 def places(like: jax.Array, start: jax.Array) -> jax.Array:
-    """Return a hash of each element's place in an array, uint32, of its shape and placement; `start` chooses one."""
+    """Return a hash of each element's place in an array, uint32, of its shape and placement; another `start` gives
+    others."""
     place = start
     for axis in range(like.ndim):
         index = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=jax.typeof(like).sharding)

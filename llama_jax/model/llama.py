@@ -248,7 +248,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], key: Any = None) -> Float[Array, "B T D"]:
         gate, up = project_all((self.gate_proj, self.up_proj), x, key)
         if self.gate_proj.adapter or self.up_proj.adapter:
-            # Otherwise XLA adds the adapters' parts in the activation's kernel, and keeps all four for its gradient.
+            # Otherwise XLA adds the adapters' parts inside the activation's kernel, and keeps all four parts.
             gate, up = written("cuda", gate), written("cuda", up)
         gate, up = checkpoint_name(gate, "gate_proj"), checkpoint_name(up, "up_proj")
         return self.down_proj(self.act_fn(gate) * up, key)

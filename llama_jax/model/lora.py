@@ -147,7 +147,8 @@ def _summed(
 def _drawn(key: jax.Array, probability: float, x: jax.Array) -> jax.Array:
     """Draw booleans of the shape and the placement of `x`, true with `probability`, the same ones on any mesh.
 
-    They are hashes of the elements' places. The programs of jax's generators take a GPU's compiler three times as long.
+    Each is a hash of the element's place. A program with draws of jax's generators takes a GPU's compiler two to three
+    times as long.
     """
     return places(x, key) < np.uint32(min(probability * 2**32, 2**32 - 1))
 

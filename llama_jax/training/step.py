@@ -77,8 +77,8 @@ class Steps:
             key = None
             if number is not None:
                 key = jnp.uint32(seed % 2**32)
-                for of_update in (state.step, number):
-                    key = mixed(mixed(key) + of_update.astype(jnp.uint32))
+                for count in (state.step, number):
+                    key = mixed(mixed(key) + count.astype(jnp.uint32))
 
             def loss(trainable):
                 params = merge(trainable, state.frozen)
