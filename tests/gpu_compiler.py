@@ -1,7 +1,7 @@
 """Compile programs for an H200 on a machine without a GPU, by the compiler of jax's CUDA plugin.
 
 Run in a process of its own: `environment` gives its variables, `main` prints the programs' HLO, and `memory` the bytes
-that updates need. The compiler takes no library's kernel that it would have to try: products are cuBLAS' or XLA's.
+that updates need. Without a GPU the compiler cannot time kernels: products are cuBLAS' or XLA's.
 """
 
 import json
@@ -60,7 +60,8 @@ def one_device() -> Any:
     xla_bridge.canonicalize_platform = canonicalize
     topology = topologies.get_topology_desc(platform="cuda", target_config=DEVICE, topology="1x1x1")
     jax.config.update("jax_default_matmul_precision", "highest")
-    cudnn = cudnn_attention()  # these ask a device
+    cudnn = cudnn_attention()
+    # jax's checks look for a device.
     cudnn.check_cudnn_version, cudnn.check_compute_capability = lambda: 91400, lambda capability: True
     cudnn.is_cuda_compute_capability_equal = lambda capability: False
     return sharding.make_mesh(topology.devices)

@@ -15,20 +15,29 @@ _SHARED = {"q_proj": "normed", "k_proj": "normed", "v_proj": "normed"}
 _SHARED |= {"gate_proj": "normed again", "up_proj": "normed again", "down_proj": "activated"}
 
 
+def least_activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
+    """Return the bytes that a token must leave on its device for the backward pass, over all layers: each layer's input
+    and what `Remat.kept` names. Of `none` these are all names; compilers keep other values beside them."""
+    named, kept = _named(config, mesh), REMAT[remat].kept
+    width = sum(named[name] for name in (named if kept is None else kept))
+    return config.num_hidden_layers * (_stream(config, run) + _itemsize(run) * width)
+
+
 def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
-    """Return the bytes that a token leaves on its device for the backward pass, over all layers."""
-    compute, stream, named = _itemsize(run), jnp.dtype(run.param_dtype).itemsize, _named(config, mesh)
-    layers, D, kept = config.num_hidden_layers, config.hidden_size, REMAT[remat].kept
-    if kept is not None:
-        return layers * (stream * D + compute * sum(named[name] for name in kept))
-    # Both inputs of norms, and what attention and the activation take. o_proj's output is in the second.
-    of_layer = 2 * stream * D + compute * (sum(named.values()) - named["o_proj"])
+    """Return the bytes that a token leaves on its device for the backward pass, over all layers. Values that DoRA keeps
+    are left out, and the products with matrices A, which are thin."""
+    if REMAT[remat].kept is not None:
+        return least_activation_bytes(config, run, remat, mesh)
+    compute, named, layers, D = _itemsize(run), _named(config, mesh), config.num_hidden_layers, config.hidden_size
+    # The inputs of both norms, of attention and of the activation. The second norm's input has o_proj's output in it.
+    of_layer = 2 * _stream(config, run) + compute * (sum(named.values()) - named["o_proj"])
     heads, ffn = named["attention"], named["up_proj"]
-    # The gradients of weights take their inputs: in fp8, and the activation's output as it is, too.
+    # Gradients of weights need the inputs of projections. In fp8 these are kept in fp8, and the activation's output in
+    # the compute type too.
     if run.lora is None:
         return layers * (of_layer + (2 * D + heads + ffn + compute * ffn if run.fp8 else compute * (2 * D + ffn)))
     adapted = [(layer, projection.split(".")[1]) for (layer, projection), _ in run.lora.ranks]
-    if run.lora.dropout:  # an input without the dropped elements, and XLA keeps two masks of a layer
+    if run.lora.dropout:  # each adapter's input after dropout; of the masks, XLA keeps two a layer
         sizes = {"o_proj": heads, "down_proj": ffn}
         inputs = compute * sum(sizes.get(name, D) for _, name in adapted) + layers * 2 * D
     else:
@@ -40,11 +49,16 @@ def activation_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mes
 def layer_bytes(config: LlamaConfig, run: RunOptions, remat: str, mesh: Mesh) -> int:
     """Return the most bytes of a token that the backward pass of a layer makes beside `activation_bytes`: what it
     computes again, and the gradients of the residual stream and of the MLP's three projections."""
-    compute, stream, ffn = _itemsize(run), jnp.dtype(run.param_dtype).itemsize, _named(config, mesh)["up_proj"]
+    compute, ffn = _itemsize(run), _named(config, mesh)["up_proj"]
     everything, layers = activation_bytes(config, run, "none", mesh), config.num_hidden_layers
     again = 0 if remat == "none" else everything - activation_bytes(config, run, remat, mesh)
     parts = compute * ffn if run.lora else 0  # gate_proj's output beside the sum with the adapter's
-    return stream * config.hidden_size + 3 * compute * ffn + parts + -(-again // layers)
+    return _stream(config, run) + 3 * compute * ffn + parts + -(-again // layers)
+
+
+def _stream(config: LlamaConfig, run: RunOptions) -> int:
+    """Return the bytes of a token in the residual stream."""
+    return jnp.dtype(run.param_dtype).itemsize * config.hidden_size
 
 
 def _named(config: LlamaConfig, mesh: Mesh) -> dict[str, int]:
@@ -72,10 +86,10 @@ def step_bytes(
     config: LlamaConfig, run: RunOptions, mesh: Mesh, remat: str, *, tokens: int, segments: int, gradients: int
 ) -> int:
     """Return the most bytes at a moment of a step, of `tokens` tokens and `gradients` bytes, plain attention's scores
-    left out. `segments` of a row have statistics of cuDNN's softmax for each token of the row.
+    left out. cuDNN keeps statistics of the softmax for each token of a row, once for each of the row's `segments`.
 
-    The moments: the loss; the backward pass of the last layer, with what all layers keep, and of the first, with most
-    gradients; the end, with all.
+    The moment is one of four: the loss; the last layer's backward pass, while the activations of all layers are kept;
+    the first layer's, with the gradients of all others; the end, with all gradients.
     """
     layers, kept = config.num_hidden_layers, tokens * activation_bytes(config, run, remat, mesh)
     if remat != "full":
@@ -83,7 +97,7 @@ def step_bytes(
     layer = tokens * layer_bytes(config, run, remat, mesh)
     head = config.vocab_size * config.hidden_size // mesh.shape["tensor"] * _itemsize(run)
     # The input of the last norm, its output, and the gradient of that.
-    hidden = tokens * config.hidden_size * (jnp.dtype(run.param_dtype).itemsize + 2 * _itemsize(run))
+    hidden = tokens * (_stream(config, run) + 2 * config.hidden_size * _itemsize(run))
     # The head's gradient, or its copy in the compute type below adapters.
     last = kept + head + max(layer, hidden + logit_bytes(config, run, mesh, tokens=tokens))
     first = (kept + (layers - 1) * gradients) // layers + layer
@@ -91,23 +105,27 @@ def step_bytes(
 
 
 def logit_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh, *, tokens: int) -> int:
-    """Return the bytes of logits and of their gradient: two chunks, of at most `tokens` tokens, are computed at the
-    same time."""
+    """Return the bytes of the logits of two chunks, which XLA computes at the same time, and of their gradients.
+    `tokens` bounds a chunk."""
     return min(CHUNK, tokens * config.vocab_size // mesh.shape["tensor"]) * 4 * _itemsize(run)
 
 
 def weight_bytes(config: LlamaConfig, run: RunOptions, mesh: Mesh) -> int:
-    """Return the bytes of weights that a step makes: those gathered for two layers with the head, two matrices that are
-    dequantized, or summed with their adapter for DoRA's norms, and the transposed fp8 values of all layers, which XLA
-    makes before the backward pass."""
+    """Return the bytes of weights that a step makes.
+
+    On several devices, two layers and the head are gathered. Two matrices are dequantized, or summed with their adapter
+    for DoRA's norms. In fp8, XLA transposes the values of all layers before the backward pass; on several devices this
+    was not seen, and is left out.
+    """
     D, F, ways, itemsize = config.hidden_size, config.intermediate_size, mesh.shape["tensor"], _itemsize(run)
-    matrices = (config.num_parameters - 2 * config.vocab_size * D) // ways
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * D
+    matrices = (config.num_parameters - embeddings) // ways
     head, matrix = config.vocab_size * D // ways * itemsize, D * F // ways
     of_weight = quantized_bytes(run.quantization.abstract((F, D))) / (F * D) if run.quantization else itemsize
     gathered = int(2 * matrices // config.num_hidden_layers * of_weight) + head if mesh.size > 1 else 0
     dequantized = 2 * matrix * itemsize if run.quantization else 0
     summed = 2 * matrix * 4 if run.lora and run.lora.use_dora else 0
-    transposed = matrices if run.fp8 and run.lora is None else 0
+    transposed = matrices if run.fp8 and run.lora is None and mesh.size == 1 else 0
     return gathered + dequantized + summed + transposed
 
 

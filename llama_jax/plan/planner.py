@@ -37,7 +37,7 @@ from llama_jax.model.matmul import Sum, check_fp8
 from llama_jax.model.remat import REMAT
 from llama_jax.model.roles import EmbeddingTable, Params
 from llama_jax.plan.chips import Named, host_rate
-from llama_jax.plan.memory import activation_bytes, score_bytes, step_bytes
+from llama_jax.plan.memory import least_activation_bytes, score_bytes, step_bytes
 from llama_jax.plan.operations import operations
 from llama_jax.plan.schedule import dumping
 from llama_jax.setup.adapters import choose_adapter, choose_quantization
@@ -161,7 +161,11 @@ class Planner:
         row_limit = max_tokens if self.kernel == "cudnn" else ROW_LIMIT
         cost = self._cost if self.kernel == "xla" else None
         batches = job.batches(max_tokens, row_limit, sharding.batch_ways(self.mesh), cost)
-        kernel = Kernel(self.kernel, _most_segments(job, batches, max_tokens), self.device_kind)
+        kernel = Kernel(
+            self.kernel,
+            _most_segments(job, max(*(length for _, length in batches.shapes), max_tokens)),
+            self.device_kind,
+        )
         options = (*self.run.compiler_options, *(dumping(self.schedules) if self.schedules else ()))
         run = replace(self.run, remat=option.remat, attention=kernel, compiler_options=options)
         blocks = batches.block_counts.astype(np.int32)
@@ -262,7 +266,7 @@ class Planner:
         """Return a lower bound of a device's bytes: held bytes and the largest of kept activations, gradients and
         saving."""
         grads = sharding.bytes_on_device(self.state.trainable)
-        kept = option.max_tokens * activation_bytes(self.job.config, self.run, option.remat, self.mesh)
+        kept = option.max_tokens * least_activation_bytes(self.job.config, self.run, option.remat, self.mesh)
         return self.held_bytes(option) + max(kept, grads, saving_bytes(self.state))
 
     def estimate(self, option: Option, longest: int | None = None) -> int:
@@ -272,8 +276,8 @@ class Planner:
         if more.
         """
         tokens, given = option.max_tokens, (self.job.config, self.run, self.mesh)
-        # Of average examples; padding is a segment too.
-        segments = math.ceil(tokens / self.job.examples.lengths.mean()) + 1 if self.kernel == "cudnn" else 0
+        # The padding is a segment too.
+        segments = _most_segments(self.job, tokens * self._row_ways) + 1 if self.kernel == "cudnn" else 0
         gradients = sharding.bytes_on_device(self.state.trainable)
         step = step_bytes(*given, option.remat, tokens=tokens, segments=segments, gradients=gradients)
         if self.kernel == "xla":
@@ -471,8 +475,9 @@ def _largest_update(job: Job, ways: int) -> int:
     return max(math.ceil(most / ways), int(lengths.max()))
 
 
-def _most_segments(job: Job, batches: Batches, max_tokens: int) -> int:
-    """Return a bound of the segments in a row: all of an update's examples, or as many of the shortest as fit."""
+def _most_segments(job: Job, tokens: int) -> int:
+    """Return a bound of the segments in a row of `tokens`, or of the longest example: all of an update's examples, or
+    as many of the shortest as fit."""
     order, size = job.order, job.args.per_device_eval_batch_size
     an_update = int(np.diff(order.bounds).max()) * order.per_device_batch * order.ranks
     an_epoch = order.batches_per_epoch * order.per_device_batch * order.ranks
@@ -482,7 +487,7 @@ def _most_segments(job: Job, batches: Batches, max_tokens: int) -> int:
         (job.eval_examples, 0 if job.eval_examples is None else _up(len(job.eval_examples), size * order.ranks), None),
     ):
         if examples is not None:
-            row = _up(max(*(length for _, length in batches.shapes), max_tokens, examples.lengths.max()), ROW_MULTIPLE)
+            row = _up(max(tokens, examples.lengths.max()), ROW_MULTIPLE)
             # Several ranks are filled up with repeated examples, and an update may begin a new epoch.
             repeats = -(-dealt // len(examples)) * (1 if limit is None else -(-limit // dealt) + 1)
             shortest = np.repeat(np.sort(examples.lengths)[:row], repeats)
