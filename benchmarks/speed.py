@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--only", help=argparse.SUPPRESS)  # one run, in this process
     args = parser.parse_args()
     if args.profile and not args.json:
-        parser.error("--profile: is written into --json FILE; add it")
+        parser.error("--profile needs --json FILE, into which the profile is written")
     if args.only:
         args.work = args.work[0]
         if args.only == "ours":
