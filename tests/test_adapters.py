@@ -43,7 +43,6 @@ import train_jax
 from llama_jax.command import generate
 from llama_jax.distributed import sharding
 from llama_jax.distributed.digest import mixed
-from llama_jax.model import lora as lora_module
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define
 from llama_jax.model.llama import RunOptions, _block_function
@@ -250,7 +249,7 @@ def test_draws_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         jax.debug.callback(lambda key: keys.append(int(key)), key)
         return _drawn(key, probability, x)
 
-    monkeypatch.setattr(lora_module, "_drawn", draw)
+    monkeypatch.setattr("llama_jax.model.lora._drawn", draw)
     _block_function.cache_clear()
     blocks = {"gradient_accumulation_steps": 2, "packing": False, "accumulation": "sum"}
     trained(tmp_path, "out", lora_target_modules=["q_proj", "down_proj"], lora_dropout=0.2, max_steps=2, **blocks)

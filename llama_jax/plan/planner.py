@@ -161,11 +161,8 @@ class Planner:
         row_limit = max_tokens if self.kernel == "cudnn" else ROW_LIMIT
         cost = self._cost if self.kernel == "xla" else None
         batches = job.batches(max_tokens, row_limit, sharding.batch_ways(self.mesh), cost)
-        kernel = Kernel(
-            self.kernel,
-            _most_segments(job, max(*(length for _, length in batches.shapes), max_tokens)),
-            self.device_kind,
-        )
+        row = max(max_tokens, *(length for _, length in batches.shapes))
+        kernel = Kernel(self.kernel, _most_segments(job, row), self.device_kind)
         options = (*self.run.compiler_options, *(dumping(self.schedules) if self.schedules else ()))
         run = replace(self.run, remat=option.remat, attention=kernel, compiler_options=options)
         blocks = batches.block_counts.astype(np.int32)
