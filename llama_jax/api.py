@@ -28,6 +28,8 @@ from llama_jax.training.loss import weighted_cross_entropy
 
 Arrays = dict[str, np.ndarray]
 
+_FORM = "input_ids, labels and attention_mask: give integers of one shape [B, T], at least one token a row"
+
 
 def load(path: str | Path, dtype: str = "float32", allow_pickle: bool = False) -> "Model":
     """Read a model from an HF folder, a .gguf file or a Flax folder onto the first device.
@@ -98,8 +100,11 @@ class Model:
         and `repetition_penalty` hold at any temperature.
         Prompts are lists of any length, or an array [B, T] with the attention mask of its padding.
         """
-        masks = [[1] * len(row) for row in input_ids] if attention_mask is None else np.asarray(attention_mask)
-        prompts = [np.asarray(row)[np.asarray(mask) != 0] for row, mask in zip(input_ids, masks, strict=True)]
+        rows = [_integers(row, axes=1) for row in input_ids]
+        masks = [np.ones_like(row) for row in rows] if attention_mask is None else [*_mask(attention_mask)]
+        if [row.shape for row in rows] != [mask.shape for mask in masks]:
+            raise InputError(_FORM)
+        prompts = [row[mask != 0].astype(np.int64) for row, mask in zip(rows, masks, strict=True)]
         if not prompts or not all(map(len, prompts)) or max_new_tokens < 1 or not 0 <= (temperature or 0) < math.inf:
             raise InputError("generate: give prompts of at least one token, max_new_tokens > 0 and temperature >= 0")
         _check_ids("input_ids", np.concatenate(prompts), self.config)
@@ -113,15 +118,36 @@ class Model:
 
     def _run(self, f: Callable[..., Any], input_ids: Any, attention_mask: Any, *rest: np.ndarray) -> Any:
         """Compute `f(graphdef, params, ids, positions, segments, *rest)` with exact float32 products."""
-        ids = np.asarray(input_ids, np.int32)
-        segments = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask, np.int32)
-        if ids.ndim != 2 or any(x.shape != ids.shape for x in (segments, *rest)):
-            raise InputError("input_ids, labels and attention_mask: give integers of one shape [B, T]")
+        ids = _integers(input_ids)
+        segments = np.ones_like(ids) if attention_mask is None else _mask(attention_mask)
+        if not ids.size or any(x.shape != ids.shape for x in (segments, *rest)):
+            raise InputError(_FORM)
         _check_ids("input_ids", ids, self.config)
+        ids, segments = ids.astype(np.int32), segments.astype(np.int32)
         graphdef, state = nnx.split(self.llama)
         positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
         with jax.default_matmul_precision("highest"):
             return _compute(f, graphdef, nnx.to_pure_dict(state), ids, positions, segments, *rest)
+
+
+def _integers(value: Any, axes: int = 2) -> np.ndarray:
+    """Return whole numbers in their own type, which may be wider than jax's. Raises InputError."""
+    try:
+        array = np.asarray(value)
+    except ValueError as e:  # rows of several lengths
+        raise InputError(_FORM) from e
+    if array.ndim != axes or array.dtype.kind not in "biuf" or (array % 1 != 0).any():
+        raise InputError(_FORM)
+    return array
+
+
+def _mask(value: Any) -> np.ndarray:
+    """Return an attention mask [B, T]. Raises InputError: the model would take other numbers for other segments."""
+    mask = _integers(value)
+    other = np.setdiff1d(mask, [0, 1])
+    if other.size:
+        raise InputError(f"attention_mask: should be 1 for tokens and 0 for padding, found {other[0]}")
+    return mask
 
 
 def _check_ids(name: str, ids: np.ndarray, config: LlamaConfig) -> None:
@@ -133,9 +159,9 @@ def _check_ids(name: str, ids: np.ndarray, config: LlamaConfig) -> None:
 
 def _targets(config: LlamaConfig, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return the label that follows each token and its weight in the mean, [B, T] each."""
-    labels = np.asarray(labels, np.int32)
+    labels = _integers(labels)
     _check_ids("labels", labels[labels != -100], config)
-    targets = np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-100)
+    targets = np.pad(labels[:, 1:].astype(np.int32), ((0, 0), (0, 1)), constant_values=-100)
     counts = targets != -100
     return targets, (counts / np.float32(counts.sum())).astype(np.float32)
 
