@@ -123,6 +123,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"text": "Once upon a time"},
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "reference"}]},
     {"prompt": [{"role": "user", "content": "Hello there"}], "note": "é☃"},
+    {"prompt": "Once upon a time", "completion": " there was"},
 ]
 ASKED = [  # the same, each by flags
     ("--message", "Hi"),
@@ -132,6 +133,7 @@ ASKED = [  # the same, each by flags
     ("--raw", "--prompt", "Once upon a time"),
     ("--message", "Hi"),
     ("--message", "Hello there"),
+    ("--raw", "--prompt", "Once upon a time"),
 ]
 
 
@@ -183,7 +185,7 @@ def test_a_file_of_questions(tmp_path: Path, model: Path) -> None:
     assert "is there already; remove it" in error_line(again)
     asked = ask(model, "--input_file", out, "--output_file", tmp_path / "second.jsonl")
     assert "out.jsonl: record 1 has 'generated_text' already" in error_line(asked)
-    assert "7 of 7 records are bad" in asked.err
+    assert f"{len(QUESTIONS)} of {len(QUESTIONS)} records are bad" in asked.err
 
 
 def test_questions_of_other_files(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_an_interrupted_file_goes_on(tmp_path: Path, model: Path, monkeypatch: p
     """After Ctrl-C and a torn line the rest is answered, as in one run; drawn tokens do not depend on the blocks."""
     source, out = write_lines(tmp_path / "in.jsonl", QUESTIONS), tmp_path / "out.jsonl"
     flags = ("--input_file", source, "--temperature", 2, "--seed", 5, "--output_file")
-    whole = ask(model, *flags, tmp_path / "whole.jsonl", "--batch_size", 7)
+    whole = ask(model, *flags, tmp_path / "whole.jsonl", "--batch_size", len(QUESTIONS))
     assert whole.code == 0, whole.err
     block, blocks = Answerer.block, []
 
@@ -215,7 +217,7 @@ def test_an_interrupted_file_goes_on(tmp_path: Path, model: Path, monkeypatch: p
     monkeypatch.setattr(Answerer, "block", interrupted)
     stopped = ask(model, *flags, out, "--batch_size", 2)
     assert stopped.code == 130 and not out.exists()
-    assert f"4 of 7 answers are in {out}.partial; the same command goes on" in stopped.err
+    assert f"4 of {len(QUESTIONS)} answers are in {out}.partial; the same command goes on" in stopped.err
     partial = tmp_path / "out.jsonl.partial"
     with partial.open("a") as file:
         file.write('[6, "tor')
@@ -224,8 +226,8 @@ def test_an_interrupted_file_goes_on(tmp_path: Path, model: Path, monkeypatch: p
     done = {number for numbers in blocks[:2] for number in numbers}
     blocks[:] = []
     resumed = ask(model, *flags, out, "--batch_size", 2)
-    assert resumed.code == 0 and "holds 4 of 7 answers; the others follow" in resumed.err, resumed.err
-    assert {number for numbers in blocks for number in numbers} == set(range(7)) - done
+    assert resumed.code == 0 and f"holds 4 of {len(QUESTIONS)} answers; the others follow" in resumed.err, resumed.err
+    assert {number for numbers in blocks for number in numbers} == set(range(len(QUESTIONS))) - done
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not partial.exists()
     partial.write_text("something else\n")
     out.unlink()

@@ -335,10 +335,23 @@ def test_both_names_of_a_turn_are_one_chat(pair):
     names = {role: name for name, role in SHAREGPT.items() if name not in OPENAI}
     renamed = [{"from": names.get(t["role"], t["role"]), "value": t["content"]} for t in chat]
     assert {t["from"] for t in renamed} == {"human", "gpt", "system"}
+    parts = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in chat]
     same = [{"messages": chat}, {"conversations": renamed}, {"messages": [{**t, "tool_calls": None} for t in chat]}]
+    same += [{"messages": parts}, {"prompt": chat[:-1], "completion": chat[-1:]}]
     got = tokenize("chat", same, ours, 4096)
-    assert got[0][0].tolist() == got[1][0].tolist() == got[2][0].tolist()
-    assert got[0][1].tolist() == got[1][1].tolist() == got[2][1].tolist()
+    for i in range(1, len(same)):
+        assert got[0][0].tolist() == got[i][0].tolist()
+        assert got[0][1].tolist() == got[i][1].tolist()
+
+
+@pytest.mark.parametrize("pair", ["llama2", "llama3", "chatml", "plain"], indirect=True)
+def test_the_turns_of_a_prompt_are_not_trained(pair):
+    ours = pair[0]
+    chat = turns("a", "b", "ab", "ba")
+    off = [{**t, "train": False} if i == 1 else t for i, t in enumerate(chat)]
+    got = tokenize("chat", [{"messages": off}, {"prompt": chat[:-1], "completion": chat[-1:]}], ours, 4096)
+    assert got[0][1].tolist() == got[1][1].tolist() and set(got[0][1].tolist()) != {-100}
+    assert got[0][0].tolist() == got[1][0].tolist()
 
 
 @pytest.mark.parametrize("pair", ["llama2", "llama3", "chatml", "plain"], indirect=True)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from llama_jax.base.errors import InputError
 from llama_jax.data import examples as examples_module
 from llama_jax.data.examples import Examples, alpaca_prompt, check_examples, from_tokenized, tokenize, tokenize_alpaca
-from llama_jax.data.records import ALPACA, CHAT, FORMS, TEXT, TOKENIZED
+from llama_jax.data.records import ALPACA, CHAT, COMPLETION, FORMS, TEXT, TOKENIZED
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 
 BEFORE_LONG = """\
@@ -361,7 +361,21 @@ def test_examples_are_slices_of_one_array():
     assert np.shares_memory(got[1][0], got.input_ids)
 
 
-# --- plain text, and what all forms share
+# --- prompt and completion, plain text, and what all forms share
+
+
+@settings(max_examples=200)
+@given(pairs=st.lists(st.tuples(words, words), min_size=1, max_size=4), limit=st.integers(1, 60))
+def test_a_completion_is_trained_and_its_prompt_is_not(small, pairs, limit):
+    """As TRL: one eos, and labels -100 at as many tokens as the prompt alone has, pads included."""
+    tokenizer, rule = small
+    got = tokenize(COMPLETION, [{"prompt": a, "completion": b} for a, b in pairs], tokenizer, limit)
+    assert len(got) == len(pairs)
+    for i, (prompt, completion) in enumerate(pairs):
+        whole = rule.encode(prompt + completion + ("" if completion.endswith("</s>") else "</s>"))
+        masked = len(rule.encode(prompt))
+        assert got[i][0].tolist() == whole[:limit]
+        assert got[i][1].tolist() == [-100 if at < masked else token for at, token in enumerate(whole)][:limit]
 
 
 @settings(max_examples=200)
@@ -394,6 +408,7 @@ def test_a_text_without_an_eos_token_gets_none(small, monkeypatch):
 FORMED = {
     ALPACA: lambda i: {**RECORD, "output": str(i) * i},
     CHAT: lambda i: {"messages": [{"role": "user", "content": "a" * i}, {"role": "assistant", "content": str(i)}]},
+    COMPLETION: lambda i: {"prompt": "a" * i, "completion": str(i)},
     TEXT: lambda i: {"text": str(i) * i},
     TOKENIZED: lambda i: {"input_ids": [1, i, 2], "labels": [-100, i, 2]},
 }

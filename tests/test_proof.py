@@ -533,6 +533,20 @@ def test_pads_inside_a_text(tmp_path: Path) -> None:
     assert mask.holds is False and mask.note.startswith("record 2, token ")
 
 
+def test_completions(tmp_path: Path) -> None:
+    """The reference is transformers' tokenizer. A label that is masked beside the prompt's is named."""
+    model = write_tokenizer(write_model(tmp_path / "model"))
+    records = [{"prompt": "Once upon", "completion": " a time"}, {"prompt": "", "completion": "The end</s>"}]
+    data = write_json(tmp_path / "data.json", records)
+    argv = ["--model_name_or_path", model, "--data_path", data, "--output_dir", tmp_path / "out", "--hf_compat", "5"]
+    subject = open_subject(parity.parse([*map(str, argv)]).args, None)
+    assert all(row.holds for row in compare_tokens(subject.job, subject.source.tokenizer_folder, 32))
+    labels = np.array(subject.job.examples.labels)
+    labels[subject.job.examples.offsets[1] - 1] = -100
+    job = dataclasses.replace(subject.job, examples=dataclasses.replace(subject.job.examples, labels=labels))
+    assert compare_tokens(job, subject.source.tokenizer_folder, 32)[1].holds is False
+
+
 CHATML = """\
 {% for m in messages %}{{ '<s>' + m['role'] + '\\n' }}{{ m['content'] + '</s>' }}{{ '\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"""

@@ -104,7 +104,7 @@ def test_any_text_survives(tmp_path, records, layout):
     assert list(read_records(path)[1]) == without_nulls(records)
 
 
-CHAT_KEYS = ("messages", "conversations")
+CHAT_KEYS = ("messages", "conversations", "prompt", "completion")
 NOT_A_STRING = [None, True, 3, 2.5, ["a"], {"a": "b"}]
 NOT_IDS = [None, 7, "1 2", {"0": 1}, [1, 5, None], [1, 5, 2.0], [True, 5, 2], ["1", 5, 2], [[1], [5], [2]]]
 NOT_A_RECORD = [None, True, 3, 2.5, "text", [], [TEXT]]
@@ -114,7 +114,9 @@ def without_nulls(records: list[Any]) -> list[Any]:
     """Return the records as they should be read; turns are the only lists of objects."""
     return [
         {
-            key: [{k: v for k, v in turn.items() if v is not None} for turn in value] if key in CHAT_KEYS else value
+            key: [{k: v for k, v in turn.items() if v is not None} for turn in value]
+            if key in CHAT_KEYS and isinstance(value, list)
+            else value
             for key, value in record.items()
             if value is not None
         }
@@ -333,6 +335,9 @@ def test_a_home_folder_is_followed(tmp_path, monkeypatch):
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "é"}]}
 SHAREGPT: dict[str, Any] = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "é"}]}
 PLAIN: dict[str, Any] = {"text": "Once upon\na time"}
+COMPLETION: dict[str, Any] = {"prompt": "Once upon", "completion": " a time"}
+ASKED: dict[str, Any] = {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}
+PART = {"type": "text", "text": "Hi"}
 FLAGS = ("train", "training", "trainable", "loss", "weight")
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 CALLED: list[dict[str, Any]] = [
@@ -360,7 +365,10 @@ def with_turn(good: dict[str, Any], n: int, **changes: Any) -> dict[str, Any]:
         ("chat", [{"conversations": CHAT["messages"]}, with_turn(CHAT, 1, tool_calls=None, name="x", weight=1)]),
         ("chat", [{"conversations": [{"from": f, "value": ""} for f in ("system", "user", "assistant")]}]),
         ("chat", [{"messages": CALLED, "tools": TOOLS}, {"messages": CALLED, "tools": json.dumps(TOOLS)}]),
-        ("text", [PLAIN, {"text": ""}, {"text": "x", "instruction": "y"}]),
+        ("chat", [ASKED, CHAT, {**ASKED, "messages": None, "prompt": CALLED, "tools": TOOLS}]),
+        ("chat", [with_turn(CHAT, 0, content=[PART]), with_turn(CHAT, 1, content=[{**PART, "cache_control": {}}])]),
+        ("text", [PLAIN, {"text": ""}, {"text": "x", "instruction": "y"}, {**PLAIN, "prompt": "x"}]),
+        ("completion", [COMPLETION, {"prompt": "", "completion": "", "text": "x", "history": []}]),
         (
             "chat",
             [with_turn(CHAT, 0, weight=1, train=False), {**SHAREGPT, "source": "x", "category": 3, "rejected": None}],
@@ -419,6 +427,17 @@ HALF = "half of a pair: \ud83d"
         *((CHAT, {**CHAT, key: "x"}, repr(key)) for key in ("tools", "functions", "system", "rejected", "images")),
         *((CHAT, v, "object") for v in NOT_A_RECORD),
         *((PLAIN, {"text": v}, "'text'") for v in (*NOT_A_STRING, HALF)),
+        *((CHAT, with_turn(CHAT, 0, content=v), "'content' of turn 1") for v in ([PART, PART], [{"type": "text"}])),
+        (CHAT, with_turn(CHAT, 0, content=[PART, {"type": "image_url", "image_url": "x"}]), "type 'image_url'"),
+        *((CHAT, with_turn(CHAT, 0, content=[v]), "the type") for v in (None, 3, "Hi", {"text": "Hi"})),
+        (CHAT, with_turn(CHAT, 0, content=[{"type": "text", "text": 3}]), "'content' of turn 1"),
+        (SHAREGPT, with_turn(SHAREGPT, 0, value=[PART]), "'value' of turn 1"),
+        *((ASKED, {**ASKED, "completion": v}, "two such lists") for v in ("Hi", None, {"role": "user"})),
+        (ASKED, {**ASKED, "completion": []}, "assistant"),
+        (ASKED, {"prompt": CHAT["messages"], "completion": ASKED["prompt"]}, "their place in 'prompt'"),
+        (ASKED, {**ASKED, "completion": [{"role": "assistant"}]}, "'content' of turn 2"),
+        *((COMPLETION, {**COMPLETION, k: v}, repr(k)) for k in COMPLETION for v in (None, *NOT_A_STRING, HALF)),
+        *((COMPLETION, {**COMPLETION, key: "x"}, repr(key)) for key in ("system", "tools", "chosen", "images")),
     ],
 )
 def test_a_bad_chat_or_text_is_named(tmp_path, good, bad, named, layout):
@@ -428,7 +447,7 @@ def test_a_bad_chat_or_text_is_named(tmp_path, good, bad, named, layout):
 
 
 def test_a_record_of_no_form_is_told_all_forms(tmp_path):
-    message = refusal(write(tmp_path / "data.json", as_lines([{"prompt": "a", "completion": "b"}]), "jsonl"))
+    message = refusal(write(tmp_path / "data.json", as_lines([{"prompt": "a", "answer": "b"}]), "jsonl"))
     assert number_in(message) == 1
     for key in ("prompt", "completion", "instruction", "output", "messages", "conversations", "text", "input_ids"):
         assert key in message
@@ -474,12 +493,13 @@ def write_parquet(path: Path, records: list[dict[str, Any]], group: int = 1000) 
     return path
 
 
-@pytest.mark.parametrize("form", ["alpaca", "chat", "sharegpt", "text", "tokenized"])
+@pytest.mark.parametrize("form", ["alpaca", "chat", "sharegpt", "asked", "completion", "text", "tokenized"])
 def test_parquet_holds_every_form(tmp_path, form):
-    good = {"alpaca": TEXT, "chat": CHAT, "sharegpt": SHAREGPT, "text": PLAIN, "tokenized": TOKENS}[form]
+    good = {"alpaca": TEXT, "chat": CHAT, "sharegpt": SHAREGPT, "asked": ASKED, "completion": COMPLETION}
+    good = (good | {"text": PLAIN, "tokenized": TOKENS})[form]
     path = write_parquet(tmp_path / "data", [{"id": i, **good, "score": [0.5]} for i in range(5)], group=2)
     got_form, records = read_records(path)
-    assert got_form == ("chat" if form == "sharegpt" else form)
+    assert got_form == ("chat" if form in ("sharegpt", "asked") else form)
     assert list(records) == [good] * 5, "other columns are not read"
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.chat import Chat
-from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, alpaca_prompt
-from llama_jax.data.records import ALPACA, CHAT, TEXT, Record, answers, messages
+from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, parts
+from llama_jax.data.records import ALPACA, CHAT, COMPLETION, TEXT, Record, answers, messages
 from llama_jax.data.tokenizer import Tokenizer
 
 # Meaning of a finding, and the remedy.
@@ -18,7 +18,7 @@ ADVICE = {
     "eos_lost": "cut before the end, so no eos is trained; raise --model_max_length",
     "masked": "no token of these is trained: the prompt alone fills --model_max_length, or every label is -100",
     "boundary_merges": "the prompt's end and the output's beginning share a token, so the mask is off by one token; "
-    "begin outputs with a letter, or ignore this: stanford_alpaca trains on the same tokens",
+    "begin outputs with a letter, or ignore this: stanford_alpaca and TRL train on the same tokens",
     "doubled_bos": "the texts begin with the bos that the tokenizer adds; here it stays single, in transformers it is "
     "there twice; remove it from these texts",
     "doubled_eos": "add_eos_token puts a second eos behind each output and masks the output's first token, as in "
@@ -57,8 +57,8 @@ def diagnose(
         lost = _end_lost(whole, examples.lengths, tokenizer)
         empty = np.fromiter((not all(map(str.strip, _trained_texts(form, r))) for r in records), bool, len(records))
         adds_bos, adds_eos = tokenizer.adds()
-        if form == ALPACA:
-            merged = _merged(whole, records, tokenizer, progress)
+        if form in (ALPACA, COMPLETION):
+            merged = _merged(form, whole, records, tokenizer, progress)
             two_eos = np.full(len(records), adds_eos)
         if form == TEXT:
             bos = tokenizer.special["bos_token"] or ""
@@ -115,7 +115,8 @@ def _trained_texts(form: str, record: Record) -> list[str]:
         said = [turn for turn in messages(record) if turn["role"] == "assistant"]
         trained = zip(said, answers(record), strict=True)
         return [turn["content"] for turn, wanted in trained if wanted and not turn.get("tool_calls")]
-    return [record["output" if form == ALPACA else "text"]]
+    pair = parts(form, record)
+    return [pair[1] if pair else record["text"]]
 
 
 def _end_lost(whole: Examples, lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -131,12 +132,13 @@ def _end_lost(whole: Examples, lengths: np.ndarray, tokenizer: Tokenizer) -> np.
 
 
 def _merged(
-    whole: Examples, records: Sequence[Record], tokenizer: Tokenizer, progress: Callable[[int], None]
+    form: str, whole: Examples, records: Sequence[Record], tokenizer: Tokenizer, progress: Callable[[int], None]
 ) -> np.ndarray:
     """Mark examples that do not begin with the tokens of the prompt alone."""
     merged, (_, adds_eos) = np.zeros(len(records), bool), tokenizer.adds()
     for start in range(0, len(records), CHUNK):
-        prompts = tokenizer.encode_batch([alpaca_prompt(record) for record in records[start : start + CHUNK]])
+        pairs = [parts(form, record) for record in records[start : start + CHUNK]]
+        prompts = tokenizer.encode_batch([pair[0] for pair in pairs if pair])
         for i, prompt in enumerate(prompts, start):
             prompt = prompt[: len(prompt) - adds_eos]
             merged[i] = whole[i][0][: len(prompt)].tolist() != prompt

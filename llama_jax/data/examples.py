@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.chat import Chat
 from llama_jax.data.readers import Reader
-from llama_jax.data.records import ALPACA, CHAT, TEXT, TOKENIZED, Bad, Record, unpadded
+from llama_jax.data.records import ALPACA, CHAT, COMPLETION, TEXT, TOKENIZED, Bad, Record, unpadded
 from llama_jax.data.rendering import Endless
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -87,6 +88,13 @@ def alpaca_prompt(record: Record) -> str:
     return _LONG.format_map(record) if record.get("input", "") else _SHORT.format_map(record)
 
 
+def parts(form: str, record: Record) -> tuple[str, str] | None:
+    """Return the prompt and the answer of a record that is the text of both, else None."""
+    if form == ALPACA:
+        return alpaca_prompt(record), record["output"]
+    return (record["prompt"], record["completion"]) if form == COMPLETION else None
+
+
 def tokenize(
     form: str,
     records: Iterable[Record],
@@ -104,6 +112,8 @@ def tokenize(
     - "alpaca": `alpaca_prompt` + output + eos, tokenised as one text. As in stanford_alpaca, the number of tokens of
       the prompt alone, cut likewise, gives the number of labels -100; the two may differ at the boundary.
     - "chat": the text that the tokenizer's chat template writes; labels outside the assistant's text are -100.
+    - "completion": prompt + completion + eos, where the completion does not end with it, tokenised as one text. The
+      number of tokens of the prompt alone gives the number of labels -100, as in TRL.
     - "text": the bos that the tokenizer adds, the text, and eos; all are labels. A text that has bos or eos at its end
       already gets no second.
     - "tokenized": ids and labels as given, without pads; only this form needs no tokenizer, and is not cut.
@@ -124,7 +134,7 @@ def tokenize(
         elif form == TEXT:
             made = _text(chunk, tokenizer)
         else:
-            made = _alpaca(chunk, tokenizer, model_max_length)
+            made = _answered(form, chunk, tokenizer, model_max_length)
         for example, trained in made:
             example_ids = np.asarray(example[:model_max_length], np.int32)
             ids.frombytes(example_ids.tobytes())
@@ -163,13 +173,19 @@ def _chats(
     return made
 
 
-def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-    prompts = [alpaca_prompt(r) for r in records]
-    texts = [prompt + r["output"] + (tokenizer.eos_token or "") for prompt, r in zip(prompts, records, strict=True)]
-    joint, pad = tokenizer.encode_batch(texts + prompts), tokenizer.pad_token_id
+def _answered(
+    form: str, records: Sequence[Record], tokenizer: Tokenizer, limit: int
+) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    eos = tokenizer.eos_token or ""
+    pairs = [pair for record in records if (pair := parts(form, record))]
+    prompts = [prompt for prompt, _ in pairs]
+    ends = ["" if form == COMPLETION and answer.endswith(eos) else eos for _, answer in pairs]
+    texts = [prompt + answer + end for (prompt, answer), end in zip(pairs, ends, strict=True)]
+    joint = tokenizer.encode_batch(texts + prompts)
+    pad: Any = tokenizer.pad_token_id if form == ALPACA else None  # pads, which stanford_alpaca does not count
     for ids, prompt in zip(joint[: len(records)], joint[len(records) :], strict=True):
         head = prompt[:limit]
-        yield ids, np.arange(len(ids)) >= len(head) - head.count(pad)  # type: ignore[arg-type]  # ids are never None
+        yield ids, np.arange(len(ids)) >= len(head) - head.count(pad)
 
 
 def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:

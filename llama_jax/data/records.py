@@ -10,10 +10,11 @@ from llama_jax.base.files import parse_json
 from llama_jax.data.readers import Elements, Joined, Kept, Reader, Record
 from llama_jax.data.sources import Source, find_sources
 
-ALPACA, CHAT, TEXT, TOKENIZED = "alpaca", "chat", "text", "tokenized"
+ALPACA, CHAT, COMPLETION, TEXT, TOKENIZED = "alpaca", "chat", "completion", "text", "tokenized"
 FORMS = {  # a description of each for the user
     ALPACA: "instruction, input and output; the output is trained",
     CHAT: "turns through the tokenizer's chat template; the assistant's turns are trained",
+    COMPLETION: "a prompt and its completion with an eos, one text; the completion is trained",
     TEXT: "plain text with an eos; all of it is trained",
     TOKENIZED: "input_ids and labels, taken as they are",
 }
@@ -29,6 +30,10 @@ _PAIRS = dict.fromkeys(("chosen", "rejected", "kto_tag"), "preferences are not t
 _AS_CHAT = "write the record as 'messages': a system turn, the earlier turns, then instruction and output"
 _REFUSED = {
     ALPACA: {"history": _AS_CHAT, "system": _AS_CHAT, "system_prompt": _AS_CHAT, "tools": _REMOVE, **_MEDIA, **_PAIRS},
+    COMPLETION: {
+        **dict.fromkeys(("history", "system", "system_prompt"), "write 'prompt' and 'completion' as lists of turns"),
+        **{"tools": _REMOVE, **_MEDIA, **_PAIRS},
+    },
     CHAT: {**dict.fromkeys(("functions", "system", "system_prompt", "documents"), _MOVE), **_MEDIA, **_PAIRS},
     TEXT: _MEDIA,
     TOKENIZED: {
@@ -40,7 +45,8 @@ _REFUSED = {
 _FLAGS = ("train", "training", "trainable", "loss", "loss_scale", "weight")
 _MASKS = ("attention_mask", "completion_mask", "assistant_masks")  # 0 at tokens whose label must be -100
 _COLUMNS = {
-    *("instruction", "input", "output", "messages", "conversations", "text", "input_ids", "labels", "position_ids"),
+    *("instruction", "input", "output", "messages", "conversations", "prompt", "completion", "text"),
+    *("input_ids", "labels", "position_ids"),
     *_MASKS,
     *(key for keys in _REFUSED.values() for key in keys),
 }
@@ -86,7 +92,9 @@ def read_records(data: Path | Sequence[Source], bad: Bad | None = None) -> tuple
     Records hold:
 
     - "alpaca": the strings `instruction`, `output` and perhaps `input`;
-    - "chat": a list `messages` of `role` and `content`, or `conversations` of `from` and `value`;
+    - "chat": a list `messages` of `role` and `content`, or `conversations` of `from` and `value`, or the lists `prompt`
+      and `completion`, of which the second is trained;
+    - "completion": the strings `prompt` and `completion`;
     - "text": a string `text`;
     - "tokenized": the integer lists `input_ids` and `labels` of equal length, perhaps with an `attention_mask` that is
       0 at pads, before or after the tokens.
@@ -132,7 +140,7 @@ def _validated(name: str, reader: Reader, form: str | None, bad: Bad, first: str
         else:
             problem = (
                 f"record {at + 1} is of no known form{named_keys(record)}; should have 'instruction' and 'output', "
-                "'messages', 'conversations', 'text', or 'input_ids' and 'labels'"
+                "'messages', 'conversations', 'prompt' and 'completion', 'text', or 'input_ids' and 'labels'"
             )
             if not bad.skip:
                 raise InputError(f"{name}: {problem}")
@@ -151,18 +159,19 @@ def without(records: Reader, dropped: Iterable[int]) -> Reader:
 
 
 def messages(record: Record) -> list[dict[str, Any]]:
-    """Return the turns of a chat record as `role` and `content`; other keys of OpenAI's form stay, nulls do not."""
+    """Return the turns of a chat record as `role` and `content`, a text; other keys of OpenAI's form stay, nulls do
+    not."""
     return [
-        {k: v for k, v in turn.items() if v is not None}
+        {k: _text(v) if k == "content" else v for k, v in turn.items() if v is not None}
         if "role" in turn
         else {"role": SHAREGPT[turn["from"]], "content": turn["value"]}
-        for turn in record.get("messages") or record["conversations"]
+        for turn in _turns(record)
     ]
 
 
 def answers(record: Record) -> list[bool]:
     """Return for each assistant turn of a chat record whether it is trained: no flag of the turn is false or 0."""
-    return [_is_trained(turn) for turn in record.get("messages") or record["conversations"] if is_assistant(turn)]
+    return [_is_trained(turn) for turn in _turns(record) if is_assistant(turn)]
 
 
 def tools(record: Record) -> list[dict[str, Any]]:
@@ -181,8 +190,27 @@ def unpadded(record: Record) -> tuple[list[int], list[int]]:
 
 def _form(record: Record) -> str | None:
     """Return the form by the most specific key, as Alpaca's records may have a `text` too."""
-    keys = {"input_ids": TOKENIZED, "messages": CHAT, "conversations": CHAT, "instruction": ALPACA, "text": TEXT}
-    return next((form for key, form in keys.items() if key in record), None)
+    keys = {"input_ids": TOKENIZED, "messages": CHAT, "conversations": CHAT, "instruction": ALPACA}
+    if form := next((form for key, form in keys.items() if key in record), None):
+        return form
+    if "prompt" in record and "completion" in record:
+        return CHAT if isinstance(record["prompt"], list) else COMPLETION
+    return TEXT if "text" in record else None
+
+
+def _turns(record: Record) -> Any:
+    """Return the turns of a chat record. Those of TRL's `prompt` are not trained."""
+    if turns := record.get("messages") or record.get("conversations"):
+        return turns
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        return None
+    return [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt] + completion
+
+
+def _text(content: Any) -> Any:
+    """Return the text of a turn's content, which OpenAI's form may have as a list of one part."""
+    return content[0]["text"] if isinstance(content, list) else content
 
 
 def refused_key(form: str, record: Record) -> str | None:
@@ -205,6 +233,15 @@ def _check_alpaca(record: Record) -> str | None:
     return None
 
 
+def _check_completion(record: Record) -> str | None:
+    for key in ("prompt", "completion"):
+        if key not in record:
+            return f"has no {key!r}, or null{named_keys(record)}"
+        if problem := check_string(record[key], repr(key)):
+            return f"{problem}; both may be lists of turns" if isinstance(record[key], list) else problem
+    return None
+
+
 def _check_text(record: Record) -> str | None:
     return check_string(record["text"], "'text'") if "text" in record else f"has no 'text'{named_keys(record)}"
 
@@ -212,16 +249,19 @@ def _check_text(record: Record) -> str | None:
 def _check_chat(record: Record) -> str | None:
     if problem := check_turns(record):
         return problem
-    if not any(map(is_assistant, record.get("messages") or record["conversations"])):
+    if not any(map(is_assistant, _turns(record))):
         return "has no turn of the assistant, so there is nothing to train"
-    return None if any(answers(record)) else "trains no turn: the flags of its turns switch each assistant turn off"
+    if any(answers(record)):
+        return None
+    return "trains no turn: the flags of its turns, or their place in 'prompt', switch each assistant turn off"
 
 
 def check_turns(record: Record) -> str | None:
     """Return the problem of a chat record's turns or tools, if any, whoever speaks last."""
-    turns = record.get("messages") or record.get("conversations")
+    turns = _turns(record)
     if not isinstance(turns, list):
-        return f"needs 'messages' or 'conversations', a list of turns{named_keys(record)}"
+        both = "or 'prompt' and 'completion', two such lists"
+        return f"needs 'messages' or 'conversations', a list of turns, {both}{named_keys(record)}"
     if problem := _check_tools(record):
         return problem
     for n, turn in enumerate(turns, start=1):
@@ -236,10 +276,24 @@ def check_turns(record: Record) -> str | None:
         if problem := _check_tool_calls(turn.get("tool_calls"), n):
             return problem
         calls_only = turn.get("tool_calls") and turn.get(text) is None
-        if not calls_only and (problem := check_string(turn.get(text), f"{text!r} of turn {n}")):
+        content, named = turn.get(text), f"{text!r} of turn {n}"
+        if text == "content" and isinstance(content, list):
+            if problem := _check_parts(content, named):
+                return problem
+            content = _text(content)
+        if not calls_only and (problem := check_string(content, named)):
             return problem
         if problem := _check_flags(turn, n):
             return problem
+    return None
+
+
+def _check_parts(parts: list[Any], named: str) -> str | None:
+    types = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    if other := [kind for kind in types if kind != "text"]:
+        return f"has a part of the type {str(other[0])[:40]!r} in {named}; the model reads text alone"
+    if len(parts) != 1 or "text" not in parts[0]:
+        return f"has {len(parts)} parts of text in {named}, should be one; join them, with the white space between them"
     return None
 
 
@@ -361,4 +415,10 @@ def kind(value: Any) -> str:
     return names.get(type(value), "null" if value is None else f"a {type(value).__name__}")
 
 
-_CHECKS = {ALPACA: _check_alpaca, CHAT: _check_chat, TEXT: _check_text, TOKENIZED: _check_tokenized}
+_CHECKS = {
+    ALPACA: _check_alpaca,
+    CHAT: _check_chat,
+    COMPLETION: _check_completion,
+    TEXT: _check_text,
+    TOKENIZED: _check_tokenized,
+}

@@ -14,7 +14,18 @@ import numpy as np
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.examples import IGNORE_INDEX
-from llama_jax.data.records import ALPACA, CHAT, TEXT, Bad, Record, answers, messages, read_records, tools
+from llama_jax.data.records import (
+    ALPACA,
+    CHAT,
+    COMPLETION,
+    TEXT,
+    Bad,
+    Record,
+    answers,
+    messages,
+    read_records,
+    tools,
+)
 from llama_jax.data.sources import find_sources
 from llama_jax.proof.torch_layers import import_torch
 from llama_jax.proof.verdict import Row
@@ -150,6 +161,8 @@ def _made(form: str, records: Iterator[Record], tokenizer: Any, limit: int) -> I
             yield _chat(record, tokenizer, limit)
         elif form == TEXT:
             yield _text(record, tokenizer, limit)
+        elif form == COMPLETION:
+            yield _completion(record, tokenizer, limit)
         else:
             yield _alpaca(record, tokenizer, limit)
 
@@ -167,6 +180,16 @@ def _alpaca(record: Record, tokenizer: Any, limit: int) -> Expected:
     )
     masked = sum(token != tokenizer.pad_token_id for token in alone)
     return Expected(whole, [IGNORE_INDEX] * len(whole[:masked]) + whole[masked:])
+
+
+def _completion(record: Record, tokenizer: Any, limit: int) -> Expected:
+    """Tokenize prompt, completion and one eos as one text; mask as many tokens as the prompt alone has."""
+    answer, eos = record["completion"], tokenizer.eos_token
+    whole, alone = (
+        tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+        for text in (record["prompt"] + (answer if answer.endswith(eos) else answer + eos), record["prompt"])
+    )
+    return Expected(whole, [IGNORE_INDEX] * len(alone) + whole[len(alone) :])
 
 
 def _text(record: Record, tokenizer: Any, limit: int) -> Expected:

@@ -10,7 +10,7 @@ from jax.errors import JaxRuntimeError
 
 from llama_jax.base.errors import InputError
 from llama_jax.data.questions import Prompt, Prompts, read_questions
-from llama_jax.data.records import ALPACA, messages
+from llama_jax.data.records import ALPACA, COMPLETION, messages
 from llama_jax.data.tokenizer import open_tokenizer
 from llama_jax.distributed import sharding
 from llama_jax.hf.source import Source
@@ -42,8 +42,8 @@ class Samples:
         if name.endswith(".txt"):
             records = [{"prompt": record["text"]} for record in records]
         self.shown = [_text(record) for record in records]
-        if job.form == ALPACA:
-            records = [{"instruction": r["prompt"]} if isinstance(r.get("prompt"), str) else r for r in records]
+        if form := {ALPACA: "instruction", COMPLETION: "text"}.get(job.form):
+            records = [{form: r["prompt"]} if isinstance(r.get("prompt"), str) else r for r in records]
 
         def check(ids: Sequence[int]) -> None:
             if max(ids) >= job.config.vocab_size:
