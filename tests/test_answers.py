@@ -1,5 +1,6 @@
 """Texts of answers piece by piece, files of questions, and the flags of `python -m llama_jax.generate`."""
 
+import errno
 import io
 import json
 import re
@@ -234,6 +235,30 @@ def test_an_interrupted_file_goes_on(tmp_path: Path, model: Path, monkeypatch: p
     assert "is no file of answers that this command began" in error_line(ask(model, *flags, out))
 
 
+def test_two_commands_on_one_file(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused, and the first ends as alone. A disk that is full at the end leaves the answers alone."""
+    source, out = write_lines(tmp_path / "in.jsonl", QUESTIONS), tmp_path / "out.jsonl"
+    flags = ("--input_file", source, "--output_file", out)
+    block, second = Answerer.block, []
+
+    def beside(self: Answerer, *args: Any) -> Any:
+        monkeypatch.setattr(Answerer, "block", block)
+        second.append(ask(model, *flags))
+        return block(self, *args)
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Answerer, "block", beside)
+    first = ask(model, *flags)
+    assert "another command writes its answers" in error_line(second[0])
+    assert first.code == 0 and len(read_lines(out)) == len(QUESTIONS), first.err
+    out.unlink()
+    monkeypatch.setattr("llama_jax.run.answer_file.os.replace", full)
+    assert ask(model, *flags).code == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "model", "out.jsonl.partial"]
+
+
 BAD: dict[str, tuple[list[Any] | str, str]] = {
     "no form": ([{"prompt": "a"}, {"question": "a"}], "record 2 is no question (its keys: question); should have"),
     "no object": ([{"prompt": "a"}, ["a"]], "record 2 should be an object, not a list"),
@@ -279,6 +304,10 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "top_k": (["--top_k", -1], "--top_k -1 should be a number from 0 to"),
     "repetition_penalty": (["--repetition_penalty", 0], "--repetition_penalty 0.0 should be a number from 0.001"),
     "temperature": (["--temperature", "inf"], "--temperature inf should be a number from 0.0"),
+    "no cold": (["--temperature", 1e-40], "--temperature 1e-40 should be 0 for the likeliest token, or 1e-06 or above"),
+    "no room": (["--max_new_tokens", 10**9], "--max_new_tokens 1000000000 should be from 1 to 1048576"),
+    "prompt in Latin-1": (["--prompt", "a\udcff"], "--prompt: not UTF-8"),
+    "stop in Latin-1": (["--prompt", "a", "--stop", "b", "a\udcff"], "--stop: not UTF-8"),
     "nothing to draw": (["--temperature", 0, "--top_p", 0.9], "--top_p chooses among tokens to draw"),
     "seed": (["--seed", -1], "--seed -1 should be from 0"),
     "stop": (["--stop", ""], "--stop: an empty text"),
@@ -331,10 +360,27 @@ def test_a_prompt_without_a_template(model: Path) -> None:
     assert raw.out == outcome.out and "Alpaca" not in raw.err
 
 
-def test_prompts_of_several_blocks_of_keys(tmp_path: Path) -> None:
-    """A file's prompts of up to 300 tokens, in one padded block, are answered as transformers answers each alone."""
+ROPES: dict[str, dict[str, Any]] = {
+    "one for all lengths": {},
+    "dynamic": {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "longrope": {
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]},
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES.keys())
+def test_prompts_of_several_blocks_of_keys(rope: dict[str, Any], tmp_path: Path) -> None:
+    """A file's prompts of up to 300 tokens, in one padded block, are answered as transformers answers each alone.
+
+    Of the scalings that depend on the length, each prompt has that of its own.
+    """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    folder = write_tokenizer(write_model(tmp_path / "model", CONFIG, make_arrays(CONFIG, seed=5)))
+    arrays = make_arrays(CONFIG, seed=5)
+    for name in arrays:
+        arrays[name] *= 8 if "q_proj" in name or "k_proj" in name else 1  # scores that positions decide
+    folder = write_tokenizer(write_model(tmp_path / "model", CONFIG | rope, arrays))
     theirs, tokenizer = transformers.LlamaForCausalLM.from_pretrained(folder).eval(), open_tokenizer(folder)
     texts = [("The sea is wide. " * 20)[:length] for length in (300, 40, 190)]
     questions = write_lines(tmp_path / "questions.jsonl", [{"text": text} for text in texts])

@@ -13,7 +13,7 @@ import jax
 
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.data.questions import Prompt, Prompts, read_questions
-from llama_jax.hf.generation import read_sampling
+from llama_jax.hf.generation import MOST_NEW_TOKENS, read_sampling
 from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar, say
 from llama_jax.run.answer_file import AnswerFile, answer_records, settings_of
@@ -67,12 +67,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     read_sampling({}, "", **{key: getattr(args, key) for key in SAMPLING})
-    if args.max_new_tokens is not None and args.max_new_tokens < 1:
-        raise InputError(f"--max_new_tokens {args.max_new_tokens} should be above 0")
+    if args.max_new_tokens is not None and not 1 <= args.max_new_tokens <= MOST_NEW_TOKENS:
+        raise InputError(f"--max_new_tokens {args.max_new_tokens} should be from 1 to {MOST_NEW_TOKENS}")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed} should be from 0 to {2**32 - 1}")
     if "" in (args.stop or []):
         raise InputError("--stop: an empty text ends every answer at once; leave it out")
+    for name in ("prompt", "message", "instruction", "input", "stop"):
+        try:
+            "".join(getattr(args, name) or "").encode()
+        except UnicodeEncodeError:  # Python keeps a byte that is no UTF-8 as half a surrogate pair
+            raise InputError(f"--{name}: not UTF-8; give the text in UTF-8") from None
     if args.input and args.instruction is None:
         raise InputError("--input belongs to --instruction; put it into the --message or --prompt")
     if args.raw and (args.message is not None or args.instruction is not None):

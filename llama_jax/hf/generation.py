@@ -31,6 +31,8 @@ _RANGES: dict[str, tuple[float, float, float]] = {
     "repetition_penalty": (1.0, 1e-3, 1e3),
 }
 _OF_DRAWING = "top_k", "top_p", "min_p"
+_COLDEST = 1e-6  # the least temperature of drawing: logits over a smaller one overflow float32
+MOST_NEW_TOKENS = 1 << 20  # a cache of 1e9 slots made jax wait for ever on a CPU
 
 
 def read_sampling(generation: dict[str, Any], source: str, **given: float | None) -> Sampling:
@@ -56,6 +58,9 @@ def read_sampling(generation: dict[str, Any], source: str, **given: float | None
         if drawing:
             raise InputError(f"--{drawing[0]} chooses among tokens to draw, and none is drawn at the temperature 0")
         return Sampling(repetition_penalty=penalty)
+    if temperature < _COLDEST:
+        where = "--temperature" if "temperature" in given else f"{source}: temperature"
+        raise InputError(f"{where} {temperature!r} should be 0 for the likeliest token, or {_COLDEST} or above")
     top_k, top_p, min_p = map(number, _OF_DRAWING)
     return Sampling(temperature, int(top_k), float(top_p), float(min_p), penalty)
 

@@ -241,8 +241,9 @@ class Source:
     def new_tokens(self) -> int | None:
         """Return the greatest number of new tokens of an answer, None where the file has none. Raises InputError."""
         count = self.generation.get("max_new_tokens")
-        if count is not None and (type(count) is not int or count < 1):
-            raise InputError(f"{self._generation_file}: max_new_tokens {count!r} should be a number above 0")
+        most = generation.MOST_NEW_TOKENS
+        if count is not None and (type(count) is not int or not 1 <= count <= most):
+            raise InputError(f"{self._generation_file}: max_new_tokens {count!r} should be a number from 1 to {most}")
         return count
 
     @property

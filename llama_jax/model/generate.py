@@ -162,7 +162,7 @@ def _prefill(graphdef, eos, sampling, S, params, ids_BT, positions_BT, sizes_B, 
     dtype = model.run.compute_dtype or model.run.param_dtype
     cache = make_cache(model.config, dtype, ids_BT.shape[0], S, model.run.scan_layers)
     segments = (positions_BT < S).astype(jnp.int32)
-    hidden, cache = model(ids_BT, positions_BT, segments, jnp.zeros_like(ids_BT) + jnp.max(sizes_B), cache)
+    hidden, cache = model(ids_BT, positions_BT, segments, jnp.zeros_like(ids_BT) + sizes_B[:, None], cache)
     is_last = jnp.arange(ids_BT.shape[1]) == (sizes_B - 1)[:, None]
     last = jnp.sum(jnp.where(is_last[..., None], hidden, 0), axis=1, keepdims=True)
     return _choose(model, eos, sampling, last, sizes_B, jnp.zeros_like(sizes_B, dtype=bool), seen_BV, cache, key_B)

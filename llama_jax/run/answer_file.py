@@ -1,5 +1,6 @@
 """Answer the records of a file into a JSONL file. An interrupted run goes on where it was."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Any
 
 from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import check_regular, write_text
+from llama_jax.base.files import check_regular
 from llama_jax.data.questions import ANSWER, Prompt
 from llama_jax.data.readers import Reader
 from llama_jax.reporting.progress import count_bar, say
@@ -42,7 +43,9 @@ class AnswerFile:
         try:
             self._partial.touch()
             check_regular(self._partial)
-            lines = self._partial.read_bytes().split(b"\n")[:-1]  # without a torn line
+            self._file = self._partial.open("r+b")
+            self._lock()
+            lines = self._file.read().split(b"\n")[:-1]  # without a torn line
         except OSError as e:
             raise InputError(f"--output_file {self.path}: cannot be written: {e.strerror}; give another name") from None
         if lines:
@@ -58,10 +61,10 @@ class AnswerFile:
                     "remove the file to start anew"
                 )
             say(f"{self._partial} holds {len(self.answers):,} of {count:,} answers; the others follow")
-        kept = [first, *(json.dumps(pair) for pair in self.answers.items())]
+        self._file.seek(sum(len(line) + 1 for line in lines))
+        self._file.truncate()
         try:
-            write_text(self._partial, "".join(f"{line}\n" for line in kept))  # without a torn line
-            self._file = self._partial.open("a", encoding="utf-8")
+            self._write([] if lines else [first])
         except OSError as e:
             raise InputError(f"--output_file {self.path}: cannot be written: {e.strerror}; make room") from None
 
@@ -72,17 +75,32 @@ class AnswerFile:
 
     def finish(self, records: Reader) -> None:
         """Write each record with its answer, in order, and remove the partial file."""
-        self._file.close()
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's way for half a pair
-            for place, record in enumerate(records):
-                answered = record | {ANSWER: self.answers[place]}
-                file.write(json.dumps(answered, ensure_ascii=False, default=str) + "\n")
-        os.replace(temporary, self.path)
+        try:
+            with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:  # JSON's way for half a pair
+                for place, record in enumerate(records):
+                    answered = record | {ANSWER: self.answers[place]}
+                    file.write(json.dumps(answered, ensure_ascii=False, default=str) + "\n")
+            os.replace(temporary, self.path)
+        except OSError:  # a full disk
+            temporary.unlink(missing_ok=True)
+            raise
         self._partial.unlink()
+        self._file.close()  # the lock's end
+
+    def _lock(self) -> None:
+        """Hold the partial file for this process alone, to its end by SIGKILL too. Raises InputError."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"--output_file {self.path}: another command writes its answers; wait for its end, or give another name"
+            ) from None
+        if not self._partial.exists():  # the last holder has finished
+            raise InputError(f"--output_file {self.path}: is there already; remove it, or give another name")
 
     def _write(self, lines: Sequence[str]) -> None:
-        self._file.writelines(f"{line}\n" for line in lines)
+        self._file.write("".join(f"{line}\n" for line in lines).encode())
         self._file.flush()
 
 
