@@ -343,6 +343,8 @@ def test_unknown_key(key: str, value: Any) -> None:
         ({"rope_scaling": {"type": "linear"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
+        ({"rope_theta": 0}, "rope_theta 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta 0"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}}, "low_freq_factor"),
         ({"rope_scaling": {"factor": 2.0}}, "factor"),  # no type: "default", which takes no factor
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "beta_fast": 32}}, "beta_fast"),

@@ -368,7 +368,8 @@ def _rope_from_hf(raw: dict[str, Any], values: dict[str, Any], source: str) -> R
     rope_type = rope.pop("rope_type", None) or old_type or "default"
     if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
         raise InputError(f"{source}: rope type {_shown(rope_type)} is not one of {', '.join(_ROPE_FIELDS)}")
-    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    thetas = rope.pop("rope_theta", None), values.get("rope_theta"), raw.get("rope_theta"), 10000.0
+    theta = next(theta for theta in thetas if theta is not None)  # a 0 is refused below
     rope.pop("finetuned", None)  # of Yarn-Llama-2: records how the model was made
     if rope.pop("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise InputError(f"{source}: partial_rotary_factor other than 1 is not supported")
