@@ -167,8 +167,9 @@ def test_another_mesh_keeps_the_batch(tmp_path: Path) -> None:
 
 
 def test_bad_input(tmp_path: Path) -> None:
-    outcome = dry_run(tmp_path, CONFIG, "--dry_run", "v5x-4")
-    assert outcome.code == 2 and "no such topology; known are" in outcome.err
+    for name in ("v5x-4", ""):
+        outcome = dry_run(tmp_path, CONFIG, "--dry_run", name)
+        assert outcome.code == 2 and "no such topology; known are" in outcome.err
     outcome = dry_run(tmp_path, CONFIG, "--dry_run", "h200:8", "--mesh", "fsdp=3")
     assert outcome.code == 2 and "--mesh fsdp=3" in outcome.err
     untyped = {k: v for k, v in CONFIG.items() if k != "torch_dtype"}

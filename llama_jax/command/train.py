@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
 def run(args: Arguments, stopping: Stopping, started: float) -> int:
     """Run the command by its flags and return its exit code. Raises InputError."""
     # JAX is imported once the flags are good: its platform may be one of them.
-    if args.dry_run:
+    if args.dry_run is not None:  # "" too, as of a shell variable that is not set
         from llama_jax.plan.dry_run import dry_run
 
         return dry_run(args)
