@@ -275,6 +275,10 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
     "accumulation 0": (lambda c: c.flags.update(gradient_accumulation_steps=0), ["--gradient_accumulation_steps 0"]),
     "length 0": (lambda c: c.flags.update(model_max_length=0), ["--model_max_length 0"]),
     "no epochs": (lambda c: c.flags.update(num_train_epochs=0, max_steps=-1), ["--num_train_epochs 0"]),
+    "epochs without end": (
+        lambda c: c.flags.update(num_train_epochs=1e18, max_steps=-1),
+        ["updates are above 100,000,000", "lower --num_train_epochs"],
+    ),
     "epochs nan": (lambda c: c.flags.update(num_train_epochs="nan", max_steps=-1), ["--num_train_epochs"]),
     "epochs inf": (lambda c: c.flags.update(num_train_epochs="inf", max_steps=-1), ["--num_train_epochs"]),
     "warmup_ratio 3": (lambda c: c.flags.update(warmup_ratio=3), ["--warmup_ratio 3", "between 0 and 1"]),

@@ -15,6 +15,7 @@ import numpy as np
 from llama_jax.base.errors import InputError
 
 DRAWS = 1 << 16  # draws of a permutation to hold as Python integers at a time
+MOST_UPDATES = 10**8  # the ends of all updates are held in memory, 8 bytes each
 
 
 def randperm(n: int, seed: int) -> np.ndarray:
@@ -109,6 +110,11 @@ class Order:
         whole = batches // self.accumulation if self.compat == "4.37" else -(-batches // self.accumulation)
         per_epoch = max(1, whole)
         updates = self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * per_epoch)
+        if updates > MOST_UPDATES:
+            raise InputError(
+                f"{updates:,} updates are above {MOST_UPDATES:,}, the most that are planned; lower --num_train_epochs "
+                "or --max_steps"
+            )
         if batches == 0:
             raise InputError(
                 f"{self.examples} examples do not fill one micro-batch of {global_batch}, and "
