@@ -420,6 +420,17 @@ def test_tokens_need_no_tokenizer(tmp_path):
             make_job(arguments, config, no_folder, 1)
 
 
+def test_files_of_another_kind_in_a_folder_are_named(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_json(folder / "tokens.json", make_records(3))
+    (folder / "other.csv").write_text("text\na\n")
+    config, said = LlamaConfig.from_hf(CONFIG, "config.json"), []
+    flags = ["--model_name_or_path", "x", "--data_path", str(folder), "--cache_dir", str(tmp_path / "cache")]
+    assert len(make_job(parse_arguments(flags), config, lambda: tmp_path, 1, say=said.append).examples) == 3
+    assert [line for line in said if f"left out: {folder / 'other.csv'}; name a file" in line]
+
+
 def test_tokens_longer_than_the_limit_are_said_each_time(model, tmp_path):
     """They are not cut, as the help says."""
     lengths = [3, 10, 11, 400]

@@ -5,8 +5,8 @@
 
 import glob
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,15 @@ _HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """Hold a file of records, or a table of `datasets`; the bytes of `files` decide the records."""
+    """Hold a file of records, or a table of `datasets`; the bytes of `files` decide the records.
+
+    `beside` are the files of another kind in its folder, which `datasets` does not read.
+    """
 
     name: str
     files: tuple[Path, ...]
     table: Any = None
+    beside: tuple[Path, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -110,6 +114,9 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
         else:
             files = datasets.load_dataset_builder(str(path), config).config.data_files or {}
             splits = {str(name): [_file(Path(file)) for file in some] for name, some in files.items()}
+            kinds = {suffix_of(source.files[0]) for some in splits.values() for source in some}
+            beside = tuple(file for file in _data_files(path) if suffix_of(file) not in kinds)
+            splits = {name: [replace(first, beside=beside), *rest] for name, (first, *rest) in splits.items()}
     except InputError:
         raise
     except Exception as e:  # `datasets` raises many classes
@@ -122,6 +129,14 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
         if source.table is None and suffix_of(source.files[0]) not in SUFFIXES:
             raise InputError(f"{source.name}: not {KINDS}; name the data file of its folder")
     return splits[name]
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder that may hold records: no hidden ones, and no dataset_infos.json."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        if suffix_of(path) in SUFFIXES and not hidden and not path.name.startswith("dataset_info") and path.is_file():
+            yield path
 
 
 def _check_folder(path: Path) -> None:
