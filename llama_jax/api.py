@@ -17,6 +17,7 @@ from flax import nnx
 from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.distributed import sharding
+from llama_jax.hf.generation import MOST_NEW_TOKENS
 from llama_jax.hf.source import Source, numpy_dtype
 from llama_jax.hf.writer import hf_tensors
 from llama_jax.model.config import LlamaConfig
@@ -28,7 +29,7 @@ from llama_jax.training.loss import weighted_cross_entropy
 
 Arrays = dict[str, np.ndarray]
 
-_FORM = "input_ids, labels and attention_mask: give integers of one shape [B, T], at least one token a row"
+_SHOULD_BE = "input_ids, labels and attention_mask: give integers of one shape [B, T], at least one token a row"
 
 
 def load(path: str | Path, dtype: str = "float32", allow_pickle: bool = False) -> "Model":
@@ -103,10 +104,12 @@ class Model:
         rows = [_integers(row, axes=1) for row in input_ids]
         masks = [np.ones_like(row) for row in rows] if attention_mask is None else [*_mask(attention_mask)]
         if [row.shape for row in rows] != [mask.shape for mask in masks]:
-            raise InputError(_FORM)
+            raise InputError(_SHOULD_BE)
         prompts = [row[mask != 0].astype(np.int64) for row, mask in zip(rows, masks, strict=True)]
-        if not prompts or not all(map(len, prompts)) or max_new_tokens < 1 or not 0 <= (temperature or 0) < math.inf:
-            raise InputError("generate: give prompts of at least one token, max_new_tokens > 0 and temperature >= 0")
+        if not prompts or not all(map(len, prompts)) or not 0 <= (temperature or 0) < math.inf:
+            raise InputError("generate: give prompts of at least one token and temperature >= 0")
+        if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+            raise InputError(f"generate: max_new_tokens {max_new_tokens} should be from 1 to {MOST_NEW_TOKENS}")
         _check_ids("input_ids", np.concatenate(prompts), self.config)
         ends, (sampling, lines) = self._source.eos_token_ids(), self._source.sampling(temperature)
         for line in lines:
@@ -121,7 +124,7 @@ class Model:
         ids = _integers(input_ids)
         segments = np.ones_like(ids) if attention_mask is None else _mask(attention_mask)
         if not ids.size or any(x.shape != ids.shape for x in (segments, *rest)):
-            raise InputError(_FORM)
+            raise InputError(_SHOULD_BE)
         _check_ids("input_ids", ids, self.config)
         ids, segments = ids.astype(np.int32), segments.astype(np.int32)
         graphdef, state = nnx.split(self.llama)
@@ -135,14 +138,14 @@ def _integers(value: Any, axes: int = 2) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as e:  # rows of several lengths
-        raise InputError(_FORM) from e
-    if array.ndim != axes or array.dtype.kind not in "biuf" or (array % 1 != 0).any():
-        raise InputError(_FORM)
+        raise InputError(_SHOULD_BE) from e
+    if array.ndim != axes or array.dtype.kind not in "biuf" or not (array == np.trunc(array)).all():
+        raise InputError(_SHOULD_BE)
     return array
 
 
 def _mask(value: Any) -> np.ndarray:
-    """Return an attention mask [B, T]. Raises InputError: the model would take other numbers for other segments."""
+    """Return an attention mask [B, T]. Raises InputError for other numbers than 0 and 1: a 2 would be a segment."""
     mask = _integers(value)
     other = np.setdiff1d(mask, [0, 1])
     if other.size:

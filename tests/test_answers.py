@@ -15,12 +15,14 @@ from pyarrow import parquet
 from tiny import CONFIG, ROOT, Outcome, make_arrays, run, write_json, write_model, write_tokenizer
 from vocabularies import convert_sentencepiece, train_byte_level, train_sentencepiece
 
+from llama_jax.base.errors import InputError
 from llama_jax.command import generate
 from llama_jax.data.answer_text import AnswerText
 from llama_jax.data.examples import alpaca_prompt
 from llama_jax.data.questions import Prompts, read_questions
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.model.generate import Decoding
+from llama_jax.run.answer_file import AnswerFile
 from llama_jax.run.answering import Answerer
 from llama_jax.run.chat import printable
 from llama_jax.run.loaded import Opened
@@ -124,7 +126,6 @@ QUESTIONS: list[dict[str, Any]] = [
     {"text": "Once upon a time"},
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "reference"}]},
     {"prompt": [{"role": "user", "content": "Hello there"}], "note": "é☃"},
-    {"prompt": "Once upon a time", "completion": " there was"},
 ]
 ASKED = [  # the same, each by flags
     ("--message", "Hi"),
@@ -134,7 +135,6 @@ ASKED = [  # the same, each by flags
     ("--raw", "--prompt", "Once upon a time"),
     ("--message", "Hi"),
     ("--message", "Hello there"),
-    ("--raw", "--prompt", "Once upon a time"),
 ]
 
 
@@ -259,6 +259,27 @@ def test_two_commands_on_one_file(tmp_path: Path, model: Path, monkeypatch: pyte
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "model", "out.jsonl.partial"]
 
 
+def test_a_file_that_another_command_finished_meanwhile(tmp_path: Path) -> None:
+    source, out = write_lines(tmp_path / "in.jsonl", QUESTIONS), tmp_path / "out.jsonl"
+    first, second = AnswerFile(str(out)), AnswerFile(str(out))
+    first.begin({"seed": 0}, len(QUESTIONS))
+    first.add(range(len(QUESTIONS)), ["a"] * len(QUESTIONS))
+    first.finish(read_questions(str(source)))
+    with pytest.raises(InputError, match="is there already"):
+        second.begin({"seed": 0}, len(QUESTIONS))
+    assert {line["generated_text"] for line in read_lines(out)} == {"a"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("llama_jax.run.answer_file.fcntl.flock", none)
+    AnswerFile(str(tmp_path / "out.jsonl")).begin({"seed": 0}, 1)
+    assert "cannot be locked (Function not implemented)" in capfd.readouterr().err
+
+
 BAD: dict[str, tuple[list[Any] | str, str]] = {
     "no form": ([{"prompt": "a"}, {"question": "a"}], "record 2 is no question (its keys: question); should have"),
     "no object": ([{"prompt": "a"}, ["a"]], "record 2 should be an object, not a list"),
@@ -304,7 +325,7 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
     "top_k": (["--top_k", -1], "--top_k -1 should be a number from 0 to"),
     "repetition_penalty": (["--repetition_penalty", 0], "--repetition_penalty 0.0 should be a number from 0.001"),
     "temperature": (["--temperature", "inf"], "--temperature inf should be a number from 0.0"),
-    "no cold": (["--temperature", 1e-40], "--temperature 1e-40 should be 0 for the likeliest token, or 1e-06 or above"),
+    "no cold": (["--temperature", 1e-40], "--temperature 1e-40 should be 0 for the likeliest token, or 1e-30 or above"),
     "no room": (["--max_new_tokens", 10**9], "--max_new_tokens 1000000000 should be from 1 to 1048576"),
     "prompt in Latin-1": (["--prompt", "a\udcff"], "--prompt: not UTF-8"),
     "stop in Latin-1": (["--prompt", "a", "--stop", "b", "a\udcff"], "--stop: not UTF-8"),

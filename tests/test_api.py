@@ -160,6 +160,8 @@ def test_what_is_refused(pair: Pair, tmp_path: Path) -> None:
         (lambda: model.logits([[], []]), "one shape"),
         (lambda: model.logits([[1.5, 2]]), "integers"),
         (lambda: model.logits("Hello"), "integers"),
+        (lambda: model.logits([[np.nan, 1]]), "integers"),
+        (lambda: model.generate_ids(ids, 10**9), "max_new_tokens 1000000000 should be from 1 to"),
         (lambda: model.logits(ids + 2**32), "input_ids: tokens"),
         (lambda: model.logits(ids, ids + np.array([1, 1, 2, 2])), "attention_mask: should be 1"),
         (lambda: model.loss(ids, ids[0]), "one shape"),

@@ -367,13 +367,14 @@ def test_examples_are_slices_of_one_array():
 @settings(max_examples=200)
 @given(pairs=st.lists(st.tuples(words, words), min_size=1, max_size=4), limit=st.integers(1, 60))
 def test_a_completion_is_trained_and_its_prompt_is_not(small, pairs, limit):
-    """As TRL: one eos, and labels -100 at as many tokens as the prompt alone has, pads included."""
+    """One bos, one eos, and labels -100 at as many tokens as the prompt alone has, pads included."""
     tokenizer, rule = small
     got = tokenize(COMPLETION, [{"prompt": a, "completion": b} for a, b in pairs], tokenizer, limit)
     assert len(got) == len(pairs)
     for i, (prompt, completion) in enumerate(pairs):
-        whole = rule.encode(prompt + completion + ("" if completion.endswith("</s>") else "</s>"))
-        masked = len(rule.encode(prompt))
+        text = (prompt + completion).removeprefix("<s>")
+        whole = rule.encode(text if text.endswith("</s>") else text + "</s>")
+        masked = len(rule.encode(prompt.removeprefix("<s>")))
         assert got[i][0].tolist() == whole[:limit]
         assert got[i][1].tolist() == [-100 if at < masked else token for at, token in enumerate(whole)][:limit]
 
@@ -397,6 +398,8 @@ def test_an_eos_that_the_tokenizer_adds_stays_single(small, monkeypatch):
     monkeypatch.setitem(tokenizer.config, "add_eos_token", True)
     got = tokenize(TEXT, [{"text": "a"}, {"text": "a</s>"}], tokenizer, 9)
     assert [got[i][0].tolist() for i in range(2)] == [rule.encode("a</s>")] * 2
+    ((ids, labels),) = tokenize(COMPLETION, [{"prompt": "a", "completion": "b"}], tokenizer, 9)
+    assert ids.tolist() == rule.encode("ab</s>") and (labels == -100).tolist() == [True, True, False, False]
 
 
 def test_a_text_without_an_eos_token_gets_none(small, monkeypatch):

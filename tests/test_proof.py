@@ -536,7 +536,7 @@ def test_pads_inside_a_text(tmp_path: Path) -> None:
 def test_completions(tmp_path: Path) -> None:
     """The reference is transformers' tokenizer. A label that is masked beside the prompt's is named."""
     model = write_tokenizer(write_model(tmp_path / "model"))
-    records = [{"prompt": "Once upon", "completion": " a time"}, {"prompt": "", "completion": "The end</s>"}]
+    records = [{"prompt": "Once upon", "completion": " a time"}, {"prompt": "<s>", "completion": "The end</s>"}]
     data = write_json(tmp_path / "data.json", records)
     argv = ["--model_name_or_path", model, "--data_path", data, "--output_dir", tmp_path / "out", "--hf_compat", "5"]
     subject = open_subject(parity.parse([*map(str, argv)]).args, None)
@@ -544,7 +544,8 @@ def test_completions(tmp_path: Path) -> None:
     labels = np.array(subject.job.examples.labels)
     labels[subject.job.examples.offsets[1] - 1] = -100
     job = dataclasses.replace(subject.job, examples=dataclasses.replace(subject.job.examples, labels=labels))
-    assert compare_tokens(job, subject.source.tokenizer_folder, 32)[1].holds is False
+    row = compare_tokens(job, subject.source.tokenizer_folder, 32)[1]
+    assert row.holds is False and row.note.startswith("record 1, token ")
 
 
 CHATML = """\

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.data.chat import Chat
-from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, parts
+from llama_jax.data.examples import CHUNK, IGNORE_INDEX, Examples, doubled, prompt_and_answer
 from llama_jax.data.records import ALPACA, CHAT, COMPLETION, TEXT, Record, answers, messages
 from llama_jax.data.tokenizer import Tokenizer
 
@@ -18,7 +18,8 @@ ADVICE = {
     "eos_lost": "cut before the end, so no eos is trained; raise --model_max_length",
     "masked": "no token of these is trained: the prompt alone fills --model_max_length, or every label is -100",
     "boundary_merges": "the prompt's end and the output's beginning share a token, so the mask is off by one token; "
-    "begin outputs with a letter, or ignore this: stanford_alpaca and TRL train on the same tokens",
+    "begin outputs with a letter, and completions with the white space that ends their prompts, or ignore this: "
+    "stanford_alpaca and TRL train on the same tokens",
     "doubled_bos": "the texts begin with the bos that the tokenizer adds; here it stays single, in transformers it is "
     "there twice; remove it from these texts",
     "doubled_eos": "add_eos_token puts a second eos behind each output and masks the output's first token, as in "
@@ -59,10 +60,12 @@ def diagnose(
         adds_bos, adds_eos = tokenizer.adds()
         if form in (ALPACA, COMPLETION):
             merged = _merged(form, whole, records, tokenizer, progress)
+        if form == ALPACA:
             two_eos = np.full(len(records), adds_eos)
-        if form == TEXT:
+        if form in (TEXT, COMPLETION):
             bos = tokenizer.special["bos_token"] or ""
-            two_bos = np.fromiter((adds_bos and r["text"].startswith(bos) for r in records), bool, len(records))
+            texts = (r["text"] if form == TEXT else "".join(prompt_and_answer(form, r)) for r in records)
+            two_bos = np.fromiter((adds_bos and text.startswith(bos) for text in texts), bool, len(records))
         if form == CHAT:
             dropped = _dropped(records, Chat(tokenizer), progress)
     found = {
@@ -115,8 +118,7 @@ def _trained_texts(form: str, record: Record) -> list[str]:
         said = [turn for turn in messages(record) if turn["role"] == "assistant"]
         trained = zip(said, answers(record), strict=True)
         return [turn["content"] for turn, wanted in trained if wanted and not turn.get("tool_calls")]
-    pair = parts(form, record)
-    return [pair[1] if pair else record["text"]]
+    return [record["text"] if form == TEXT else prompt_and_answer(form, record)[1]]
 
 
 def _end_lost(whole: Examples, lengths: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -137,10 +139,10 @@ def _merged(
     """Mark examples that do not begin with the tokens of the prompt alone."""
     merged, (_, adds_eos) = np.zeros(len(records), bool), tokenizer.adds()
     for start in range(0, len(records), CHUNK):
-        pairs = [parts(form, record) for record in records[start : start + CHUNK]]
-        prompts = tokenizer.encode_batch([pair[0] for pair in pairs if pair])
+        pairs = [prompt_and_answer(form, record) for record in records[start : start + CHUNK]]
+        prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
         for i, prompt in enumerate(prompts, start):
-            prompt = prompt[: len(prompt) - adds_eos]
+            prompt = prompt[int(doubled(prompt, tokenizer)[0]) : len(prompt) - adds_eos]
             merged[i] = whole[i][0][: len(prompt)].tolist() != prompt
         progress(len(prompts))
     return merged

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
@@ -88,11 +87,11 @@ def alpaca_prompt(record: Record) -> str:
     return _LONG.format_map(record) if record.get("input", "") else _SHORT.format_map(record)
 
 
-def parts(form: str, record: Record) -> tuple[str, str] | None:
-    """Return the prompt and the answer of a record that is the text of both, else None."""
+def prompt_and_answer(form: str, record: Record) -> tuple[str, str]:
+    """Return the two texts of a record of the form "alpaca" or "completion"; the first is not trained."""
     if form == ALPACA:
         return alpaca_prompt(record), record["output"]
-    return (record["prompt"], record["completion"]) if form == COMPLETION else None
+    return record["prompt"], record["completion"]
 
 
 def tokenize(
@@ -112,8 +111,8 @@ def tokenize(
     - "alpaca": `alpaca_prompt` + output + eos, tokenised as one text. As in stanford_alpaca, the number of tokens of
       the prompt alone, cut likewise, gives the number of labels -100; the two may differ at the boundary.
     - "chat": the text that the tokenizer's chat template writes; labels outside the assistant's text are -100.
-    - "completion": prompt + completion + eos, where the completion does not end with it, tokenised as one text. The
-      number of tokens of the prompt alone gives the number of labels -100, as in TRL.
+    - "completion": prompt + completion as "text"; the tokens of the prompt alone, without an eos, give the number of
+      labels -100.
     - "text": the bos that the tokenizer adds, the text, and eos; all are labels. A text that has bos or eos at its end
       already gets no second.
     - "tokenized": ids and labels as given, without pads; only this form needs no tokenizer, and is not cut.
@@ -133,8 +132,10 @@ def tokenize(
             made = _chats(chunk, chat, done, where, bad)
         elif form == TEXT:
             made = _text(chunk, tokenizer)
+        elif form == COMPLETION:
+            made = _completions(chunk, tokenizer)
         else:
-            made = _answered(form, chunk, tokenizer, model_max_length)
+            made = _alpaca(chunk, tokenizer, model_max_length)
         for example, trained in made:
             example_ids = np.asarray(example[:model_max_length], np.int32)
             ids.frombytes(example_ids.tobytes())
@@ -173,27 +174,40 @@ def _chats(
     return made
 
 
-def _answered(
-    form: str, records: Sequence[Record], tokenizer: Tokenizer, limit: int
-) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-    eos = tokenizer.eos_token or ""
-    pairs = [pair for record in records if (pair := parts(form, record))]
-    prompts = [prompt for prompt, _ in pairs]
-    ends = ["" if form == COMPLETION and answer.endswith(eos) else eos for _, answer in pairs]
-    texts = [prompt + answer + end for (prompt, answer), end in zip(pairs, ends, strict=True)]
-    joint = tokenizer.encode_batch(texts + prompts)
-    pad: Any = tokenizer.pad_token_id if form == ALPACA else None  # pads, which stanford_alpaca does not count
+def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    pairs, eos = [prompt_and_answer(ALPACA, record) for record in records], tokenizer.eos_token or ""
+    texts = [prompt + answer + eos for prompt, answer in pairs]
+    joint, pad = tokenizer.encode_batch(texts + [prompt for prompt, _ in pairs]), tokenizer.pad_token_id
     for ids, prompt in zip(joint[: len(records)], joint[len(records) :], strict=True):
         head = prompt[:limit]
-        yield ids, np.arange(len(ids)) >= len(head) - head.count(pad)
+        yield ids, np.arange(len(ids)) >= len(head) - head.count(pad)  # type: ignore[arg-type]  # ids are never None
+
+
+def _completions(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    pairs = [prompt_and_answer(COMPLETION, record) for record in records]
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
+    for ids, prompt in zip(_ended([a + b for a, b in pairs], tokenizer), prompts, strict=True):
+        added = doubled(prompt, tokenizer)[0] + tokenizer.adds()[1]  # a second bos, and an eos
+        yield ids, np.arange(len(ids)) >= len(prompt) - added
 
 
 def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-    eos, (adds_bos, adds_eos) = tokenizer.eos_token or "", tokenizer.adds()
-    for ids in tokenizer.encode_batch([r["text"] + ("" if r["text"].endswith(eos) else eos) for r in records]):
-        start = int(adds_bos and ids[1:2] == ids[:1])
-        end = len(ids) - int(adds_eos and ids[-2:-1] == ids[-1:])
-        yield ids[start:end], np.ones(end - start, bool)
+    for ids in _ended([record["text"] for record in records], tokenizer):
+        yield ids, np.ones(len(ids), bool)
+
+
+def _ended(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Yield the ids of texts with one bos, where the tokenizer adds it, and one eos."""
+    eos = tokenizer.eos_token or ""
+    for ids in tokenizer.encode_batch([text + ("" if text.endswith(eos) else eos) for text in texts]):
+        first, last = doubled(ids, tokenizer)
+        yield ids[first : len(ids) - last]
+
+
+def doubled(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[bool, bool]:
+    """Return whether the tokenizer has added a bos before one that was there, and an eos behind one."""
+    adds_bos, adds_eos = tokenizer.adds()
+    return adds_bos and ids[1:2] == ids[:1], adds_eos and ids[-2:-1] == ids[-1:]
 
 
 def from_tokenized(records: Iterable[Record]) -> Examples:

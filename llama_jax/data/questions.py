@@ -68,7 +68,7 @@ class Prompts:
 
     def of_record(self, record: Record, where: str) -> Prompt:
         """Return the prompt of a record that `read_questions` has checked. Raises InputError."""
-        record = _question(record)
+        record = _as_chat(record)
         form = _form(record)
         if form == CHAT:
             turns = messages(record)
@@ -127,7 +127,7 @@ def _problem(record: Any) -> str | None:
         return f"should be an object, not {kind(record)}"
     if ANSWER in record:
         return f"has {ANSWER!r} already, the key of the answer; is this an output file? rename the key"
-    record = _question(record)
+    record = _as_chat(record)
     form = _form(record)
     if form is None:
         known = "'messages', 'conversations', 'instruction', 'prompt' or 'text'"
@@ -150,16 +150,10 @@ def _check_question(turns: list[Turn]) -> str | None:
     return None
 
 
-def _question(record: Record) -> Record:
-    """Return a record of TRL's with its `prompt` under another name: turns as `messages`, and a text that has a
-    `completion`, as the model goes on in it, as `text`."""
-    prompt = record.get("prompt")
-    if any(key in record for key in _TURNS):
-        return record
-    if isinstance(prompt, list):
-        return {"messages": prompt} | {key: record[key] for key in ("tools",) if key in record}
-    if isinstance(prompt, str) and "completion" in record and "instruction" not in record:
-        return {key: record[key] for key in record if key not in ("prompt", "completion")} | {"text": prompt}
+def _as_chat(record: Record) -> Record:
+    """Return a record whose `prompt` is a list of turns, as TRL has them, with these as its `messages`."""
+    if isinstance(record.get("prompt"), list) and not any(key in record for key in _TURNS):
+        return {"messages": record["prompt"]} | {key: record[key] for key in ("tools",) if key in record}
     return record
 
 

@@ -32,7 +32,7 @@ _REFUSED = {
     ALPACA: {"history": _AS_CHAT, "system": _AS_CHAT, "system_prompt": _AS_CHAT, "tools": _REMOVE, **_MEDIA, **_PAIRS},
     COMPLETION: {
         **dict.fromkeys(("history", "system", "system_prompt"), "write 'prompt' and 'completion' as lists of turns"),
-        **{"tools": _REMOVE, **_MEDIA, **_PAIRS},
+        **{"tools": _REMOVE, "label": _PAIRS["kto_tag"], **_MEDIA, **_PAIRS},
     },
     CHAT: {**dict.fromkeys(("functions", "system", "system_prompt", "documents"), _MOVE), **_MEDIA, **_PAIRS},
     TEXT: _MEDIA,
@@ -170,8 +170,10 @@ def messages(record: Record) -> list[dict[str, Any]]:
 
 
 def answers(record: Record) -> list[bool]:
-    """Return for each assistant turn of a chat record whether it is trained: no flag of the turn is false or 0."""
-    return [_is_trained(turn) for turn in _turns(record) if is_assistant(turn)]
+    """Return for each assistant turn of a chat record whether it is trained: no flag of the turn is false or 0, and it
+    is in no `prompt`."""
+    asked, turns = _asked(record), _turns(record)
+    return [n >= asked and _is_trained(turn) for n, turn in enumerate(turns) if is_assistant(turn)]
 
 
 def tools(record: Record) -> list[dict[str, Any]]:
@@ -199,13 +201,16 @@ def _form(record: Record) -> str | None:
 
 
 def _turns(record: Record) -> Any:
-    """Return the turns of a chat record. Those of TRL's `prompt` are not trained."""
+    """Return the turns of a chat record, None where it has no list of them."""
     if turns := record.get("messages") or record.get("conversations"):
         return turns
     prompt, completion = record.get("prompt"), record.get("completion")
-    if not isinstance(prompt, list) or not isinstance(completion, list):
-        return None
-    return [{**turn, "train": False} if isinstance(turn, dict) else turn for turn in prompt] + completion
+    return prompt + completion if isinstance(prompt, list) and isinstance(completion, list) else None
+
+
+def _asked(record: Record) -> int:
+    """Return how many of the turns are in TRL's `prompt`, and so are not trained."""
+    return 0 if record.get("messages") or record.get("conversations") else len(record["prompt"])
 
 
 def _text(content: Any) -> Any:
@@ -237,8 +242,10 @@ def _check_completion(record: Record) -> str | None:
     for key in ("prompt", "completion"):
         if key not in record:
             return f"has no {key!r}, or null{named_keys(record)}"
+        if isinstance(record[key], list):
+            return f"has a list as {key!r}, and the first record a text; should be of one form"
         if problem := check_string(record[key], repr(key)):
-            return f"{problem}; both may be lists of turns" if isinstance(record[key], list) else problem
+            return problem
     return None
 
 
@@ -247,8 +254,12 @@ def _check_text(record: Record) -> str | None:
 
 
 def _check_chat(record: Record) -> str | None:
+    if isinstance(record.get("prompt"), str) and _form(record) == COMPLETION:
+        return "has a text as 'prompt', and the first record a list of turns; should be of one form"
     if problem := check_turns(record):
         return problem
+    if _asked(record) and record.get("label") is not None:
+        return f"has 'label', which is not supported: {_PAIRS['kto_tag']}"
     if not any(map(is_assistant, _turns(record))):
         return "has no turn of the assistant, so there is nothing to train"
     if any(answers(record)):
@@ -280,30 +291,35 @@ def check_turns(record: Record) -> str | None:
         if text == "content" and isinstance(content, list):
             if problem := _check_parts(content, named):
                 return problem
-            content = _text(content)
+            content = content[0]["text"]
         if not calls_only and (problem := check_string(content, named)):
             return problem
-        if problem := _check_flags(turn, n):
+        if problem := _check_flags(turn, n, trainable=is_assistant(turn) and n > _asked(record)):
             return problem
     return None
 
 
 def _check_parts(parts: list[Any], named: str) -> str | None:
-    types = [part.get("type") if isinstance(part, dict) else None for part in parts]
-    if other := [kind for kind in types if kind != "text"]:
-        return f"has a part of the type {str(other[0])[:40]!r} in {named}; the model reads text alone"
-    if len(parts) != 1 or "text" not in parts[0]:
-        return f"has {len(parts)} parts of text in {named}, should be one; join them, with the white space between them"
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            return f"has {kind(part)} without a 'type' in {named}; should be a text, or one part of the type 'text'"
+        if part["type"] != "text":
+            return f"has a part of the type {part['type'][:40]!r} in {named}; the model reads text alone"
+        if "text" not in part:
+            return f"has a part without 'text', or null, in {named}"
+    if len(parts) != 1:
+        return f"has {len(parts)} parts in {named}, should be one; write them as one text"
     return None
 
 
-def _check_flags(turn: dict[str, Any], n: int) -> str | None:
+def _check_flags(turn: dict[str, Any], n: int, trainable: bool) -> str | None:
     for key in _FLAGS:
         value = turn.get(key)
         if value is not None and value not in (0, 1):
             return f"has {str(value)[:40]!r} as {key!r} of turn {n}, should be true or false (1 or 0)"
-        if value and key != "weight" and not is_assistant(turn):  # a weight counts on assistant turns alone
-            return f"has {key!r} in turn {n}, but only turns of the assistant are trained; remove the key there"
+        if value and key != "weight" and not trainable:  # a weight counts on assistant turns alone
+            where = "turns of the assistant, and none of a 'prompt',"
+            return f"has {key!r} in turn {n}, but only {where} are trained; remove the key there"
     if turn.get("train_detail"):
         return f"has 'train_detail' in turn {n}, which is not supported; train the whole turn, or split it"
     return None

@@ -31,7 +31,7 @@ _RANGES: dict[str, tuple[float, float, float]] = {
     "repetition_penalty": (1.0, 1e-3, 1e3),
 }
 _OF_DRAWING = "top_k", "top_p", "min_p"
-_COLDEST = 1e-6  # the least temperature of drawing: logits over a smaller one overflow float32
+_COLDEST = 1e-30  # the least temperature of drawing: logits of 1e8 over a smaller one overflow float32
 MOST_NEW_TOKENS = 1 << 20  # a cache of 1e9 slots made jax wait for ever on a CPU
 
 

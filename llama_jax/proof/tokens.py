@@ -183,13 +183,10 @@ def _alpaca(record: Record, tokenizer: Any, limit: int) -> Expected:
 
 
 def _completion(record: Record, tokenizer: Any, limit: int) -> Expected:
-    """Tokenize prompt, completion and one eos as one text; mask as many tokens as the prompt alone has."""
-    answer, eos = record["completion"], tokenizer.eos_token
-    whole, alone = (
-        tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-        for text in (record["prompt"] + (answer if answer.endswith(eos) else answer + eos), record["prompt"])
-    )
-    return Expected(whole, [IGNORE_INDEX] * len(alone) + whole[len(alone) :])
+    """Tokenize prompt and completion as one text; mask as many tokens as the prompt alone has, without an eos."""
+    ids = _text({"text": record["prompt"] + record["completion"]}, tokenizer, limit).ids
+    masked = len(_text({"text": record["prompt"] + tokenizer.eos_token}, tokenizer, limit + 1).ids) - 1
+    return Expected(ids, [IGNORE_INDEX] * len(ids[:masked]) + ids[masked:])
 
 
 def _text(record: Record, tokenizer: Any, limit: int) -> Expected:

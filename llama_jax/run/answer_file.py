@@ -96,7 +96,10 @@ class AnswerFile:
             raise InputError(
                 f"--output_file {self.path}: another command writes its answers; wait for its end, or give another name"
             ) from None
-        if not self._partial.exists():  # the last holder has finished
+        except OSError as e:
+            say(f"warning: {self._partial} cannot be locked ({e.strerror}); let no second command write it")
+        if os.path.lexists(self.path):  # another command has finished since `__init__`
+            self._partial.unlink(missing_ok=True)
             raise InputError(f"--output_file {self.path}: is there already; remove it, or give another name")
 
     def _write(self, lines: Sequence[str]) -> None:

@@ -42,8 +42,8 @@ class Samples:
         if name.endswith(".txt"):
             records = [{"prompt": record["text"]} for record in records]
         self.shown = [_text(record) for record in records]
-        if form := {ALPACA: "instruction", COMPLETION: "text"}.get(job.form):
-            records = [{form: r["prompt"]} if isinstance(r.get("prompt"), str) else r for r in records]
+        if key := {ALPACA: "instruction", COMPLETION: "text"}.get(job.form):
+            records = [{key: r["prompt"]} if isinstance(r.get("prompt"), str) else r for r in records]
 
         def check(ids: Sequence[int]) -> None:
             if max(ids) >= job.config.vocab_size:
