@@ -137,12 +137,12 @@ def _merged(
     form: str, whole: Examples, records: Sequence[Record], tokenizer: Tokenizer, progress: Callable[[int], None]
 ) -> np.ndarray:
     """Mark examples that do not begin with the tokens of the prompt alone."""
-    merged, (_, adds_eos) = np.zeros(len(records), bool), tokenizer.adds()
+    merged, adds = np.zeros(len(records), bool), tokenizer.adds()
     for start in range(0, len(records), CHUNK):
         pairs = [prompt_and_answer(form, record) for record in records[start : start + CHUNK]]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
         for i, prompt in enumerate(prompts, start):
-            prompt = prompt[int(doubled(prompt, tokenizer)[0]) : len(prompt) - adds_eos]
+            prompt = prompt[int(doubled(prompt, adds)[0]) : len(prompt) - adds[1]]
             merged[i] = whole[i][0][: len(prompt)].tolist() != prompt
         progress(len(prompts))
     return merged

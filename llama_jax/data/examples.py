@@ -185,9 +185,9 @@ def _alpaca(records: Sequence[Record], tokenizer: Tokenizer, limit: int) -> Iter
 
 def _completions(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Sequence[int], np.ndarray]]:
     pairs = [prompt_and_answer(COMPLETION, record) for record in records]
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
+    prompts, adds = tokenizer.encode_batch([prompt for prompt, _ in pairs]), tokenizer.adds()
     for ids, prompt in zip(_ended([a + b for a, b in pairs], tokenizer), prompts, strict=True):
-        added = doubled(prompt, tokenizer)[0] + tokenizer.adds()[1]  # a second bos, and an eos
+        added = doubled(prompt, adds)[0] + adds[1]  # a second bos, and an eos
         yield ids, np.arange(len(ids)) >= len(prompt) - added
 
 
@@ -198,15 +198,15 @@ def _text(records: Sequence[Record], tokenizer: Tokenizer) -> Iterator[tuple[Seq
 
 def _ended(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Yield the ids of texts with one bos, where the tokenizer adds it, and one eos."""
-    eos = tokenizer.eos_token or ""
+    eos, adds = tokenizer.eos_token or "", tokenizer.adds()
     for ids in tokenizer.encode_batch([text + ("" if text.endswith(eos) else eos) for text in texts]):
-        first, last = doubled(ids, tokenizer)
+        first, last = doubled(ids, adds)
         yield ids[first : len(ids) - last]
 
 
-def doubled(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[bool, bool]:
-    """Return whether the tokenizer has added a bos before one that was there, and an eos behind one."""
-    adds_bos, adds_eos = tokenizer.adds()
+def doubled(ids: Sequence[int], adds: tuple[bool, bool]) -> tuple[bool, bool]:
+    """Return whether a bos was added before one that was there, and an eos behind one; `adds` is `Tokenizer.adds`."""
+    adds_bos, adds_eos = adds
     return adds_bos and ids[1:2] == ids[:1], adds_eos and ids[-2:-1] == ids[-1:]
 
 

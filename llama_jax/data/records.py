@@ -275,6 +275,7 @@ def check_turns(record: Record) -> str | None:
         return f"needs 'messages' or 'conversations', a list of turns, {both}{named_keys(record)}"
     if problem := _check_tools(record):
         return problem
+    asked = _asked(record)
     for n, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
             return f"has {kind(turn)} as turn {n}, should be an object"
@@ -291,10 +292,10 @@ def check_turns(record: Record) -> str | None:
         if text == "content" and isinstance(content, list):
             if problem := _check_parts(content, named):
                 return problem
-            content = content[0]["text"]
+            content = _text(content)
         if not calls_only and (problem := check_string(content, named)):
             return problem
-        if problem := _check_flags(turn, n, trainable=is_assistant(turn) and n > _asked(record)):
+        if problem := _check_flags(turn, n, trainable=is_assistant(turn) and n > asked):
             return problem
     return None
 
