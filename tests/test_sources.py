@@ -203,11 +203,14 @@ def test_a_folder_is_read_by_its_splits(tmp_path: Path) -> None:
     assert read(tmp_path / "hub", config="two") == ("text", ["x"])
     assert read(tmp_path / "hub", config="one") == ("text", ["t"])
     assert "'one', 'two'" in refused(tmp_path / "hub")
-    assert not find_sources([str(tmp_path / "hub")], "one")[0].beside
+    said: list[str] = []
+    find_sources([str(tmp_path / "hub")], "one", said.append)
+    assert not said
     other = text(tmp_path, "hub/more/y.csv", "y")
     for name in ("dataset_infos.json", ".hidden.json", "more/model.bin"):
         (tmp_path / "hub" / name).write_text("{}")
-    assert find_sources([str(tmp_path / "hub")], "one")[0].beside == (other,)
+    find_sources([str(tmp_path / "hub")], "one", said.append)
+    assert [re.search("left out: (.*); name", line)[1] for line in said] == [str(other)]
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "model.bin").write_bytes(b"")
     assert re.search("is a folder in which no data is found .*; it holds model.bin", refused(tmp_path / "empty"))

@@ -5,8 +5,8 @@
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,11 @@ _HUB_NAME = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """Hold a file of records, or a table of `datasets`; the bytes of `files` decide the records.
-
-    `beside` are the files of another kind in its folder, which `datasets` does not read.
-    """
+    """Hold a file of records, or a table of `datasets`; the bytes of `files` decide the records."""
 
     name: str
     files: tuple[Path, ...]
     table: Any = None
-    beside: tuple[Path, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -57,23 +53,26 @@ class Source:
             raise InputError(f"{self.name}: cannot be read: {e.strerror or e}") from None
 
 
-def find_sources(names: Sequence[str], config: str | None = None) -> list[Source]:
-    """Return the data that each name stands for, in this order. Raises InputError.
+def find_sources(
+    names: Sequence[str], config: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> list[Source]:
+    """Return the data that each name stands for, in this order. `say` receives a warning of files of a folder that
+    `datasets` does not read. Raises InputError.
 
     A name is a file, a pattern of files, a folder, a URL of fsspec, or a dataset of the hub, `config` its
     configuration. A split follows a folder or dataset after a colon, by default `train`, or the only one.
     """
-    return [source for name in names for source in _find(name, config)]
+    return [source for name in names for source in _find(name, config, say)]
 
 
-def _find(name: str, config: str | None) -> list[Source]:
+def _find(name: str, config: str | None, say: Callable[[str], None]) -> list[Source]:
     if "://" in name:
         return _download(name)
     path, split, named = local_path(name), None, None
     if not path.exists() and (named := _SPLIT.fullmatch(name)):
         path, split = local_path(named[1]), named[2]
     if path.is_dir():
-        return _folder(path, split, config)
+        return _folder(path, split, config, say)
     if path.exists():
         if split:
             raise InputError(f"{name}: {path} is a file, which has no splits; leave :{split} out")
@@ -99,7 +98,7 @@ def _file(path: Path) -> Source:
     return Source(str(path), (path,))
 
 
-def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
+def _folder(path: Path, split: str | None, config: str | None, say: Callable[[str], None]) -> list[Source]:
     """Return the data of a folder: of save_to_disk, or files by the rules of `load_dataset`. Raises InputError."""
     _check_folder(path)
     datasets = import_datasets()
@@ -114,9 +113,6 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
         else:
             files = datasets.load_dataset_builder(str(path), config).config.data_files or {}
             splits = {str(name): [_file(Path(file)) for file in some] for name, some in files.items()}
-            kinds = {suffix_of(source.files[0]) for some in splits.values() for source in some}
-            beside = tuple(file for file in _data_files(path) if suffix_of(file) not in kinds)
-            splits = {name: [replace(first, beside=beside), *rest] for name, (first, *rest) in splits.items()}
     except InputError:
         raise
     except Exception as e:  # `datasets` raises many classes
@@ -128,6 +124,10 @@ def _folder(path: Path, split: str | None, config: str | None) -> list[Source]:
     for source in splits[name]:
         if source.table is None and suffix_of(source.files[0]) not in SUFFIXES:
             raise InputError(f"{source.name}: not {KINDS}; name the data file of its folder")
+    kinds = {suffix_of(source.files[0]) for some in splits.values() for source in some if source.table is None}
+    if kinds and (left := [file for file in _data_files(path) if suffix_of(file) not in kinds]):
+        some = ", ".join(map(str, left[:3])) + ", ..." * (len(left) > 3)
+        say(f"warning: of a folder, files of one kind are read; left out: {some}; name a file to read it")
     return splits[name]
 
 

@@ -271,12 +271,8 @@ class _Data:
 
 def _open_data(names: Sequence[str], args: Arguments, tokenizer_folder: Path | None, say: Say) -> _Data:
     """Open the data of these names, or its examples in the cache. Raises InputError."""
-    sources = find_sources(names, args.dataset_config_name)
+    sources = find_sources(names, args.dataset_config_name, say)
     name = sources[0].name + (f" (and {len(sources) - 1} more)" if len(sources) > 1 else "")
-    for source in sources:
-        if source.beside:
-            some = ", ".join(map(str, source.beside[:3])) + ", ..." * (len(source.beside) > 3)
-            say(f"warning: of a folder, files of one kind are read; left out: {some}; name a file to read it")
     cache = Path(args.cache_dir) if args.cache_dir else cache_folder("data")
     settings = {
         "model_max_length": args.model_max_length,
