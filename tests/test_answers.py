@@ -1,5 +1,6 @@
 """Texts of answers piece by piece, files of questions, and the flags of `python -m llama_jax.generate`."""
 
+import argparse
 import errno
 import io
 import json
@@ -7,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import pyarrow
 import pytest
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ from llama_jax.model.generate import Decoding
 from llama_jax.run.answer_file import AnswerFile
 from llama_jax.run.answering import Answerer
 from llama_jax.run.chat import printable
-from llama_jax.run.loaded import Opened
+from llama_jax.run.loaded import Opened, add_model_flags, open_model
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\\n' }}{% endfor %}a:"
 NEW = 16
@@ -357,6 +359,29 @@ def test_flags_are_checked(flags: list[Any], named: str, model: Path, monkeypatc
     monkeypatch.chdir(model.parent)
     write_lines(Path("in.jsonl"), QUESTIONS)
     assert named in error_line(ask(model, *flags))
+
+
+def test_memory_is_checked(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, keys and values of a block that are a byte more than the memory are refused, and nothing is written."""
+    parser = argparse.ArgumentParser()
+    add_model_flags(parser)
+    opened = open_model(parser.parse_args(["--model_name_or_path", str(model), "--use_cpu"]), "generate")
+    arrays = jax.tree.leaves(opened.load_params())
+    questions = write_lines(tmp_path / "in.jsonl", QUESTIONS)
+    prompts = Prompts(opened.tokenizer, opened.check_tokens)
+    longest = max(len(prompts.of_record(question, "").ids) for question in QUESTIONS)
+    head = CONFIG["hidden_size"] // CONFIG["num_attention_heads"]
+    token = 2 * CONFIG["num_hidden_layers"] * CONFIG["num_key_value_heads"] * head * 4  # bytes, in float32
+    needed = sum(array.nbytes for array in arrays) + 2 * (longest + NEW) * token
+    flags = ("--input_file", questions, "--output_file", tmp_path / "out.jsonl", "--batch_size", 2)
+    monkeypatch.setattr("llama_jax.run.loaded.memory_use", lambda: (0, needed - 1))
+    line = error_line(ask(model, *flags))
+    assert (
+        f"2 prompt(s) at a time of up to {longest + NEW:,} tokens" in line and "lower --max_new_tokens or --b" in line
+    )
+    assert not (tmp_path / "out.jsonl").exists()
+    monkeypatch.setattr("llama_jax.run.loaded.memory_use", lambda: (0, needed))
+    assert ask(model, *flags).code == 0
 
 
 def test_stdin_is_a_prompt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

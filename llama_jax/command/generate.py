@@ -134,7 +134,7 @@ def _answer_one(args: argparse.Namespace, opened: Opened, prompts: Prompts, flag
             say("the tokenizer has no chat template: the prompt is an Alpaca instruction; --raw continues its text")
         prompt = prompts.of_prompt(text, flag)
     rules = _rules(args, opened, NEW_TOKENS)
-    _warn_of_length(opened, [prompt], rules)
+    _check_length(opened, [prompt], rules, 1)
     answerer = Answerer(opened.load(), opened.tokenizer, rules)
     is_seen = sys.stdout.isatty()
     with jax.set_mesh(opened.mesh):
@@ -152,14 +152,15 @@ def _answer_file(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> 
     rules = _rules(args, opened, NEW_TOKENS)
     with count_bar("reading", len(records), "record") as bar:
         made = prompts.of_records(records, bar.update)
-    _warn_of_length(opened, made, rules)
+    rows = min(args.batch_size or BATCH_SIZE, len(made))
+    _check_length(opened, made, rules, rows)
     names = ("model_name_or_path", "adapter_name_or_path", "tokenizer_name", "bf16")
     bits = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(args, name)]  # absent before 2026-11-29
     model = {name: getattr(args, name) for name in (*names, *bits)}
     output.begin(settings_of(model, made, rules), len(made))
     answerer = Answerer(opened.load(), opened.tokenizer, rules)
     with jax.set_mesh(opened.mesh):
-        answer_records(answerer, records, made, output, args.batch_size or BATCH_SIZE)
+        answer_records(answerer, records, made, output, rows)
 
 
 def _chat(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> None:
@@ -174,10 +175,12 @@ def _chat(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> None:
         chat(answerer, prompts, covered_positions(opened.source.config))
 
 
-def _warn_of_length(opened: Opened, prompts: Sequence[Prompt], rules: Rules) -> None:
-    """Say where a prompt and its answer may be longer than the model was made for."""
+def _check_length(opened: Opened, prompts: Sequence[Prompt], rules: Rules, rows: int) -> None:
+    """Say where a prompt and its answer may be longer than the model was made for. Raises InputError where `rows` of
+    them at a time do not fit memory."""
     covered = covered_positions(opened.source.config)
     longest = max(len(prompt.ids) for prompt in prompts)
+    opened.check_memory(rows, longest + rules.max_new_tokens)
     if longest + rules.max_new_tokens > covered:
         lengths = f"the prompt's {longest:,} tokens and --max_new_tokens {rules.max_new_tokens:,}"
         which = "" if len(prompts) == 1 else "of the longest record, "

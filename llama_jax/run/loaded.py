@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,13 @@ from llama_jax.base.bucket import as_path
 from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.distributed import sharding
-from llama_jax.distributed.platform import set_up_jax
+from llama_jax.distributed.platform import memory_use, set_up_jax
 from llama_jax.distributed.processes import refuse_several
 from llama_jax.hf import peft
 from llama_jax.hf.source import Source
 from llama_jax.hf.tensor import Tensor
 from llama_jax.model.attention import Kernel, choose_kernel
+from llama_jax.model.cache import make_cache
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.definition import define, merge
 from llama_jax.model.llama import Llama, RunOptions
@@ -25,6 +27,7 @@ from llama_jax.model.quantized import Quantization
 from llama_jax.model.roles import Params
 from llama_jax.plan.planner import unrolled_layers
 from llama_jax.reporting.progress import byte_bar, say
+from llama_jax.run.disk import size
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +69,20 @@ class Opened:
         )
         with byte_bar("reading weights", self.source.bytes) as bar:
             return merge(self.source.load(self.run, self.mesh, bar.update, rest), trained)
+
+    def check_memory(self, rows: int, tokens: int) -> None:
+        """Raise InputError where weights, and keys and values of so many rows and tokens, pass a device's memory."""
+        weights = sharding.bytes_on_device(define(self.config, self.run, self.mesh).params)
+        with jax.set_mesh(self.mesh):
+            shape = partial(make_cache, self.config, self.run.param_dtype, rows, tokens, self.run.scan_layers)
+            cache = sharding.bytes_on_device(jax.eval_shape(shape))
+        if weights + cache > (memory := memory_use()[1]):
+            what = f"{rows} prompt(s) at a time" if rows > 1 else "a prompt"
+            raise InputError(
+                f"{what} of up to {tokens:,} tokens, answer included: {size(weights)} of weights and {size(cache)} of "
+                f"keys and values do not fit the {size(memory)} of a device; lower --max_new_tokens"
+                + (" or --batch_size" if rows > 1 else "")
+            )
 
     def check_tokens(self, ids: list[int]) -> None:
         """Raise InputError for a token that the embedding has no row for."""
