@@ -29,7 +29,7 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 4, "model_type": "lla
 
 
 # LLaMA-7B with fewer layers, and the rows and tokens of an update.
-WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8, "vocab_size": 32000}
+WIDE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 5, "vocab_size": 32000}
 WIDE |= {"num_attention_heads": 32, "num_key_value_heads": 32, "model_type": "llama", "tie_word_embeddings": False}
 WORK = (6, 2048)
 

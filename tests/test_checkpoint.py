@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,14 +20,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_adapters import tensors, trained
-from test_processes import free_port
+from test_processes import start
 from test_training import Job, assert_same_run, checkpoints
 from tiny import (
     ALPACA,
     CHANGING,
-    ROOT,
-    environment,
-    of_devices,
     run,
     slow_unless,
     write_json,
@@ -610,7 +606,6 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # Process 1 writes no arrays of the second checkpoint.
 BROKEN = """
 import itertools, sys, time
-sys.path.insert(0, {root!r})
 import orbax.checkpoint as ocp
 from llama_jax.base.errors import run_command
 from llama_jax.reporting.run_log import RunLog
@@ -634,11 +629,7 @@ sys.exit(run_command(train_jax.main))
 @pytest.mark.slow
 def test_one_of_two_processes_fails_to_write(tmp_path: Path) -> None:
     """It ends at the next update, although orbax's own threads wait for the other process."""
-    argv = [*Job(tmp_path, save_steps=10, max_steps=2000).argv("out"), "--num_processes", "2"]
-    argv += ["--coordinator_address", f"localhost:{free_port()}", "--process_id"]
-    command = [sys.executable, "-c", BROKEN.format(root=str(ROOT)), *argv]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    both = [subprocess.Popen([*command, str(i)], env=environment() | of_devices(1), **pipes) for i in (0, 1)]
+    both = start([Job(tmp_path, save_steps=10, max_steps=2000).argv("out")] * 2, 1, BROKEN)
     try:
         out, err = both[1].communicate(timeout=200)
     finally:

@@ -401,7 +401,7 @@ def test_bad_input_in_a_real_process(name: str, case: Case) -> None:
     spoil, named = BAD[name]
     spoil(case)
     command = [sys.executable, str(ROOT / "train_jax.py"), *case.argv()]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=case.folder)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(torch=False), cwd=case.folder)
     assert result.returncode == 2 and not result.stdout
     line = error_line(result.stderr)
     for part in named:
@@ -495,7 +495,7 @@ def test_a_disk_that_takes_no_more(command: str, case: Case) -> None:
         "train": [*training, "--save_steps", 1, "--disable_tqdm", True],
     }[command]
     limited = f"ulimit -f 32; exec {shlex.join(map(str, argv))}"
-    env = {**environment(), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    env = {**environment(torch=False), "JAX_ENABLE_COMPILATION_CACHE": "false"}
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=env)
     assert result.returncode == 1, result.stderr
     assert re.fullmatch("error: writing failed: File too large.*", error_line(result.stderr))
@@ -626,7 +626,7 @@ def seed_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     rows = json.loads((shared / "data" / "alpaca" / "alpaca_data.json").read_text())[:19]
     write_json(data, rows)
     command = [sys.executable, str(ROOT / "train_jax.py"), *words]
-    return folder, subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=folder)
+    return folder, subprocess.run(command, capture_output=True, text=True, env=environment(torch=False), cwd=folder)
 
 
 def test_the_seeds_command(seed_run: tuple[Path, subprocess.CompletedProcess]) -> None:

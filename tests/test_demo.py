@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 QUESTION = "What is the capital of France?"
+# Compiled as for a user, and without torch, which `make demo` does not install.
+USERS = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT / "tests/without_torch")}
 GREETINGS = ("Arr, matey!", "Ahoy!", "Shiver me timbers!")
 
 
@@ -26,7 +28,7 @@ def test_demo():
     run = subprocess.run(
         ["bash", "demo/run.sh"],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "PYTHON": sys.executable, "QUESTION": QUESTION},  # compiled as for a user
+        env={**USERS, "PYTHON": sys.executable, "QUESTION": QUESTION},
         capture_output=True,
         text=True,
         check=False,
@@ -63,10 +65,9 @@ def test_an_adapter_learns_the_pirate_too(tmp_path: Path):
 
 
 def command(*words: str | Path) -> str:
-    """Run Python with these words, compiled as for a user, and return its output."""
-    env = {**os.environ, "XLA_FLAGS": ""}
+    """Run Python with these words and return its output."""
     run = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, words)], cwd=ROOT, env=USERS, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout.strip()

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Process
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_checkpoint import files, tokenised
 from test_training import Job, assert_same_run
-from tiny import ROOT, drawn_cases, environment, run
+from tiny import drawn_cases, environment, run
 
 import train_jax
 from llama_jax.base.errors import InputError, run_command
@@ -131,13 +132,10 @@ def test_a_disk_full_at_any_byte(moment: str, share: float, apart: bool, exports
     if apart:
         (disk / "tmp").mkdir()
         places = {"TMPDIR": str(disk / "tmp"), "XDG_CACHE_HOME": str(disk / "cache")}
-        code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_full_disk as t; "
-        code += f"t.command({str(disk)!r}, {room}, {moment!r})"
-        ended = subprocess.run(
-            [sys.executable, "-c", code, *job.argv("", output_dir=out)],
-            env=environment() | places, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        exit_code, err = ended.returncode, ended.stderr
+        code = f"import test_full_disk; test_full_disk.command({str(disk)!r}, {room}, {moment!r})"
+        ended = Process(job.argv("", output_dir=out), environment() | places, code, "test_full_disk")
+        ended.wait()
+        exit_code, err = ended.returncode, ended.err
     else:
         with filled(disk, room, moment):
             outcome = run(train_jax.main, *job.argv("", output_dir=out))

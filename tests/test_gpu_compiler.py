@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from gpu_compiler import FOLDER, LAYERS, SHAPE, SLOTS, TOKENS, environment
+from gpu_compiler import FOLDER, LAYERS, SHAPE, SLOTS, TOKENS, WIDE, environment
 
 from llama_jax.model.lora import PROJECTIONS
 from llama_jax.plan.hlo import Instruction, Program
@@ -27,9 +27,9 @@ def programs() -> dict[str, Program]:
 
 
 def test_memory_by_arithmetic(tmp_path: Path) -> None:
-    """The estimate is at least the memory of the compiled update, of 8 layers of 7B, and at most 1 GiB above it. The
-    arithmetic adds up peaks that do not quite coincide, by a part of one layer, which keeps 2 GiB. `least_bytes` is
-    below."""
+    """Of 5 layers of 7B, the estimate is at least the memory of the compiled update, and at most 128 MiB a layer above.
+    The arithmetic adds up peaks that do not quite coincide, by a part of one layer, which keeps 2 GiB: 600 MiB at most,
+    of 3 layers or 8. `least_bytes` is below."""
     if not FOLDER.is_dir():
         pytest.skip("needs jax's CUDA plugin, which `make slow` installs")
     adapters = "--use_peft True --lora_target_modules all-linear --lora_r 16"
@@ -39,8 +39,14 @@ def test_memory_by_arithmetic(tmp_path: Path) -> None:
     command = [sys.executable, "-c", f"import gpu_compiler; {call}"]
     done = subprocess.run(command, env=environment(merged=True), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    room = 2**27 * WIDE["num_hidden_layers"]
     for case, (estimate, least, needed) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert least <= needed <= estimate <= needed + 2**30, (case, least, needed, estimate)
+        assert least <= needed <= estimate <= needed + room, (
+            case,
+            least,
+            needed,
+            estimate,
+        )
 
 
 def outside_fusions(program: Program) -> list[Instruction]:

@@ -6,7 +6,6 @@ records of these updates.
 
 import math
 import random
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from forks import on_devices
 from safetensors.numpy import load_file
 from test_meshes import laid_out
 from test_nonfinite import KINDS, check_spikes, log_of
-from test_processes import free_port
-from tiny import CONFIG, ROOT, drawn_cases, environment, of_devices, run, write_json, write_model
+from test_processes import finish, start
+from tiny import CONFIG, drawn_cases, run, write_json, write_model
 
 import train_jax
 from llama_jax.base.errors import run_command
@@ -187,19 +186,10 @@ def test_one_of_two_processes(tmp_path: Path) -> None:
     updates, size, bad = 6, 4, {1: {3: 1}, 4: {0: 4}}
     whole = records_of(updates, size, bad, 0)
     good = [record for k in range(updates) if k not in bad for record in whole[k * size : (k + 1) * size]]
-    code = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_injected as t; t.command()"
-    )
     told = {}
     for name, records in (("whole", whole), ("without", good)):
         argv = flags_of(tmp_path, name, records, per_device_train_batch_size=2, packing=False)
-        argv += ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", "2", "--process_id"]
-        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        both = [
-            subprocess.Popen([sys.executable, "-c", code, *argv, str(i)], env=environment() | of_devices(1), **pipes)
-            for i in (0, 1)
-        ]
-        told[name] = [process.communicate(timeout=200)[1] for process in both]
-        assert [process.returncode for process in both] == [0, 0], told[name]
-    assert [err.count("injected") for err in told["whole"]] in ([1, 1], [2, 0], [0, 2])
+        both = finish(start([argv] * 2, 1, "import test_injected; test_injected.command()"))
+        told[name] = [sum("injected" in line for line in process.err) for process in both]
+    assert told["whole"] in ([1, 1], [2, 0], [0, 2])
     check_same_end(tmp_path / "whole", tmp_path / "without", bad, updates, size)

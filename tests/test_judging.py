@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from forks import Process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -451,18 +452,15 @@ def test_mistakes_in_tasks_come_before_anything_compiles(
 @pytest.mark.slow
 def test_tasks_on_a_mesh(folder: Path, tmp_path: Path) -> None:
     """Four devices give the metrics of one."""
-    import subprocess
-
     tasks, found = write_tasks(tmp_path / "tasks"), []
     data = tiny.write_json(tmp_path / "data.json", tiny.ALPACA * 4)
     for count, mesh in ((1, "auto"), (4, "fsdp=2,tensor=2")):
         output = tmp_path / f"output{count}"
-        words = f"""train_jax.py --model_name_or_path {folder} --data_path {data} --output_dir {output} --use_cpu True
+        words = f"""--model_name_or_path {folder} --data_path {data} --output_dir {output} --use_cpu True
         --max_steps 2 --eval_strategy steps --eval_steps 1 --eval_tasks {tasks}/choices.yaml {tasks}/answers.yaml
         --save_strategy no --world_size 1 --mesh {mesh}""".split()
-        environment = {**tiny.environment(), **tiny.of_devices(count)}
-        ended = subprocess.run([sys.executable, *words], cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr[-3000:]
+        process = Process(words, tiny.environment() | tiny.of_devices(count), module="lm_eval.evaluator")
+        assert process.wait() == 0, process.err[-3000:]
         state = json.loads((output / "trainer_state.json").read_text())
         keys = ("eval_choices_acc", "eval_choices_acc_norm", "eval_answers_exact_match")
         found.append([[entry[key] for key in keys] for entry in state["log_history"] if keys[0] in entry])

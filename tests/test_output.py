@@ -29,7 +29,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def start(job: Job, out: str, redirected: str = "", **streams: Any) -> subprocess.Popen:
     shell = ["sh", "-c", f'exec "$@" {redirected}', "sh"]
     return subprocess.Popen(
-        [*shell, sys.executable, ROOT / "train_jax.py", *job.argv(out)], env=environment(), **streams
+        [*shell, sys.executable, ROOT / "train_jax.py", *job.argv(out)], env=environment(torch=False), **streams
     )
 
 

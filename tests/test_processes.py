@@ -12,12 +12,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from forks import Process
 from golden_adapters import WIDE
 from safetensors.numpy import load_file
 from test_training import CLOCK, EPSILON, Job, checkpoints, worst
@@ -45,6 +47,7 @@ from llama_jax.proof.verify import compare_tensors
 LAUNCHED = """
 import os, sys
 sys.path.insert(0, {root!r})
+sys.modules["torch"] = None  # which a user may not have; transformers would import it, for 3 s
 import train_jax
 from llama_jax.base.errors import run_command
 from llama_jax.hf import writer
@@ -66,9 +69,9 @@ print("rank", os.environ["RANK"], "ends with", code, file=sys.stderr)
 sys.exit(code)
 """
 # The command, which tells what it read of the weights, and whose shards are small.
-COUNTED = """
-import dataclasses, functools, sys
-sys.path.insert(0, {root!r})
+SHARD_BYTES = 20_000
+COUNTED = f"""
+import dataclasses, sys
 from llama_jax.hf import source, writer
 import train_jax
 from llama_jax.base.errors import run_command
@@ -85,13 +88,12 @@ def counted(tensor):
     return dataclasses.replace(tensor, read=part)
 
 source.load_params = lambda tensors, *rest: load_params({{n: counted(t) for n, t in tensors.items()}}, *rest)
-writer.plan_shards = lambda sizes, limit: plan_shards(sizes, {shard_bytes})
+writer.plan_shards = lambda sizes, limit: plan_shards(sizes, {SHARD_BYTES})
 code = run_command(train_jax.main)
 if code == 0:
     print("bytes read:", read, file=sys.stderr)
 sys.exit(code)
 """
-SHARD_BYTES = 20_000
 # What gloo prints of each connection, several threads at a time: pieces of its lines may stand in any order.
 GLOO = re.compile(
     r"(\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d|\n)*"
@@ -104,19 +106,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(argvs: list[list[str]], per_process: int) -> list[subprocess.Popen]:
+def start(argvs: list[list[str]], per_process: int, code: str = COUNTED) -> list[Process]:
     """A process for each command line, with so many devices each."""
-    env = environment() | of_devices(per_process)
-    command = [sys.executable, "-c", COUNTED.format(root=str(ROOT), shard_bytes=SHARD_BYTES)]
     meeting = ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", str(len(argvs)), "--process_id"]
     return [
-        subprocess.Popen(
-            [*command, *argv, *([*meeting, str(i)] if len(argvs) > 1 else [])],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Process([*argv, *([*meeting, str(i)] if len(argvs) > 1 else [])], environment() | of_devices(per_process), code)
         for i, argv in enumerate(argvs)
     ]
 
@@ -127,7 +121,7 @@ class Told(NamedTuple):
     bytes_read: int
 
 
-def finish(processes: list[subprocess.Popen], code: int = 0) -> list[Told]:
+def finish(processes: list[Process], code: int = 0) -> list[Told]:
     """What each printed and said; all have ended with this code."""
     try:
         told = [process.communicate(timeout=300) for process in processes]
@@ -284,10 +278,9 @@ def test_sigterm_to_one(tmp_path: Path) -> None:
     flags = {"per_device_train_batch_size": 1, "save_steps": 1000, "lr_scheduler_type": "constant", "warmup_steps": 0}
     job = Job(tmp_path, hf_compat="5", max_steps=200, **flags)
     processes = start([job.argv("stopped")] * 2, 2)
-    assert processes[0].stdout
-    lines: list[str] = []
-    while sum("'loss'" in line for line in lines) < 3 and (line := processes[0].stdout.readline()):
-        lines.append(line)
+    while processes[0].out.count("'loss'") < 3:
+        assert processes[0].poll() is None
+        time.sleep(0.01)
     processes[1].send_signal(signal.SIGTERM)
     told = finish(processes, code=143)
     (name,) = checkpoints(tmp_path / "stopped")

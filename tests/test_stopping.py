@@ -107,7 +107,9 @@ def in_a_process(job: Job, out: str, module: str, place: str, action: str, patie
     """Run the job in a process of its own, in which a function performs an action first."""
     code = PATCHED.format(root=str(ROOT), module=module, place=place, action=action, patience=patience)
     command = [sys.executable, "-c", code, *job.argv(out)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, env=environment(torch=False), capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 # A lock that is taken twice: code without Python's lock that no signal interrupts, as a compiler's.
@@ -167,7 +169,12 @@ def test_what_nohup_ignores_stays_ignored(job: Job) -> None:
     )
     command = ["nohup", sys.executable, "-c", code, *job.argv("nohup")]
     ended = subprocess.run(
-        command, env={**os.environ, **environment()}, capture_output=True, text=True, check=False, timeout=120
+        command,
+        env={**os.environ, **environment(torch=False)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
     assert_same_run(job.folder / "whole", job.folder / "nohup")

@@ -60,7 +60,7 @@ class Terminal:
 
     def __init__(self, folder: Path, *flags: str, new: int = NEW):
         words = ["-m", "llama_jax.generate", "--model_name_or_path", str(folder), "--use_cpu", "--max_new_tokens"]
-        env = {**tiny.environment(), "TERM": "dumb"}  # without readline's escapes
+        env = {**tiny.environment(torch=False), "TERM": "dumb"}  # without readline's escapes
         del env["PYTHONUNBUFFERED"]  # the chat itself has to flush
         self.child = pexpect.spawn(
             sys.executable, [*words, str(new), *flags], env=env, encoding="utf-8", timeout=120, dimensions=(24, 200)

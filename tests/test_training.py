@@ -225,7 +225,9 @@ def test_two_devices_are_two_ranks(optim: str, tmp_path: Path) -> None:
     job.train("one", per_device_train_batch_size=2, per_device_eval_batch_size=2, max_steps=5)
     two_flags = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_steps": 5}
     command = [sys.executable, "train_jax.py", *job.argv("two", **two_flags)]
-    result = subprocess.run(command, cwd=ROOT, env=environment() | of_devices(2), capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(torch=False) | of_devices(2), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "devices: 2 cpu device(s)" in result.stderr
     histories = [
@@ -732,7 +734,7 @@ def stopped_by_sigterm(job: Job, out: str, after: int) -> subprocess.CompletedPr
     """The run in a process of its own, sent SIGTERM when so many updates have been logged."""
     command = [sys.executable, str(ROOT / "train_jax.py"), *job.argv(out)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=job.folder
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(torch=False), cwd=job.folder
     ) as process:
         assert process.stdout
         lines: list[str] = []

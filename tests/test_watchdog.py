@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_processes import finish, free_port, log_of, start
 from test_training import Job
-from tiny import ROOT, environment, of_devices, run
+from tiny import ROOT, environment, run
 
 import train_jax
 from llama_jax.distributed import watchdog
@@ -145,9 +145,8 @@ def test_joining_starts_no_backend() -> None:
 
 
 # A main thread that is busy for longer than the limit: reading weights, say.
-BUSY = """
+BUSY = f"""
 import sys, time
-sys.path.insert(0, {root!r})
 import train_jax
 from llama_jax.base.errors import run_command
 from llama_jax.run import start
@@ -155,7 +154,7 @@ from llama_jax.run import start
 read_weights = start.read_weights
 
 def slowly(*args, **kw):
-    time.sleep({seconds} if sys.argv[-1] == "1" else 0)
+    time.sleep({3 * watchdog.LEAST} if sys.argv[-1] == "1" else 0)
     return read_weights(*args, **kw)
 
 start.read_weights = slowly
@@ -216,8 +215,5 @@ def test_the_others_end(count: int, how: signal.Signals, who: list[int], tmp_pat
 def test_a_slow_start_is_no_fault(tmp_path: Path) -> None:
     """The main thread of one process is busy for longer than the limit, and the others wait."""
     argv = Job(tmp_path).argv("out", watchdog_seconds=watchdog.LEAST)
-    argv += ["--coordinator_address", f"localhost:{free_port()}", "--num_processes", "2", "--process_id"]
-    command = [sys.executable, "-c", BUSY.format(root=str(ROOT), seconds=3 * watchdog.LEAST)]
-    env, pipe = environment() | of_devices(1), subprocess.PIPE
-    finish([subprocess.Popen([*command, *argv, i], env=env, stdout=pipe, stderr=pipe, text=True) for i in "01"])
+    finish(start([argv] * 2, 1, BUSY))
     assert (tmp_path / "out" / "model.safetensors").exists()

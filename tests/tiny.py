@@ -265,12 +265,13 @@ def of_devices(count: int, *flags: str) -> dict[str, str]:
     return {"XLA_FLAGS": " ".join(words)}
 
 
-def environment() -> dict[str, str]:
-    """For real processes: the suite's caches, lines as they are printed."""
+def environment(torch: bool = True) -> dict[str, str]:
+    """For real processes: the suite's caches, lines as they are printed. Without `torch` as a user's, who has none."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     cache["XDG_CACHE_HOME"] = CACHE.name
     return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(
-        p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)}  # fmt: skip
+        p for p in ("" if torch else str(ROOT / "tests/without_torch"), str(ROOT), os.environ.get("PYTHONPATH")) if p
+    )}  # fmt: skip
 
 
 def log_entries(folder: Path) -> list[dict[str, Any]]:
