@@ -66,7 +66,8 @@ def filled(disk: Path, room: int, moment: str) -> Iterator[None]:
 
 def command(disk: str, room: int, moment: str) -> None:
     faulthandler.dump_traceback_later(250, exit=True)
-    with filled(Path(disk), room, moment):
+    with filled(Path(disk), room, moment), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plotly.offline.get_plotlyjs", str)  # as in conftest.py: the page's 5 MB need not fit
         sys.exit(run_command(train_jax.main))
 
 
@@ -112,7 +113,7 @@ def test_no_warning_follows_the_line() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=drawn_cases(40, 4))
+@settings(max_examples=drawn_cases(40, 3))
 @given(
     moment=st.sampled_from(MOMENTS),
     share=st.integers(0, 2**32 - 1).map(lambda seed: random.Random(seed).random()),  # evenly
@@ -120,6 +121,7 @@ def test_no_warning_follows_the_line() -> None:
     exports=st.booleans(),
 )
 @example(moment="start", share=0.0, apart=True, exports=False)
+@example(moment="4", share=0.15, apart=False, exports=False)
 @example(moment="export", share=0.5, apart=False, exports=True)
 def test_a_disk_full_at_any_byte(moment: str, share: float, apart: bool, exports: bool, job: Job, disk: Path) -> None:
     """From no room to room for all. A process `apart` has its temporary files and tokenised data on the disk too."""

@@ -676,7 +676,7 @@ def test_any_state_ends_in_a_line_or_is_carried(
             "5", max_steps=9, num_train_epochs=1, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
         )
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            state.resume(saved, Path(folder) / "out")
+            state.resume(saved, Path(folder) / "out", True)
             state.at(8, 1.0, 0.0, 0)
             state.saved(Path(folder) / "out", None)
         assert "\x1b" not in said.getvalue() and said.getvalue().count("\n") <= 1
@@ -694,8 +694,19 @@ def test_the_step_of_a_best_checkpoint_with_a_slash(tmp_path: Path) -> None:
         "5", max_steps=9, num_train_epochs=1, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
     )
     (tmp_path / "checkpoint-5").mkdir()
-    state.resume({"best_model_checkpoint": "out/checkpoint-5/"}, tmp_path)
+    state.resume({"best_model_checkpoint": "out/checkpoint-5/"}, tmp_path, True)
     assert state.best_step == 5
+
+
+@pytest.mark.parametrize("wants_best", [True, False])
+def test_a_best_checkpoint_elsewhere(wants_best: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is named as its run named it, and only to a run that exports the best."""
+    state = TrainerState(
+        "5", max_steps=9, num_train_epochs=1, train_batch_size=1, logging_steps=1, eval_steps=1, save_steps=1
+    )
+    state.resume({"best_model_checkpoint": "there/checkpoint-5"}, tmp_path, wants_best)
+    assert state.best_step is None
+    assert ("there/checkpoint-5, the best checkpoint so far, is not in" in capsys.readouterr().err) == wants_best
 
 
 def test_a_long_log(trainers: Path, tmp_path: Path) -> None:
@@ -912,6 +923,7 @@ CHANGED: dict[str, Flags] = {
     "longer": {"max_steps": 9, "lr_scheduler_type": "cosine"},
     "lines": {"logging_steps": 3, "eval_strategy": "steps", "eval_steps": 1},
     "batch": {"per_device_train_batch_size": 1},
+    "longer, intervals as shares": {"max_steps": 12},
 }
 
 
@@ -921,7 +933,8 @@ CHANGED: dict[str, Flags] = {
 def test_other_flags_than_then(bench: Bench, compat: str, name: str, tmp_path: Path) -> None:
     """The Trainer takes the optimizer's settings and the peak from the checkpoint, and the intervals; 4.37 also the
     batch size. The first update has the checkpoint's rate, the next ones the new schedule's."""
-    flags = {**ACCUMULATED, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2}
+    interval = 0.3 if "shares" in name else 2
+    flags = {**ACCUMULATED, "eval_strategy": "steps", "eval_steps": interval, "logging_steps": interval}
     began = Began(bench, compat, tmp_path, flags, 11)
     began.compare(3, CHANGED[name], apart=("train_batch_size",) if name == "batch" else ())
 

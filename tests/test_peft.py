@@ -431,6 +431,9 @@ def test_vllm_reads_the_folder(tmp_path: Path) -> None:
         ({"rank_pattern": {"v_proj": 0}}, "should be an object that maps patterns to whole numbers above 0"),
         ({"r": 0}, "r is 0; should be a whole number above 0"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'; should be a number"),
+        ({"lora_alpha": None}, "lora_alpha is null; should be a number"),
+        ({"rank_pattern": None}, "rank_pattern is null; should be an object"),
+        ({"target_modules": ["all-linear", "q_proj"]}, "names all-linear beside others; give all-linear alone"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0; should be a number from 0 to below 1"),
         (
             {"modules_to_save": ["norm"]},
@@ -493,8 +496,9 @@ def test_every_option_of_peft_is_known() -> None:
         (
             "qwen2",
             {"modules_to_save": ["lm_head"]},
-            "and head are tied: PEFT would untie them, which is not supported; add ensure_weight_tying true",
+            "PEFT would untie them, which is not supported; add ensure_weight_tying true (--ensure_weight_tying True)",
         ),
+        ("qwen2", {"modules_to_save": ["norm"]}, "names 'norm'; only embed_tokens and lm_head can be trained whole"),
     ],
 )
 def test_refused_for_a_family(family: str, values: dict[str, Any], line: str) -> None:

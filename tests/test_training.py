@@ -940,8 +940,9 @@ def test_resuming_says_what_is_otherwise(tmp_path: Path) -> None:
     changes = {"seed": 7, "scan_layers": False, "max_steps": 5}
     outcome = run(train_jax.main, *job.argv("out", resume_from_checkpoint=True, **changes))
     assert outcome.code == 0, outcome.err
-    assert "made with seed 42, this run has 7" in outcome.err
-    assert "made with updates 4, this run has 5" in outcome.err
+    assert "made with --seed 42, this run has 7" in outcome.err
+    assert "made with --max_steps 4, this run has 5" in outcome.err
+    assert outcome.err.count("this run has") == 2
     assert "--scan_layers: True, as in" in outcome.err
     assert "other examples" not in outcome.err and "goes on with" not in outcome.err
     write_json(job.folder / "data.json", make_records(21, seed=1))

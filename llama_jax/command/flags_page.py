@@ -31,9 +31,9 @@ _ORIGIN = {
         NEW: "average_tokens_across_devices train_sampling_strategy eval_strategy eval_on_start project "
         "trackio_space_id trackio_bucket_id trackio_static_space_id",
         SCRIPTS: "tokenizer_name dataset_config_name",
-        "PEFT": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora "
-        "lora_bias init_lora_weights adapter_name_or_path load_in_4bit load_in_8bit bnb_4bit_quant_type "
-        "use_bnb_nested_quant",
+        "PEFT": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save ensure_weight_tying "
+        "use_rslora use_dora lora_bias init_lora_weights adapter_name_or_path load_in_4bit load_in_8bit "
+        "bnb_4bit_quant_type use_bnb_nested_quant",
         HERE: "eval_data_path eval_tasks eval_tasks_limit validation_split_percentage skip_bad_records world_size "
         "allow_pickle allow_nonfinite on_nonfinite max_bad_updates skip_loss_spikes adam_moments_dtype "
         "offload_optimizer export_only "

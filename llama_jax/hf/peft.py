@@ -147,6 +147,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+# Keys whose null PEFT does not take for the default: it ends in an error.
+_NEVER_NULL = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "bias")
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Hold an adapter's `adapter_config.json` to write, and its meaning for a model.
@@ -175,7 +179,8 @@ class Adapter:
 
 
 def read_settings(values: dict[str, Any], config: LlamaConfig, where: str) -> Adapter:
-    """Resolve the keys of an `adapter_config.json` for a model; missing keys and nulls have PEFT's defaults.
+    """Resolve the keys of an `adapter_config.json` for a model. Missing keys have PEFT's defaults; so have nulls, but
+    for those of _NEVER_NULL.
 
     `where` names the source in errors. Raises InputError for unknown keys, for PEFT's options that are not supported,
     and for targets that match no projection.
@@ -189,6 +194,8 @@ def read_settings(values: dict[str, Any], config: LlamaConfig, where: str) -> Ad
             )
         if key in _CHECKS:
             good, wanted = _CHECKS[key]
+            if key in _NEVER_NULL and values.get(key, value) is None:
+                raise InputError(f"{where}: {key} is null; should be {wanted}")
             if value is not None and not good(value):
                 raise InputError(f"{where}: {key} is {repr(value)[:60]}; should be {wanted}")
         elif key not in _WITHOUT_EFFECT:
@@ -198,8 +205,9 @@ def read_settings(values: dict[str, Any], config: LlamaConfig, where: str) -> Ad
                 )
             settings[key] = _DEFAULTS[key]
     settings |= {"fan_in_fan_out": False, "inference_mode": True}  # as PEFT writes for nn.Linear, and for all adapters
+    _check_saved(settings, where)
     _tie(settings, config, where)
-    saved = _saved(settings, config, where)
+    saved = tuple(last for last, name in _SAVED.items() if {last, name} & {*(settings["modules_to_save"] or [])})
     adapted = _adapted(settings, config, where)
     ranks = _ranks(settings, adapted, where)
     # PEFT writes the patterns sorted, and the first match counts.
@@ -234,7 +242,7 @@ def _tie(settings: dict[str, Any], config: LlamaConfig, where: str) -> None:
             where,
             "modules_to_save",
             f"names {', '.join(saved)}, and this model's embedding and head are tied: PEFT would untie them, which is "
-            "not supported; add ensure_weight_tying true to train both as one matrix",
+            "not supported; add ensure_weight_tying true (--ensure_weight_tying True) to train both as one matrix",
         )
     saved = [*saved, *({_SAVED["embed_tokens"]} - {*saved})]
     if "lm_head" in saved:
@@ -242,13 +250,11 @@ def _tie(settings: dict[str, Any], config: LlamaConfig, where: str) -> None:
     settings["modules_to_save"] = saved
 
 
-def _saved(settings: dict[str, Any], config: LlamaConfig, where: str) -> tuple[str, ...]:
-    """Return the modules to train whole, by their last names, in the model's order."""
-    given = settings["modules_to_save"] or []
-    for name in given:
+def _check_saved(settings: dict[str, Any], where: str) -> None:
+    """Raise InputError for a module that cannot be trained whole."""
+    for name in settings["modules_to_save"] or []:
         if name not in (*_SAVED, *_SAVED.values()):
             _refuse(where, "modules_to_save", f"names {name!r}; only embed_tokens and lm_head can be trained whole")
-    return tuple(last for last, name in _SAVED.items() if {last, name} & {*given})
 
 
 def _adapted(settings: dict[str, Any], config: LlamaConfig, where: str) -> list[str]:
@@ -272,6 +278,8 @@ def _adapted(settings: dict[str, Any], config: LlamaConfig, where: str) -> list[
     if isinstance(targets, list):
         targets = sorted(set(targets))
         for target in targets:
+            if target == "all-linear":
+                _refuse(where, "target_modules", "names all-linear beside others; give all-linear alone")
             if not any(_ends(name, [target]) for name in modules):
                 _refuse(where, "target_modules", f"names {target!r}, which is no module of this model; {_FIX}")
         if len(targets) >= _LONG:

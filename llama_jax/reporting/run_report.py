@@ -128,4 +128,6 @@ def read_report(folder: Path) -> dict[str, Any]:
         if path.is_file():
             known = {"name": folder.resolve().name, "updates": read_json_object(path, BYTES).get("max_steps")}
             return {**known, "log_history": read_log(path)}
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; give the output folder of a run, as {folder.parent}")
     raise InputError(f"{folder}: has neither {VALUES} nor a trainer_state.json; give the output folder of a run")

@@ -53,9 +53,10 @@ class TrainerState:
         if compat == "5":
             self.values |= {"best_global_step": None, "stateful_callbacks": {}}
 
-    def resume(self, saved: dict[str, Any], output_dir: Path) -> None:
+    def resume(self, saved: dict[str, Any], output_dir: Path, wants_best: bool) -> None:
         """Restore progress and log from a checkpoint's state; the run's length stays as the flags set it.
-        A best checkpoint that is missing from `output_dir` is dropped; its metric is kept."""
+        A best checkpoint that is missing from `output_dir` is dropped, which is said to a run that `wants_best`; its
+        metric is kept."""
         kept = ("log_history", "global_step", "epoch", "total_flos", "num_input_tokens_seen")
         best = ("best_metric", "best_model_checkpoint", "best_global_step")
         self.values |= {key: saved[key] for key in (*kept, *best) if key in saved}
@@ -63,7 +64,9 @@ class TrainerState:
             return
         name = Path(path).name
         if not (re.fullmatch(r"checkpoint-[0-9]{1,18}", name) and (output_dir / name).is_dir()):
-            say(f"warning: {plain(str(output_dir / name))}, the best checkpoint so far, is missing")
+            if wants_best:
+                missing = f"{plain(str(path))}, the best checkpoint so far, is not in {plain(str(output_dir))}"
+                say(f"warning: {missing}: --load_best_model_at_end chooses among later ones")
             self.values["best_model_checkpoint"] = None
 
     def at(self, step: int, epoch: float, flos: float, tokens_seen: int) -> None:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llama_jax.base.errors import InputError
 from llama_jax.data.batches import Batches
 from llama_jax.data.examples import Examples
 from llama_jax.data.normalisation import evaluation_loss, evaluation_shares
@@ -48,6 +49,11 @@ class Evaluation:
         ways, max_tokens = sharding.batch_ways(mesh), max_tokens * sharding.row_ways(mesh)
         tokens_of_a_batch = float(examples.lengths.mean()) * batch_size * ranks
         together = max(1, int(FILL * max_tokens * ways / tokens_of_a_batch))
+        if drop_last and len(examples) < batch_size * ranks:
+            raise InputError(
+                f"{len(examples)} examples of the evaluation do not fill one batch of {batch_size * ranks}, and "
+                "--dataloader_drop_last True drops what is left; lower --per_device_eval_batch_size"
+            )
         order = Order(
             len(examples),
             batch_size,

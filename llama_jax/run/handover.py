@@ -97,7 +97,8 @@ def _flags(checkpoint: TrainerCheckpoint, args: Arguments) -> Json:
         steps, total = state.get(f"{name}_steps"), state.get("max_steps")
         if not (isinstance(steps, int | float) and isinstance(total, int) and steps > 0):
             continue
-        if getattr(args, f"{name}_strategy") == "steps" and args.every(name, total) != steps:
+        is_share = 0 < (getattr(args, f"{name}_steps") or 0) < 1  # of this run's updates, perhaps more than then
+        if getattr(args, f"{name}_strategy") == "steps" and (is_share or args.every(name, total) != steps):
             flags[f"{name}_steps"] = steps
     if args.hf_compat == "4.37" and isinstance(state.get("train_batch_size"), int):
         flags["per_device_train_batch_size"] = state["train_batch_size"]

@@ -35,6 +35,21 @@ QUANTIZATION = ("load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "fp8")
 # of those left to do; before 2026-11-28, the number of those done. So neither names nor places may change.
 ACTIONS = ("steps/log", "steps/evaluate", "steps/save", "epoch/log", "epoch/evaluate", "epoch/save")
 
+# Flags by the order's names of them, and what only follows from flags and data.
+_FLAGS = {
+    "ranks": "--world_size",
+    "per_device_batch": "--per_device_train_batch_size",
+    "accumulation": "--gradient_accumulation_steps",
+    "epochs": "--num_train_epochs",
+    "max_steps": "--max_steps",
+    "seed": "--seed",
+    "data_seed": "--data_seed",
+    "drop_last": "--dataloader_drop_last",
+    "sampling": "--train_sampling_strategy",
+    "compat": "--hf_compat",
+}
+_COUNTED = ("batches_per_epoch", "updates_per_epoch", "updates")
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -203,12 +218,18 @@ def _named_checkpoint(args: Arguments, output_dir: Path) -> Path | None:
                 f"--output_dir {output_dir}: is in the checkpoint that the run goes on from; choose another folder"
             )
         return path
+    if not path.exists():
+        raise InputError(f"--resume_from_checkpoint {wanted}: is not there; {output_dir} has {_found(output_dir)}")
     if number(path.name) not in find_steps(path.parent):
         raise InputError(
             f"--resume_from_checkpoint {wanted}: is not a checkpoint of this program; {output_dir} has "
-            f"{find_steps(output_dir) or 'none'}{_as_model(path)}"
+            f"{_found(output_dir)}{_as_model(path)}"
         )
     return output_dir / path.name if path.parent.resolve() == output_dir.resolve() else path
+
+
+def _found(output_dir: Path) -> str:
+    return ", ".join(f"checkpoint-{step}" for step in find_steps(output_dir)) or "none"
 
 
 def pass_over_damaged(args: Arguments, output_dir: Path) -> None:
@@ -282,9 +303,12 @@ def compare_with_saved(facts: Facts, saved: SavedRun, name: str) -> None:
     if then.data and then.data != facts.data:
         say(f"warning: {name} was made with other examples: other data, another tokenizer or --model_max_length")
     for key, value in facts.order.items():
-        if then.order.get(key) != value:
-            text = "--world_size" if key == "ranks" else key
-            say(f"warning: {name} was made with {text} {then.order.get(key)}, this run has {value}")
+        before = then.order.get(key)
+        if key == "evaluations_before_epoch" and before is not None:  # empty where there are none
+            shared = min(filter(None, (len(before), len(value))), default=0)  # the epochs that both runs have
+            before, value = ((list(x) or [0] * shared)[:shared] for x in (before, value))
+        if before != value and key not in _COUNTED:
+            say(f"warning: {name} was made with {_FLAGS.get(key, key)} {before}, this run has {value}")
     for flag, now in facts.update.items() if then.update else ():
         before = then.update.get(flag, NEW.get(flag, now))
         if before != now:

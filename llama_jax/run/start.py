@@ -69,7 +69,7 @@ def restore(prepared: Prepared, limit: int | None) -> tuple[Run, Checkpoints, Tr
         remove_earlier(prepared.output_dir)
     checkpoints = open_checkpoints(prepared, files)
     run = make_run(prepared, plan)
-    run.log.resume(saved.trainer_state, prepared.output_dir)
+    run.log.resume(saved.trainer_state, prepared.output_dir, prepared.args.load_best_model_at_end)
     prepared.job.schedule.load(saved.schedule)
     state = complete(restored, frozen, plan.tx, plan.definition, prepared.mesh)
     if prepared.job.args.skip_loss_spikes:

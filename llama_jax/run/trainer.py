@@ -115,7 +115,7 @@ def saved_model(prepared: Prepared) -> tuple[TrainerState, Params]:
     saved, checkpoint = prepared.saved, prepared.resume_from
     assert saved is not None and checkpoint is not None
     log = make_log(args, job)
-    log.resume(saved.trainer_state, checkpoint.parent)
+    log.resume(saved.trainer_state, checkpoint.parent, args.load_best_model_at_end)
     if log.best_step and args.load_best_model_at_end and log.best_step != prepared.resume_step:
         params = read_best(prepared, log, checkpoint.parent)
     else:

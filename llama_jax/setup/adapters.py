@@ -17,6 +17,7 @@ SETTINGS = {
     "lora_dropout": "lora_dropout",
     "lora_target_modules": "target_modules",
     "lora_modules_to_save": "modules_to_save",
+    "ensure_weight_tying": "ensure_weight_tying",
     "lora_bias": "bias",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
