@@ -203,6 +203,16 @@ def test_questions_of_other_files(tmp_path: Path) -> None:
     assert list(read_questions(str(tmp_path / "in.txt"))) == [{"text": "Once"}, {"text": "Twice"}]
 
 
+def test_questions_of_a_folder(tmp_path: Path, model: Path) -> None:
+    """The files that are left out are named, as in training."""
+    (folder := tmp_path / "in").mkdir()
+    write_lines(folder / "a.jsonl", QUESTIONS[:1])
+    (folder / "b.csv").write_text("prompt\nHi\n")
+    done = ask(model, "--input_file", folder, "--output_file", tmp_path / "out.jsonl")
+    assert done.code == 0 and len(read_lines(tmp_path / "out.jsonl")) == 1, done.err
+    assert f"warning: of a folder, files of one kind are read; left out: {folder}/b.csv;" in done.err
+
+
 def test_an_interrupted_file_goes_on(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C and a torn line the rest is answered, as in one run; drawn tokens do not depend on the blocks."""
     source, out = write_lines(tmp_path / "in.jsonl", QUESTIONS), tmp_path / "out.jsonl"

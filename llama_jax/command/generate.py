@@ -148,7 +148,7 @@ def _answer_one(args: argparse.Namespace, opened: Opened, prompts: Prompts, flag
 
 def _answer_file(args: argparse.Namespace, opened: Opened, prompts: Prompts) -> None:
     """Answer the records of a file. All are checked before the model is loaded."""
-    output, records = AnswerFile(args.output_file), read_questions(args.input_file)
+    output, records = AnswerFile(args.output_file), read_questions(args.input_file, say)
     rules = _rules(args, opened, NEW_TOKENS)
     with count_bar("reading", len(records), "record") as bar:
         made = prompts.of_records(records, bar.update)

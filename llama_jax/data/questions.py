@@ -100,14 +100,15 @@ class Prompts:
         return Prompt(ids, continues)
 
 
-def read_questions(name: str) -> Reader:
+def read_questions(name: str, say: Callable[[str], None] = lambda line: None) -> Reader:
     """Return the records of a file or another source of `find_sources`, with all their keys.
 
     A record has `messages` or `conversations`, `instruction` and perhaps `input`, a `prompt` (a text, or turns), or a
     `text` to continue. An answer that is there already, as `output` or a last turn of the assistant, is not read.
-    Raises InputError for records of no such form, the first by its number.
+    `say` receives a warning of files of a folder that are not read. Raises InputError for records of no such form, the
+    first by its number.
     """
-    readers = [source.open(set()) for source in find_sources([name])]
+    readers = [source.open(set()) for source in find_sources([name], say=say)]
     records = readers[0] if len(readers) == 1 else Joined(readers)
     first, bad, count = "", 0, 0
     for i, record in enumerate(records):

@@ -36,7 +36,7 @@ class Samples:
         if sharding.row_ways(self._mesh) > 1:
             raise InputError("--sample_prompts: no answer is made while --mesh divides rows; leave context out of it")
         tokenizer = job.tokenizer or open_tokenizer(source.tokenizer_folder, job.args.hf_compat)
-        records = [*read_questions(name)]
+        records = [*read_questions(name, say)]
         if len(records) > MOST:
             raise InputError(f"--sample_prompts {name}: has {len(records):,} questions; give at most {MOST}")
         if name.endswith(".txt"):
