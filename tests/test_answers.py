@@ -287,7 +287,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def none(*_: Any) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("llama_jax.run.answer_file.fcntl.flock", none)
+    monkeypatch.setattr("fcntl.flock", none)
     AnswerFile(str(tmp_path / "out.jsonl")).begin({"seed": 0}, 1)
     assert "cannot be locked (Function not implemented)" in capfd.readouterr().err
 

@@ -1,5 +1,6 @@
 """Nothing that another run or program wrote is removed, overwritten or taken for this run's own."""
 
+import errno
 import json
 import os
 import shutil
@@ -69,6 +70,18 @@ def test_a_lock_is_of_the_file_that_is_there(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(InputError, match="another run"), locked(tmp_path):
         pass
     assert not any(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is made, with a warning."""
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    outcome = run(train_jax.main, *job.argv("unlocked", max_steps=1))
+    warning = f"warning: {job.folder}/unlocked/{LOCK} cannot be locked (Function not implemented); let no second"
+    assert outcome.code == 0 and outcome.err.count(warning) == 1, outcome.err
 
 
 # -- Models -----------------------------------------------------------------------------------------------------------

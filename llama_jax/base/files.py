@@ -1,12 +1,13 @@
 """Read and write small files: clear errors on reading, no half-written file on writing."""
 
+import fcntl
 import json
 import os
 import platform
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llama_jax.base.bucket import is_remote, reaching
 from llama_jax.base.errors import InputError
@@ -204,6 +205,18 @@ def dump_json(value: Any, sort_keys: bool = False) -> str:
     except UnicodeEncodeError:
         return json.dumps(value, indent=2, sort_keys=sort_keys)
     return text
+
+
+def lock(file: int | IO, path: Path) -> str:
+    """Hold an open file for this process alone until it is closed; SIGKILL frees it too. Return a warning, "" but where
+    the file system has no locks. Raises BlockingIOError where another process holds the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as e:
+        return f"warning: {path} cannot be locked ({e.strerror}); let no second command write there"
+    return ""
 
 
 def make_output_dir(path: Path) -> Path:

@@ -1,6 +1,5 @@
 """Answer the records of a file into a JSONL file. An interrupted run goes on where it was."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ from typing import Any
 
 from llama_jax.base.bucket import local_path
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import check_regular
+from llama_jax.base.files import check_regular, lock
 from llama_jax.data.questions import ANSWER, Prompt
 from llama_jax.data.readers import Reader
 from llama_jax.reporting.progress import count_bar, say
@@ -89,15 +88,15 @@ class AnswerFile:
         self._file.close()  # the lock's end
 
     def _lock(self) -> None:
-        """Hold the partial file for this process alone, to its end by SIGKILL too. Raises InputError."""
+        """Hold the partial file for this process alone. Raises InputError."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            warning = lock(self._file, self._partial)
         except BlockingIOError:
             raise InputError(
                 f"--output_file {self.path}: another command writes its answers; wait for its end, or give another name"
             ) from None
-        except OSError as e:
-            say(f"warning: {self._partial} cannot be locked ({e.strerror}); let no second command write it")
+        if warning:
+            say(warning)
         if os.path.lexists(self.path):  # another command has finished since `__init__`
             self._partial.unlink(missing_ok=True)
             raise InputError(f"--output_file {self.path}: is there already; remove it, or give another name")

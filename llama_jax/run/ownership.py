@@ -1,7 +1,6 @@
 """Keep an output folder to one run: a lock, and a ledger of the run's identity and of the checkpoints it removes."""
 
 import contextlib
-import fcntl
 import os
 import platform
 import uuid
@@ -11,7 +10,8 @@ from typing import Any
 
 from llama_jax.base.bucket import is_remote
 from llama_jax.base.errors import InputError
-from llama_jax.base.files import parse_json, write_json
+from llama_jax.base.files import lock, parse_json, write_json
+from llama_jax.reporting.progress import say
 
 LOCK, LEDGER = ".llama_jax.lock", ".llama_jax.json"
 _MODELS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "adapter_model.safetensors")
@@ -19,10 +19,8 @@ _MODELS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*
 
 @contextlib.contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the kernel releases when the process ends, by SIGKILL too. Raises InputError.
-
-    A bucket has no locks.
-    """
+    """Hold the folder's lock. Raises InputError. A bucket has no locks, and of a file system without them the user is
+    warned."""
     if is_remote(output_dir):
         yield
         return
@@ -30,7 +28,7 @@ def locked(output_dir: Path) -> Iterator[None]:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            warning = lock(file, path)
         except BlockingIOError:
             holder = os.read(file, 200).decode(errors="replace")
             os.close(file)
@@ -42,6 +40,8 @@ def locked(output_dir: Path) -> Iterator[None]:
             if os.path.samestat(os.fstat(file), path.stat()):  # else the last holder removed the file
                 break
         os.close(file)
+    if warning:
+        say(warning)
     os.ftruncate(file, 0)
     with contextlib.suppress(OSError):  # a full disk: the lock holds without the name of its holder
         os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
