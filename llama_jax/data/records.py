@@ -202,7 +202,7 @@ def _form(record: Record) -> str | None:
 
 def _turns(record: Record) -> Any:
     """Return the turns of a chat record, None where it has no list of them."""
-    if turns := record.get("messages") or record.get("conversations"):
+    if turns := _listed(record):
         return turns
     prompt, completion = record.get("prompt"), record.get("completion")
     return prompt + completion if isinstance(prompt, list) and isinstance(completion, list) else None
@@ -210,7 +210,12 @@ def _turns(record: Record) -> Any:
 
 def _asked(record: Record) -> int:
     """Return how many of the turns are in TRL's `prompt`, and so are not trained."""
-    return 0 if record.get("messages") or record.get("conversations") else len(record["prompt"])
+    return 0 if _listed(record) else len(record["prompt"])
+
+
+def _listed(record: Record) -> Any:
+    """Return the turns of a chat record that has them in one list, else None."""
+    return record.get("messages") or record.get("conversations")
 
 
 def _text(content: Any) -> Any:
