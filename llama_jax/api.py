@@ -17,7 +17,7 @@ from flax import nnx
 from llama_jax.base.errors import InputError
 from llama_jax.data.tokenizer import Tokenizer, open_tokenizer
 from llama_jax.distributed import sharding
-from llama_jax.hf.generation import MOST_NEW_TOKENS
+from llama_jax.hf.generation import check_new_tokens
 from llama_jax.hf.source import Source, numpy_dtype
 from llama_jax.hf.writer import hf_tensors
 from llama_jax.model.config import LlamaConfig
@@ -108,8 +108,7 @@ class Model:
         prompts = [row[mask != 0].astype(np.int64) for row, mask in zip(rows, masks, strict=True)]
         if not prompts or not all(map(len, prompts)) or not 0 <= (temperature or 0) < math.inf:
             raise InputError("generate: give prompts of at least one token and temperature >= 0")
-        if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
-            raise InputError(f"generate: max_new_tokens {max_new_tokens} should be from 1 to {MOST_NEW_TOKENS}")
+        check_new_tokens(max_new_tokens, "generate: max_new_tokens")
         _check_ids("input_ids", np.concatenate(prompts), self.config)
         ends, (sampling, lines) = self._source.eos_token_ids(), self._source.sampling(temperature)
         for line in lines:

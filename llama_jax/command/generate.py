@@ -13,7 +13,7 @@ import jax
 
 from llama_jax.base.errors import InputError, Parser
 from llama_jax.data.questions import Prompt, Prompts, read_questions
-from llama_jax.hf.generation import MOST_NEW_TOKENS, read_sampling
+from llama_jax.hf.generation import check_new_tokens, read_sampling
 from llama_jax.model.rope import covered_positions
 from llama_jax.reporting.progress import count_bar, say
 from llama_jax.run.answer_file import AnswerFile, answer_records, settings_of
@@ -67,8 +67,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     read_sampling({}, "", **{key: getattr(args, key) for key in SAMPLING})
-    if args.max_new_tokens is not None and not 1 <= args.max_new_tokens <= MOST_NEW_TOKENS:
-        raise InputError(f"--max_new_tokens {args.max_new_tokens} should be from 1 to {MOST_NEW_TOKENS}")
+    if args.max_new_tokens is not None:
+        check_new_tokens(args.max_new_tokens, "--max_new_tokens")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed} should be from 0 to {2**32 - 1}")
     if "" in (args.stop or []):

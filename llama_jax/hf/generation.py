@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from llama_jax.base.errors import InputError
 from llama_jax.model.generate import Sampling
 
@@ -33,6 +35,12 @@ _RANGES: dict[str, tuple[float, float, float]] = {
 _OF_DRAWING = "top_k", "top_p", "min_p"
 _COLDEST = 1e-30  # the least temperature of drawing: logits of 1e8 over a smaller one overflow float32
 MOST_NEW_TOKENS = 1 << 20  # a cache of 1e9 slots made jax wait for ever on a CPU
+
+
+def check_new_tokens(count: Any, name: str) -> None:
+    """Refuse what is no greatest number of new tokens; `name` is its name in the message. Raises InputError."""
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 1 <= count <= MOST_NEW_TOKENS:
+        raise InputError(f"{name} {count!r} should be from 1 to {MOST_NEW_TOKENS}")
 
 
 def read_sampling(generation: dict[str, Any], source: str, **given: float | None) -> Sampling:

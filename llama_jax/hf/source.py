@@ -241,9 +241,8 @@ class Source:
     def new_tokens(self) -> int | None:
         """Return the greatest number of new tokens of an answer, None where the file has none. Raises InputError."""
         count = self.generation.get("max_new_tokens")
-        most = generation.MOST_NEW_TOKENS
-        if count is not None and (type(count) is not int or not 1 <= count <= most):
-            raise InputError(f"{self._generation_file}: max_new_tokens {count!r} should be a number from 1 to {most}")
+        if count is not None:
+            generation.check_new_tokens(count, f"{self._generation_file}: max_new_tokens")
         return count
 
     @property
