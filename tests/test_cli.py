@@ -279,6 +279,10 @@ BAD: dict[str, tuple[Callable[[Case], Any], list[str]]] = {
         lambda c: c.flags.update(num_train_epochs=1e18, max_steps=-1),
         ["updates are above 100,000,000", "lower --num_train_epochs"],
     ),
+    "steps without end": (
+        lambda c: c.flags.update(max_steps=10**8 + 1),
+        ["100,000,001 updates are above 100,000,000", "or --max_steps"],
+    ),
     "epochs nan": (lambda c: c.flags.update(num_train_epochs="nan", max_steps=-1), ["--num_train_epochs"]),
     "epochs inf": (lambda c: c.flags.update(num_train_epochs="inf", max_steps=-1), ["--num_train_epochs"]),
     "warmup_ratio 3": (lambda c: c.flags.update(warmup_ratio=3), ["--warmup_ratio 3", "between 0 and 1"]),
