@@ -348,7 +348,7 @@ def test_checkpoints_are_not_trained_over(fresh: Case) -> None:
 
 def test_resume_from_a_step_that_is_not_there(fresh: Case) -> None:
     fresh.flags["resume_from_checkpoint"] = fresh.output / "checkpoint-7"
-    check_refused(fresh, ["--resume_from_checkpoint", "checkpoint-7", "[1, 2]"])
+    check_refused(fresh, ["--resume_from_checkpoint", "checkpoint-7", "is not there", "has checkpoint-1, checkpoint-2"])
 
 
 def test_resume_another_model(fresh: Case) -> None:

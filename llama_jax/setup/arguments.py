@@ -152,7 +152,7 @@ class Arguments:
     lora_modules_to_save: list[str] | None = _flag(  # noqa: RUF009 - makes a field
         None, "modules to train whole beside the adapters: embed_tokens lm_head"
     )
-    ensure_weight_tying: bool = _flag(False, "train a tied embedding and head whole, as one matrix")
+    ensure_weight_tying: bool = _flag(False, "train a tied embedding and head whole, as one")
     use_rslora: bool = _flag(False, "multiply by lora_alpha / sqrt(lora_r) instead")
     use_dora: bool = _flag(False, "train the lengths of the weights' rows (DoRA)")
     lora_bias: str = _flag("none", "biases to train; none are", choices=["none", "all", "lora_only"])
