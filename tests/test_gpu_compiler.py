@@ -41,12 +41,7 @@ def test_memory_by_arithmetic(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     room = 2**27 * WIDE["num_hidden_layers"]
     for case, (estimate, least, needed) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert least <= needed <= estimate <= needed + room, (
-            case,
-            least,
-            needed,
-            estimate,
-        )
+        assert least <= needed <= estimate <= needed + room, (case, least, needed, estimate)
 
 
 def outside_fusions(program: Program) -> list[Instruction]:
